@@ -1,0 +1,202 @@
+"""One way to run a host pipeline: the same case and settings give the same video.
+
+The search, the quality report and the demo all generate through `generate`, so that a dense and a
+sparse run differ in the attention alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+# (index of the step, its timestep as the scheduler gives it, latents after the step)
+StepCallback = Callable[[int, float, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to generate: a prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError(f"a prompt must be text that is not empty, got {self.prompt!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"a seed must be a whole number >= 0, got {self.seed!r}")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate: size, steps and guidance, the same for every case of a comparison.
+
+    Attributes:
+        height: Pixels, a multiple of what the pipeline asks for.
+        width: Pixels, likewise.
+        num_frames: Frames of video; 1 for pipelines that make one image.
+        steps: Denoising steps.
+        guidance: Classifier-free (or embedded) guidance scale.
+        max_sequence_length: Text tokens; None keeps the pipeline's own value.
+        negative_prompt: None keeps the pipeline's own value.
+    """
+
+    height: int
+    width: int
+    num_frames: int = 1
+    steps: int = 20
+    guidance: float = 5.0
+    max_sequence_length: int | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "steps", "max_sequence_length"):
+            value = getattr(self, name)
+            if name == "max_sequence_length" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not np.isfinite(self.guidance) or self.guidance < 0:
+            raise ValueError(f"guidance must be a finite number >= 0, got {self.guidance!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict, one key per field."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> GenerationSettings:
+        """The settings that `to_dict` wrote; ValueError for unknown keys."""
+        known = {field.name for field in fields(GenerationSettings)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown generation settings {unknown}; expected {sorted(known)}")
+        return GenerationSettings(**data)
+
+
+def generate(
+    pipe: Any, case: Case, settings: GenerationSettings, callback: StepCallback | None = None
+) -> tuple[np.ndarray, float]:
+    """Run a diffusers pipeline once.
+
+    The noise is drawn on the CPU from `case.seed`, so that it is the same on every device. Only
+    arguments that the pipeline's `__call__` takes are passed on.
+
+    Args:
+        pipe: A diffusers text-to-video or text-to-image pipeline.
+        case: Prompt and seed.
+        settings: Size, steps, guidance.
+        callback: Called after each step with its index, its timestep and the latents.
+
+    Returns:
+        Video `[T, H, W, 3]`, float32 in 0..1 (NaN stays NaN; T is 1 for an image), and the seconds
+        that the whole call took.
+
+    Raises:
+        ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
+    """
+    arguments = call_arguments(pipe, case, settings)
+    if callback is not None:
+        if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+            raise ValueError(f"{type(pipe).__name__} reports no steps: call without a callback")
+        arguments["callback_on_step_end"] = _step_end(callback)
+    with progress_bars_off(pipe):
+        synchronize(pipe)
+        started = time.perf_counter()
+        result = pipe(**arguments)
+        synchronize(pipe)
+        seconds = time.perf_counter() - started
+    return _video(result), seconds
+
+
+def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[str, Any]:
+    """What `pipe(...)` is called with, less the callback: only arguments that it takes.
+
+    Raises:
+        ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
+    """
+    _check_size(pipe, settings)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    wanted = {
+        "prompt": case.prompt,
+        "height": settings.height,
+        "width": settings.width,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "generator": torch.Generator("cpu").manual_seed(case.seed),
+        "output_type": "np",
+    }
+    if settings.num_frames > 1 or "num_frames" in taken:
+        wanted["num_frames"] = settings.num_frames
+    if settings.max_sequence_length is not None:
+        wanted["max_sequence_length"] = settings.max_sequence_length
+    if settings.negative_prompt is not None:
+        wanted["negative_prompt"] = settings.negative_prompt
+    if missing := sorted(set(wanted) - set(taken)):
+        raise ValueError(
+            f"{type(pipe).__name__} takes no {', '.join(missing)}: leave out what it doesn't take"
+        )
+    return wanted
+
+
+@contextmanager
+def progress_bars_off(pipe: Any) -> Iterator[None]:
+    """Silence the pipeline's own progress bar inside the block; restore its setting after."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def synchronize(pipe: Any) -> None:
+    """Wait for the pipeline's device, so that a clock read next is true."""
+    if getattr(pipe.device, "type", "cpu") == "cuda":
+        torch.cuda.synchronize(pipe.device)
+
+
+def _step_end(callback: StepCallback) -> Callable[..., dict[str, Any]]:
+    def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        callback(step, float(timestep), tensors["latents"])
+        return {}  # nothing changed
+
+    return step_end
+
+
+def _check_size(pipe: Any, settings: GenerationSettings) -> None:
+    """Wan patchifies frames too; a size that doesn't divide fails deep inside with shapes only."""
+    transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    patch = getattr(getattr(transformer, "config", None), "patch_size", None)
+    if not isinstance(patch, (list, tuple)) or len(patch) != 3:
+        return
+    scale = pipe.vae_scale_factor_temporal
+    frames = settings.num_frames
+    if frames % scale != 1:  # WanPipeline rounds so; with scale 1 it always adds a frame
+        frames = frames // scale * scale + 1
+    latent_frames = (frames - 1) // scale + 1
+    if latent_frames % patch[0]:
+        raise ValueError(
+            f"num_frames {settings.num_frames} makes {latent_frames} latent frames, which must be "
+            f"a multiple of the model's {patch[0]}: try num_frames {settings.num_frames + 1}"
+        )
+    for name, side in (("height", settings.height), ("width", settings.width)):
+        step = pipe.vae_scale_factor_spatial * patch[1 if name == "height" else 2]
+        if side % step:
+            raise ValueError(f"{name} must be a multiple of {step} for this model, got {side}")
+
+
+def _video(result: Any) -> np.ndarray:
+    """The first video of a pipeline's result, `[T, H, W, 3]`."""
+    if hasattr(result, "frames"):
+        video = np.asarray(result.frames[0])
+    elif hasattr(result, "images"):
+        video = np.asarray(result.images[0])[None]
+    else:
+        raise TypeError(f"{type(result).__name__} has neither frames nor images")
+    return video.astype(np.float32, copy=False)
