@@ -1,0 +1,65 @@
+"""What a host library's attention layer hands over: the tensors, and where in the run it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..layout import TokenLayout
+
+Branch = Literal["any", "cond", "uncond"]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where one forward of a transformer stands in a generation. A new object for each forward.
+
+    Args:
+        layout: The sequence of self-attention; None if the forward's arguments don't tell it.
+        sigma: Noise level of the forward, timestep / num_train_timesteps, in [0, 1]; None before
+            the first forward. The largest one where tokens or batch items differ.
+        branch: Half of classifier-free guidance; "any" if both are in the batch, or unknown.
+        run: Counts generations from 0; a run starts when the noise level rises or starts anew.
+        step: Counts the denoising steps that this transformer took in the run, from 0.
+    """
+
+    layout: TokenLayout | None = None
+    sigma: float | None = None
+    branch: Branch = "any"
+    run: int = -1
+    step: int = -1
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """One call of attention: B batch, N tokens, H heads, D head_dim.
+
+    Args:
+        layer: Module path of the attention layer in its transformer.
+        q, k, v: `[B, N, H, D]` after norms and rotary embedding; views, don't write to them.
+        attn_mask: The host's mask as it came, or None.
+        kv_len: int64 `[B]` if the mask says no more than "the first kv_len keys are valid"; None
+            if every key is valid.
+        scale: Factor of the logits; None is `D ** -0.5`.
+        context: Where the forward stands.
+        unsupported: Why only `stock` computes what the host asked for (dropout, a dense mask,
+            context parallelism, ...); None if attention over the first `kv_len` keys is all.
+        stock: Computes exactly what the unpatched layer would: `[B, N, H, D]`.
+    """
+
+    layer: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attn_mask: Tensor | None
+    kv_len: Tensor | None
+    scale: float | None
+    context: StepContext
+    unsupported: str | None
+    stock: Callable[[], Tensor]
+
+
+Intercept = Callable[[AttentionCall], Tensor]

@@ -1,0 +1,217 @@
+"""Attach to the self-attention of a diffusers transformer, whoever wants to see or replace it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .call import AttentionCall, Branch, Intercept, StepContext
+from .families import (
+    BRANCHES,
+    FAMILIES,
+    Family,
+    family_of,
+    forward_arguments,
+    sigma_of,
+)
+from .processors import Seam, Tap, wrap
+
+__all__ = [
+    "AttentionCall",
+    "Attachment",
+    "StepContext",
+    "attach",
+    "attachment_of",
+    "components",
+    "self_attention_layers",
+]
+
+logger = logging.getLogger("sparse_dit")
+
+COMPONENTS = ("transformer", "transformer_2")
+
+
+def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by component name; a bare one is `{"transformer": it}`.
+
+    Raises:
+        TypeError: If there is none.
+        NotImplementedError: If there is one of a class that is not supported.
+    """
+    supported = f"supported transformers: {sorted(FAMILIES)}"
+    kind = type(pipe_or_transformer).__name__
+    if isinstance(pipe_or_transformer, nn.Module):
+        found = {"transformer": pipe_or_transformer}
+    else:
+        parts = getattr(pipe_or_transformer, "components", {})
+        found = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
+    if not found:
+        raise TypeError(f"{kind} is no transformer and no pipeline with one; {supported}")
+    # torch.compile(module) keeps the module itself here
+    found = {name: getattr(part, "_orig_mod", part) for name, part in found.items()}
+    for name, part in found.items():
+        if family_of(part) is None:
+            what = type(part).__name__ if part is pipe_or_transformer else f"{kind}.{name}"
+            raise NotImplementedError(
+                f"{what} is a {type(part).__name__}, which is not supported; {supported}"
+            )
+    return found
+
+
+def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Attention layers whose queries and keys are the layout's tokens, by exact module path.
+
+    Raises:
+        NotImplementedError: If the transformer's class is not supported.
+    """
+    (transformer,) = components(transformer).values()
+    pattern = re.compile(_family(transformer).layers)
+    return {name: module for name, module in transformer.named_modules() if pattern.fullmatch(name)}
+
+
+def attach(transformer: nn.Module, intercept: Intercept) -> Attachment:
+    """Send every self-attention call of a transformer to `intercept`, until detached.
+
+    Norms, rotary embedding and projections stay the host's; bit-equal to stock if `intercept` is
+    `lambda call: call.stock()`.
+
+    Args:
+        transformer: A transformer of a supported class.
+        intercept: Gets an `AttentionCall` and returns attention's output `[B, N, H, D]`.
+
+    Raises:
+        ValueError: If something is attached to the transformer already.
+        TypeError: If a layer's processor calls no attention function that is known.
+        NotImplementedError: If the transformer's class is not supported.
+    """
+    (transformer,) = components(transformer).values()
+    if attachment_of(transformer) is not None:
+        raise ValueError(
+            f"something is attached to this {type(transformer).__name__} already; "
+            "detach it first (handle.remove() or sparse_dit.unpatch(pipe))"
+        )
+    return Attachment(transformer, intercept)
+
+
+def attachment_of(transformer: nn.Module) -> Attachment | None:
+    """What is attached to a transformer; a deep copy of it has its own."""
+    return vars(transformer).get(Attachment.KEY)
+
+
+class Attachment:
+    """A transformer's patched processors and the hook that tracks its forwards.
+
+    It belongs to the transformer: copied and pickled with it, and no part of its state dict.
+    `layers` are the attached attention layers by module path.
+
+    The hook is torch's own (not one of diffusers' `HookRegistry`), which copies with the module and
+    which offloading and cache hooks, all of them wrappers of `forward`, neither see nor drop.
+    """
+
+    KEY = "_sparse_dit"
+
+    def __init__(self, transformer: nn.Module, intercept: Intercept) -> None:
+        self._tap = Tap(intercept)
+        self._transformer = transformer
+        self.layers = self_attention_layers(transformer)
+        self._stock = {n: m.processor for n, m in self.layers.items()}
+        self._patched = {n: wrap(p, Seam(n, self._tap)) for n, p in self._stock.items()}
+        self._branch: Branch = "any"
+        self._seen: set[Branch] = set()
+        self._first_sigma = 0.0
+        self._lost: set[str] = set()
+        for name, processor in self._patched.items():
+            self.layers[name].set_processor(processor)
+        self._hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        if hasattr(transformer, "cache_context"):
+            setattr(transformer, "cache_context", self._cache_context)
+        setattr(transformer, self.KEY, self)
+
+    @property
+    def context(self) -> StepContext:
+        """Where the last forward stood."""
+        return self._tap.context
+
+    @property
+    def intercept(self) -> Intercept | None:
+        """What gets the calls; None once detached."""
+        return self._tap.intercept
+
+    @property
+    def lost(self) -> list[str]:
+        """Layers whose processor the host has replaced since: they run stock attention."""
+        return [n for n, p in self._patched.items() if self.layers[n].processor is not p]
+
+    def detach(self) -> None:
+        """Restore the very stock processors and take the hook off; twice is harmless."""
+        if self._tap.intercept is None:
+            return
+        lost = self.lost
+        for name, processor in self._stock.items():
+            if name not in lost:
+                self.layers[name].set_processor(processor)
+        self._hook.remove()
+        vars(self._transformer).pop("cache_context", None)
+        delattr(self._transformer, self.KEY)
+        self._tap.intercept = None  # a processor that the host kept runs stock from now on
+        self._tap.mask = None
+
+    @contextlib.contextmanager
+    def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """`transformer.cache_context`, from which the pipeline tells the guidance branch."""
+        previous, self._branch = self._branch, BRANCHES.get(name, "any")
+        try:
+            with type(self._transformer).cache_context(self._transformer, name, **kwargs):
+                yield
+        finally:
+            self._branch = previous
+
+    @torch.compiler.disable
+    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._report_lost()
+        family = _family(transformer)
+        arguments = forward_arguments(transformer, args, kwargs)
+        sigma = sigma_of(family, arguments["timestep"])
+        run, step = self._advance(sigma, self._branch)
+        layout = family.layout(transformer.config, arguments)
+        self._tap.context = StepContext(layout, sigma, self._branch, run, step)
+
+    def _advance(self, sigma: float, branch: Branch) -> tuple[int, int]:
+        """Run and step of a forward, from the noise level's course and the branches seen at it."""
+        last = self._tap.context
+        repeated = branch in self._seen
+        if (
+            last.sigma is None
+            or sigma > last.sigma
+            or (repeated and last.step == 0 and sigma == self._first_sigma)
+        ):
+            self._seen, self._first_sigma = {branch}, sigma
+            return last.run + 1, 0
+        if sigma < last.sigma or repeated:
+            self._seen = {branch}
+            return last.run, last.step + 1
+        self._seen.add(branch)
+        return last.run, last.step
+
+    def _report_lost(self) -> None:
+        lost = set(self.lost)
+        if lost - self._lost:
+            logger.error(
+                "the attention processors of %d layers were replaced after patching "
+                "(fuse_qkv_projections? an IP adapter?) and run stock: call it first, then patch; %s",
+                len(lost),
+                sorted(lost),
+            )
+        self._lost = lost
+
+
+def _family(transformer: nn.Module) -> Family:
+    family = family_of(transformer)
+    assert family is not None, "components() lets no other class through"
+    return family

@@ -1,0 +1,209 @@
+"""Subclasses of the host's attention processors whose one attention call is redirected.
+
+A processor's `__call__` makes q, k and v, calls one attention function and projects its output. The
+subclass runs the same code with that one global rebound, so that nothing of the host is copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .call import AttentionCall, Intercept, StepContext
+
+DISPATCH = "dispatch_attention_fn"
+SDPA = "scaled_dot_product_attention"
+# positional order of both functions; the second has the first seven, the last two by keyword
+PARAMETERS = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+    "attention_kwargs",
+)
+HONOURED = {"attn_mask", "scale", "enable_gqa", "backend"}
+
+
+@dataclass(slots=True)
+class Tap:
+    """What the layers of one attached transformer share.
+
+    Args:
+        intercept: Gets every self-attention call; None once detached: layers run stock.
+        context: Where the present forward stands.
+        mask: The last mask that was read: the tensor, its version, valid keys, and why not.
+    """
+
+    intercept: Intercept | None
+    context: StepContext = field(default_factory=StepContext)
+    mask: tuple[Tensor, int, Tensor | None, str | None] | None = None
+
+    def read_mask(self, mask: Tensor | None, num_keys: int) -> tuple[Tensor | None, str | None]:
+        """`(kv_len, why it is not a prefix)`; read back from the device once a mask, not a layer."""
+        if mask is None:
+            return None, None
+        if not (self.mask and self.mask[0] is mask and self.mask[1] == mask._version):
+            self.mask = (mask, mask._version, *_valid_prefix(mask, num_keys))
+        return self.mask[2], self.mask[3]
+
+
+@dataclass(slots=True)
+class Seam:
+    """One layer's entry to the tap."""
+
+    layer: str
+    tap: Tap
+
+
+class _Active(threading.local):
+    """The layer whose processor runs now in this thread."""
+
+    seam: Seam | None = None
+
+
+_ACTIVE = _Active()
+
+
+def wrap(stock: Any, seam: Seam) -> Any:
+    """A processor that is `stock` but for its attention call, which goes to `seam.tap.intercept`.
+
+    Both share their attributes, so that what the host sets on one (`_attention_backend`,
+    `_parallel_config`, weights) holds for the other.
+
+    Raises:
+        TypeError: If `stock` calls no attention function that is known here.
+    """
+    processor = object.__new__(patched_class(type(stock)))
+    object.__setattr__(processor, "__dict__", vars(stock))
+    object.__setattr__(processor, "_sparse_dit_stock", stock)
+    object.__setattr__(processor, "_sparse_dit_seam", seam)
+    return processor
+
+
+@functools.cache
+def patched_class(stock: type) -> type:
+    """The subclass of a stock processor class that runs its code with attention redirected."""
+    run = _rebound(stock)
+
+    @functools.wraps(stock.__call__)  # hosts drop keyword arguments that the signature lacks
+    def __call__(self, *args, **kwargs):
+        previous, _ACTIVE.seam = _ACTIVE.seam, self._sparse_dit_seam
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            _ACTIVE.seam = previous
+
+    def __reduce__(self):
+        return wrap, (self._sparse_dit_stock, self._sparse_dit_seam)
+
+    body = {
+        "__slots__": ("_sparse_dit_seam", "_sparse_dit_stock"),
+        "__call__": __call__,
+        "__reduce__": __reduce__,
+        "__doc__": stock.__doc__,
+        "__module__": __name__,
+    }
+    return type(f"SparseDiT{stock.__name__}", (stock,), body)
+
+
+def _rebound(stock: type) -> Callable[..., Any]:
+    call = stock.__call__
+    names = call.__code__.co_names if inspect.isfunction(call) else ()
+    scope = getattr(call, "__globals__", {})
+    if DISPATCH in names and DISPATCH in scope:
+        ours = {DISPATCH: _redirect(lambda: scope[DISPATCH], heads_first=False)}
+    elif SDPA in names and scope.get("F") is F:
+        module = types.ModuleType(F.__name__, "torch.nn.functional with attention redirected")
+        vars(module).update(vars(F))
+        vars(module)[SDPA] = _redirect(lambda: F.scaled_dot_product_attention, heads_first=True)
+        ours = {"F": module}
+    else:
+        raise TypeError(
+            f"{stock.__name__} calls no attention function that sparse_dit knows "
+            f"({DISPATCH} or F.{SDPA})"
+        )
+    run = types.FunctionType(
+        call.__code__, {**scope, **ours}, call.__name__, call.__defaults__, call.__closure__
+    )
+    run.__kwdefaults__ = call.__kwdefaults__
+    return run
+
+
+def _redirect(host: Callable[[], Callable[..., Tensor]], *, heads_first: bool) -> Callable:
+    """A stand-in for the attention function that `host` looks up when it is called."""
+
+    def attention(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return _attend_untraced(host(), args, kwargs, heads_first)
+        return _attend(host(), args, kwargs, heads_first)
+
+    return attention
+
+
+def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first: bool) -> Tensor:
+    seam = _ACTIVE.seam
+    assert seam is not None, "a patched processor sets its seam before it runs"
+    tap = seam.tap
+    options = dict(zip(PARAMETERS, args, strict=False)) | kwargs
+    q, k, v = (options.pop(name) for name in PARAMETERS[:3])
+    if heads_first:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if tap.intercept is None or q.shape[1] != k.shape[1]:  # keys of an image adapter, say
+        return host(*args, **kwargs)
+
+    def stock() -> Tensor:
+        out = host(*args, **kwargs)
+        return out.transpose(1, 2) if heads_first else out
+
+    mask = options.get("attn_mask")
+    unsupported = _unsupported(options)
+    kv_len = None
+    if unsupported is None:
+        kv_len, unsupported = tap.read_mask(mask, k.shape[1])
+    scale = options.get("scale")
+    out = tap.intercept(
+        AttentionCall(seam.layer, q, k, v, mask, kv_len, scale, tap.context, unsupported, stock)
+    )
+    return out.transpose(1, 2) if heads_first else out
+
+
+# a compiled block breaks its graph here: plans, counters and caches are Python that isn't traced
+_attend_untraced = torch.compiler.disable(_attend)
+
+
+def _unsupported(options: dict[str, Any]) -> str | None:
+    if options.get("dropout_p"):
+        return f"attention dropout ({options['dropout_p']})"
+    if options.get("is_causal"):
+        return "a causal mask"
+    if options.get("parallel_config") is not None:
+        return "context parallelism"
+    if options.get("attention_kwargs"):
+        return f"attention_kwargs {sorted(options['attention_kwargs'])}"
+    unknown = options.keys() - HONOURED - set(PARAMETERS) - {"parallel_config"}
+    return f"arguments {sorted(unknown)} of the host" if unknown else None
+
+
+def _valid_prefix(mask: Tensor, num_keys: int) -> tuple[Tensor | None, str | None]:
+    if mask.dtype != torch.bool or mask.shape != (mask.shape[0], *[1] * (mask.ndim - 2), num_keys):
+        return None, f"a dense mask {tuple(mask.shape)} of {mask.dtype}"
+    valid = mask.reshape(mask.shape[0], num_keys)
+    kv_len = valid.sum(1)
+    holes = (valid[:, 1:] & ~valid[:, :-1]).any()
+    shortest, has_holes = torch.stack([kv_len.amin(), holes.long()]).tolist()
+    if has_holes or not shortest:
+        return None, "a mask whose valid keys are not the first ones"
+    return (None if shortest == num_keys else kv_len), None
