@@ -1,0 +1,5 @@
+"""Who computes sparse attention. Every backend is tested against `reference`, the specification.
+
+A backend is a module with `unsupported(q, index) -> str | None` (the reason why it can't run this) and
+`forward(q, k, v, index, kv_len, scale, return_lse, mass_block) -> Attended`.
+"""

@@ -1,0 +1,137 @@
+"""The specification: an index expanded to a token mask, in a few lines of PyTorch.
+
+Slow, and of size N x M: for tests and for reading. Computes in the dtype it is given; give it float64
+for an oracle.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..index import FarField, PatternIndex, SparseIndex, expand, last_tokens
+from .attended import Attended
+
+
+def unsupported(q: Tensor, index: SparseIndex) -> str | None:
+    """The reference runs everything."""
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: SparseIndex,
+    kv_len: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    mass_block: int | None,
+) -> Attended:
+    """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
+    batch, heads, n, _ = q.shape
+    group_size = heads // k.shape[1]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_zeros(batch, heads, n)
+    masses = [[None] * heads for _ in range(batch)]
+    for b in range(batch):
+        valid = k.shape[2] if kv_len is None else int(kv_len[b])
+        for h, pattern in enumerate(index.head_to_pattern):
+            entry = index.entries[pattern].to("cpu")
+            kh, vh = k[b, h // group_size], v[b, h // group_size]
+            logits, values = _logits(q[b, h], kh, vh, entry, index, valid, scale)
+            lse[b, h] = logits.logsumexp(-1)
+            floor = torch.finfo(lse.dtype).min  # a row that sees nothing has lse -inf and weights 0
+            weights = (logits - lse[b, h, :, None].clamp_min(floor)).exp()
+            out[b, h] = weights @ values
+            if mass_block:
+                masses[b][h] = _mass(weights[:, : k.shape[2]], entry, mass_block)
+    mass = _stack(masses) if mass_block else None
+    return Attended(out, lse.float() if return_lse else None, mass)
+
+
+def token_mask(entry: PatternIndex) -> tuple[Tensor, Tensor | None]:
+    """What an entry computes, in token numbers: bool `[N, M]` exact, and `[N, C]` pooled or None."""
+    q_order, k_order = (
+        _order(entry.q_order, entry.num_queries),
+        _order(entry.k_order, entry.num_keys),
+    )
+    exact = torch.zeros(entry.num_queries, entry.num_keys, dtype=torch.bool)
+    num_cells = 0 if entry.far is None else len(entry.far.cell_offsets) - 1
+    pooled = torch.zeros(entry.num_queries, num_cells, dtype=torch.bool)
+    for group in range(entry.num_groups):
+        rows = q_order[entry.q_offsets[group] : entry.q_offsets[group + 1]]
+        keys = expand(entry.runs[entry.run_offsets[group] : entry.run_offsets[group + 1]])
+        exact[rows[:, None], k_order[keys]] = True
+        if entry.far is not None:
+            offsets = entry.far.run_offsets
+            cells = expand(entry.far.runs[offsets[group] : offsets[group + 1]])
+            pooled[rows[:, None], cells] = True
+    return exact, None if entry.far is None else pooled
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    entry: PatternIndex,
+    index: SparseIndex,
+    valid: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Logits `[N, M + C]` of all keys, exact and pooled, -inf where not seen; and their values."""
+    exact, pooled = token_mask(entry)
+    last_row = torch.arange(entry.num_queries) + index.causal_offset
+    tokens = torch.arange(entry.num_keys)
+    exact &= tokens < valid
+    if index.causal:
+        exact &= tokens <= last_row[:, None]
+    logits = (q @ k.T * scale).masked_fill(~exact, float("-inf"))
+    if entry.far is None or pooled is None:
+        return logits, v
+    means, values, sizes = _pooled(k, v, entry, entry.far, valid)
+    last = last_tokens(entry.far, _order(entry.k_order, entry.num_keys), valid)
+    pooled &= last >= 0
+    if index.causal:
+        pooled &= last <= last_row[:, None]
+    far = (q @ means.T * scale + sizes.clamp_min(1).log()).masked_fill(~pooled, float("-inf"))
+    return torch.cat([logits, far], 1), torch.cat([v, values])
+
+
+def _pooled(
+    k: Tensor, v: Tensor, entry: PatternIndex, far: FarField, valid: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean key and value `[C, D]` of the valid tokens of each cell, and their number `[C]`."""
+    order = _order(entry.k_order, entry.num_keys)
+    means, values, sizes = [], [], []
+    for start, stop in zip(
+        far.cell_offsets[:-1].tolist(), far.cell_offsets[1:].tolist(), strict=True
+    ):
+        tokens = order[start:stop]
+        tokens = tokens[tokens < valid]
+        means.append(k[tokens].sum(0) / max(1, len(tokens)))
+        values.append(v[tokens].sum(0) / max(1, len(tokens)))
+        sizes.append(len(tokens))
+    return torch.stack(means), torch.stack(values), torch.tensor(sizes).to(k)
+
+
+def _mass(weights: Tensor, entry: PatternIndex, block: int) -> Tensor:
+    """Probability per query group and block of sorted keys, float32 `[G, ceil(M / block)]`."""
+    rows = weights[_order(entry.q_order, entry.num_queries)]
+    rows = rows[:, _order(entry.k_order, entry.num_keys)]
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block))
+    blocks = rows.view(len(rows), -1, block).sum(-1).float()
+    owner = torch.repeat_interleave(torch.arange(entry.num_groups), entry.q_offsets.diff().long())
+    return blocks.new_zeros(entry.num_groups, blocks.shape[1]).index_add_(0, owner, blocks)
+
+
+def _stack(masses: list[list[Tensor]]) -> Tensor:
+    groups = max(len(m) for row in masses for m in row)
+    pad = torch.nn.functional.pad
+    return torch.stack(
+        [torch.stack([pad(m, (0, 0, 0, groups - len(m))) for m in row]) for row in masses]
+    )
+
+
+def _order(order: Tensor | None, n: int) -> Tensor:
+    return torch.arange(n) if order is None else order.long()

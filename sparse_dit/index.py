@@ -1,0 +1,396 @@
+"""SparseIndex: what an attention kernel executes, for one layer at one size.
+
+Letters in shapes: B batch, H heads, N query tokens, M key tokens, G query groups, R key runs, C cells.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .layout import TileOrder, TokenLayout, tile_order
+from .patterns import Pattern, Skip
+
+MAX_GROUP = 128
+
+
+@dataclass(frozen=True, eq=False)
+class FarField:
+    """Pooled keys that stand for what a group doesn't see exactly.
+
+    A cell of n keys is one key: the mean of its keys, with log(n) added to its logit, and the mean of
+    its values. Sources of the idea: Multipole Attention (arXiv 2506.13059), PISA (2602.01077), SVG-EAR
+    (2603.08982), Pyramid Sparse Attention (2512.04025).
+
+    Args:
+        cell_offsets: int32 `[C + 1]`, sorted key positions where cells start, and where the last ends.
+            Keys outside of all cells (text) have no pooled form.
+        run_offsets: int32 `[G + 1]` into `runs`.
+        runs: int32 `[F, 2]`: first cell and number of cells that a group sees pooled; ascending and
+            disjoint, and disjoint from what the group sees exactly.
+    """
+
+    cell_offsets: Tensor
+    run_offsets: Tensor
+    runs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PatternIndex:
+    """What one pattern computes at one size. Tensors are int32 and shared by all heads that use it.
+
+    Args:
+        num_queries, num_keys: N and M.
+        q_order, k_order: `[N]`, `[M]`: the token at each sorted position; None if tokens stay in place.
+        q_offsets: `[G + 1]`: groups are the sorted query rows between two offsets, 1 to 128 of them
+            (a dense pattern: one group of all rows).
+        run_offsets: `[G + 1]` into `runs`.
+        runs: `[R, 2]`: start and length, in sorted key positions, of the keys that every row of the
+            group sees exactly; ascending, disjoint and not touching.
+        far: Pooled keys, or None.
+    """
+
+    num_queries: int
+    num_keys: int
+    q_order: Tensor | None
+    k_order: Tensor | None
+    q_offsets: Tensor
+    run_offsets: Tensor
+    runs: Tensor
+    far: FarField | None = None
+    cache: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.q_offsets) - 1
+
+    @functools.cached_property
+    def is_dense(self) -> bool:
+        """Whether every query sees every key exactly."""
+        lengths = self.group_keys
+        return bool((lengths == self.num_keys).all())
+
+    @functools.cached_property
+    def is_empty(self) -> bool:
+        """Whether no query sees anything (a skipped head)."""
+        return len(self.runs) == 0 and (self.far is None or len(self.far.runs) == 0)
+
+    @functools.cached_property
+    def group_keys(self) -> Tensor:
+        """int64 `[G]`: keys that each group sees exactly."""
+        return _per_group(self.run_offsets, self.runs[:, 1])
+
+    @functools.cached_property
+    def group_cells(self) -> Tensor:
+        """int64 `[G]`: cells that each group sees pooled."""
+        if self.far is None:
+            return torch.zeros(self.num_groups, dtype=torch.int64)
+        return _per_group(self.far.run_offsets, self.far.runs[:, 1])
+
+    @functools.cached_property
+    def density(self) -> float:
+        """Computed pairs (exact and pooled) over all pairs; a pooled key counts as one."""
+        rows = self.q_offsets.diff().to(torch.int64)
+        pairs = (rows * (self.group_keys + self.group_cells)).sum().item()
+        return pairs / (self.num_queries * self.num_keys)
+
+    def to(self, device: torch.device | str) -> PatternIndex:
+        """A copy with all tensors on `device` (itself if they are there)."""
+        if self.q_offsets.device == torch.device(device):
+            return self
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name in self.__dataclass_fields__
+        }
+        far = self.far and replace(self.far, **{k: v.to(device) for k, v in vars(self.far).items()})
+        return replace(self, **moved, far=far, cache={})
+
+
+@dataclass(frozen=True, eq=False)
+class SparseIndex:
+    """One layer's attention: which pattern index each head executes, in one launch.
+
+    Args:
+        entries: The distinct pattern indices.
+        head_to_pattern: For each head its place in `entries`. A skipped head has an entry without runs
+            and costs nothing.
+        causal: Whether a query sees only keys at `key token <= query token + causal_offset` (token
+            numbers before sorting). A pooled key is seen if its last valid token is.
+        causal_offset: `M - N` for a prefill with cached keys.
+    """
+
+    entries: tuple[PatternIndex, ...]
+    head_to_pattern: tuple[int, ...]
+    causal: bool = False
+    causal_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.entries or not self.head_to_pattern:
+            raise ValueError("an index needs at least one head and one pattern")
+        if not all(0 <= p < len(self.entries) for p in self.head_to_pattern):
+            raise ValueError(f"head_to_pattern must name entries 0 to {len(self.entries) - 1}")
+        if len({(e.num_queries, e.num_keys) for e in self.entries}) != 1:
+            raise ValueError("all patterns of an index must have the same number of tokens")
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return len(self.head_to_pattern)
+
+    @property
+    def num_queries(self) -> int:
+        """N."""
+        return self.entries[0].num_queries
+
+    @property
+    def num_keys(self) -> int:
+        """M."""
+        return self.entries[0].num_keys
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every head is dense."""
+        return all(self.entries[p].is_dense for p in set(self.head_to_pattern))
+
+    @functools.cached_property
+    def head_density(self) -> Tensor:
+        """float64 `[H]`: computed pairs over the pairs that the dense kernel would compute."""
+        densities = [_causal_density(self, e) if self.causal else e.density for e in self.entries]
+        return torch.tensor([densities[p] for p in self.head_to_pattern], dtype=torch.float64)
+
+    @functools.cached_property
+    def density(self) -> float:
+        """Mean density of the heads."""
+        return self.head_density.mean().item()
+
+    @functools.cached_property
+    def heads_of(self) -> tuple[tuple[int, ...], ...]:
+        """For each entry the heads that use it."""
+        return tuple(
+            tuple(h for h, p in enumerate(self.head_to_pattern) if p == entry)
+            for entry in range(len(self.entries))
+        )
+
+    def to(self, device: torch.device | str) -> SparseIndex:
+        """A copy with all tensors on `device`."""
+        return replace(self, entries=tuple(entry.to(device) for entry in self.entries))
+
+
+def build_index(
+    patterns: Sequence[Pattern],
+    layout: TokenLayout,
+    *,
+    group: int = 64,
+    causal: bool = False,
+    causal_offset: int = 0,
+) -> SparseIndex:
+    """Index of a self-attention layer over the tokens of `layout`.
+
+    Pattern indices are interned: the same pattern at the same size is built once per process.
+
+    Args:
+        patterns: One for each head.
+        layout: Segments of the sequence; it is the same for queries and keys.
+        group: Largest number of query rows in a group, 1 to 128.
+        causal, causal_offset: See `SparseIndex`.
+
+    Raises:
+        ValueError: If there are no patterns, or `group` is out of range.
+    """
+    if not patterns:
+        raise ValueError("an index needs one pattern for each head, got none")
+    if not 1 <= group <= MAX_GROUP:
+        raise ValueError(f"group must be 1 to {MAX_GROUP} rows, got {group}")
+    distinct = list(dict.fromkeys(patterns))
+    entries = tuple(pattern_index(pattern, layout, group) for pattern in distinct)
+    heads = tuple(distinct.index(pattern) for pattern in patterns)
+    return SparseIndex(entries, heads, causal, causal_offset)
+
+
+@functools.lru_cache(maxsize=1024)
+def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> PatternIndex:
+    """Index of one pattern at one size; see `build_index`."""
+    n = layout.seq_len
+    if pattern.is_dense or layout.num_video == 0:
+        return _whole(n)
+    order = tile_order(layout, pattern.tile)
+    exact = seen_cells(pattern, order)
+    cells = order.cell_offsets(pattern.cell)
+    tiles = _tile_of_group(order, group)
+    runs, run_offsets = _merge(exact, cells + order.text_before, _text_spans(order, n), tiles.owner)
+    far = _far_field(exact, cells + order.text_before, tiles.owner) if pattern.far else None
+    permutation = None if order.is_identity else order.order.int()
+    return PatternIndex(
+        n, n, permutation, permutation, tiles.offsets.int(), run_offsets.int(), runs.int(), far
+    )
+
+
+def seen_cells(pattern: Pattern, order: TileOrder) -> Tensor:
+    """Which cells each tile sees exactly, bool `[tiles, cells]`."""
+    cells = order.boxes(order.cell_offsets(pattern.cell))
+    tiles = order.boxes(order.tile_offsets)
+    step = max(1, (1 << 24) // max(1, len(cells)))
+    parts = [
+        pattern.shape.covers(tiles.slice(start, start + step), cells, order)
+        for start in range(0, len(tiles), step)
+    ]
+    seen = torch.cat(parts)
+    if pattern.sink_frames and not isinstance(pattern.shape, Skip):
+        seen = seen | (cells.lo[:, 0] < pattern.sink_frames)
+    return seen
+
+
+def _whole(n: int) -> PatternIndex:
+    """Dense: one group, one run."""
+    bounds = torch.tensor([0, n], dtype=torch.int32)
+    one = torch.tensor([0, 1], dtype=torch.int32)
+    return PatternIndex(n, n, None, None, bounds, one, bounds[None], None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    offsets: Tensor
+    owner: Tensor
+
+
+def _tile_of_group(order: TileOrder, group: int) -> _Groups:
+    """Groups of sorted rows: each tile in equal parts of at most `group` rows; text apart (-1)."""
+    starts, sizes = order.tile_offsets[:-1], order.tile_offsets.diff()
+    parts = (sizes + group - 1) // group
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), parts)
+    rank = torch.arange(len(owner)) - torch.repeat_interleave(parts.cumsum(0) - parts, parts)
+    video = starts[owner] + rank * sizes[owner] // parts[owner] + order.text_before
+    end = order.tile_offsets[-1].item() + order.text_before
+    before = torch.arange(0, order.text_before, group)
+    after = torch.arange(end, len(order.order), group)
+    offsets = torch.cat([before, video, after, torch.tensor([len(order.order)])])
+    text = [torch.full((len(part),), -1) for part in (before, after)]
+    return _Groups(offsets, torch.cat([text[0], owner, text[1]]))
+
+
+def _text_spans(order: TileOrder, n: int) -> list[tuple[int, int]]:
+    """Sorted positions of the text: `(start, stop)` before and after the video."""
+    end = order.tile_offsets[-1].item() + order.text_before
+    return [(0, order.text_before), (end, n)]
+
+
+def _runs_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of true in each row of bool `[n, C]`: row, first and last + 1 of each run, in order."""
+    edge = torch.nn.functional.pad(rows, (1, 1)).to(torch.int8).diff(dim=1)
+    row, first = (edge == 1).nonzero(as_tuple=True)
+    last = (edge == -1).nonzero(as_tuple=True)[1]
+    return row, first, last
+
+
+def _merge(
+    exact: Tensor, cells: Tensor, text: list[tuple[int, int]], owner: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Key runs of every group: text, the cells its tile sees, text; text groups see everything."""
+    (_, before), (after, n) = text
+    row, first, last = _runs_of(exact)
+    start, stop = cells[first], cells[last]
+    tiles = torch.arange(exact.shape[0])
+    if before:
+        row, start, stop = (
+            torch.cat([row, tiles]),
+            _front(start, tiles, 0),
+            _front(stop, tiles, before),
+        )
+    if after < n:
+        row = torch.cat([row, tiles])
+        start, stop = _front(start, tiles, after), _front(stop, tiles, n)
+    rank = (row * (n + 1) + start).argsort()
+    row, start, stop = row[rank], start[rank], stop[rank]
+    fresh = torch.ones(len(row), dtype=torch.bool)
+    fresh[1:] = (row[1:] != row[:-1]) | (start[1:] != stop[:-1])
+    ends = torch.cat([fresh[1:], torch.ones(1, dtype=torch.bool)])[: len(row)]
+    row, start, length = row[fresh], start[fresh], stop[ends] - start[fresh]
+    counts = torch.bincount(row, minlength=len(tiles))
+    pick, offsets = _spread(counts, owner, len(row))
+    table = torch.cat([torch.stack([start, length], 1), torch.tensor([[0, n]])])
+    return table[pick], offsets
+
+
+def _front(values: Tensor, tiles: Tensor, value: int) -> Tensor:
+    return torch.cat([values, torch.full_like(tiles, value)])
+
+
+def _spread(counts: Tensor, owner: Tensor, extra: int) -> tuple[Tensor, Tensor]:
+    """Row lists of tiles as row lists of groups: indices into the tiles' rows, and CSR offsets.
+
+    Groups without a tile (-1) get the one row numbered `extra`.
+    """
+    starts = torch.cat([counts.cumsum(0) - counts, torch.tensor([extra])])
+    sizes = torch.cat([counts, torch.ones(1, dtype=torch.int64)])
+    per_group = sizes[owner]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), per_group.cumsum(0)])
+    rank = torch.arange(offsets[-1].item()) - torch.repeat_interleave(offsets[:-1], per_group)
+    return torch.repeat_interleave(starts[owner], per_group) + rank, offsets
+
+
+def _far_field(exact: Tensor, cells: Tensor, owner: Tensor) -> FarField:
+    """Pooled form of all cells that a group's tile doesn't see; text groups see everything exactly."""
+    row, first, last = _runs_of(~exact)
+    counts = torch.bincount(row, minlength=exact.shape[0])
+    runs = torch.stack([first, last - first], 1)
+    keep = owner >= 0
+    pick, offsets = _spread(counts, owner.clamp_min(0), len(row))
+    sizes = offsets.diff()
+    wanted = torch.repeat_interleave(keep, sizes)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (sizes * keep).cumsum(0)])
+    return FarField(cells.int(), offsets.int(), runs[pick[wanted]].int())
+
+
+def _per_group(offsets: Tensor, lengths: Tensor) -> Tensor:
+    total = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
+    return total[offsets[1:].long()] - total[offsets[:-1].long()]
+
+
+def _causal_density(index: SparseIndex, entry: PatternIndex) -> float:
+    """Computed pairs over the pairs that the causal dense kernel would compute."""
+    rows = torch.arange(entry.num_queries) + index.causal_offset + 1
+    total = rows.clamp(0, entry.num_keys).sum().item()
+    pairs = 0
+    for group in range(entry.num_groups):
+        last, pooled = visible(entry, group, entry.num_keys)
+        start, stop = entry.q_offsets[group : group + 2].tolist()
+        tokens = torch.arange(start, stop) if entry.q_order is None else entry.q_order[start:stop]
+        limit = tokens.long() + index.causal_offset
+        for keys in (last, pooled):
+            pairs += torch.searchsorted(keys.sort().values, limit, right=True).sum().item()
+    return pairs / max(1, total)
+
+
+def visible(entry: PatternIndex, group: int, kv_len: int) -> tuple[Tensor, Tensor]:
+    """Tokens that a group sees exactly, and the last valid token of each cell it sees pooled."""
+    keys = expand(entry.runs[entry.run_offsets[group] : entry.run_offsets[group + 1]])
+    order = torch.arange(entry.num_keys) if entry.k_order is None else entry.k_order.long()
+    if entry.far is None:
+        return order[keys], keys[:0]
+    cells = expand(entry.far.runs[entry.far.run_offsets[group] : entry.far.run_offsets[group + 1]])
+    return order[keys], last_tokens(entry.far, order, kv_len)[cells]
+
+
+def last_tokens(far: FarField, order: Tensor, kv_len: int) -> Tensor:
+    """int64 `[C]`: the largest token number below `kv_len` in each cell, -1 if there is none."""
+    sizes = far.cell_offsets.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    tokens = order[far.cell_offsets[0] : far.cell_offsets[-1]].long()
+    tokens = torch.where(tokens < kv_len, tokens, -1)
+    last = torch.full((len(sizes),), -1, dtype=torch.int64)
+    return last.scatter_reduce_(0, owner, tokens, "amax")
+
+
+def expand(runs: Tensor) -> Tensor:
+    """int64 positions in runs `[R, 2]` (start, length), in order."""
+    starts, lengths = runs[:, 0].long(), runs[:, 1].long()
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    shift = torch.repeat_interleave(starts - (ends - lengths), lengths)
+    return torch.arange(total, device=runs.device) + shift

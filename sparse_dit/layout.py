@@ -1,0 +1,266 @@
+"""Where text, frames, rows and columns lie in the token sequence of an attention layer."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+MAX_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of consecutive tokens: text, or video in raster order (frame, row, column).
+
+    Args:
+        kind: `"text"` or `"video"`.
+        length: Number of tokens; for video it must be `frames * height * width`.
+        frames, height, width: Token grid of a video segment (tokens, not pixels); 0 for text.
+
+    Raises:
+        ValueError: If a size is not a positive int, or `length` contradicts the grid.
+    """
+
+    kind: Literal["text", "video"]
+    length: int
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (self.length, self.frames, self.height, self.width)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sizes):
+            raise ValueError(f"a segment's sizes must be ints >= 0, got {sizes}")
+        if not 1 <= self.length <= MAX_TOKENS:
+            raise ValueError(f"a segment must hold 1 to {MAX_TOKENS} tokens, got {self.length}")
+        if self.kind == "text":
+            if self.frames or self.height or self.width:
+                raise ValueError(f"a text segment has no grid, got {sizes[1:]}")
+        elif self.kind == "video":
+            if self.frames * self.height * self.width != self.length:
+                raise ValueError(
+                    f"a video segment of grid {sizes[1:]} can't have {self.length} tokens"
+                )
+        else:
+            raise ValueError(f"a segment is 'text' or 'video', got {self.kind!r}")
+
+    @staticmethod
+    def text(length: int) -> Segment:
+        """`length` text tokens."""
+        return Segment("text", length)
+
+    @staticmethod
+    def video(frames: int, height: int, width: int) -> Segment:
+        """`frames x height x width` video tokens in raster order."""
+        return Segment("video", frames * height * width, frames, height, width)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The segments of one sequence, in order. Hashable, so that indices can be cached by it.
+
+    Frames are numbered on through all video segments, so that a video whose frames are separated by
+    text (as in many VLMs) is one video. An image is a video of one frame.
+    """
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise ValueError("a layout needs at least one segment, got none")
+        if self.seq_len > MAX_TOKENS:
+            raise ValueError(f"a layout holds at most {MAX_TOKENS} tokens, got {self.seq_len}")
+
+    @staticmethod
+    def video(
+        frames: int, height: int, width: int, *, text_before: int = 0, text_after: int = 0
+    ) -> TokenLayout:
+        """One video with text before it, after it, both or neither (all sizes in tokens)."""
+        text = [Segment.text(n) if n else None for n in (text_before, text_after)]
+        parts = (text[0], Segment.video(frames, height, width), text[1])
+        return TokenLayout(tuple(part for part in parts if part))
+
+    @property
+    def seq_len(self) -> int:
+        """Number of tokens, text and video."""
+        return sum(segment.length for segment in self.segments)
+
+    @property
+    def num_text(self) -> int:
+        """Number of text tokens."""
+        return sum(s.length for s in self.segments if s.kind == "text")
+
+    @property
+    def num_video(self) -> int:
+        """Number of video tokens."""
+        return self.seq_len - self.num_text
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """`(frames, height, width)` that bounds all video segments; zeros if there is no video."""
+        video = [s for s in self.segments if s.kind == "video"]
+        if not video:
+            return (0, 0, 0)
+        return (
+            sum(s.frames for s in video),
+            max(s.height for s in video),
+            max(s.width for s in video),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"segments": [["text", 226], ["video", 11, 30, 45]]}`."""
+        return {
+            "segments": [
+                ["text", s.length] if s.kind == "text" else ["video", s.frames, s.height, s.width]
+                for s in self.segments
+            ]
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> TokenLayout:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: If the form or a size is wrong.
+        """
+        if not isinstance(data, dict) or set(data) != {"segments"}:
+            raise ValueError(f"a layout must be {{'segments': [...]}}, got {str(data)[:80]}")
+        if not isinstance(data["segments"], list):
+            raise ValueError(f"segments must be a list, got {type(data['segments']).__name__}")
+        return TokenLayout(tuple(_segment(entry) for entry in data["segments"]))
+
+    def __str__(self) -> str:
+        parts = [
+            f"text {s.length}" if s.kind == "text" else f"{s.frames}x{s.height}x{s.width}"
+            for s in self.segments
+        ]
+        return " + ".join(parts)
+
+
+def _segment(entry: Any) -> Segment:
+    sizes = {"text": 1, "video": 3}
+    kind = entry[0] if isinstance(entry, list) and entry else None
+    if not isinstance(kind, str) or kind not in sizes or len(entry) != 1 + sizes[kind]:
+        raise ValueError(
+            f"a segment must be ['text', n] or ['video', frames, height, width], got {str(entry)[:80]}"
+        )
+    if any(
+        isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= MAX_TOKENS for n in entry[1:]
+    ):
+        raise ValueError(f"a segment's sizes must be ints from 1 to {MAX_TOKENS}, got {entry[1:]}")
+    return Segment.text(entry[1]) if kind == "text" else Segment.video(*entry[1:])
+
+
+Tile = tuple[int | None, int | None, int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """`n` axis-aligned boxes of video tokens; both bounds belong to the box.
+
+    Args:
+        lo, hi: int64 `[n, 3]`: smallest and largest frame, row and column.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+    def __len__(self) -> int:
+        return self.lo.shape[0]
+
+    def slice(self, start: int, stop: int) -> Boxes:
+        """Boxes `start` to `stop - 1`."""
+        return Boxes(self.lo[start:stop], self.hi[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class TileOrder:
+    """A layout's tokens sorted so that each 3-D tile of its video is contiguous.
+
+    Text before the video stays first, then come the tiles in raster order, each in raster order
+    inside, then the other text. With tiles as wide as the video the order is the raster itself, with
+    tiles as long as the video (and one row high) it is pixel-major.
+
+    Args:
+        order: int64 `[N]`, the token at each sorted position.
+        text_before: Text tokens sorted before the video.
+        tile_offsets: int64 `[T + 1]`, sorted positions where tiles start, and where the last ends.
+        coordinates: int64 `[num_video, 3]`: frame, row and column of the video tokens, sorted.
+        tile: Tile size with `None` replaced by the axis' length.
+        grid: The layout's grid.
+    """
+
+    order: Tensor
+    text_before: int
+    tile_offsets: Tensor
+    coordinates: Tensor
+    tile: tuple[int, int, int]
+    grid: tuple[int, int, int]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether sorting changes nothing."""
+        return bool((self.order == torch.arange(len(self.order))).all())
+
+    def cell_offsets(self, cell: int | None) -> Tensor:
+        """int64 `[C + 1]`: tiles cut into runs of at most `cell` tokens (None: not cut)."""
+        if cell is None:
+            return self.tile_offsets
+        starts, stops = self.tile_offsets[:-1], self.tile_offsets[1:]
+        parts = (stops - starts + cell - 1) // cell
+        first = torch.repeat_interleave(starts, parts)
+        rank = torch.arange(len(first)) - torch.repeat_interleave(parts.cumsum(0) - parts, parts)
+        return torch.cat([first + rank * cell, self.tile_offsets[-1:]])
+
+    def boxes(self, offsets: Tensor) -> Boxes:
+        """Bounding boxes of the runs of sorted video tokens that `offsets` `[n + 1]` delimits."""
+        n = len(offsets) - 1
+        owner = torch.repeat_interleave(torch.arange(n), offsets.diff())[:, None].expand(-1, 3)
+        lo = torch.zeros(n, 3, dtype=torch.int64)
+        hi = torch.zeros(n, 3, dtype=torch.int64)
+        lo.scatter_reduce_(0, owner, self.coordinates, "amin", include_self=False)
+        hi.scatter_reduce_(0, owner, self.coordinates, "amax", include_self=False)
+        return Boxes(lo, hi)
+
+
+@functools.lru_cache(maxsize=64)
+def tile_order(layout: TokenLayout, tile: Tile) -> TileOrder:
+    """Sort `layout`'s tokens by 3-D tiles of `tile` frames, rows and columns (None: whole axis).
+
+    Tiles at the far border are smaller where the grid is not a multiple of the tile.
+    """
+    grid = layout.grid
+    size = tuple(n if t is None else min(t, max(n, 1)) for t, n in zip(tile, grid, strict=True))
+    text_before, position, video, text, coordinates, frame = 0, 0, [], [], [], 0
+    for segment in layout.segments:
+        span = torch.arange(position, position + segment.length)
+        position += segment.length
+        if segment.kind == "text":
+            text.append(span)
+            text_before += 0 if video else segment.length
+            continue
+        axes = [torch.arange(n) for n in (segment.frames, segment.height, segment.width)]
+        cell = torch.cartesian_prod(*axes)
+        cell[:, 0] += frame
+        frame += segment.frames
+        video.append(span)
+        coordinates.append(cell)
+    if not video:
+        empty = torch.zeros(1, dtype=torch.int64)
+        order = torch.arange(layout.seq_len)
+        return TileOrder(order, layout.seq_len, empty, torch.zeros(0, 3).long(), (1, 1, 1), grid)
+    where, place = torch.cat(video), torch.cat(coordinates)
+    index = place // torch.tensor(size)
+    counts = [-(-n // t) for n, t in zip(grid, size, strict=True)]
+    tile_id = (index[:, 0] * counts[1] + index[:, 1]) * counts[2] + index[:, 2]
+    rank = torch.argsort(tile_id, stable=True)
+    sizes = torch.bincount(tile_id)
+    sizes = sizes[sizes > 0]
+    words = torch.cat(text) if text else torch.zeros(0, dtype=torch.int64)
+    order = torch.cat([words[:text_before], where[rank], words[text_before:]])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return TileOrder(order, text_before, offsets, place[rank], size, grid)

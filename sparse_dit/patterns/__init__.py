@@ -1,0 +1,31 @@
+"""The patterns an attention head can follow; one file each.
+
+A shape says which tokens see which (`shape.covers(query boxes, key boxes, tile order)`), a `Pattern`
+adds how tokens are ordered and grouped and what stands for the rest. To add one: a file, and a line in
+`PATTERNS` (in `pattern.py`).
+"""
+
+from .blocks import Blocks
+from .dense import Dense
+from .pattern import PATTERNS, Pattern
+from .skip import Skip
+from .stencil import Stencil
+from .stripe import Stripe
+from .tile import SlidingTile
+from .union import Union
+from .vertical import Vertical
+from .window import Window
+
+__all__ = [
+    "PATTERNS",
+    "Blocks",
+    "Dense",
+    "Pattern",
+    "Skip",
+    "SlidingTile",
+    "Stencil",
+    "Stripe",
+    "Union",
+    "Vertical",
+    "Window",
+]

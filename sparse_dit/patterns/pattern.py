@@ -1,0 +1,201 @@
+"""One head's pattern: a shape, the order and grouping of tokens, sinks and the far field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+from torch import Tensor
+
+from ..layout import Tile
+from .blocks import Blocks
+from .dense import Dense
+from .fields import CONFIG, Count, Distance, Flag
+from .skip import Skip
+from .stencil import Stencil
+from .stripe import Stripe
+from .tile import SlidingTile
+from .union import Union
+from .vertical import Vertical
+from .window import Window
+
+PATTERNS: dict[str, Any] = {
+    "dense": Dense,
+    "skip": Skip,
+    "window": Window,
+    "stripe": Stripe,
+    "stencil": Stencil,
+    "vertical": Vertical,
+    "tile": SlidingTile,
+    "blocks": Blocks,
+    "union": Union,
+}
+NAMES = {shape: name for name, shape in PATTERNS.items()}
+
+Axis = Annotated[int, Field(strict=True, ge=1, le=1 << 16)] | None
+
+
+@checked(frozen=True, config=CONFIG)
+class _Frame:
+    """The parameters that every pattern has beside its shape's own."""
+
+    tile: tuple[Axis, Axis, Axis] = (4, 4, 4)
+    cell: Count | None = None
+    far: Flag = False
+    sink_frames: Distance = 0
+
+
+_FRAME = TypeAdapter(_Frame)
+_FIELDS = tuple(field.name for field in dataclasses.fields(_Frame))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """What a head computes, for any layout. Text sees everything and is seen by everything, always.
+
+    Args:
+        shape: Which video tokens see which: an instance of a class in `PATTERNS`.
+        tile: Frames, rows and columns of the 3-D tiles that tokens are ordered by and queries are
+            grouped by; None for a whole axis.
+        cell: Keys are chosen in runs of at most this many tokens inside a tile; None for whole tiles,
+            1 for single tokens. A cell is seen by all tokens of a tile or by none: what the shape
+            says is rounded up to that.
+        far: Whether cells that aren't seen are represented by their mean key (logit plus log of the
+            cell's size) and mean value inside the same softmax.
+        sink_frames: The first frames of the video are seen by everyone.
+
+    Raises:
+        ValueError: If a parameter is out of range.
+    """
+
+    shape: Any
+    tile: Tile = (4, 4, 4)
+    cell: int | None = None
+    far: bool = False
+    sink_frames: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.shape) not in NAMES:
+            raise ValueError(
+                f"a pattern's shape must be one of {sorted(PATTERNS)}, got {self.shape!r}"
+            )
+        _checked(_FRAME, {name: getattr(self, name) for name in _FIELDS}, self.name)
+
+    @property
+    def name(self) -> str:
+        """Name of the shape, as in plan files."""
+        return NAMES[type(self.shape)]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether everything is computed exactly."""
+        return isinstance(self.shape, Dense)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat JSON form; parameters at their default are left out."""
+        data = _shape_to_dict(self.shape)
+        for field in dataclasses.fields(_Frame):
+            value = getattr(self, field.name)
+            if value != field.default:
+                data[field.name] = list(value) if isinstance(value, tuple) else value
+        return data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What lies beside the plan in safetensors: masks of "blocks" shapes, uint8 `[bytes]`."""
+        import torch
+
+        shapes = self.shape.of if isinstance(self.shape, Union) else (self.shape,)
+        return {
+            shape.tensor_name: torch.frombuffer(bytearray(shape.bits), dtype=torch.uint8)
+            for shape in shapes
+            if isinstance(shape, Blocks)
+        }
+
+    @staticmethod
+    def from_dict(data: Any, tensors: dict[str, Tensor] | None = None) -> Pattern:
+        """Inverse of `to_dict`.
+
+        Args:
+            data: The JSON object.
+            tensors: The plan's tensors, for "blocks".
+
+        Raises:
+            ValueError: One line that names what is wrong: an unknown pattern or key, a wrong type.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"a pattern must be an object, got {type(data).__name__}")
+        shape = _shape_from_dict({k: v for k, v in data.items() if k not in _FIELDS}, tensors or {})
+        frame = _checked(
+            _FRAME, {k: v for k, v in data.items() if k in _FIELDS}, NAMES[type(shape)]
+        )
+        return Pattern(shape, **{name: getattr(frame, name) for name in _FIELDS})
+
+    def __str__(self) -> str:
+        extra = {k: v for k, v in self.to_dict().items() if k not in ("name", "tile")}
+        if isinstance(self.shape, Stencil):
+            extra["offsets"] = sum(run[3] for run in self.shape.offsets)
+        for name in ("cells", "of"):
+            if name in extra:
+                extra[name] = len(extra[name])
+        extra.pop("mask", None)
+        tile = "x".join("all" if n is None else str(n) for n in self.tile)
+        words = [self.name, tile] if not self.is_dense else [self.name]
+        return " ".join(words + [f"{k}={v}".replace(" ", "") for k, v in extra.items()])
+
+
+def _shape_to_dict(shape: Any) -> dict[str, Any]:
+    name = NAMES[type(shape)]
+    if isinstance(shape, Union):
+        return {"name": name, "of": [_shape_to_dict(part) for part in shape.of]}
+    if isinstance(shape, Blocks):
+        return {"name": name, "lattice": list(shape.lattice), "mask": shape.tensor_name}
+    data: dict[str, Any] = {"name": name}
+    for field in dataclasses.fields(shape):
+        value = getattr(shape, field.name)
+        if field.default is dataclasses.MISSING or value != field.default:
+            data[field.name] = _listed(value)
+    return data
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _shape_from_dict(data: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    parameters = dict(data)
+    name = parameters.pop("name", None)
+    if not isinstance(name, str) or name not in PATTERNS:
+        raise ValueError(f"unknown pattern {str(name)[:40]!r}; expected one of {sorted(PATTERNS)}")
+    if name == "union":
+        if set(parameters) != {"of"} or not isinstance(parameters["of"], list):
+            raise ValueError(f"union: takes 'of', a list of shapes, got {sorted(parameters)}")
+        parts = parameters["of"]
+        if not 2 <= len(parts) <= 16 or any(not isinstance(p, dict) for p in parts):
+            raise ValueError("union: 'of' must hold 2 to 16 shapes")
+        if any(part.get("name") == "union" for part in parts):
+            raise ValueError("union: a union can't hold a union")
+        return Union(tuple(_shape_from_dict(part, tensors) for part in parts))
+    if name == "blocks":
+        mask = parameters.pop("mask", None)
+        if not isinstance(mask, str) or mask not in tensors:
+            raise ValueError(f"blocks: no tensor {str(mask)[:40]!r} beside the plan")
+        parameters["bits"] = bytes(tensors[mask].tolist())
+    return _checked(TypeAdapter(PATTERNS[name]), parameters, name)
+
+
+def _checked(adapter: TypeAdapter[Any], data: dict[str, Any], name: str) -> Any:
+    """Validate, and turn pydantic's report into one line."""
+    if any(not isinstance(key, str) for key in data):
+        raise ValueError(f"{name}: parameter names must be strings")
+    if any(isinstance(v, float) and not math.isfinite(v) for v in data.values()):
+        raise ValueError(f"{name}: parameters must be finite")
+    try:
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=True)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        got = str(first.get("input"))[:60]
+        raise ValueError(f"{name}: {place}: {first['msg']}, got {got}") from None

@@ -1,0 +1,61 @@
+"""Each tile sees the tiles at a fixed set of relative 3-D offsets.
+
+Found by averaging a head's attention over query positions. It contains windows, multi-diagonals and
+sliding tiles as shapes, and because it is geometry it moves to other sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from ..layout import Boxes, TileOrder
+from .fields import CONFIG, Count, Offset
+from .lattice import any_inside, summed
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Stencil:
+    """Tile `t` sees tile `t + offset` for every offset of the set.
+
+    Args:
+        offsets: Runs of offsets in tiles: `(frames, rows, first column, number of columns)`.
+    """
+
+    offsets: tuple[tuple[Offset, Offset, Offset, Count], ...]
+
+    @staticmethod
+    def from_offsets(offsets: Tensor) -> Stencil:
+        """From single offsets, int `[n, 3]` (frames, rows, columns), in any order."""
+        runs: list[list[int]] = []
+        for frame, row, column in sorted(map(tuple, offsets.tolist())):
+            if runs and runs[-1][:2] == [frame, row] and sum(runs[-1][2:]) == column:
+                runs[-1][3] += 1
+            else:
+                runs.append([frame, row, column, 1])
+        return Stencil(tuple(tuple(run) for run in runs))
+
+    def covers(self, queries: Boxes, keys: Boxes, where: TileOrder) -> Tensor:
+        """Whether a token of each query box sees one of each key box, bool `[Q, K]`."""
+        size = torch.tensor(where.tile)
+        reach = [-(-n // t) for n, t in zip(where.grid, where.tile, strict=True)]
+        table = _table(self.offsets, tuple(reach))
+        shift = torch.tensor(reach) - 1
+        lo = keys.lo[None] // size - queries.hi[:, None] // size + shift
+        hi = keys.hi[None] // size - queries.lo[:, None] // size + shift
+        return any_inside(table, lo, hi)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(offsets: tuple[tuple[int, int, int, int], ...], reach: tuple[int, int, int]) -> Tensor:
+    """Summed lattice of the offsets that a video of `reach` tiles can have."""
+    members = torch.zeros([2 * n - 1 for n in reach], dtype=torch.bool)
+    for frame, row, column, count in offsets:
+        if abs(frame) < reach[0] and abs(row) < reach[1]:
+            start = max(0, column + reach[2] - 1)
+            stop = max(start, column + count + reach[2] - 1)
+            members[frame + reach[0] - 1, row + reach[1] - 1, start:stop] = True
+    return summed(members)

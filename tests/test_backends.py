@@ -1,0 +1,204 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparse_dit.attention import BACKENDS, attend, sparse_attention
+from sparse_dit.backends.reference import token_mask
+from sparse_dit.index import build_index
+from sparse_dit.layout import TokenLayout
+from sparse_dit.patterns import Dense, Pattern, Skip, Window
+from tests.cases import LAYOUTS, PATTERN_CASES
+
+FAST = [name for name in BACKENDS if name != "reference"]
+LOCAL = Pattern(Window(0, 1, 1), (1, 2, 2), far=True)
+
+
+def inputs(layout, heads=3, kv_heads=3, dim=8, batch=1, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = [(batch, h, layout.seq_len, dim) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) * 1.5 for s in shape]
+
+
+def assert_same(ours, truth, tolerance=1e-6):
+    """Equal up to the logs of cell sizes, which indices keep in float32."""
+    assert ours.out.dtype == truth.out.dtype
+    torch.testing.assert_close(
+        ours.out.double(), truth.out.double(), atol=tolerance, rtol=tolerance
+    )
+    if truth.lse is not None:
+        torch.testing.assert_close(ours.lse, truth.lse, atol=1e-5, rtol=1e-5)
+    if truth.mass is not None:
+        torch.testing.assert_close(ours.mass, truth.mass, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_reference_is_masked_softmax(layout):
+    """The specification itself, against PyTorch's own masked attention."""
+    q, k, v = inputs(layout)
+    for pattern in PATTERN_CASES:
+        if pattern.far:
+            continue
+        index = build_index([pattern] * 3, layout)
+        mask = token_mask(index.entries[0])[0]
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).nan_to_num(0.0)
+        torch.testing.assert_close(sparse_attention(q, k, v, index, backend="reference"), want)
+
+
+def test_far_field_of_identical_keys_is_exact():
+    """If the keys of a cell are equal, pooling loses nothing."""
+    layout = TokenLayout.video(2, 8, 8, text_before=3)
+    q, k, v = inputs(layout)
+    pattern = Pattern(Window(0, 0, 0), (2, 2, 2), far=True)
+    index = build_index([pattern] * 3, layout)
+    far, order = index.entries[0].far, index.entries[0].k_order.long()
+    for start, stop in zip(far.cell_offsets[:-1], far.cell_offsets[1:], strict=True):
+        k[:, :, order[start:stop]] = k[:, :, order[start : start + 1]]
+    want = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(sparse_attention(q, k, v, index, backend="reference"), want)
+    assert index.density < 0.5
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_backend_matches_reference(backend, layout, causal):
+    q, k, v = inputs(layout, heads=6, kv_heads=3, batch=2)
+    kv_len = torch.tensor([layout.seq_len, max(0, layout.seq_len - 5)])
+    for i in range(0, len(PATTERN_CASES), 6):
+        patterns = (PATTERN_CASES[i : i + 6] * 6)[:6]
+        index = build_index(patterns, layout, group=32, causal=causal, causal_offset=2 * causal)
+        for valid in (None, kv_len):
+            for extra in ({}, {"return_lse": True, "mass_block": 16}):
+                truth = attend(q, k, v, index, kv_len=valid, backend="reference", **extra)
+                ours = attend(q, k, v, index, kv_len=valid, backend=backend, **extra)
+                assert torch.isfinite(truth.out).all()
+                assert_same(ours, truth)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 2), (torch.bfloat16, 2), (torch.float16, 2)], ids=str
+)
+@pytest.mark.parametrize("dim", [8, 40, 64])
+def test_low_precision_is_as_good_as_dense(backend, dtype, factor, dim):
+    """Error against float64 at most twice that of PyTorch's masked attention in the same dtype."""
+    layout = TokenLayout.video(3, 7, 9, text_after=5)
+    q, k, v = inputs(layout, dim=dim, dtype=dtype)
+    index = build_index([Pattern(Window(0, 2, 2), (2, 2, 2)), LOCAL, Pattern(Dense())], layout)
+    truth = attend(q.double(), k.double(), v.double(), index, backend="reference").out
+    low = attend(q, k, v, index, backend="reference").out.double()
+    ours = attend(q, k, v, index, backend=backend).out
+    assert ours.dtype == dtype
+    floor = torch.finfo(dtype).eps * truth.abs().max()
+    assert (ours.double() - truth).abs().max() <= factor * (low - truth).abs().max() + floor
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_strides_do_not_matter(backend):
+    layout = TokenLayout.video(2, 4, 6)
+    q, k, v = inputs(layout)
+    index = build_index([LOCAL, Pattern(Dense()), Pattern(Skip())], layout)
+    want = attend(q, k, v, index, backend=backend).out
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(attend(*strided, index, backend=backend).out, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_nothing_are_zero(backend):
+    layout = TokenLayout.video(2, 4, 6)
+    q, k, v = inputs(layout, heads=1, kv_heads=1)
+    empty = attend(
+        q, k, v, build_index([Pattern(Skip())], layout), backend=backend, return_lse=True
+    )
+    assert (empty.out == 0).all() and empty.lse.isneginf().all()
+    padding = attend(
+        q,
+        k,
+        v,
+        build_index([LOCAL], layout),
+        backend=backend,
+        kv_len=torch.tensor([0]),
+        return_lse=True,
+    )
+    assert (padding.out == 0).all() and padding.lse.isneginf().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_merges_partial_results(backend):
+    """Two halves of the keys merge into the whole, as ring attention does it."""
+    layout = TokenLayout.video(2, 4, 6)
+    q, k, v = inputs(layout, heads=1, kv_heads=1)
+    near = build_index([Pattern(Window(frames=0), (1, 4, 6))], layout)
+    far = build_index([Pattern(Window(), (1, 4, 6))], layout)
+    part = attend(q, k, v, near, backend=backend, return_lse=True)
+    whole = attend(q, k, v, far, backend=backend, return_lse=True)
+    share = (part.lse - whole.lse).exp()
+    assert (share < 1).all()
+    mass = attend(q, k, v, far, backend=backend, mass_block=24).mass
+    torch.testing.assert_close(mass.sum(-1).sum(-1), torch.full((1, 1), 48.0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nan_shows_where_it_is_seen(backend):
+    layout = TokenLayout.video(1, 8, 8)
+    q, k, v = inputs(layout, heads=1, kv_heads=1)
+    v[0, 0, 0] = torch.nan
+    index = build_index([Pattern(Window(0, 0, 0), (1, 4, 4))], layout)
+    out = attend(q, k, v, index, backend=backend).out[0, 0].view(8, 8, -1)
+    assert out[:4, :4].isnan().all() and not out[4:].isnan().any() and not out[:, 4:].isnan().any()
+    q[0, 0, 63] = torch.inf
+    assert attend(q, k, v, index, backend=backend).out[0, 0, 63].isnan().all()
+
+
+def test_large_logits_stay_finite():
+    layout = TokenLayout.video(2, 4, 6)
+    q, k, v = (x * 30 for x in inputs(layout, dtype=torch.float32))
+    index = build_index([LOCAL] * 3, layout)
+    truth = attend(q.double(), k.double(), v.double(), index, backend="reference").out
+    for backend in FAST:
+        torch.testing.assert_close(
+            attend(q, k, v, index, backend=backend).out.double(), truth, atol=1e-2, rtol=1e-3
+        )
+
+
+BAD = [
+    (lambda a: {"q": a["q"][0]}, "q must be"),
+    (lambda a: {"k": a["k"][:, :, :5]}, "q must be"),
+    (lambda a: {"q": a["q"][..., :4]}, "agree in B and D"),
+    (lambda a: {"q": a["q"].int()}, "floating dtype"),
+    (lambda a: {"k": a["k"].float(), "v": a["v"].float()}, "floating dtype"),
+    (lambda a: {"k": a["k"][:, :2], "v": a["v"][:, :2]}, "multiple of 2 key heads"),
+    (lambda a: {"q": a["q"][:, :, :7]}, "the index is for"),
+    (lambda a: {"q": a["q"].clone().requires_grad_()}, "for inference"),
+    (lambda a: {"kv_len": torch.tensor([1, 2])}, "kv_len must be int"),
+    (lambda a: {"kv_len": torch.tensor([1.0])}, "kv_len must be int"),
+    (lambda a: {"kv_len": torch.tensor([1000])}, "kv_len must lie in"),
+    (lambda a: {"kv_len": torch.tensor([-1])}, "kv_len must lie in"),
+    (lambda a: {"backend": "cuda"}, "unknown backend 'cuda'"),
+    (lambda a: {"mass_block": 0}, "mass_block"),
+    (lambda a: {x: a[x].to("meta") for x in "qkv"}, "on one device"),
+]
+
+
+@pytest.mark.parametrize(("change", "match"), BAD, ids=[match for _, match in BAD])
+def test_bad_calls(change, match):
+    layout = TokenLayout.video(2, 4, 6)
+    q, k, v = inputs(layout)
+    arguments = {"q": q, "k": k, "v": v, "index": build_index([LOCAL] * 3, layout)}
+    with pytest.raises(ValueError, match=match) as error:
+        attend(**{**arguments, **change(arguments)})
+    assert "\n" not in str(error.value)
+
+
+def test_large_patterns_are_not_cached(monkeypatch):
+    from sparse_dit.backends import chunks
+
+    layout = TokenLayout.video(4, 6, 6)
+    q, k, v = inputs(layout, heads=1, kv_heads=1)
+    index = build_index([Pattern(Window(0, 0, 0), (2, 3, 3), far=True)], layout)
+    want = attend(q, k, v, index, backend="gather").out
+    assert "chunks" in index.entries[0].cache
+    index.entries[0].cache.clear()
+    monkeypatch.setattr(chunks, "CACHED_KEYS", 10)
+    assert torch.equal(attend(q, k, v, index, backend="gather").out, want)
+    assert "chunks" not in index.entries[0].cache
