@@ -23,8 +23,8 @@ from .families import (
 from .processors import Seam, Tap, wrap
 
 __all__ = [
-    "AttentionCall",
     "Attachment",
+    "AttentionCall",
     "StepContext",
     "attach",
     "attachment_of",
@@ -130,7 +130,7 @@ class Attachment:
             self.layers[name].set_processor(processor)
         self._hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         if hasattr(transformer, "cache_context"):
-            setattr(transformer, "cache_context", self._cache_context)
+            transformer.cache_context = self._cache_context  # on this instance alone
         setattr(transformer, self.KEY, self)
 
     @property
@@ -204,7 +204,7 @@ class Attachment:
         if lost - self._lost:
             logger.error(
                 "the attention processors of %d layers were replaced after patching "
-                "(fuse_qkv_projections? an IP adapter?) and run stock: call it first, then patch; %s",
+                "(fuse_qkv_projections? an IP adapter?) and run stock: do that first, then patch; %s",
                 len(lost),
                 sorted(lost),
             )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import Branch
 from ..layout import TokenLayout
+from .call import Branch
 
 Arguments = Mapping[str, Any]
 

@@ -52,7 +52,7 @@ class Tap:
     mask: tuple[Tensor, int, Tensor | None, str | None] | None = None
 
     def read_mask(self, mask: Tensor | None, num_keys: int) -> tuple[Tensor | None, str | None]:
-        """`(kv_len, why it is not a prefix)`; read back from the device once a mask, not a layer."""
+        """`(kv_len, why it is no prefix)`; read back from the device once a mask, not a layer."""
         if mask is None:
             return None, None
         if not (self.mask and self.mask[0] is mask and self.mask[1] == mask._version):
