@@ -1,0 +1,23 @@
+"""Plans: which pattern each attention head computes, found offline, kept in a file.
+
+`profiles/README.md` is the normative description of the file.
+"""
+
+from .compare import diff, merge, summary_rows
+from .component import ComponentPlan, HeadChoice, Stage
+from .errors import PlanError
+from .hub import built_in
+from .plan import Plan, config_hash
+
+__all__ = [
+    "ComponentPlan",
+    "HeadChoice",
+    "Plan",
+    "PlanError",
+    "Stage",
+    "built_in",
+    "config_hash",
+    "diff",
+    "merge",
+    "summary_rows",
+]
