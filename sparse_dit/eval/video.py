@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sparse_dit.eval.metrics import Video, as_video
+from .metrics import Video, as_video
 
 MIN_SIDE = 256  # pixels; smaller videos are enlarged so that a person sees something
 NAN_COLOUR = (1.0, 0.0, 1.0)  # magenta: a NaN must be seen

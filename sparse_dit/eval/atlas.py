@@ -1,0 +1,114 @@
+"""The atlas of heads: what each head was given, with a picture of its attention and its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..index import pattern_index
+from ..layout import TokenLayout
+from ..patterns import Pattern
+from ..plan import ComponentPlan
+from .pictures import mask_map
+
+# layer -> one value for each head; None where there is none
+PerHead = Mapping[str, Sequence[np.ndarray | None]]
+Numbers = Mapping[str, Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class HeadCell:
+    """One head in one stage.
+
+    Attributes:
+        layer: Module path.
+        head: Its number in the layer.
+        pattern: What it computes.
+        density: Computed pairs over all pairs, pooled ones included.
+        error: Relative L2 error of its output on the calibration clips; None if not measured.
+        runner_up: The next best candidate, and `runner_up_error` its error.
+        recall: Share of the attention mass that is computed exactly; None if not measured.
+        attention: `[S, S]`, S <= 128, in the head's own token order; None if not recorded.
+        mask: `[S, S, 2]`: fraction exact, fraction far field.
+    """
+
+    layer: str
+    head: int
+    pattern: Pattern
+    density: float
+    error: float | None
+    runner_up: Pattern | None
+    runner_up_error: float | None
+    recall: float | None
+    attention: np.ndarray | None
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class StageAtlas:
+    """All heads of one component in one stage of noise, by layer."""
+
+    component: str
+    title: str
+    density: float
+    layers: dict[str, list[HeadCell]]
+
+
+def stage_atlas(
+    name: str,
+    component: ComponentPlan,
+    stage: int,
+    layout: TokenLayout,
+    *,
+    attention: PerHead | None = None,
+    recall: Numbers | None = None,
+    size: int = 96,
+) -> StageAtlas:
+    """The atlas of one stage.
+
+    Args:
+        name: The component's name, `transformer` or `transformer_2`.
+        component: Its plan.
+        stage: Place in `component.stages`.
+        layout: Size at which masks and densities are shown.
+        attention: Recorded attention maps, layer -> head.
+        recall: Share of the mass computed exactly, layer -> head.
+        size: Largest side of the masks' pictures.
+    """
+    masks: dict[Pattern, tuple[float, np.ndarray]] = {}
+    layers: dict[str, list[HeadCell]] = {}
+    for layer, stages in component.layers.items():
+        cells = []
+        for head, choice in enumerate(stages[stage]):
+            if choice.pattern not in masks:
+                entry = pattern_index(choice.pattern, layout)
+                masks[choice.pattern] = (entry.density, mask_map(entry, size))
+            density, mask = masks[choice.pattern]
+            cells.append(
+                HeadCell(
+                    layer,
+                    head,
+                    choice.pattern,
+                    density,
+                    choice.error,
+                    choice.runner_up,
+                    choice.runner_up_error,
+                    _pick(recall, layer, head),
+                    _pick(attention, layer, head),
+                    mask,
+                )
+            )
+        layers[layer] = cells
+    chosen = component.stages[stage]
+    title = f"sigma {chosen.sigma_max:g} to {chosen.sigma_min:g}"
+    if chosen.branch != "any":
+        title += f", {chosen.branch} branch"
+    densities = [cell.density for cells in layers.values() for cell in cells]
+    return StageAtlas(name, title, float(np.mean(densities)) if densities else 1.0, layers)
+
+
+def _pick(table, layer, head):  # one value of a table that may lack it
+    values = (table or {}).get(layer)
+    return None if values is None or head >= len(values) else values[head]

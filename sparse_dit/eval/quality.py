@@ -1,0 +1,339 @@
+"""What a plan costs in likeness and saves in seconds, measured on whole generations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..generation import Case, GenerationSettings, generate
+from ..integrations.diffusers import AttentionCall, attach, attachment_of, components
+from ..patch import patch
+from ..plan import Plan
+from ..summary import Summary
+from .metrics import drift, flat_psnr, mean_db, nonfinite, psnr, ssim
+
+Progress = Callable[[str], None]
+NOISE_FLOOR = (
+    "dense again, the same attention with its keys in reverse order: what rounding alone changes"
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A generation with all that a comparison needs.
+
+    Dense ones are kept so that several plans can be compared with the same one.
+
+    Attributes:
+        case: Prompt and seed.
+        video: `[T, H, W, 3]`.
+        latents: What they were after each step, on the CPU.
+        seconds: Duration of the whole pipeline call.
+    """
+
+    case: Case
+    video: np.ndarray
+    latents: list[Tensor]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CaseQuality:
+    """One prompt and seed, sparse against dense.
+
+    Attributes:
+        case: Prompt and seed.
+        dense_seconds, sparse_seconds: Duration of the whole pipeline call.
+        psnr_db: Sparse against dense; inf if equal, NaN if either has one.
+        psnr_flat_db: The dense video against its own mean colour.
+        psnr_noise_floor_db: Dense against dense (`NOISE_FLOOR`); None if not measured for this case.
+        ssim: Structural similarity; None if frames are under 11 x 11 pixels.
+        drift: Relative distance of the latents after each step.
+        nonfinite_dense, nonfinite_sparse: NaN and infinite values in the videos.
+    """
+
+    case: Case
+    dense_seconds: float
+    sparse_seconds: float
+    psnr_db: float
+    psnr_flat_db: float
+    psnr_noise_floor_db: float | None
+    ssim: float | None
+    drift: list[float]
+    nonfinite_dense: int
+    nonfinite_sparse: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A plan's measured quality and speed over some cases.
+
+    Attributes:
+        settings: How the videos were generated.
+        tokens: Length of the attention's sequence.
+        density: Computed pairs over all pairs, over the whole generation.
+        forecast_speedup: What the plan promised; None if it promises nothing.
+        cases: One for each prompt and seed.
+        interleaved: Whether dense and sparse runs took turns; if not, dense times are older.
+        summary: What ran where, as text.
+        references: The dense generations, to compare other plans with.
+        sparse_videos: `[T, H, W, 3]`, one for each case.
+    """
+
+    settings: GenerationSettings
+    tokens: int
+    density: float
+    forecast_speedup: float | None
+    cases: list[CaseQuality]
+    interleaved: bool
+    summary: str
+    references: list[Recorded] = field(repr=False)
+    sparse_videos: list[np.ndarray] = field(repr=False)
+
+    @property
+    def dense_seconds(self) -> float:
+        """Mean over cases."""
+        return float(np.mean([case.dense_seconds for case in self.cases]))
+
+    @property
+    def sparse_seconds(self) -> float:
+        """Mean over cases."""
+        return float(np.mean([case.sparse_seconds for case in self.cases]))
+
+    @property
+    def speedup(self) -> float:
+        """Dense over sparse seconds, whole pipeline calls."""
+        return self.dense_seconds / self.sparse_seconds
+
+    @property
+    def psnr_db(self) -> float:
+        """Mean over cases, see `mean_db`."""
+        return mean_db(case.psnr_db for case in self.cases)
+
+    @property
+    def psnr_min_db(self) -> float:
+        """The worst case; NaN if any is."""
+        return float(np.min([case.psnr_db for case in self.cases]))
+
+    @property
+    def psnr_flat_db(self) -> float:
+        """Mean over cases."""
+        return mean_db(case.psnr_flat_db for case in self.cases)
+
+    @property
+    def psnr_noise_floor_db(self) -> float | None:
+        """Mean over the cases it was measured for; None if for none."""
+        values = [c.psnr_noise_floor_db for c in self.cases if c.psnr_noise_floor_db is not None]
+        return mean_db(values) if values else None
+
+    @property
+    def ssim(self) -> float | None:
+        """Mean over cases; None if frames are too small."""
+        values = [case.ssim for case in self.cases]
+        return None if None in values else float(np.mean(np.array(values, float)))
+
+    @property
+    def drift(self) -> list[float]:
+        """Mean over cases, after each step."""
+        return np.mean([case.drift for case in self.cases], axis=0).tolist()
+
+    @property
+    def nonfinite(self) -> int:
+        """NaN and infinite values in all sparse videos."""
+        return sum(case.nonfinite_sparse for case in self.cases)
+
+
+def evaluate(
+    pipe: Any,
+    plan: Plan,
+    cases: Sequence[Case],
+    settings: GenerationSettings,
+    *,
+    references: Sequence[Recorded] | None = None,
+    noise_cases: int = 1,
+    warm_up: bool = True,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> Quality:
+    """Generate every case dense and sparse and compare.
+
+    Dense and sparse runs of a case follow each other, and which comes first alternates, so that a
+    slow minute of the machine hits both.
+
+    Args:
+        pipe: A stock diffusers pipeline; stock again on return, after an error too.
+        plan: What to measure.
+        cases: Prompts and seeds.
+        settings: Size, steps, guidance.
+        references: Dense results of the same cases and settings; saves generating them again.
+        noise_cases: For how many cases the dense-versus-dense floor is measured (one more dense
+            generation each).
+        warm_up: Run two steps of both first, so that first-use costs don't count.
+        backend: Of sparse attention.
+        progress: Called with a line of text before each generation.
+
+    Raises:
+        ValueError: no cases, references of other cases, or a patched pipeline.
+    """
+    cases = list(cases)
+    _check(pipe, cases, references)
+    say = progress or (lambda text: None)
+    tokens = _tokens(pipe, plan if warm_up else None, cases[0], settings, backend, say)
+    run = _Runs(pipe, plan, settings, backend, say)
+    measured: list[CaseQuality] = []
+    dense_runs: list[Recorded] = []
+    videos: list[np.ndarray] = []
+    for number, case in enumerate(cases):
+        say(f"case {number + 1} of {len(cases)}: {case.prompt}, seed {case.seed}")
+        if references is not None:
+            dense, sparse = references[number], run.sparse(case)
+        elif number % 2:
+            sparse, dense = run.sparse(case), run.dense(case)
+        else:
+            dense, sparse = run.dense(case), run.sparse(case)
+        floor = run.noise_floor(dense) if number < noise_cases else None
+        measured.append(_compare(dense, sparse, floor))
+        dense_runs.append(dense)
+        videos.append(sparse.video)
+    assert run.summary is not None and run.summary.density is not None
+    return Quality(
+        settings=settings,
+        tokens=tokens,
+        density=run.summary.density,
+        forecast_speedup=forecast_speedup(plan),
+        cases=measured,
+        interleaved=references is None,
+        summary=str(run.summary),
+        references=dense_runs,
+        sparse_videos=videos,
+    )
+
+
+def dense_references(
+    pipe: Any, cases: Iterable[Case], settings: GenerationSettings
+) -> list[Recorded]:
+    """Dense generations of all cases, for `evaluate(..., references=...)`."""
+    return [record(pipe, case, settings) for case in cases]
+
+
+def record(pipe: Any, case: Case, settings: GenerationSettings) -> Recorded:
+    """One generation of the pipeline as it is, with the latents of every step."""
+    latents: list[Tensor] = []
+    video, seconds = generate(
+        pipe, case, settings, lambda step, timestep, x: latents.append(x.detach().cpu().clone())
+    )
+    return Recorded(case, video, latents, seconds)
+
+
+def noise_floor_video(pipe: Any, case: Case, settings: GenerationSettings) -> np.ndarray:
+    """The case once more, dense, with every attention summed in reverse order of its keys.
+
+    Mathematically the same video; how far it is off tells what rounding alone does to this model.
+    """
+    attached = [attach(part, _reversed_keys) for part in components(pipe).values()]
+    try:
+        return generate(pipe, case, settings)[0]
+    finally:
+        for attachment in attached:
+            attachment.detach()
+
+
+def forecast_speedup(plan: Plan) -> float | None:
+    """The speed-up that a plan promises, None if it doesn't say."""
+    value = plan.forecast.get("speedup")
+    return None if value is None else float(value)
+
+
+def _reversed_keys(call: AttentionCall) -> Tensor:
+    if call.unsupported is not None:
+        return call.stock()
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    mask = None
+    if call.kv_len is not None:
+        valid = torch.arange(k.shape[2], device=k.device) < call.kv_len[:, None].to(k.device)
+        mask = valid.flip(-1)[:, None, None, :]
+    out = scaled_dot_product_attention(q, k.flip(2), v.flip(2), mask, scale=call.scale)
+    return out.transpose(1, 2)
+
+
+class _Runs:
+    """The three ways in which a case is generated."""
+
+    def __init__(
+        self, pipe: Any, plan: Plan, settings: GenerationSettings, backend: str, say: Progress
+    ) -> None:
+        self.pipe, self.plan, self.settings = pipe, plan, settings
+        self.backend, self.say = backend, say
+        self.summary: Summary | None = None
+
+    def dense(self, case: Case) -> Recorded:
+        self.say("  dense")
+        return record(self.pipe, case, self.settings)
+
+    def sparse(self, case: Case) -> Recorded:
+        self.say("  sparse")
+        with patch(self.pipe, self.plan, backend=self.backend) as handle:
+            result = record(self.pipe, case, self.settings)
+        self.summary = handle.summary()
+        return result
+
+    def noise_floor(self, dense: Recorded) -> float:
+        self.say("  noise floor")
+        return psnr(noise_floor_video(self.pipe, dense.case, self.settings), dense.video)
+
+
+def _compare(dense: Recorded, sparse: Recorded, floor: float | None) -> CaseQuality:
+    big_enough = min(dense.video.shape[1:3]) >= 11
+    return CaseQuality(
+        case=dense.case,
+        dense_seconds=dense.seconds,
+        sparse_seconds=sparse.seconds,
+        psnr_db=psnr(sparse.video, dense.video),
+        psnr_flat_db=flat_psnr(dense.video),
+        psnr_noise_floor_db=floor,
+        ssim=ssim(sparse.video, dense.video) if big_enough else None,
+        drift=drift(sparse.latents, dense.latents),
+        nonfinite_dense=nonfinite(dense.video),
+        nonfinite_sparse=nonfinite(sparse.video),
+    )
+
+
+def _tokens(
+    pipe: Any,
+    plan: Plan | None,
+    case: Case,
+    settings: GenerationSettings,
+    backend: str,
+    say: Progress,
+) -> int:
+    """Length of the attention's sequence, seen in a short dense run; a sparse one warms up a plan."""
+    short = replace(settings, steps=min(2, settings.steps))
+    say("warm-up")
+    (name, part), *_ = components(pipe).items()
+    attached = attach(part, lambda call: call.stock())
+    try:
+        generate(pipe, case, short)
+        layout = attached.context.layout
+    finally:
+        attached.detach()
+    if layout is None:
+        raise ValueError(f"the {name}'s token layout can't be told from its arguments")
+    if plan is not None:
+        with patch(pipe, plan, backend=backend):
+            generate(pipe, case, short)
+    return layout.seq_len
+
+
+def _check(pipe: Any, cases: list[Case], references: Sequence[Recorded] | None) -> None:
+    if not cases:
+        raise ValueError("at least one prompt is needed to measure quality, got none")
+    if references is not None and [r.case for r in references] != cases:
+        raise ValueError("references must be dense results of the same cases, in the same order")
+    if any(attachment_of(part) is not None for part in components(pipe).values()):
+        raise ValueError("the pipeline is patched: remove the patch before measuring it")

@@ -1,0 +1,220 @@
+"""The report of a measured plan: one offline HTML page, the same numbers as JSON, and the videos."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..plan import Plan
+from .atlas import StageAtlas
+from .page import render_page
+from .quality import NOISE_FLOOR, Quality
+from .sentences import findings, limits
+from .teacher import TeacherForced
+from .video import save_video, side_by_side
+
+VIDEOS = ("dense.mp4", "sparse.mp4", "side_by_side.mp4")
+FILES = ("report.html", "report.json", *VIDEOS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose patterns, measured on the same cases as the others.
+
+    Attributes:
+        name: Short; `uniform` and `random` have keys of their own in `report.json`.
+        description: One line of prose.
+        density, psnr_db, psnr_min_db, ssim, sparse_seconds, speedup: See `Quality`.
+        velocity_error: Teacher-forced, mean over sigmas; None if not measured.
+    """
+
+    name: str
+    description: str
+    density: float
+    psnr_db: float
+    psnr_min_db: float
+    ssim: float | None
+    sparse_seconds: float
+    speedup: float
+    velocity_error: float | None = None
+
+    @staticmethod
+    def of(
+        name: str, description: str, quality: Quality, forced: Sequence[TeacherForced] = ()
+    ) -> Method:
+        """The row of a measured plan."""
+        errors = [entry.velocity_error for entry in forced]
+        return Method(
+            name=name,
+            description=description,
+            density=quality.density,
+            psnr_db=quality.psnr_db,
+            psnr_min_db=quality.psnr_min_db,
+            ssim=quality.ssim,
+            sparse_seconds=quality.sparse_seconds,
+            speedup=quality.speedup,
+            velocity_error=sum(errors) / len(errors) if errors else None,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report shows. What is None or empty is reported as not measured.
+
+    Attributes:
+        title: Heading of the page.
+        plan: The searched plan.
+        quality: What `evaluate` measured for it.
+        baselines: The same for other plans: `uniform`, `random`, ...
+        teacher_forced: What `teacher_forced` measured for the plan.
+        atlases: One for each component and stage, see `stage_atlas`.
+        search_seconds: Profiling, choosing and verifying.
+        seam_overhead: (dense plan through the patch - stock) / stock seconds; 0.01 is 1 % slower.
+        provenance: `environment()` and the command, as text by name.
+        notes: Sentences of whoever measured.
+        fps: Of the videos.
+    """
+
+    title: str
+    plan: Plan
+    quality: Quality
+    baselines: Sequence[Method] = ()
+    teacher_forced: Sequence[TeacherForced] = ()
+    atlases: Sequence[StageAtlas] = ()
+    search_seconds: float | None = None
+    seam_overhead: float | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    fps: float = 8
+
+    @property
+    def methods(self) -> list[Method]:
+        """The searched plan and then its baselines."""
+        searched = Method.of("searched", "this plan", self.quality, self.teacher_forced)
+        return [searched, *self.baselines]
+
+
+def write_report(folder: str | Path, report: Report, *, overwrite: bool = False) -> list[Path]:
+    """Write `report.html`, `report.json`, and the first case's videos into a folder.
+
+    Args:
+        folder: Made if it isn't there.
+        report: What was measured.
+        overwrite: Whether files of these names may be replaced.
+
+    Returns:
+        The written files.
+
+    Raises:
+        FileExistsError: a file is there already and `overwrite` is False; nothing is written then.
+    """
+    folder = Path(folder)
+    check_free(folder, FILES, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    dense, sparse = report.quality.references[0].video, report.quality.sparse_videos[0]
+    clips = (dense, sparse, side_by_side(dense, sparse))
+    for name, clip in zip(VIDEOS, clips, strict=True):
+        save_video(folder / name, clip, report.fps)
+    page = render_page(report, findings(report), limits(report), VIDEOS)
+    _write(folder / "report.json", json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
+    _write(folder / "report.html", page)
+    return [folder / name for name in FILES]
+
+
+def check_free(folder: str | Path, names: Sequence[str], overwrite: bool) -> None:
+    """Raise FileExistsError if one of these files exists, unless it may be replaced."""
+    there = [name for name in names if (Path(folder) / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} has {', '.join(there)} already: pass --force (overwrite=True) to replace them"
+        )
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """`report.json` as a dict of JSON's own types.
+
+    JSON has no infinity and no NaN: such a value is null, and `notes` says which of the two it was
+    and where. A PSNR is infinite if the videos are equal in every value.
+    """
+    quality = report.quality
+    by_name = {method.name: method for method in report.baselines}
+    data = {
+        "title": report.title,
+        "tokens": quality.tokens,
+        "dense_seconds": quality.dense_seconds,
+        "sparse_seconds": quality.sparse_seconds,
+        "speedup": quality.speedup,
+        "forecast_speedup": quality.forecast_speedup,
+        "density": quality.density,
+        "efficiency": quality.speedup * quality.density,
+        "psnr_db": quality.psnr_db,
+        "psnr_min_db": quality.psnr_min_db,
+        "psnr_flat_db": quality.psnr_flat_db,
+        "psnr_noise_floor_db": quality.psnr_noise_floor_db,
+        "ssim": quality.ssim,
+        "psnr_uniform_db": by_name["uniform"].psnr_db if "uniform" in by_name else None,
+        "psnr_random_db": by_name["random"].psnr_db if "random" in by_name else None,
+        "search_seconds": report.search_seconds,
+        "seam_overhead": report.seam_overhead,
+        "nonfinite_values": quality.nonfinite,
+        "drift": quality.drift,
+        "teacher_forced": [asdict(entry) for entry in report.teacher_forced],
+        "methods": [asdict(method) for method in report.methods],
+        "cases": [asdict(case) for case in quality.cases],
+        "settings": quality.settings.to_dict(),
+        "noise_floor": NOISE_FLOOR,
+        "heads": [_head(atlas, cell) for atlas in report.atlases for cell in _cells(atlas)],
+        "ran": quality.summary,
+        "provenance": dict(report.provenance),
+    }
+    notes = [*report.notes, *findings(report), *limits(report)]
+    return {**_finite(data, "", notes), "notes": notes}
+
+
+def _cells(atlas: StageAtlas) -> list[Any]:
+    return [cell for cells in atlas.layers.values() for cell in cells]
+
+
+def _head(atlas: StageAtlas, cell: Any) -> dict[str, Any]:
+    return {
+        "component": atlas.component,
+        "stage": atlas.title,
+        "layer": cell.layer,
+        "head": cell.head,
+        "pattern": str(cell.pattern),
+        "density": cell.density,
+        "error": cell.error,
+        "recall": cell.recall,
+        "runner_up": None if cell.runner_up is None else str(cell.runner_up),
+        "runner_up_error": cell.runner_up_error,
+    }
+
+
+def _finite(value: Any, place: str, notes: list[str]) -> Any:
+    """The value with null for what JSON can't say, which is added to the notes."""
+    if isinstance(value, dict):
+        return {k: _finite(v, f"{place}.{k}" if place else k, notes) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{place}[{i}]", notes) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        meaning = "not a number" if math.isnan(value) else "infinite"
+        if meaning == "infinite" and "psnr" in place:
+            meaning = "infinite: equal in every value"
+        notes.append(f"{place} is null because it is {meaning}")
+        return None
+    return value
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file at once, so that nobody reads half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,185 @@
+"""The teacher-forced error: one-step predictions on real clips, sparse against dense.
+
+Unlike whole generations, it doesn't depend on what the model manages to generate, nor do early
+differences grow over the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..patch import patch
+from ..plan import Plan
+from .metrics import flat_psnr, mean_db, psnr, relative_error
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """Means over the clips at one noise level.
+
+    Attributes:
+        sigma: Noise level: the input is `(1 - sigma) * clip + sigma * noise`.
+        velocity_error: Relative L2 error of the predicted velocity, sparse against dense.
+        psnr_db: Of the decoded clean clip that it implies, sparse against dense.
+        psnr_flat_db: Of the dense one against its own mean colour.
+        clips: How many.
+    """
+
+    sigma: float
+    velocity_error: float
+    psnr_db: float
+    psnr_flat_db: float
+    clips: int
+
+
+@dataclass(frozen=True)
+class _Noised:
+    latents: Tensor
+    prompt: Tensor
+    sigma: float
+
+
+@torch.no_grad()
+def teacher_forced(
+    pipe: Any,
+    plan: Plan,
+    clips: Sequence[tuple[Tensor, str]],
+    sigmas: Sequence[float],
+    seed: int = 0,
+    *,
+    max_sequence_length: int = 512,
+    backend: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> list[TeacherForced]:
+    """The transformer's one-step prediction on noised clips, sparse against dense.
+
+    Args:
+        pipe: A stock WanPipeline; stock again on return.
+        plan: What to measure.
+        clips: Video `[3, T, H, W]` in -1..1 and its prompt, as `demo.draw.draw` gives them.
+        sigmas: Noise levels in (0, 1].
+        seed: Of the noise; each clip has one noise for all levels.
+        max_sequence_length: Text tokens.
+        backend: Of sparse attention.
+        progress: Called with a line of text before each pass.
+
+    Returns:
+        One entry for each sigma, in the given order.
+
+    Raises:
+        NotImplementedError: the pipeline isn't a WanPipeline.
+        ValueError: no clips, no sigmas, a sigma out of range, or a clip that the model can't take.
+    """
+    if type(pipe).__name__ != "WanPipeline":
+        raise NotImplementedError(
+            f"the teacher-forced error is written for WanPipeline, got {type(pipe).__name__}"
+        )
+    if not clips or not sigmas or not all(0 < sigma <= 1 for sigma in sigmas):
+        raise ValueError(f"clips and sigmas in (0, 1] are needed, got {len(clips)} and {sigmas}")
+    say = progress or (lambda text: None)
+    noise = torch.Generator("cpu").manual_seed(seed)
+    inputs: list[_Noised] = []
+    for clip, prompt in clips:
+        clean = _encode(pipe, clip)
+        drawn = torch.randn(clean.shape, generator=noise).to(clean)
+        text = _encode_prompt(pipe, prompt, max_sequence_length)
+        inputs += [_Noised((1 - s) * clean + s * drawn, text, s) for s in sigmas]
+    say(f"teacher-forced, dense: {len(inputs)} predictions")
+    dense = [_velocity(pipe, item) for item in inputs]
+    say(f"teacher-forced, sparse: {len(inputs)} predictions")
+    with patch(pipe, plan, backend=backend):
+        sparse = [_velocity(pipe, item) for item in inputs]
+    return _by_sigma(pipe, inputs, dense, sparse, len(sigmas))
+
+
+def _by_sigma(
+    pipe: Any, inputs: list[_Noised], dense: list[Tensor], sparse: list[Tensor], num_sigmas: int
+) -> list[TeacherForced]:
+    results = []
+    for first in range(num_sigmas):
+        errors, likeness, flat = [], [], []
+        for at in range(first, len(inputs), num_sigmas):
+            item = inputs[at]
+            errors.append(relative_error(sparse[at], dense[at]))
+            a, b = (_decode(pipe, item.latents - item.sigma * v) for v in (sparse[at], dense[at]))
+            likeness.append(psnr(a, b))
+            flat.append(flat_psnr(b))
+        results.append(
+            TeacherForced(
+                sigma=inputs[first].sigma,
+                velocity_error=float(np.mean(errors)),
+                psnr_db=mean_db(likeness),
+                psnr_flat_db=mean_db(flat),
+                clips=len(errors),
+            )
+        )
+    return results
+
+
+def _velocity(pipe: Any, item: _Noised) -> Tensor:
+    """The conditional prediction, float32 `[1, C, T, H, W]`."""
+    scale = pipe.scheduler.config.num_train_timesteps
+    boundary = pipe.config.boundary_ratio
+    high = boundary is None or item.sigma >= boundary
+    transformer = pipe.transformer if high else pipe.transformer_2
+    with transformer.cache_context("cond"):
+        return transformer(
+            hidden_states=item.latents.to(transformer.dtype),
+            timestep=torch.tensor([item.sigma * scale], device=item.latents.device),
+            encoder_hidden_states=item.prompt.to(transformer.dtype),
+            return_dict=False,
+        )[0].float()
+
+
+def _encode(pipe: Any, clip: Tensor) -> Tensor:
+    """Normalised latents `[1, C, T', H', W']` of a clip, as WanPipeline's denoising loop has them."""
+    if clip.ndim != 4 or clip.shape[0] != 3:
+        raise ValueError(f"a clip must be [3, T, H, W], got {tuple(clip.shape)}")
+    vae, frames = pipe.vae, clip.shape[1]
+    # AutoencoderKLWan reads 1 + 4n frames and drops the rest; it is causal, so padding is harmless
+    missing = -(frames - 1) % 4
+    padded = torch.cat([clip, clip[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+    encoded = vae.encode(padded[None].to(pipe.device, vae.dtype)).latent_dist.mode()
+    encoded = encoded[:, :, : (frames - 1) // pipe.vae_scale_factor_temporal + 1].float()
+    config = (pipe.transformer or pipe.transformer_2).config
+    for name, side, step in zip(
+        ("frames", "rows", "columns"), encoded.shape[2:], config.patch_size, strict=True
+    ):
+        if side % step:
+            raise ValueError(
+                f"a clip of {tuple(clip.shape[1:])} makes {side} latent {name}, "
+                f"which must be a multiple of {step}"
+            )
+    mean, std = _statistics(vae, encoded)
+    return (encoded - mean) / std
+
+
+def _decode(pipe: Any, latents: Tensor) -> np.ndarray:
+    """Video `[T, H, W, 3]` in 0..1 of normalised latents."""
+    mean, std = _statistics(pipe.vae, latents)
+    decoded = pipe.vae.decode((latents * std + mean).to(pipe.vae.dtype), return_dict=False)[0]
+    video = (decoded[0].float() / 2 + 0.5).clamp(0, 1)
+    return video.permute(1, 2, 3, 0).cpu().numpy()
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def _encode_prompt(pipe: Any, prompt: str, max_sequence_length: int) -> Tensor:
+    return pipe.encode_prompt(
+        prompt=prompt,
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_sequence_length,
+        device=pipe.device,
+    )[0]
