@@ -145,16 +145,18 @@ class Attachment:
 
     @property
     def lost(self) -> list[str]:
-        """Layers whose processor the host has replaced since: they run stock attention."""
+        """Layers whose processor the host replaced while attached: they run stock attention."""
+        if self._tap.intercept is None:
+            return sorted(self._lost)
         return [n for n, p in self._patched.items() if self.layers[n].processor is not p]
 
     def detach(self) -> None:
         """Restore the very stock processors and take the hook off; twice is harmless."""
         if self._tap.intercept is None:
             return
-        lost = self.lost
+        self._lost = set(self.lost)
         for name, processor in self._stock.items():
-            if name not in lost:
+            if name not in self._lost:
                 self.layers[name].set_processor(processor)
         self._hook.remove()
         vars(self._transformer).pop("cache_context", None)

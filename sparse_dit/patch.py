@@ -1,0 +1,148 @@
+"""`patch`: run a pipeline's attention as a plan says. `unpatch`: stock again, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .attention import BACKENDS
+from .plan import Plan, config_hash
+from .runtime import Ran, Runtime
+from .summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from .integrations.diffusers import Attachment
+
+
+def patch(
+    pipe_or_transformer: Any, plan: str | os.PathLike[str] | Plan, *, backend: str = "auto"
+) -> Handle:
+    """Make a pipeline's transformers run attention as the plan says.
+
+    Args:
+        pipe_or_transformer: A diffusers pipeline, or one of its transformers.
+        plan: A path, a folder, a built-in name, a hub id, or a `Plan`.
+        backend: `"auto"` or one that `sparse_attention` knows.
+
+    Returns:
+        The handle that tells what ran and takes the patch off; also a context manager.
+
+    Raises:
+        ValueError: If the plan is for another model, the backend is unknown, or the pipeline is
+            patched already.
+        TypeError: If there is no transformer, or an attention layer can't be patched.
+        NotImplementedError: If the transformer's class is not supported.
+    """
+    from .integrations.diffusers import attach, attachment_of, components
+
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"unknown backend {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}"
+        )
+    found = components(pipe_or_transformer)
+    if any(attachment_of(transformer) for transformer in found.values()):
+        raise ValueError("already patched; call handle.remove() or sparse_dit.unpatch(pipe) first")
+    if not isinstance(plan, Plan):
+        plan = Plan.from_pretrained(plan)
+    targets = _targets(pipe_or_transformer, found, plan)
+    for name, transformer in targets.items():
+        _check(name, transformer, plan)
+    runtimes = {name: Runtime(name, plan.components[name], backend) for name in targets}
+    attachments: dict[str, Attachment] = {}
+    try:
+        for name, transformer in targets.items():
+            attachments[name] = attach(transformer, runtimes[name])
+    except BaseException:
+        for attachment in attachments.values():
+            attachment.detach()
+        raise
+    return Handle(plan, attachments, runtimes)
+
+
+def unpatch(pipe_or_transformer: Any) -> None:
+    """Take off whatever is patched, on a deep copy of a patched pipeline too; twice is harmless.
+
+    Raises:
+        TypeError, NotImplementedError: If it is nothing that could have been patched.
+    """
+    from .integrations.diffusers import attachment_of, components
+
+    for transformer in components(pipe_or_transformer).values():
+        if attachment := attachment_of(transformer):
+            attachment.detach()
+
+
+class Handle:
+    """A patch in place: `summary()` says what ran, `remove()` restores the stock objects.
+
+    As a context manager it removes the patch at the end of the block.
+    """
+
+    def __init__(
+        self, plan: Plan, attachments: dict[str, Attachment], runtimes: dict[str, Runtime]
+    ) -> None:
+        self.plan = plan
+        self._attachments = attachments
+        self._runtimes = runtimes
+
+    @property
+    def ran(self) -> dict[str, tuple[Ran, ...]]:
+        """For each component what ran so far, by layer, stage and way."""
+        return {name: runtime.ran for name, runtime in self._runtimes.items()}
+
+    def summary(self) -> Summary:
+        """What the plan forecasts and what ran so far; prints as a table."""
+        lost = {name: tuple(a.lost) for name, a in self._attachments.items()}
+        return summarise(self.plan, self.ran, lost)
+
+    def remove(self) -> None:
+        """Restore the very stock processors; the account stays. Twice is harmless."""
+        for attachment in self._attachments.values():
+            attachment.detach()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def _targets(pipe: Any, found: dict[str, nn.Module], plan: Plan) -> dict[str, nn.Module]:
+    """The transformers that the plan is for, by its own component names."""
+    names = list(plan.components)
+    if isinstance(pipe, nn.Module):
+        if len(names) != 1:
+            raise ValueError(
+                f"the plan has components {names}; patch the pipeline, not one transformer"
+            )
+        return {names[0]: next(iter(found.values()))}
+    if missing := sorted(set(names) - set(found)):
+        raise ValueError(
+            f"the plan has components {missing} that {type(pipe).__name__} lacks; "
+            f"it has {sorted(found)}"
+        )
+    return {name: found[name] for name in names}
+
+
+def _check(name: str, transformer: nn.Module, plan: Plan) -> None:
+    """Raise PlanError unless the plan was made for a transformer like this one."""
+    from .integrations.diffusers import self_attention_layers
+
+    config, planned = transformer.config, plan.components[name].model_class
+    kinds = [cls.__name__ for cls in type(transformer).__mro__]
+    plan.check_model(
+        name,
+        model_class=planned if planned in kinds else kinds[0],
+        config_hash=config_hash(config),
+        num_heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        layer_names=self_attention_layers(transformer),
+    )

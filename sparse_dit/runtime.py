@@ -1,0 +1,160 @@
+"""What runs in place of stock attention for each call, and the account of what did run."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .attention import sparse_attention
+from .index import PatternIndex, SparseIndex, build_index
+from .integrations.call import AttentionCall
+from .layout import TokenLayout
+from .plan import ComponentPlan
+
+logger = logging.getLogger("sparse_dit")
+
+MAX_LAYOUTS = 8
+
+# the plan's own choice, so nothing to warn of
+NOT_NAMED = "layer not in the plan"
+NOT_COVERED = "noise level or branch not in the plan"
+ALL_DENSE = "every head dense in the plan"
+PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How often one layer ran one way.
+
+    Args:
+        layer: Module path.
+        stage: Number of the plan's stage; None if none applied.
+        dense_because: Why stock attention ran; None if sparse attention did.
+        calls: Attention calls.
+        computed: Query-key pairs that were computed (a pooled key counts as one).
+        pairs: Query-key pairs that dense attention would have computed.
+    """
+
+    layer: str
+    stage: int | None
+    dense_because: str | None
+    calls: int
+    computed: float
+    pairs: int
+
+
+class Runtime:
+    """The intercept of one patched transformer: sparse where its plan says so, stock elsewhere.
+
+    A copy shares the plan and starts with an empty account.
+    """
+
+    def __init__(self, component: str, plan: ComponentPlan, backend: str) -> None:
+        self.component = component
+        self.plan = plan
+        self.backend = backend
+        self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
+        self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
+        self._calls: Counter[tuple[str, int | None, str | None]] = Counter()
+        self._computed: Counter[tuple[str, int | None, str | None]] = Counter()
+        self._pairs: Counter[tuple[str, int | None, str | None]] = Counter()
+        self._warned: set[str] = set()
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Attention's output `[B, N, H, D]`."""
+        stage = self.plan.stage(call.context.sigma, call.context.branch)
+        reason = self._planned_dense(call, stage) or self._forced_dense(call)
+        index = None if reason else self._index(call, stage)
+        if index is None or index.is_dense:
+            return self._dense(call, stage, reason or ALL_DENSE)
+        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+        out = sparse_attention(
+            q, k, v, index, kv_len=call.kv_len, scale=call.scale, backend=self.backend
+        )
+        self._count(call, stage, None, index.density)
+        return out.transpose(1, 2)
+
+    def __reduce__(self):
+        return Runtime, (self.component, self.plan, self.backend)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Runtime:
+        return Runtime(self.component, self.plan, self.backend)
+
+    @property
+    def ran(self) -> tuple[Ran, ...]:
+        """The account, one entry for each layer, stage and way of running."""
+        return tuple(
+            Ran(*key, calls, self._computed[key], self._pairs[key])
+            for key, calls in self._calls.items()
+        )
+
+    def _planned_dense(self, call: AttentionCall, stage: int | None) -> str | None:
+        if call.layer not in self.plan.layers:
+            return NOT_NAMED
+        return NOT_COVERED if stage is None else None
+
+    def _forced_dense(self, call: AttentionCall) -> str | None:
+        """Why the plan can't be followed in this call; None if it can."""
+        layout, tokens = call.context.layout, call.q.shape[1]
+        least, most = self.plan.valid_tokens
+        if call.unsupported:
+            return f"the host asked for {call.unsupported}"
+        if layout is None:
+            return "the forward's arguments don't tell the token grid"
+        if layout.seq_len != tokens:
+            return f"attention over {tokens} tokens, but the grid {layout} has {layout.seq_len}"
+        if call.q.shape[2] != self.plan.num_heads:
+            return (
+                f"{call.q.shape[2]} heads in this process, but the plan has {self.plan.num_heads}"
+            )
+        if tokens < least:
+            return f"{tokens} tokens are below the break-even of {least}"
+        if most is not None and tokens > most:
+            return f"{tokens} tokens are more than the {most} that the plan is for"
+        return None
+
+    def _dense(self, call: AttentionCall, stage: int | None, reason: str) -> Tensor:
+        if reason not in PLANNED and reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("%s runs dense attention: %s", self.component, reason)
+        out = call.stock()
+        self._count(call, stage, reason, 1.0)
+        return out
+
+    def _count(
+        self, call: AttentionCall, stage: int | None, reason: str | None, density: float
+    ) -> None:
+        key = (call.layer, stage, reason)
+        pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * call.k.shape[1]
+        self._calls[key] += 1
+        self._computed[key] += density * pairs
+        self._pairs[key] += pairs
+
+    def _index(self, call: AttentionCall, stage: int | None) -> SparseIndex:
+        layout, device = call.context.layout, call.q.device
+        assert layout is not None, "else this call runs dense"
+        indices = self._indices.get(layout)
+        if indices is None:
+            indices = self._indices.setdefault(layout, {})
+            if len(self._indices) > MAX_LAYOUTS:
+                self._indices.popitem(last=False)
+                self._moved.clear()
+        key = (call.layer, stage, device)
+        if key not in indices:
+            patterns = self.plan.patterns(call.layer, call.context.sigma, call.context.branch)
+            assert patterns is not None, "else this call runs dense"
+            indices[key] = self._on(build_index(patterns, layout), device)
+        return indices[key]
+
+    def _on(self, index: SparseIndex, device: torch.device) -> SparseIndex:
+        """The index on `device`; layers that share a pattern share its tensors there too."""
+        if device.type == "cpu":
+            return index
+        for entry in index.entries:
+            if (entry, device) not in self._moved:
+                self._moved[entry, device] = entry.to(device)
+        return replace(index, entries=tuple(self._moved[e, device] for e in index.entries))

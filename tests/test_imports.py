@@ -1,0 +1,36 @@
+import subprocess
+import sys
+
+HEAVY = (
+    "accelerate",
+    "diffusers",
+    "gradio",
+    "imageio",
+    "jinja2",
+    "matplotlib",
+    "rich",
+    "scipy",
+    "skimage",
+    "tqdm",
+    "transformers",
+    "triton",
+    "typer",
+)
+
+
+def _loaded(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_torch_and_no_host_library():
+    # whatever torch itself loads is not ours to avoid
+    allowed = _loaded("import torch, pydantic, safetensors")
+    assert set(HEAVY) & (_loaded("import sparse_dit") - allowed) == set()
+
+
+def test_the_runtime_does_not_load_the_search():
+    names = "import sparse_dit.patch, sparse_dit.integrations.diffusers; names = [*sys.modules]"
+    code = f"{names}; assert not [n for n in names if n.startswith('sparse_dit.search')]"
+    assert "sparse_dit" in _loaded(code)
