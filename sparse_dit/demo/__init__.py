@@ -1,0 +1,1 @@
+"""What the demonstration needs at run time: drawn videos with known prompts."""
