@@ -61,9 +61,10 @@ def parse(data: bytes) -> dict[str, Any]:
         raise PlanError(f"not valid JSON at {where} ({error.msg}); is it complete?") from None
     except RecursionError:
         raise PlanError(f"nested deeper than {MAX_DEPTH} levels") from None
+    document = plain(document)
     if not isinstance(document, dict):
         raise PlanError(f"a plan must be a JSON object, got {short(document)}")
-    return plain(document)
+    return document
 
 
 def plain(value: Any, path: tuple[str | int, ...] = ()) -> Any:

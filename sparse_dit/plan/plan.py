@@ -128,7 +128,7 @@ class Plan:
         plan = Plan(form.pipeline_class, components, form.density, **notes)
         if spare := sorted(tensors.keys() ^ plan.tensors().keys()):
             raise PlanError(
-                f"tensors: must be those that the patterns name, differ in {spare[0][:80]!r}"
+                f"tensors: must be those that the patterns name, not so {spare[0][:80]!r}"
             )
         if tensors and form.tensors is None:
             raise PlanError("tensors: must hold the SHA-256 of the tensor file, got null")
@@ -256,8 +256,8 @@ class Plan:
             )
         if part.config_hash != config_hash:
             raise PlanError(
-                f"{component}: the model's config_hash must be {part.config_hash[:12]}... as in the plan, "
-                f"got {config_hash}; use a plan made for this checkpoint, or set it in the plan "
+                f"{component}: the model's config_hash must be {part.config_hash[:12]}... as in "
+                f"the plan, got {config_hash}; use a plan made for this checkpoint, or set it in the plan "
                 "if you know that only a library's defaults changed"
             )
 
