@@ -126,6 +126,24 @@ def test_one_pattern_and_one_layer_a_line():
     assert sum('"blocks.1.attn1": [[' in line for line in lines) == 1
 
 
+def test_the_example_in_the_format_description_is_a_plan_as_saved(tmp_path):
+    page = (Path(__file__).parents[1] / "profiles" / "README.md").read_text(encoding="utf-8")
+    example = page.split("```json\n")[1].split("```")[0]
+    (tmp_path / "example.json").write_text(example, encoding="utf-8")
+    Plan.load(tmp_path / "example.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text(encoding="utf-8") == example
+
+
+def test_the_format_description_names_every_pattern_and_parameter():
+    page = (Path(__file__).parents[1] / "profiles" / "README.md").read_text(encoding="utf-8")
+    own = {"bits": "mask"}  # named after the tensor in the file
+    for name, shape in PATTERNS.items():
+        assert f"| `{name}` |" in page
+        fields = dataclasses.fields(shape) if dataclasses.is_dataclass(shape) else ()
+        for field in fields:
+            assert f"`{own.get(field.name, field.name)}`" in page
+
+
 # --- what applies to a call
 
 
@@ -718,6 +736,7 @@ def test_a_wrong_component_cannot_be_built(changes, words):
         (lambda: small(density=True), "density: must be a number"),
         (lambda: small(components={}), "components: must name at least one transformer"),
         (lambda: small(components={"../x": component()}), "components: must match"),
+        (lambda: small(forecast={"speedup": "2x"}), "forecast.speedup: must be a number > 0"),
         (lambda: small(pipeline_class="a.b"), "pipeline_class: must match"),
         (lambda: small(version=2), "version: must be 1, got 2"),
     ],

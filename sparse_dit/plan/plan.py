@@ -71,6 +71,9 @@ class Plan:
             if not isinstance(getattr(self, name), dict):
                 raise PlanError(f"{name}: must be a dict, got {short(getattr(self, name))}")
             object.__setattr__(self, name, plain(getattr(self, name), (name,)))
+        speedup = self.forecast.get("speedup", 1.0)
+        if isinstance(speedup, bool) or not isinstance(speedup, int | float) or speedup <= 0:
+            raise PlanError(f"forecast.speedup: must be a number > 0, got {short(speedup)}")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
