@@ -18,6 +18,7 @@ from torch import Tensor
 from sparse_dit.demo.draw import draw
 
 TEXT_LEN = 20
+NOISE_SHIFT = 1.6
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,6 @@ class Bucket:
     width: int
     batch: int
     weight: tuple[float, float]
-
-    @property
-    def shift(self) -> float:
-        """Larger pictures need more noise to be as unclear: the shift of the noise levels."""
-        return 1.6 * (self.height * self.width / 64) ** 0.3
 
 
 # tokens x batch; the last column says what the size is there for
@@ -84,8 +80,13 @@ def make_batch(
     encode_video: Callable[[Tensor], Tensor],
     encode_text: Callable[[list[str], int], tuple[Tensor, Tensor]],
     rng: Random,
+    noise_shift: float = NOISE_SHIFT,
 ) -> Batch:
-    """Draw clips, drop one prompt in ten, choose noise levels."""
+    """Draw clips, drop one prompt in ten, choose noise levels.
+
+    `noise_shift` is for pictures of 8 x 8 latents; larger ones need more noise to be as unclear.
+    """
+    shift = noise_shift * (bucket.height * bucket.width / 64) ** 0.3
     size = bucket.frames, bucket.height * 8, bucket.width * 8
     clips, prompts = zip(*(draw(*size, rng) for _ in range(bucket.batch)), strict=True)
     latents = encode_video(torch.stack(clips))
@@ -93,7 +94,7 @@ def make_batch(
     generator = torch.Generator().manual_seed(rng.getrandbits(48))
     return Batch(
         latents=latents,
-        sigma=sample_sigma(bucket.batch, bucket.shift, rng),
+        sigma=sample_sigma(bucket.batch, shift, rng),
         noise=torch.randn(latents.shape, generator=generator),
         text=text,
         text_bias=_pad_bias(mask, rng.choice((20, 32, 32, 32, 64, 128, 226, 512))),

@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()  # the pipeline remarks on every odd number of frames
     logging.disable_progress_bar()
-    pipe = WanPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(args.folder).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if args.shift is not None:
         config = {**pipe.scheduler.config, "shift": args.shift}

@@ -12,6 +12,7 @@ import argparse
 import copy
 import os
 import time
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +22,10 @@ from random import Random
 import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.utils import logging
 from torch import Tensor, nn
 
-from demos.tiny_wan.batches import Batch, choose_bucket, make_batch
+from demos.tiny_wan.batches import NOISE_SHIFT, Batch, choose_bucket, make_batch
 from demos.tiny_wan.folder import new_pipeline, write_pipeline
 from demos.tiny_wan.text import encode
 from demos.tiny_wan.vae import PatchEncoder
@@ -155,9 +157,8 @@ def run(pipe: WanPipeline, out: Path, args: argparse.Namespace) -> None:
     try:
         while (progress := _progress(training, args)) < 1:
             mix = args.mix_from + (1 - args.mix_from) * progress
-            batch = make_batch(
-                choose_bucket(mix, training.rng), encode_video, encode_text, training.rng
-            )
+            bucket = choose_bucket(mix, training.rng)
+            batch = make_batch(bucket, encode_video, encode_text, training.rng, args.noise_shift)
             losses.append(train_step(training, batch, progress))
             training.cpu_seconds = time.process_time() - start
             if training.step % args.log_every == 0:
@@ -200,14 +201,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--mix-from", type=float, default=0.0, help="start with a later mix of sizes, 0..1"
     )
+    parser.add_argument(
+        "--noise-shift", type=float, default=NOISE_SHIFT, help="larger trains on more noise"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log-every", type=int, default=50, help="steps between reports")
     parser.add_argument("--save-every", type=float, default=300, help="CPU seconds between saves")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()  # the weights are meant to be cast to bfloat16
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     if args.init:
-        pipe = WanPipeline.from_pretrained(args.init, torch_dtype=torch.float32)
+        pipe = WanPipeline.from_pretrained(args.init).to(torch.float32)
     else:
         pipe = new_pipeline(args.seed)
     run(pipe, args.out, args)
