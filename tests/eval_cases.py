@@ -14,7 +14,7 @@ from sparse_dit.eval.teacher import TeacherForced
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.diffusers import components, self_attention_layers
 from sparse_dit.layout import TokenLayout
-from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Vertical, Window
+from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 
 WINDOW = Pattern(Window(frames=1, rows=1, columns=1), tile=(2, 2, 2), far=True)
@@ -39,7 +39,7 @@ def uniform_plan(pipe: Any, pattern: Pattern, layout: TokenLayout) -> Plan:
 
 def made_up_plan(layers: int = 2) -> Plan:
     """A plan of four heads a layer in two stages, for no model in particular."""
-    shapes = [Window(frames=0), Stripe(time_width=1), Vertical(fraction=0.2), SlidingTile()]
+    shapes = [Window(frames=0), Stripe(time_width=1), Window(rows=2, columns=2), SlidingTile()]
     patterns = [Pattern(shape, far=i % 2 == 0) for i, shape in enumerate(shapes)]
     dense = tuple(HeadChoice(Pattern(Dense()), 0.0) for _ in patterns)
     sparse = tuple(
@@ -101,7 +101,10 @@ def made_up_quality(**changes: Any) -> Quality:
         ],
         "sparse_videos": [np.clip(video + noise, 0, 1) for video in dense],
     }
-    return Quality(**{**values, **changes})
+    values |= changes
+    for name in ("references", "sparse_videos"):  # one for each case
+        values[name] = values[name][: len(values["cases"])]
+    return Quality(**values)
 
 
 def made_up_report(**changes: Any) -> Report:

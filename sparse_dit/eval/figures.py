@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .atlas import StageAtlas
@@ -71,6 +72,7 @@ def drift_curve(drifts: Mapping[str, Sequence[float]]) -> Figure:
         axes.plot(
             steps, shown, color=COLOURS[style], marker=_MARKERS[style], markersize=4, label=name
         )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if any(v > smallest for values in drifts.values() for v in values):
         axes.set_yscale("log")
     if drifts:
@@ -111,9 +113,9 @@ def atlas_figure(stage: StageAtlas) -> Figure:
     """All heads of a stage: for each its attention beside its mask, with name, density, error."""
     layers = list(stage.layers.items())
     columns = max((len(cells) for _, cells in layers), default=1)
-    figure = Figure(
-        figsize=(2.6 * columns, 1.75 * len(layers) + 0.5), dpi=100, layout="constrained"
-    )
+    width, height = 2.6 * columns, 1.75 * len(layers) + 0.5
+    figure = Figure(figsize=(width, height), dpi=100)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.75 / height, wspace=0.05, hspace=0.3)
     FigureCanvasAgg(figure)
     figure.suptitle(f"{stage.component}, {stage.title}: density {stage.density:.3f}", fontsize=9)
     grid = figure.subplots(len(layers), columns, squeeze=False)

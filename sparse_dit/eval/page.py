@@ -60,7 +60,7 @@ def render_page(
         drift=_drift(report),
         forced=_forced(report),
         atlases=[_atlas(atlas, _thumb(report)) for atlas in report.atlases],
-        opened=_opened(report.atlases),
+        opened=opened(report.atlases),
     )
 
 
@@ -169,6 +169,6 @@ def _shrunk(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BOX) if image.width > side else image
 
 
-def _opened(atlases: Sequence[StageAtlas]) -> int:
+def opened(atlases: Sequence[StageAtlas]) -> int:
     """Which stage is shown unfolded: the first that isn't dense."""
     return next((i for i, atlas in enumerate(atlases) if atlas.density < 1), 0)

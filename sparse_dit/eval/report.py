@@ -12,14 +12,15 @@ from typing import Any
 
 from ..plan import Plan
 from .atlas import StageAtlas
-from .page import render_page
+from .figures import atlas_figure, save_png
+from .page import opened, render_page
 from .quality import NOISE_FLOOR, Quality
 from .sentences import findings, limits
 from .teacher import TeacherForced
 from .video import save_video, side_by_side
 
 VIDEOS = ("dense.mp4", "sparse.mp4", "side_by_side.mp4")
-FILES = ("report.html", "report.json", *VIDEOS)
+FILES = ("report.html", "report.json", "atlas.png", *VIDEOS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Report:
 
 
 def write_report(folder: str | Path, report: Report, *, overwrite: bool = False) -> list[Path]:
-    """Write `report.html`, `report.json`, and the first case's videos into a folder.
+    """Write `report.html`, `report.json`, the first case's videos and the atlas as a picture.
 
     Args:
         folder: Made if it isn't there.
@@ -123,7 +124,11 @@ def write_report(folder: str | Path, report: Report, *, overwrite: bool = False)
     page = render_page(report, findings(report), limits(report), VIDEOS)
     _write(folder / "report.json", json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
     _write(folder / "report.html", page)
-    return [folder / name for name in FILES]
+    if report.atlases:
+        save_png(atlas_figure(report.atlases[opened(report.atlases)]), folder / "atlas.png")
+    else:
+        (folder / "atlas.png").unlink(missing_ok=True)  # of an earlier report
+    return [folder / name for name in FILES if (folder / name).exists()]
 
 
 def check_free(folder: str | Path, names: Sequence[str], overwrite: bool) -> None:
