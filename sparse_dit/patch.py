@@ -136,7 +136,8 @@ def _check(name: str, transformer: nn.Module, plan: Plan) -> None:
     """Raise PlanError unless the plan was made for a transformer like this one."""
     from .integrations.diffusers import self_attention_layers
 
-    config, planned = transformer.config, plan.components[name].model_class
+    config: Any = transformer.config
+    planned = plan.components[name].model_class
     kinds = [cls.__name__ for cls in type(transformer).__mro__]
     plan.check_model(
         name,

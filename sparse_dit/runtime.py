@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +60,7 @@ class Runtime:
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
         self._calls: Counter[tuple[str, int | None, str | None]] = Counter()
-        self._computed: Counter[tuple[str, int | None, str | None]] = Counter()
+        self._computed: defaultdict[tuple[str, int | None, str | None], float] = defaultdict(float)
         self._pairs: Counter[tuple[str, int | None, str | None]] = Counter()
         self._warned: set[str] = set()
 

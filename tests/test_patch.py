@@ -458,3 +458,34 @@ def test_the_runtime_moves_an_index_once_a_device():
     first, second = (runtime._on(index, torch.device("meta")) for _ in range(2))
     assert first.entries[0] is second.entries[0]
     assert first.entries[0].runs.device.type == "meta"
+
+
+def test_compiled_transformers_follow_the_plan_in_few_graphs():
+    from torch._dynamo.testing import CompileCounter
+
+    pipe, call = wan(num_layers=10)  # more than the recompile limit of 8
+    plan = plan_for(pipe, NARROW)
+    with patch(pipe, plan):
+        want = generate(pipe, call)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    with patch(pipe, plan) as handle:
+        pipe.transformer.compile_repeated_blocks(backend=graphs)
+        torch.testing.assert_close(generate(pipe, call), want)
+        assert handle.summary().sparse_calls == 40
+    assert graphs.frame_count <= 6
+    torch._dynamo.reset()
+
+
+def test_a_pipeline_whose_transformer_is_wrapped_by_compile_is_patched():
+    pipe, call = wan()
+    stock = generate(pipe, call)
+    with patch(pipe, plan_for(pipe, NARROW)):
+        want = generate(pipe, call)
+    torch._dynamo.reset()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with patch(pipe, plan_for(pipe, NARROW)) as handle:
+        torch.testing.assert_close(generate(pipe, call), want)
+        assert handle.summary().sparse_calls == 8
+    torch.testing.assert_close(generate(pipe, call), stock)
+    torch._dynamo.reset()

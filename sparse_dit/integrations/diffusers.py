@@ -118,8 +118,8 @@ class Attachment:
 
     def __init__(self, transformer: nn.Module, intercept: Intercept) -> None:
         self._tap = Tap(intercept)
-        self._transformer = transformer
-        self.layers = self_attention_layers(transformer)
+        self._transformer: Any = transformer
+        self.layers: dict[str, Any] = dict(self_attention_layers(transformer))
         self._stock = {n: m.processor for n, m in self.layers.items()}
         self._patched = {n: wrap(p, Seam(n, self._tap)) for n, p in self._stock.items()}
         self._branch: Branch = "any"
@@ -128,9 +128,10 @@ class Attachment:
         self._lost: set[str] = set()
         for name, processor in self._patched.items():
             self.layers[name].set_processor(processor)
-        self._hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        hook = self._before_forward  # pyright: ignore[reportAttributeAccessIssue]
+        self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
         if hasattr(transformer, "cache_context"):
-            transformer.cache_context = self._cache_context  # on this instance alone
+            self._transformer.cache_context = self._cache_context  # on this instance alone
         setattr(transformer, self.KEY, self)
 
     @property
@@ -193,7 +194,8 @@ class Attachment:
             or sigma > last.sigma
             or (repeated and last.step == 0 and sigma == self._first_sigma)
         ):
-            self._seen, self._first_sigma = {branch}, sigma
+            self._seen = {branch}
+            self._first_sigma = sigma
             return last.run + 1, 0
         if sigma < last.sigma or repeated:
             self._seen = {branch}

@@ -120,7 +120,7 @@ def patched_class(stock: type) -> type:
 
 
 def _rebound(stock: type) -> Callable[..., Any]:
-    call = stock.__call__
+    call: Any = stock.__call__
     names = call.__code__.co_names if inspect.isfunction(call) else ()
     scope = getattr(call, "__globals__", {})
     if DISPATCH in names and DISPATCH in scope:
@@ -157,7 +157,7 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
     seam = _ACTIVE.seam
     assert seam is not None, "a patched processor sets its seam before it runs"
     tap = seam.tap
-    options = dict(zip(PARAMETERS, args, strict=False)) | kwargs
+    options: dict[str, Any] = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
     q, k, v = (options.pop(name) for name in PARAMETERS[:3])
     if heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -181,7 +181,7 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
 
 
 # a compiled block breaks its graph here: plans, counters and caches are Python that isn't traced
-_attend_untraced = torch.compiler.disable(_attend)
+_attend_untraced: Callable[..., Tensor] = torch.compiler.disable(_attend)
 
 
 def _unsupported(options: dict[str, Any]) -> str | None:
