@@ -181,7 +181,7 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
 
 
 # a compiled block breaks its graph here: plans, counters and caches are Python that isn't traced
-_attend_untraced: Callable[..., Tensor] = torch.compiler.disable(_attend)
+_attend_untraced: Any = torch.compiler.disable(_attend)
 
 
 def _unsupported(options: dict[str, Any]) -> str | None:
