@@ -233,8 +233,7 @@ def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> Pat
 
 def seen_cells(pattern: Pattern, order: TileOrder) -> Tensor:
     """Which cells each tile sees exactly, bool `[tiles, cells]`."""
-    cells = order.boxes(order.cell_offsets(pattern.cell))
-    tiles = order.boxes(order.tile_offsets)
+    cells, tiles = order.boxes(pattern.cell), order.boxes()
     step = max(1, (1 << 24) // max(1, len(cells)))
     parts = [
         pattern.shape.covers(tiles.slice(start, start + step), cells, order)

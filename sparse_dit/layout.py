@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -200,6 +200,7 @@ class TileOrder:
     coordinates: Tensor
     tile: tuple[int, int, int]
     grid: tuple[int, int, int]
+    _boxes: dict[int | None, Boxes] = field(default_factory=dict, repr=False)
 
     @property
     def is_identity(self) -> bool:
@@ -216,8 +217,13 @@ class TileOrder:
         rank = torch.arange(len(first)) - torch.repeat_interleave(parts.cumsum(0) - parts, parts)
         return torch.cat([first + rank * cell, self.tile_offsets[-1:]])
 
-    def boxes(self, offsets: Tensor) -> Boxes:
-        """Bounding boxes of the runs of sorted video tokens that `offsets` `[n + 1]` delimits."""
+    def boxes(self, cell: int | None = None) -> Boxes:
+        """Bounding boxes of the cells of `cell_offsets(cell)`; kept, so that they are made once."""
+        if cell not in self._boxes:
+            self._boxes[cell] = self._bound(self.cell_offsets(cell))
+        return self._boxes[cell]
+
+    def _bound(self, offsets: Tensor) -> Boxes:
         n = len(offsets) - 1
         owner = torch.repeat_interleave(torch.arange(n), offsets.diff())[:, None].expand(-1, 3)
         lo = torch.zeros(n, 3, dtype=torch.int64)

@@ -42,7 +42,7 @@ def test_cells_cut_tiles(cell):
     assert set(order.tile_offsets.tolist()) <= set(cells.tolist())
     assert cells.diff().min() >= 1
     assert cell is None or cells.diff().max() <= cell
-    boxes = order.boxes(cells)
+    boxes = order.boxes(cell)
     for i in range(len(boxes)):
         tokens = order.coordinates[cells[i] : cells[i + 1]]
         assert tokens.amin(0).tolist() == boxes.lo[i].tolist()

@@ -41,21 +41,25 @@ class Stencil:
     def covers(self, queries: Boxes, keys: Boxes, where: TileOrder) -> Tensor:
         """Whether a token of each query box sees one of each key box, bool `[Q, K]`."""
         size = torch.tensor(where.tile)
-        reach = [-(-n // t) for n, t in zip(where.grid, where.tile, strict=True)]
-        table = _table(self.offsets, tuple(reach))
+        reach = tuple(-(-n // t) for n, t in zip(where.grid, where.tile, strict=True))
+        members, table = _members(self.offsets, reach)
         shift = torch.tensor(reach) - 1
-        lo = keys.lo[None] // size - queries.hi[:, None] // size + shift
-        hi = keys.hi[None] // size - queries.lo[:, None] // size + shift
-        return any_inside(table, lo, hi)
+        q_lo, q_hi, k_lo, k_hi = (x // size for x in (queries.lo, queries.hi, keys.lo, keys.hi))
+        lo = k_lo[None] - q_hi[:, None] + shift
+        if torch.equal(q_lo, q_hi) and torch.equal(k_lo, k_hi):  # no box spans tiles: one offset
+            return members[lo[..., 0], lo[..., 1], lo[..., 2]]
+        return any_inside(table, lo, k_hi[None] - q_lo[:, None] + shift)
 
 
 @functools.lru_cache(maxsize=256)
-def _table(offsets: tuple[tuple[int, int, int, int], ...], reach: tuple[int, int, int]) -> Tensor:
-    """Summed lattice of the offsets that a video of `reach` tiles can have."""
+def _members(
+    offsets: tuple[tuple[int, int, int, int], ...], reach: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """The offsets that a video of `reach` tiles can have: bool lattice, and summed."""
     members = torch.zeros([2 * n - 1 for n in reach], dtype=torch.bool)
     for frame, row, column, count in offsets:
         if abs(frame) < reach[0] and abs(row) < reach[1]:
             start = max(0, column + reach[2] - 1)
             stop = max(start, column + count + reach[2] - 1)
             members[frame + reach[0] - 1, row + reach[1] - 1, start:stop] = True
-    return summed(members)
+    return members, summed(members)

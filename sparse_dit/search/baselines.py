@@ -1,0 +1,101 @@
+"""What a searched plan must beat at equal density: one pattern for all heads, and chance."""
+
+from __future__ import annotations
+
+import torch
+
+from ..patterns import Pattern
+from ..plan import ComponentPlan, HeadChoice, Plan
+from .candidates import DENSE, single_stencil, tilings
+from .profile import ComponentProfile, Profile
+from .solve import Choice, Problem, evaluate
+from .statistics import density
+
+
+def uniform_pattern(profile: ComponentProfile, target: float) -> Pattern:
+    """The best single pattern of about this density: the stencil (with far field) whose offsets save
+    most error on average over all layers, heads and noise levels.
+
+    It contains windows, sliding tiles and multi-diagonals as shapes, so it is the strongest of them.
+    """
+    tile = tilings(profile.layout)[0]
+    total: dict[str, torch.Tensor] = {}
+    for heads in profile.found.values():
+        for head in heads:
+            for key, value in head[tile].items():
+                total[key] = total.get(key, 0) + value
+    low, high = 0.0, 1.0
+    best = single_stencil(total, 0.0, tile, profile.layout)
+    for _ in range(20):  # the density includes the far field, the budget does not
+        middle = (low + high) / 2
+        pattern = single_stencil(total, middle, tile, profile.layout)
+        if density(pattern, profile.layout) <= target:
+            best, low = pattern, middle
+        else:
+            high = middle
+    return best
+
+
+def uniform_plan(plan: Plan, profile: Profile, *, keep_dense: bool) -> Plan:
+    """The same pattern for every head, at the density of `plan`.
+
+    Args:
+        plan: Searched plan.
+        profile: Its profile.
+        keep_dense: Whether stages in which the searched plan is (nearly) dense stay dense, and the
+            pattern is correspondingly sparser elsewhere.
+    """
+    components = {}
+    for name, component in plan.components.items():
+        part = profile.components[name]
+        weights = stage_densities(component, part)
+        dense = [d > 0.95 and keep_dense for d in weights]
+        shares = plan.provenance["stage_shares"][name]
+        free = sum(s for s, is_dense in zip(shares, dense, strict=True) if not is_dense)
+        fixed = sum(shares) - free
+        target = (plan.density - fixed) / free if free else 1.0
+        pattern = uniform_pattern(part, max(0.0, target))
+        rows = tuple(
+            (HeadChoice(DENSE if is_dense else pattern),) * component.num_heads
+            for is_dense in dense
+        )
+        components[name] = _replaced(component, dict.fromkeys(component.layers, rows))
+    return Plan(plan.pipeline_class, components, plan.density)
+
+
+def stage_densities(component: ComponentPlan, profile: ComponentProfile) -> list[float]:
+    """Mean density of each stage."""
+    result = []
+    for stage in range(len(component.stages)):
+        heads = [h.pattern for rows in component.layers.values() for h in rows[stage]]
+        result.append(sum(density(p, profile.layout) for p in heads) / len(heads))
+    return result
+
+
+def random_choice(problem: Problem, target: float, seed: int = 0) -> Choice:
+    """Candidates by lot, one for each unit, exchanged by lot until the density is the target's."""
+    generator = torch.Generator().manual_seed(seed)
+    units, count = problem.density.shape
+    pick = torch.randint(count, (units,), generator=generator)
+    for _ in range(200 * units):
+        now = evaluate(problem, pick).density
+        if abs(now - target) < 0.002:
+            break
+        unit = int(torch.randint(units, (1,), generator=generator))
+        other = int(torch.randint(count, (1,), generator=generator))
+        step = problem.density[unit, other] - problem.density[unit, pick[unit]]
+        if step * (target - now) > 0:
+            pick[unit] = other
+    return evaluate(problem, pick)
+
+
+def _replaced(component: ComponentPlan, layers: dict) -> ComponentPlan:
+    return ComponentPlan(
+        component.model_class,
+        component.config_hash,
+        component.num_heads,
+        component.head_dim,
+        component.layout,
+        component.stages,
+        layers,
+    )

@@ -1,0 +1,140 @@
+"""The patterns that the search chooses among: fixed ones, and those that a head's statistics suggest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..layout import Tile, TokenLayout
+from ..patterns import (
+    Blocks,
+    Dense,
+    Pattern,
+    Skip,
+    SlidingTile,
+    Stencil,
+    Stripe,
+    Union,
+    Vertical,
+    Window,
+)
+from .cells import CellTable, cell_table
+
+BUDGETS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.27, 0.35, 0.45, 0.6)
+DROP_BUDGETS = (0.1, 0.2, 0.35)
+COLUMN_BUDGETS = (0.05, 0.15, 0.3)
+BLOCK_BUDGETS = (0.1, 0.2, 0.35)
+MAX_BLOCK_CELLS = 256  # static block masks are tried up to this many tiles: their size is squared
+TILE_TOKENS = 64
+
+DENSE = Pattern(Dense())
+
+
+def tilings(layout: TokenLayout) -> tuple[Tile, ...]:
+    """Token orders that are tried: cubes, flat tiles of one frame, and columns through all frames."""
+    frames, height, width = layout.grid
+    cube = (4, 4, 4) if frames > 1 else (1, 8, 8)
+    flat = (1, 8, 8)
+    area = max(1, TILE_TOKENS // frames)
+    rows = 1 << (int(math.log2(area)) // 2)
+    through = (None, max(1, rows), max(1, area // rows))
+    return tuple(dict.fromkeys((cube, flat, through) if frames > 1 else (cube,)))
+
+
+def fixed(layout: TokenLayout) -> list[Pattern]:
+    """Geometric candidates, the same for every head (without the dense one)."""
+    cube, *others = tilings(layout)
+    _, height, width = layout.grid
+    shapes: list[tuple[object, Tile]] = [(Skip(), cube)]
+    near = sorted({max(1, n // part) for n in (max(height, width),) for part in (12, 6, 3)})
+    for frames in (0, 2, None):
+        for side in (*near, None):
+            shapes.append((Window(frames, side, side), cube))
+    shapes += [(SlidingTile(1, 3, 3), cube), (SlidingTile(None, 3, 3), cube)]
+    shapes += [(SlidingTile(1, None, None), cube), (SlidingTile(None, 1, None), cube)]
+    shapes.append((SlidingTile(None, None, 1), cube))
+    for tile in others:
+        if tile[0] is None:
+            shapes += [(Stripe(space_width=(0, w)), tile) for w in (1, 4)]
+            shapes += [(Stripe(space_width=(r, 0)), tile) for r in (2, 4)]
+            shapes.append((Stripe(space_width=(0, 2), space_stride=(4, 0)), tile))
+        else:
+            shapes += [(Stripe(time_width=w), tile) for w in (1, 2)]
+            shapes.append((Stripe(time_width=1, time_stride=2), tile))
+    patterns = [Pattern(shape, tile, far=far) for shape, tile in shapes for far in (False, True)]
+    return list(dict.fromkeys(p for p in patterns if p.shape != Window()))
+
+
+def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> list[Pattern]:
+    """Candidates that follow a head's statistics in one token order.
+
+    Args:
+        statistics: `offset_far`, `offset_drop`, `offset_count` (lattice of relative tiles),
+            `column` `[C]`, and maybe `block` `[C, C]`; see `Discovery`.
+        tile: The order.
+        layout: Calibration layout.
+    """
+    table = cell_table(layout, tile)
+    result = []
+    for far, key in ((False, "offset_drop"), (True, "offset_far")):
+        ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
+        for budget in BUDGETS if far else DROP_BUDGETS:
+            result.append(Pattern(_stencil(ranked, budget, table), tile, far=far))
+    lattice = tuple(table.counts.tolist())
+    regular = math.prod(lattice) == len(table.tokens)
+    if regular:
+        for budget in COLUMN_BUDGETS:
+            count = max(1, round(budget * len(table.tokens)))
+            cells = statistics["column"].topk(count).indices.sort().values
+            columns = Vertical(lattice, tuple(cells.tolist()))
+            result += [Pattern(columns, tile, far=far) for far in (False, True)]
+        mixed = Union((_stencil(ranked, 0.1, table), columns))
+        result.append(Pattern(mixed, tile, far=True))
+    if regular and "block" in statistics:
+        for budget in BLOCK_BUDGETS:
+            keep = max(1, round(budget * len(table.tokens)))
+            best = statistics["block"].topk(keep, -1).indices
+            mask = torch.zeros_like(statistics["block"], dtype=torch.bool).scatter_(-1, best, True)
+            result.append(Pattern(Blocks.from_mask(mask, lattice), tile, far=True))
+    return result
+
+
+def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
+    """Offsets that occur, int64 `[n, 3]`, by falling mean benefit; the own tile always first."""
+    mean = benefit / count.clamp_min(1)
+    reach = table.counts - 1
+    mean[tuple(reach.tolist())] = torch.inf
+    mean = torch.where(count > 0, mean, -torch.inf)
+    mean[tuple(reach.tolist())] = torch.inf
+    order = mean.flatten().argsort(descending=True, stable=True)
+    order = order[mean.flatten()[order] > -torch.inf]
+    return torch.stack(torch.unravel_index(order, mean.shape), 1) - reach
+
+
+def _stencil(ranked: Tensor, budget: float, table: CellTable) -> Stencil:
+    """The best offsets whose density (over the whole video) stays within the budget."""
+    pairs = (table.counts - ranked.abs()).prod(1).double()
+    density = pairs.cumsum(0) / table.counts.prod().double() ** 2
+    keep = max(1, int((density <= budget).sum()))
+    return Stencil.from_offsets(ranked[:keep])
+
+
+def single_stencil(
+    statistics: dict[str, Tensor], budget: float, tile: Tile, layout: TokenLayout
+) -> Pattern:
+    """The stencil with far field of the best offsets within the budget of exact pairs."""
+    table = cell_table(layout, tile)
+    ranked = _rank_offsets(statistics["offset_far"], statistics["offset_count"], table)
+    return Pattern(_stencil(ranked, budget, table), tile, far=True)
+
+
+def all_candidates(
+    statistics: dict[Tile, dict[str, Tensor]], layout: TokenLayout
+) -> tuple[Pattern, ...]:
+    """Dense first, then all others; as many, in the same order, for every head of a layout."""
+    patterns = [DENSE, *fixed(layout)]
+    for tile in tilings(layout):
+        patterns += found(statistics[tile], tile, layout)
+    return tuple(patterns)

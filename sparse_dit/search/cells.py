@@ -1,0 +1,170 @@
+"""Exact attention of a few sampled rows, summed by key cells: enough to evaluate any pattern.
+
+For a row with softmax weights p over all keys, a cell c has mass `sum(p)`, value sum `sum(p * v)` and a
+pooled weight (what its mean key would get). What any mask of cells computes, with or without the far
+field, is then a sum over cells: no sparse kernel is needed, and hundreds of candidates cost little.
+
+Letters in shapes: R sampled rows, C cells, D head_dim, K candidates.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import Tile, TokenLayout, tile_order
+
+
+@dataclass(frozen=True, eq=False)
+class CellTable:
+    """A layout's video tokens in one order, cut into cells (whole tiles).
+
+    Args:
+        tokens: int64 `[C, n]`, the tokens of each cell; smaller cells repeat their first token.
+        real: float32 `[C, n]`, 0 for repeats.
+        text: int64 `[num_text]`, the text tokens.
+        counts: int64 `[3]`, cells along frames, rows and columns.
+        place: int64 `[C, 3]`, each cell's place in that lattice.
+        cell_of_token: int64 `[N]`, -1 for text.
+    """
+
+    tokens: Tensor
+    real: Tensor
+    text: Tensor
+    counts: Tensor
+    place: Tensor
+    cell_of_token: Tensor
+
+
+@functools.lru_cache(maxsize=32)
+def cell_table(layout: TokenLayout, tile: Tile) -> CellTable:
+    """Cells of `layout` for tiles of this size."""
+    order = tile_order(layout, tile)
+    offsets, total = order.tile_offsets, layout.seq_len
+    sizes = offsets.diff()
+    rank = torch.arange(int(sizes.max()))
+    real = rank < sizes[:, None]
+    where = offsets[:-1, None] + torch.where(real, rank, 0) + order.text_before
+    tokens = order.order[where]
+    cell_of_token = torch.full((total,), -1)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    video = order.order[order.text_before : order.text_before + layout.num_video]
+    cell_of_token[video] = owner
+    size = torch.tensor(order.tile)
+    place = order.boxes().lo // size
+    return CellTable(
+        tokens,
+        real.float(),
+        (cell_of_token < 0).nonzero()[:, 0],
+        -(-torch.tensor(order.grid) // size),
+        place,
+        cell_of_token,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CellSums:
+    """Sums over cells of the sampled rows of one head.
+
+    Args:
+        mass: `[R, C]`, softmax probability of each cell.
+        exact: `[R, C, D]`, `sum(p * v)` of each cell.
+        pooled: `[R, C]`, what the cell's mean key (logit plus log of its size) would get.
+        value: `[C, D]`, mean value of each cell.
+        text_mass, text_value: `[R]`, `[R, D]`: mass and value sum of the text.
+        out: `[R, D]`, the exact output.
+        cell: int64 `[R]`, the cell that each row lies in.
+    """
+
+    mass: Tensor
+    exact: Tensor
+    pooled: Tensor
+    value: Tensor
+    text_mass: Tensor
+    text_value: Tensor
+    out: Tensor
+    cell: Tensor
+
+    @functools.cached_property
+    def far_output(self) -> Tensor:
+        """`[R, C, D]`: pooled weight times mean value."""
+        return self.pooled[..., None] * self.value
+
+    def outputs(self, seen: Tensor, far: bool) -> Tensor:
+        """What candidates compute, `[K, R, D]`.
+
+        Args:
+            seen: bool `[K, R, C]`, cells that each row sees exactly.
+            far: Whether the other cells are seen pooled.
+        """
+        weight = seen.to(self.mass.dtype).transpose(0, 1)  # [R, K, C]
+        value = self.text_value[:, None] + weight @ self.exact
+        norm = self.text_mass[:, None] + (weight @ self.mass[..., None])[..., 0]
+        if far:
+            value = value + self.far_output.sum(1)[:, None] - weight @ self.far_output
+            norm = norm + self.pooled.sum(1)[:, None] - (weight @ self.pooled[..., None])[..., 0]
+        return (value / norm.clamp_min(1e-20)[..., None]).transpose(0, 1)
+
+    def benefit(self, far: bool) -> Tensor:
+        """Squared error of the output, to first order, if a cell is not exact, `[R, C]`.
+
+        In units of the row's squared output. With the far field, of pooling it; else of dropping it.
+        """
+        error = self.exact - self.mass[..., None] * self.out[:, None]
+        if far:
+            error = error - self.pooled[..., None] * (self.value - self.out[:, None])
+        return error.square().sum(-1) / self.out.square().sum(-1, keepdim=True).clamp_min(1e-20)
+
+
+def cell_sums(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, table: CellTable, scale: float, valid: int
+) -> CellSums:
+    """Evaluate the sampled rows of one head exactly and sum by cells.
+
+    Args:
+        q, k, v: `[N, D]` of one head.
+        rows: int64 `[R]`, sampled video tokens.
+        table: Cells.
+        scale: Factor of the logits.
+        valid: Text tokens from here on are padding.
+    """
+    queries = q[rows].float() * scale
+    keys, values = k[table.tokens].float(), v[table.tokens].float()  # [C, n, D]
+    logits = torch.einsum("rd,cnd->crn", queries, keys)
+    text = table.text[table.text < valid]
+    text_logits = queries @ k[text].float().T
+    everything = torch.where(table.real[:, None] > 0, logits, -torch.inf).transpose(0, 1).flatten(1)
+    lse = torch.cat([everything, text_logits], 1).logsumexp(1)  # [R]
+    p = (logits - lse[:, None]).exp() * table.real[:, None]
+    sizes = table.real.sum(1)
+    weight = table.real[..., None] / sizes[:, None, None]
+    mean_key, mean_value = (keys * weight).sum(1), (values * weight).sum(1)
+    pooled = (queries @ mean_key.T + sizes.log() - lse[:, None]).exp()
+    exact = (p @ values).transpose(0, 1)
+    text_p = (text_logits - lse[:, None]).exp()
+    text_value = text_p @ v[text].float()
+    return CellSums(
+        p.sum(-1).T,
+        exact,
+        pooled,
+        mean_value,
+        text_p.sum(1),
+        text_value,
+        exact.sum(1) + text_value,
+        table.cell_of_token[rows],
+    )
+
+
+def sample_rows(layout: TokenLayout, count: int, generator: torch.Generator) -> Tensor:
+    """`count` video tokens, stratified over the video: one at random from each of equal stretches
+    of a blockwise order, so that frames, rows and columns are all spread over. int64 `[R]`, sorted.
+    """
+    order = tile_order(layout, (4, 4, 4))
+    video = order.order[order.text_before : order.text_before + layout.num_video]
+    count = min(count, len(video))
+    bounds = torch.arange(count + 1) * len(video) // count
+    jitter = torch.rand(count, generator=generator)
+    return video[(bounds[:-1] + (jitter * bounds.diff()).long())].sort().values

@@ -1,0 +1,154 @@
+"""Seconds, measured: what a head costs at some density, on this device, at this size."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..attention import sparse_attention
+from ..index import build_index
+from ..layout import TokenLayout
+from ..patterns import Pattern, Stencil
+from .candidates import tilings
+from .cells import cell_table
+
+BUDGETS = (0.02, 0.07, 0.15, 0.3, 0.5, 0.75)
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds of one head in one attention call, batch 1.
+
+    Args:
+        layout: Size it was measured at.
+        dense: Seconds of PyTorch's dense attention.
+        sparse: For far field off and on: densities and seconds, ascending.
+        backend: Name of the sparse backend.
+        threads: CPU threads.
+        device, dtype: As text.
+    """
+
+    layout: TokenLayout
+    dense: float
+    sparse: dict[bool, tuple[tuple[float, float], ...]]
+    backend: str
+    threads: int
+    device: str
+    dtype: str
+
+    def seconds(self, pattern: Pattern, density: float) -> float:
+        """Interpolated in density; a dense head runs dense attention."""
+        if pattern.is_dense:
+            return self.dense
+        points = self.sparse[pattern.far]
+        densities, seconds = zip(*points, strict=True)
+        if density > densities[-1]:  # beyond the table: in proportion
+            return seconds[-1] * density / densities[-1]
+        return float(np.interp(density, densities, seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, for the plan."""
+        return {
+            "tokens": self.layout.seq_len,
+            "dense_seconds": self.dense,
+            "masked": [list(point) for point in self.sparse[False]],
+            "far_field": [list(point) for point in self.sparse[True]],
+            "backend": self.backend,
+            "threads": self.threads,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+
+
+def measure_cost(
+    layout: TokenLayout,
+    num_heads: int,
+    head_dim: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> CostTable:
+    """Time dense and sparse attention on random data, interleaved; the fastest of three of each.
+
+    Indices are built beforehand, as they are at run time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, layout.seq_len, num_heads, head_dim)  # as hosts hold it
+    q, k, v = (
+        torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
+    )
+    runs: dict[tuple[bool, float] | None, Any] = {
+        None: lambda: F.scaled_dot_product_attention(q, k, v)
+    }
+    for far in (False, True):
+        for budget in BUDGETS:
+            index = build_index([_pattern(layout, budget, far)] * num_heads, layout).to(device)
+            key = (far, index.density)
+            runs[key] = lambda i=index: sparse_attention(q, k, v, i, backend=backend)
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(REPEATS + 1):  # the first fills caches
+        for key, run in runs.items():
+            best[key] = min(best[key], _time(run, q.device))
+    sparse = {
+        far: tuple(
+            sorted((key[1], s / num_heads) for key, s in best.items() if key and key[0] is far)
+        )
+        for far in (False, True)
+    }
+    return CostTable(
+        layout,
+        best[None] / num_heads,
+        sparse,
+        backend,
+        torch.get_num_threads(),
+        str(q.device),
+        str(dtype).removeprefix("torch."),
+    )
+
+
+def break_even_tokens(
+    table: CostTable, density: float, num_heads: int, head_dim: int, backend: str
+) -> int:
+    """Tokens under which dense attention is faster than a pattern of this density, measured.
+
+    Tried at a quarter and at a half of the calibration's rows and columns; the calibration's own size
+    if sparse loses at both.
+    """
+    frames, height, width = table.layout.grid
+    best = table.layout.seq_len
+    for part in (2, 4):
+        small = TokenLayout.video(frames, max(4, height // part), max(4, width // part))
+        cost = measure_cost(small, num_heads, head_dim, backend=backend)
+        if cost.seconds(_pattern(small, density, True), density) >= cost.dense:
+            break
+        best = small.seq_len
+    return best
+
+
+def _pattern(layout: TokenLayout, budget: float, far: bool) -> Pattern:
+    """A stencil of about this density: the nearest tiles."""
+    tile = tilings(layout)[0]
+    counts = cell_table(layout, tile).counts
+    lattice = torch.cartesian_prod(*(torch.arange(1 - n, n) for n in counts.tolist()))
+    ranked = lattice[lattice.square().sum(1).argsort(stable=True)]
+    pairs = (counts - ranked.abs()).prod(1).double().cumsum(0) / counts.prod().double() ** 2
+    keep: Tensor = ranked[: max(1, int((pairs <= budget).sum()))]
+    return Pattern(Stencil.from_offsets(keep), tile, far=far)
+
+
+def _time(run: Any, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,161 @@
+"""Intercepts attention while the stock pipeline runs, and evaluates sampled rows of each head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..integrations.call import AttentionCall
+from ..layout import TokenLayout
+from .candidates import tilings
+from .cells import CellSums, cell_sums, cell_table, sample_rows
+from .statistics import HeadStatistics, discover, empty_statistics, score
+
+if TYPE_CHECKING:
+    from .profile import ComponentProfile
+
+PICTURE = 96
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Many small operations: waking other threads for each of them costs more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Recorder:
+    """An intercept that records into a profile and returns what stock attention computes.
+
+    Args:
+        profile: Where to record.
+        phase: `"find"` or `"score"`.
+        rows: Sampled rows for each call.
+        seed: Of the sampling.
+    """
+
+    def __init__(self, profile: ComponentProfile, phase: str, rows: int, seed: int) -> None:
+        self.profile = profile
+        self.phase = phase
+        self.rows = rows
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        layout, sigma = call.context.layout, call.context.sigma
+        if layout is not None and sigma is not None and call.unsupported is None:
+            if layout.num_video and call.q.shape[1] == call.k.shape[1] == layout.seq_len:
+                with _one_thread():
+                    self._record(call, layout, sigma)
+        return call.stock()
+
+    def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
+        profile = self.profile
+        profile.layout = profile.layout or layout
+        if layout != profile.layout:
+            raise ValueError(f"a profile is of one size, got {layout} after {profile.layout}")
+        level = self._level(sigma)
+        if call.layer not in profile.layers:
+            profile.layers.append(call.layer)
+        rows = sample_rows(layout, self.rows, self.generator)
+        scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
+        repeat = call.q.shape[2] // call.k.shape[2]
+        for batch in range(call.q.shape[0]):
+            valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
+            q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
+            for head in range(q.shape[1]):
+                parts = (q[:, head], k[:, head // repeat], v[:, head // repeat])
+                sums = {
+                    tile: cell_sums(*parts, rows, cell_table(layout, tile), scale, valid)
+                    for tile in tilings(layout)
+                }
+                if not torch.isfinite(next(iter(sums.values())).out).all():
+                    raise ValueError(
+                        f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
+                        "the stock pipeline is broken at this size or dtype"
+                    )
+                if self.phase == "find":
+                    self._find(level, call.layer, head, q.shape[1], layout, sums)
+                else:
+                    self._score(level, call.layer, head, q.shape[1], layout, sums)
+
+    def _level(self, sigma: float) -> int:
+        """Place of a noise level among the recorded ones; new ones appear in falling order."""
+        sigmas = self.profile.sigmas
+        for level, known in enumerate(sigmas):
+            if abs(known - sigma) < 1e-4:
+                return level
+        if self.phase == "score":
+            raise ValueError(f"noise level {sigma:.4f} was not there when candidates were found")
+        if sigmas and sigma > sigmas[-1]:
+            raise ValueError(f"noise levels must fall over a run, got {sigma:.4f} after {sigmas}")
+        sigmas.append(sigma)
+        return len(sigmas) - 1
+
+    def _find(
+        self,
+        level: int,
+        layer: str,
+        head: int,
+        heads: int,
+        layout: TokenLayout,
+        sums: dict,
+    ) -> None:
+        found = self.profile.found
+        if (level, layer) not in found:
+            found[level, layer] = [
+                {tile: empty_statistics(layout, tile) for tile in tilings(layout)}
+                for _ in range(heads)
+            ]
+        statistics: HeadStatistics = found[level, layer][head]
+        for tile, part in sums.items():
+            discover(statistics[tile], part, layout, tile)
+
+    def _score(
+        self,
+        level: int,
+        layer: str,
+        head: int,
+        heads: int,
+        layout: TokenLayout,
+        sums: dict,
+    ) -> None:
+        profile = self.profile
+        candidates = profile.candidates(level, layer)[head]
+        error, square, recall, norm = score(sums, candidates, layout)
+        if (level, layer) not in profile.scores:
+            shape = (heads, len(candidates))
+            profile.scores[level, layer] = {
+                **{key: torch.zeros(shape) for key in ("error", "error_squared", "recall")},
+                **{key: torch.zeros(heads) for key in ("norm", "rows")},
+            }
+        scores = profile.scores[level, layer]
+        rows = len(next(iter(sums.values())).out)
+        for key, value in (
+            ("error", error),
+            ("error_squared", square),
+            ("recall", recall),
+            ("norm", norm),
+            ("rows", rows),
+        ):
+            scores[key][head] += value
+        if level == len(profile.sigmas) // 2:
+            self._picture(layer, head, heads, next(iter(sums.values())))
+
+    def _picture(self, layer: str, head: int, heads: int, sums: CellSums) -> None:
+        """Attention of the sampled rows over tiles, both in tile order, at most 96 x 96."""
+        image = sums.mass[sums.cell.argsort(stable=True)]
+        size = [min(PICTURE, n) for n in image.shape]
+        image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
+        pictures = self.profile.pictures
+        if layer not in pictures:
+            pictures[layer] = torch.zeros(heads, *size)
+        if image.shape == pictures[layer].shape[1:]:
+            pictures[layer][head] = image

@@ -1,0 +1,192 @@
+"""Choose one candidate for every head at every noise level: least damage for the time, or vice versa.
+
+A multiple-choice knapsack. With a price on damage each head chooses on its own (Lagrangian), and the
+price is found by bisection; solutions lie on the convex hull of the exact front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..patterns import Pattern
+from ..plan import Stage
+from .cost import CostTable
+from .profile import ComponentProfile
+from .statistics import density
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Damage and cost of every choice; U units (stage, layer, head), K candidates.
+
+    Args:
+        units: `(stage, layer, head)` of each unit.
+        candidates: `[U][K]` patterns; the first is dense.
+        damage: float64 `[U, K]`, expected mean squared change of the video.
+        seconds: float64 `[U, K]`, of a whole generation.
+        error: float64 `[U, K]`, squared relative error of the head's output.
+        density: float64 `[U, K]`.
+        recall: float64 `[U, K]`, attention mass seen exactly.
+        weight: float64 `[U]`, share of the unit in the generation's attention calls; sums to 1.
+        stages: Noise levels.
+        other_seconds: Of a generation, outside of attention.
+    """
+
+    units: list[tuple[int, str, int]]
+    candidates: list[Sequence[Pattern]]
+    damage: Tensor
+    seconds: Tensor
+    error: Tensor
+    density: Tensor
+    recall: Tensor
+    weight: Tensor
+    stages: tuple[Stage, ...]
+    other_seconds: float
+
+    @property
+    def dense_seconds(self) -> float:
+        """Seconds of a dense generation."""
+        return self.other_seconds + self.seconds[:, 0].sum().item()
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A solution: the candidate of each unit, and what it comes to.
+
+    Args:
+        pick: int64 `[U]`.
+        damage: Expected mean squared change of the video, before calibration by a verified run.
+        seconds: Of a generation.
+        speedup: Against dense.
+        error: Root of the damage-weighted mean of the squared relative errors of heads.
+        density: Mean over all attention calls.
+    """
+
+    pick: Tensor
+    damage: float
+    seconds: float
+    speedup: float
+    error: float
+    density: float
+
+
+def stages_of(sigmas: Sequence[float]) -> tuple[Stage, ...]:
+    """Noise levels around each recorded sigma: bounds halfway between neighbours."""
+    bounds = [1.0, *((a + b) / 2 for a, b in zip(sigmas, sigmas[1:], strict=False)), 0.0]
+    return tuple(Stage(round(a, 6), round(b, 6)) for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def problem(
+    profile: ComponentProfile,
+    stages: tuple[Stage, ...],
+    sensitivity: Sequence[float],
+    table: CostTable,
+    calls: Sequence[int],
+    dense_generation: float,
+) -> Problem:
+    """Put profile, sensitivity and cost together.
+
+    Args:
+        profile: Scored heads.
+        stages: One for each recorded noise level.
+        sensitivity: Of each stage; see `sensitivity`.
+        table: Measured seconds of a head.
+        calls: For each stage the forwards of a generation that fall into it, times the batch.
+        dense_generation: Seconds of a whole dense generation.
+    """
+    units, candidates, rows = [], [], []
+    total = max(1, sum(calls)) * len(profile.layers) * profile.num_heads
+    for stage in range(len(stages)):
+        for layer in profile.layers:
+            scores = profile.scores[stage, layer]
+            share = scores["norm"] / scores["norm"].sum()
+            error = profile.relative_error(stage, layer).double()
+            recall = (scores["recall"] / scores["rows"][:, None]).double()
+            for head, patterns in enumerate(profile.candidates(stage, layer)):
+                dens = [density(p, profile.layout) for p in patterns]
+                cost = [table.seconds(p, d) for p, d in zip(patterns, dens, strict=True)]
+                weight = sensitivity[stage] * share[head].item() / len(profile.layers)
+                units.append((stage, layer, head))
+                candidates.append(patterns)
+                rows.append(
+                    torch.stack(
+                        [
+                            error[head] * weight,
+                            torch.tensor(cost, dtype=torch.float64) * calls[stage],
+                            error[head],
+                            torch.tensor(dens, dtype=torch.float64),
+                            recall[head],
+                            torch.full((len(patterns),), calls[stage] / total, dtype=torch.float64),
+                        ]
+                    )
+                )
+    table_ = torch.stack(rows, 1)
+    attention = table_[1, :, 0].sum().item()
+    other = max(0.0, dense_generation - attention)
+    return Problem(units, candidates, *table_[:5], table_[5, :, 0], stages, other)
+
+
+def evaluate(problem: Problem, pick: Tensor) -> Choice:
+    """What a choice comes to."""
+
+    def of(values: Tensor) -> Tensor:
+        return values.gather(1, pick[:, None])[:, 0]
+
+    damage = of(problem.damage).sum().item()
+    seconds = problem.other_seconds + of(problem.seconds).sum().item()
+    weights = problem.damage[:, 1] / problem.error[:, 1].clamp_min(1e-30)
+    error = math.sqrt((weights * of(problem.error)).sum() / weights.sum().clamp_min(1e-30))
+    dens = (of(problem.density) * problem.weight).sum().item() / problem.weight.sum().item()
+    return Choice(pick, damage, seconds, problem.dense_seconds / seconds, error, dens)
+
+
+def at_price(problem: Problem, price: float) -> Choice:
+    """Every unit takes the candidate of least `seconds + price * damage`."""
+    return evaluate(problem, (problem.seconds + price * problem.damage).argmin(1))
+
+
+def cheapest(problem: Problem, good: Callable[[Choice], bool]) -> Choice:
+    """The fastest choice on the hull that is good; all dense if none is.
+
+    Args:
+        problem: What to choose from.
+        good: Must hold for all choices with less damage than one it holds for.
+    """
+    low, high = -6.0, 12.0  # log10 of seconds per damage
+    best = evaluate(problem, torch.zeros(len(problem.units), dtype=torch.int64))
+    for _ in range(40):
+        middle = (low + high) / 2
+        choice = at_price(problem, 10**middle)
+        if good(choice):
+            best, high = choice, middle
+        else:
+            low = middle
+    return best
+
+
+def least_damage(problem: Problem, speedup: float) -> Choice | None:
+    """The choice of least damage on the hull that reaches the speed-up; None if none does."""
+    low, high, best = -6.0, 12.0, None
+    for _ in range(40):
+        middle = (low + high) / 2
+        choice = at_price(problem, 10**middle)
+        if choice.speedup >= speedup:
+            best, low = choice, middle
+        else:
+            high = middle
+    return best
+
+
+def runner_up(problem: Problem, choice: Choice) -> Tensor:
+    """For each unit the candidate of least damage among the others that cost no more, int64 `[U]`."""
+    chosen = choice.pick[:, None]
+    cost = problem.seconds.gather(1, chosen)
+    damage = problem.damage.masked_fill(problem.seconds > cost * 1.0001, torch.inf)
+    damage = damage.scatter(1, chosen, torch.inf)
+    second = damage.argmin(1)
+    return torch.where(damage.gather(1, second[:, None])[:, 0].isinf(), -1, second)

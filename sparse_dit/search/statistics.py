@@ -1,0 +1,111 @@
+"""What is learned of a head while profiling: which places matter, and how well candidates do.
+
+Discovery gathers, from one set of prompts, how much output error each relative tile, column or block
+saves when it is computed exactly. Scoring then measures, on other prompts, every candidate's error.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ..index import seen_cells
+from ..layout import Tile, TokenLayout, tile_order
+from ..patterns import Pattern
+from .candidates import MAX_BLOCK_CELLS
+from .cells import CellSums, CellTable, cell_table
+
+HeadStatistics = dict[Tile, dict[str, Tensor]]
+
+
+def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
+    """Zeroed accumulators of one head in one token order (T tiles, lattice of relative tiles)."""
+    table = cell_table(layout, tile)
+    lattice = (2 * table.counts - 1).tolist()
+    cells = len(table.tokens)
+    result = {key: torch.zeros(lattice) for key in ("offset_far", "offset_drop", "offset_count")}
+    result["column"] = torch.zeros(cells)
+    if cells <= MAX_BLOCK_CELLS:
+        result["block"] = torch.zeros(cells, cells)
+    return result
+
+
+def discover(
+    statistics: dict[str, Tensor], sums: CellSums, layout: TokenLayout, tile: Tile
+) -> None:
+    """Add the sampled rows of one head to its accumulators."""
+    far, drop = sums.benefit(far=True), sums.benefit(far=False)
+    flat = relative_cells(layout, tile)[sums.cell].flatten()
+    for key, value in (
+        ("offset_far", far),
+        ("offset_drop", drop),
+        ("offset_count", torch.ones_like(far)),
+    ):
+        statistics[key].view(-1).index_add_(0, flat, value.flatten())
+    statistics["column"] += far.sum(0)
+    if "block" in statistics:
+        statistics["block"].index_add_(0, sums.cell, far)
+
+
+@functools.lru_cache(maxsize=16)
+def relative_cells(layout: TokenLayout, tile: Tile) -> Tensor:
+    """For each pair of tiles the flat index of their offset in the lattice, int64 `[T, T]`."""
+    table: CellTable = cell_table(layout, tile)
+    lattice = (2 * table.counts - 1).tolist()
+    delta = table.place[None] - table.place[:, None] + table.counts - 1
+    strides = torch.tensor([math.prod(lattice[1:]), lattice[2], 1])
+    return (delta * strides).sum(-1)
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
+    """Which tiles each tile sees exactly, bool `[T, T]`."""
+    return seen_cells(pattern, tile_order(layout, pattern.tile))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def density(pattern: Pattern, layout: TokenLayout) -> float:
+    """Computed pairs over all pairs, far field included: what its index reports, without building it.
+
+    For patterns whose cells are whole tiles.
+    """
+    if pattern.is_dense:
+        return 1.0
+    sizes = tile_order(layout, pattern.tile).tile_offsets.diff().double()
+    seen = seen_tiles(pattern, layout).double()
+    total, text, video = layout.seq_len, layout.num_text, layout.num_video
+    pairs = sizes @ seen @ sizes + text * total + video * text
+    if pattern.far:
+        pairs = pairs + sizes @ (1 - seen).sum(1)
+    return float(pairs) / total**2
+
+
+def score(
+    sums: dict[Tile, CellSums], candidates: tuple[Pattern, ...], layout: TokenLayout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squared error of every candidate's output on the sampled rows of one head.
+
+    Returns:
+        `error` `[K]` and `error_squared` `[K]`: sum over rows of the squared error, and of its square;
+        `recall` `[K]`: sum over rows of the attention mass seen exactly; `norm` `[]`: sum over rows of
+        the squared output.
+    """
+    count = len(candidates)
+    error, square, recall = torch.zeros(count), torch.zeros(count), torch.zeros(count)
+    first = next(iter(sums.values()))
+    recall[0] = len(first.out)  # the first candidate is dense
+    groups: dict[tuple[Tile, bool], list[int]] = {}
+    for place, pattern in enumerate(candidates[1:], 1):
+        groups.setdefault((pattern.tile, pattern.far), []).append(place)
+    for (tile, far), places in groups.items():
+        part = sums[tile]
+        seen = torch.stack([seen_tiles(candidates[p], layout)[part.cell] for p in places])
+        rows = (part.outputs(seen, far) - part.out).square().sum(-1)  # [K, R]
+        mass = torch.einsum("krc,rc->k", seen.float(), part.mass) + part.text_mass.sum()
+        where = torch.tensor(places)
+        error[where], square[where] = rows.sum(1), rows.square().sum(1)
+        recall[where] = mass
+    return error, square, recall, first.out.square().sum()

@@ -1,0 +1,108 @@
+"""Dense and sparse generations of held-out cases: what a plan really gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..generation import Case, GenerationSettings, generate
+from ..integrations.diffusers import attach, components
+from ..patch import patch
+from ..plan import Plan, Stage
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A dense generation.
+
+    Args:
+        case: What was generated.
+        video: `[T, H, W, 3]` in 0..1.
+        seconds: Of the whole call.
+        forwards: For each component the noise level of each of its forwards (times the batch).
+    """
+
+    case: Case
+    video: np.ndarray
+    seconds: float
+    forwards: dict[str, list[float]]
+
+    def calls(self, component: str, stages: Sequence[Stage]) -> list[int]:
+        """Forwards that fall into each stage."""
+        sigmas = self.forwards[component]
+        return [sum(stage.covers(sigma, "any") for sigma in sigmas) for stage in stages]
+
+
+class _Count:
+    """An intercept that notes the noise level of each forward, at its first attention layer."""
+
+    def __init__(self) -> None:
+        self.sigmas: list[float] = []
+        self._last: object = None
+
+    def __call__(self, call: Any) -> Any:
+        if call.context is not self._last and call.context.sigma is not None:
+            self._last = call.context
+            self.sigmas += [call.context.sigma] * call.q.shape[0]
+        return call.stock()
+
+
+def dense_reference(pipe: Any, case: Case, settings: GenerationSettings) -> Reference:
+    """Generate with stock attention and count forwards."""
+    counters, attachments = {}, []
+    try:
+        for name, module in components(pipe).items():
+            counters[name] = _Count()
+            attachments.append(attach(module, counters[name]))
+        video, seconds = generate(pipe, case, settings)
+    finally:
+        for attachment in attachments:
+            attachment.detach()
+    return Reference(case, video, seconds, {n: c.sigmas for n, c in counters.items()})
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a plan gave on held-out cases.
+
+    Args:
+        mse: Mean squared difference of the videos (in 0..1), mean over cases.
+        psnr_db: Mean over cases of the PSNR.
+        speedup: Seconds of the dense over the sparse generations.
+        sparse_seconds: Of all sparse generations together.
+    """
+
+    mse: float
+    psnr_db: float
+    speedup: float
+    sparse_seconds: float
+
+
+def verify(
+    pipe: Any,
+    plan: Plan,
+    references: Sequence[Reference],
+    settings: GenerationSettings,
+    backend: str = "auto",
+) -> Verified:
+    """Generate every reference's case with the plan, and compare.
+
+    Raises:
+        ValueError: If the sparse video holds NaN or Inf.
+    """
+    errors, seconds = [], 0.0
+    for reference in references:
+        with patch(pipe, plan, backend=backend):
+            video, took = generate(pipe, reference.case, settings)
+        if not np.isfinite(video).all():
+            raise ValueError(f"the plan gives NaN or Inf on {reference.case.prompt!r}")
+        errors.append(float(np.mean((video - reference.video) ** 2)))
+        seconds += took
+    levels = [-10 * np.log10(max(e, 1e-10)) for e in errors]
+    dense = sum(reference.seconds for reference in references)
+    return Verified(
+        float(np.mean(errors)), float(np.mean(levels)), dense / max(seconds, 1e-9), seconds
+    )
