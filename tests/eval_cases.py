@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from sparse_dit.eval.atlas import stage_atlas
-from sparse_dit.eval.quality import CaseQuality, Quality, Recorded
+from sparse_dit.eval.quality import CaseQuality, Quality
 from sparse_dit.eval.report import Method, Report
+from sparse_dit.eval.runs import Recorded
 from sparse_dit.eval.teacher import TeacherForced
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.diffusers import components, self_attention_layers

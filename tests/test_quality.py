@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from sparse_dit.eval.quality import dense_references, evaluate, noise_floor_video, record
+from sparse_dit.eval.quality import evaluate
+from sparse_dit.eval.runs import dense_references, noise_floor_video, record, seam_overhead
 from sparse_dit.eval.teacher import _decode, _encode, teacher_forced
 from sparse_dit.generation import Case, GenerationSettings, generate
 from sparse_dit.integrations.diffusers import attachment_of
@@ -72,6 +73,13 @@ def test_a_nan_is_reported(pipe):
     assert quality.nonfinite > 0
     assert math.isnan(quality.psnr_db) and math.isnan(quality.psnr_min_db)
     assert math.isnan(quality.ssim)
+
+
+def test_the_seam_costs_little(pipe):
+    plan = uniform_plan(pipe, WINDOW, LAYOUT)
+    overhead = seam_overhead(pipe, plan, CASES[0], SETTINGS, repeats=2)
+    assert -0.9 < overhead < 5  # a tiny model on a busy machine: the sign and size are noise
+    assert attachment_of(pipe.transformer) is None
 
 
 def test_wrong_use_is_refused(pipe):

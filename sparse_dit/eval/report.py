@@ -14,7 +14,8 @@ from ..plan import Plan
 from .atlas import StageAtlas
 from .figures import atlas_figure, save_png
 from .page import opened, render_page
-from .quality import NOISE_FLOOR, Quality
+from .quality import Quality
+from .runs import NOISE_FLOOR
 from .sentences import findings, limits
 from .teacher import TeacherForced
 from .video import save_video, side_by_side

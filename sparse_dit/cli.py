@@ -1,0 +1,316 @@
+"""The command line: demo, search, show, diff, eval, doctor.
+
+Exit codes: 0 done, 1 something failed (and `diff`: plans differ; `doctor`: a backend is broken),
+2 bad input, 130 stopped by Ctrl-C. Heavy imports live inside the commands, so that help is fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .tables import out, show_heads, show_plan, show_quality
+
+if TYPE_CHECKING:
+    from .generation import GenerationSettings
+    from .plan import Plan
+
+app = typer.Typer(
+    help="Faster video diffusion: search a plan of sparse attention, look at it, measure it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Folder (or hub id) of a diffusers pipeline.")]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeatable.")]
+Prompts = Annotated[Path | None, typer.Option(help="File of prompts, one a line.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+Frames = Annotated[int | None, typer.Option(help="Frames of video.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
+Text = Annotated[int | None, typer.Option(help="Text tokens; the pipeline's own if left out.")]
+Seed = Annotated[int, typer.Option(help="Of the first prompt; the next ones count up.")]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Options of all commands; `run` reads --debug itself, wherever it stands."""
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("out"),
+    force: Force = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller and sooner, not the demo.")
+    ] = False,
+) -> None:
+    """Search, verify and show a plan for the embedded model."""
+    from .demo.run import run_demo
+
+    run_demo(folder, force=force, quick=quick)
+
+
+@app.command()
+def search(
+    model: Model,
+    plan_file: Annotated[Path, typer.Option("--out", help="Plan to write.")] = Path("plan.json"),
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="A prompt to verify on; repeatable.")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    max_sequence_length: Text = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Forecast speed-up to reach.")
+    ] = None,
+    max_error: Annotated[float | None, typer.Option(help="Largest error of head outputs.")] = None,
+    min_psnr: Annotated[float | None, typer.Option(help="Least PSNR on held-out prompts.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    force: Force = False,
+) -> None:
+    """Find a plan for a pipeline. One of --target-speedup, --max-error, --min-psnr is the dial."""
+    from .generation import Case
+    from .inputs import check_device, check_model, load_pipeline, read_prompts
+
+    texts = read_prompts(prompt or [], prompts)
+    settings = _settings({}, height, width, num_frames, steps, guidance, max_sequence_length)
+    dial = {"target_speedup": target_speedup, "max_error": max_error, "min_psnr": min_psnr}
+    from .search import Objective
+    from .search import search as find
+
+    Objective(**dial)
+    if plan_file.suffix != ".json":
+        raise ValueError(f"a plan file must end in .json, got {plan_file.name!r}")
+    if plan_file.exists() and not force:
+        raise FileExistsError(f"{plan_file} exists already: pass --force to replace it")
+    check_model(model)
+    check_device(device)
+    kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline(model, device, dtype)
+    cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
+    later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
+    try:
+        plan = find(
+            pipe,
+            cases,
+            held_out=later or None,
+            settings=settings,
+            profile=kept,
+            report=_say,
+            **dial,
+        )
+    except KeyboardInterrupt:
+        if kept.exists():
+            err.print(f"stopped; the same command goes on from {kept}", soft_wrap=True)
+        raise
+    plan.save(plan_file, overwrite=force)
+    show_plan(plan)
+    out.print(f"wrote {plan_file}; the profile is kept in {kept}", soft_wrap=True)
+
+
+@app.command()
+def show(
+    plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
+    heads: Annotated[bool, typer.Option("--heads", help="Every head of every layer.")] = False,
+) -> None:
+    """Show a plan as a table."""
+    from .plan import Plan
+
+    loaded = Plan.from_pretrained(plan)
+    show_plan(loaded)
+    if heads:
+        show_heads(loaded)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="Plan.")], b: Annotated[str, typer.Argument(help="Plan.")]
+) -> None:
+    """What changed from plan A to plan B; exit code 1 if anything did."""
+    from .plan import Plan
+    from .plan import diff as differences
+
+    lines = differences(Plan.from_pretrained(a), Plan.from_pretrained(b))
+    for line in lines or ["the plans are equal"]:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if lines:
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("out"),
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    max_sequence_length: Text = None,
+    drawn_clips: Annotated[
+        int, typer.Option(help="Drawn clips for the teacher-forced error (Wan only).", min=0)
+    ] = 0,
+    fps: Annotated[float, typer.Option(help="Of the written videos.")] = 8,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    force: Force = False,
+) -> None:
+    """Measure a plan against dense and write report.html, report.json and videos.
+
+    Prompts and settings that are left out are those that the plan was verified with.
+    """
+    from .eval.command import Request, evaluate_plan
+    from .generation import Case
+    from .inputs import check_device, check_model, load_pipeline, read_prompts
+    from .plan import Plan
+
+    loaded = Plan.from_pretrained(plan)
+    known = loaded.provenance.get("settings") or {}
+    settings = _settings(known, height, width, num_frames, steps, guidance, max_sequence_length)
+    if prompt or prompts:
+        texts = read_prompts(prompt or [], prompts)
+        cases = [Case(text, seed + i) for i, text in enumerate(texts)]
+    else:
+        cases = _held_out(loaded)
+    check_model(model)
+    check_device(device)
+    request = Request(folder, cases, settings, drawn_clips, fps, force)
+    request.check()
+    pipe = load_pipeline(model, device, dtype)
+    command = "sparse-dit " + " ".join(sys.argv[1:])
+    report, files = evaluate_plan(pipe, loaded, request, command, _say)
+    out.print(report.quality.summary, markup=False, highlight=False)
+    show_quality(report)
+    for file in files:
+        out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices and backends here, and whether they compute what they should."""
+    from .doctor import checkups, devices
+    from .eval.provenance import environment
+
+    for name, value in environment().items():
+        out.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"devices: {', '.join(devices())}", highlight=False)
+    table = Table("backend", "device", "against reference", "4,096 tokens", "SDPA", "density")
+    found = checkups()
+    for check in found:
+        times = [f"{1e3 * s:.1f} ms" if s else "-" for s in (check.seconds, check.dense_seconds)]
+        density = "-" if check.density is None else f"{check.density:.1%}"
+        verdict = (
+            f"error {check.error:.1e}" if check.problem is None else f"BROKEN: {check.problem}"
+        )
+        table.add_row(check.backend, check.device, verdict, *times, density)
+    out.print(table)
+    if any(check.problem for check in found):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of `sparse-dit`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; errors become one line on stderr and an exit code."""
+    debug = "--debug" in arguments
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice isn't the user's concern here
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    try:
+        code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("stopped")
+        return 130
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print an error in one line and give its exit code."""
+    usage = typer.BadParameter.__mro__[2]  # click's ClickException, wherever typer has click from
+    if isinstance(error, usage):
+        text: str = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        if not text.strip():  # no arguments at all: help has been printed
+            return 2
+        code, words = 2, text
+    elif isinstance(error, ImportError) and "sparse_dit" not in (error.name or ""):
+        code, words = 2, f"{error}: install what is missing with pip install 'sparse_dit[all]'"
+    elif isinstance(error, ValueError | TypeError | OSError | NotImplementedError):
+        code, words = 2, str(error)
+    else:
+        code, words = 1, f"{type(error).__name__}: {error} (--debug shows where)"
+    line = " ".join(words.split())
+    err.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _settings(known: dict[str, Any], *given: Any) -> GenerationSettings:
+    """Settings of the options, filled up with known ones; ValueError if the size isn't known."""
+    from .generation import GenerationSettings
+
+    names = ("height", "width", "num_frames", "steps", "guidance", "max_sequence_length")
+    values = {name: v for name, v in zip(names, given, strict=True) if v is not None}
+    values = {**known, **values}
+    if missing := [f"--{name}" for name in ("height", "width") if name not in values]:
+        raise ValueError(f"give {' and '.join(missing)}: the size of what is generated")
+    return GenerationSettings.from_dict(values)
+
+
+def _held_out(plan: Plan) -> list[Any]:
+    """The cases that a plan was verified with; ValueError if it doesn't name any."""
+    from .generation import Case
+
+    cases = plan.provenance.get("cases")
+    listed = cases.get("held_out") if isinstance(cases, dict) else None
+    if not listed:
+        raise ValueError("the plan names no held-out prompts: give --prompt TEXT or --prompts FILE")
+    try:
+        return [Case(entry["prompt"], entry["seed"]) for entry in listed]
+    except (TypeError, KeyError):
+        raise ValueError("the plan's held-out prompts can't be read: give --prompt TEXT") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Measure a plan and write its report: what `sparse-dit eval` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..demo.draw import draw
+from ..generation import Case, GenerationSettings
+from ..plan import Plan
+from .atlas import StageAtlas, stage_atlas
+from .provenance import environment
+from .quality import evaluate
+from .report import FILES, Report, check_free, write_report
+from .runs import seam_overhead
+from .teacher import TeacherForced, teacher_forced
+
+SIGMAS = (0.3, 0.6, 0.9)
+SEAM_STEPS = 2  # a generation of so few steps is enough to see what the patch costs
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured, and where to.
+
+    Attributes:
+        folder: Of the report.
+        cases: Prompts and seeds.
+        settings: Size, steps, guidance.
+        drawn_clips: Clips for the teacher-forced error; 0 leaves it out.
+        fps: Of the videos.
+        force: Whether files in `folder` may be replaced.
+    """
+
+    folder: Path
+    cases: list[Case]
+    settings: GenerationSettings
+    drawn_clips: int = 0
+    fps: float = 8
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise before anything is loaded if the report couldn't be written in the end."""
+        if not self.fps > 0:
+            raise ValueError(f"fps must be > 0, got {self.fps}")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: give a folder for the report")
+        check_free(self.folder, FILES, self.force)
+
+
+def evaluate_plan(
+    pipe: Any, plan: Plan, request: Request, command: str, say: Callable[[str], None]
+) -> tuple[Report, list[Path]]:
+    """Measure quality, speed, the seam and, if asked for, the teacher-forced error; write it all.
+
+    Args:
+        pipe: A stock pipeline.
+        plan: For it.
+        request: What and where to.
+        command: Noted in the report.
+        say: Called with progress.
+    """
+    request.check()
+    quality = evaluate(pipe, plan, request.cases, request.settings, progress=say)
+    say("what the patch itself costs")
+    short = replace(request.settings, steps=min(SEAM_STEPS, request.settings.steps))
+    overhead = seam_overhead(pipe, plan, request.cases[0], short)
+    report = Report(
+        title=f"{type(pipe).__name__}: sparse attention against dense",
+        plan=plan,
+        quality=quality,
+        teacher_forced=_forced(pipe, plan, request, say),
+        atlases=plan_atlases(plan),
+        search_seconds=_search_seconds(plan),
+        seam_overhead=overhead,
+        provenance={**environment(pipe.device), "command": command},
+        fps=request.fps,
+    )
+    return report, write_report(request.folder, report, overwrite=request.force)
+
+
+def plan_atlases(plan: Plan) -> list[StageAtlas]:
+    """Masks of every component and stage at the size of calibration; attention isn't recorded."""
+    return [
+        stage_atlas(name, part, stage, part.layout)
+        for name, part in plan.components.items()
+        for stage in range(len(part.stages))
+    ]
+
+
+def _forced(
+    pipe: Any, plan: Plan, request: Request, say: Callable[[str], None]
+) -> list[TeacherForced]:
+    if not request.drawn_clips:
+        return []
+    settings = request.settings
+    frames = settings.num_frames
+    if frames % pipe.vae_scale_factor_temporal != 1:  # as WanPipeline rounds
+        frames = frames // pipe.vae_scale_factor_temporal * pipe.vae_scale_factor_temporal + 1
+    rng = Random(0)
+    clips = [draw(frames, settings.height, settings.width, rng) for _ in range(request.drawn_clips)]
+    length = settings.max_sequence_length or 512
+    return teacher_forced(pipe, plan, clips, SIGMAS, max_sequence_length=length, progress=say)
+
+
+def _search_seconds(plan: Plan) -> float | None:
+    seconds = plan.provenance.get("search_seconds")
+    total = seconds.get("total") if isinstance(seconds, dict) else None
+    return float(total) if isinstance(total, int | float) else None

@@ -1,0 +1,100 @@
+"""What the command line reads: prompts, and pipelines from a folder or the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+MAX_PROMPT_FILE = 1 << 20  # bytes
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def read_prompts(texts: list[str], file: Path | None) -> list[str]:
+    """Prompts given one by one and in a file, one a line; empty lines and `# ...` are skipped.
+
+    Raises:
+        ValueError: no prompt in either, or a file that isn't text.
+    """
+    prompts = [text.strip() for text in texts]
+    if not all(prompts):
+        raise ValueError("a prompt must not be empty")
+    if file is not None:
+        prompts += _lines(file)
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT (repeatable) or --prompts FILE")
+    return prompts
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"prompt file {file} doesn't exist or is no file")
+    if file.stat().st_size > MAX_PROMPT_FILE:
+        raise ValueError(f"prompt file {file} is larger than 1 MiB: one prompt a line is expected")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt file {file} isn't UTF-8 text") from None
+    found = [line.strip() for line in lines]
+    found = [line for line in found if line and not line.startswith("#")]
+    if not found:
+        raise ValueError(f"prompt file {file} holds no prompt: write one a line")
+    return found
+
+
+def check_model(name: str) -> None:
+    """Raise ValueError unless the name is a pipeline's folder or could be one on the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{name} has no model_index.json: it must be a diffusers pipeline")
+    elif folder.exists():
+        raise ValueError(f"{name} is a file: give the folder of a diffusers pipeline")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"no folder {name}: give a diffusers pipeline's folder or hub id")
+
+
+def load_pipeline(name: str, device: str, dtype: str | None) -> Any:
+    """A diffusers pipeline in inference form.
+
+    Args:
+        name: Folder, or hub id (which may download it).
+        device: Where it runs.
+        dtype: In `DTYPES`; None is float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        ValueError: it can't be read, or the device doesn't exist.
+    """
+    import torch
+
+    check_model(name)
+    check_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{name} can't be loaded as a diffusers pipeline: {first}") from error
+    return pipe.to(device)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch has this device here."""
+    import torch
+
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; try cpu or cuda") from None
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no device {device} here: torch sees {torch.cuda.device_count()} GPUs")
+    if parsed.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("no device mps here")
+    if parsed.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be cpu, cuda or mps, got {device!r}")

@@ -1,0 +1,74 @@
+"""What the command line prints: plans and measurements as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .eval.report import Report
+    from .plan import Plan
+
+out = Console()
+
+
+def show_plan(plan: Plan) -> None:
+    """What a plan is for, what it promises, and its stages."""
+    from .plan import summary_rows
+
+    out.print(
+        f"{plan.pipeline_class or 'transformer'}, density {plan.density:.3f}", highlight=False
+    )
+    for name in ("forecast", "measured"):
+        if values := getattr(plan, name):
+            words = ", ".join(f"{key} {value}" for key, value in values.items())
+            out.print(f"{name}: {words}", markup=False, highlight=False, soft_wrap=True)
+    for name, part in plan.components.items():
+        low, high = part.valid_tokens
+        out.print(
+            f"{name}: {part.model_class}, {len(part.layers)} layers of {part.num_heads} heads, "
+            f"made at {part.layout}; sparse from {low} tokens{f' to {high}' if high else ''}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    table = Table("component", "sigma", "branch", "heads", "patterns", "error", "largest")
+    for row in summary_rows(plan):
+        patterns = ", ".join(f"{name} {count}" for name, count in row["patterns"].items())
+        errors = ["-" if row[k] is None else f"{row[k]:.3f}" for k in ("error", "max_error")]
+        table.add_row(
+            row["component"], row["sigma"], row["branch"], str(row["heads"]), patterns, *errors
+        )
+    out.print(table)
+
+
+def show_heads(plan: Plan) -> None:
+    """Every head of every layer and stage."""
+    table = Table("layer", "stage", "head", "pattern", "error", "runner-up")
+    for part in plan.components.values():
+        for layer, stages in part.layers.items():
+            for stage, heads in zip(part.stages, stages, strict=True):
+                for number, head in enumerate(heads):
+                    error = "-" if head.error is None else f"{head.error:.3f}"
+                    second = "-" if head.runner_up is None else str(head.runner_up)
+                    table.add_row(layer, str(stage), str(number), str(head.pattern), error, second)
+    out.print(table)
+
+
+def show_quality(report: Report) -> None:
+    """The report's main numbers and findings."""
+    from .eval.page import decibels, number, seconds, share, times
+    from .eval.sentences import findings
+
+    quality = report.quality
+    table = Table(
+        "dense", "sparse", "speed-up", "density", "PSNR", "flat image", "noise floor", "SSIM"
+    )
+    table.add_row(
+        seconds(quality.dense_seconds), seconds(quality.sparse_seconds), times(quality.speedup),
+        share(quality.density), decibels(quality.psnr_db), decibels(quality.psnr_flat_db),
+        decibels(quality.psnr_noise_floor_db), number(quality.ssim),
+    )  # fmt: skip
+    out.print(table)
+    for sentence in findings(report):
+        out.print(sentence, markup=False, highlight=False, soft_wrap=True)
