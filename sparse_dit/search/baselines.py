@@ -36,29 +36,23 @@ def uniform_pattern(profile: ComponentProfile, target: float) -> Pattern:
     return best
 
 
-def uniform_plan(plan: Plan, profile: Profile, *, keep_dense: bool) -> Plan:
+def uniform_plan(plan: Plan, profile: Profile, *, by_stage: bool) -> Plan:
     """The same pattern for every head, at the density of `plan`.
 
     Args:
         plan: Searched plan.
         profile: Its profile.
-        keep_dense: Whether stages in which the searched plan is (nearly) dense stay dense, and the
-            pattern is correspondingly sparser elsewhere.
+        by_stage: Whether each stage gets the density that the searched plan has there (which leaves to
+            the search only what it chose head by head), or all stages the same.
     """
     components = {}
     for name, component in plan.components.items():
         part = profile.components[name]
-        weights = stage_densities(component, part)
-        dense = [d > 0.95 and keep_dense for d in weights]
-        shares = plan.provenance["stage_shares"][name]
-        free = sum(s for s, is_dense in zip(shares, dense, strict=True) if not is_dense)
-        fixed = sum(shares) - free
-        target = (plan.density - fixed) / free if free else 1.0
-        pattern = uniform_pattern(part, max(0.0, target))
-        rows = tuple(
-            (HeadChoice(DENSE if is_dense else pattern),) * component.num_heads
-            for is_dense in dense
-        )
+        targets = [plan.density] * len(component.stages)
+        if by_stage:
+            targets = stage_densities(component, part)
+        patterns = [DENSE if t > 0.95 else uniform_pattern(part, t) for t in targets]
+        rows = tuple((HeadChoice(pattern),) * component.num_heads for pattern in patterns)
         components[name] = _replaced(component, dict.fromkeys(component.layers, rows))
     return Plan(plan.pipeline_class, components, plan.density)
 
