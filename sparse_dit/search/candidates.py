@@ -34,7 +34,7 @@ DENSE = Pattern(Dense())
 
 def tilings(layout: TokenLayout) -> tuple[Tile, ...]:
     """Token orders that are tried: cubes, flat tiles of one frame, and columns through all frames."""
-    frames, height, width = layout.grid
+    frames = layout.grid[0]
     cube = (4, 4, 4) if frames > 1 else (1, 8, 8)
     flat = (1, 8, 8)
     area = max(1, TILE_TOKENS // frames)

@@ -50,10 +50,10 @@ class Recorder:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, sigma = call.context.layout, call.context.sigma
-        if layout is not None and sigma is not None and call.unsupported is None:
-            if layout.num_video and call.q.shape[1] == call.k.shape[1] == layout.seq_len:
-                with _one_thread():
-                    self._record(call, layout, sigma)
+        known = layout is not None and sigma is not None and call.unsupported is None
+        if known and layout.num_video and call.q.shape[1] == call.k.shape[1] == layout.seq_len:
+            with _one_thread():
+                self._record(call, layout, sigma)
         return call.stock()
 
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:

@@ -6,6 +6,7 @@ price is found by bisection; solutions lie on the convex hull of the exact front
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,8 @@ class Choice:
 
 def stages_of(sigmas: Sequence[float]) -> tuple[Stage, ...]:
     """Noise levels around each recorded sigma: bounds halfway between neighbours."""
-    bounds = [1.0, *((a + b) / 2 for a, b in zip(sigmas, sigmas[1:], strict=False)), 0.0]
-    return tuple(Stage(round(a, 6), round(b, 6)) for a, b in zip(bounds, bounds[1:], strict=False))
+    bounds = [1.0, *((a + b) / 2 for a, b in itertools.pairwise(sigmas)), 0.0]
+    return tuple(Stage(round(a, 6), round(b, 6)) for a, b in itertools.pairwise(bounds))
 
 
 def problem(
