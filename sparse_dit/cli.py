@@ -63,7 +63,11 @@ def demo(
     """Search, verify and show a plan for the embedded model."""
     from .demo.run import run_demo
 
-    run_demo(folder, force=force, quick=quick)
+    try:
+        run_demo(folder, force=force, quick=quick)
+    except KeyboardInterrupt:
+        _resumable(folder / "profile.safetensors")
+        raise
 
 
 @app.command()
@@ -112,8 +116,8 @@ def search(
     check_model(model)
     check_device(device)
     kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
-    kept.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(model, device, dtype)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
     later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
     try:
@@ -127,8 +131,7 @@ def search(
             **dial,
         )
     except KeyboardInterrupt:
-        if kept.exists():
-            err.print(f"stopped; the same command goes on from {kept}", soft_wrap=True)
+        _resumable(kept)
         raise
     plan.save(plan_file, overwrite=force)
     show_plan(plan)
@@ -210,7 +213,7 @@ def evaluate(
     pipe = load_pipeline(model, device, dtype)
     command = "sparse-dit " + " ".join(sys.argv[1:])
     report, files = evaluate_plan(pipe, loaded, request, command, _say)
-    out.print(report.quality.summary, markup=False, highlight=False)
+    out.print(report.quality.summary, markup=False, highlight=False, soft_wrap=True)
     show_quality(report)
     for file in files:
         out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
@@ -251,16 +254,16 @@ def run(arguments: list[str]) -> int:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        code = code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        err.print("stopped")
-        return 130
-    except typer.Exit as stop:
-        return stop.exit_code
+        code = 130
     except Exception as error:
         if debug:
             traceback.print_exc()
         return _explain(error)
+    if code == 130:  # Ctrl-C, whether typer or we caught it
+        err.print("stopped")
+    return code
 
 
 def _explain(error: Exception) -> int:
@@ -280,6 +283,11 @@ def _explain(error: Exception) -> int:
     line = " ".join(words.split())
     err.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
     return code
+
+
+def _resumable(profile: Path) -> None:
+    if profile.exists():
+        _say(f"the same command goes on from {profile}")
 
 
 def _say(text: str) -> None:

@@ -89,12 +89,14 @@ def checkups() -> list[Checkup]:
 def _error(backend: str, device: str) -> float:
     index = _mixed_index()
     q, k, v = _inputs(RAGGED, "cpu")
+    here = _inputs(RAGGED, device)
     kv_len = torch.tensor([RAGGED.seq_len - 1])
     exact = sparse_attention(
         q.double(), k.double(), v.double(), index, kv_len=kv_len, backend="reference"
     )
-    here = [x.to(device) for x in (q, k, v)]
-    out = sparse_attention(*here, index.to(device), kv_len=kv_len.to(device), backend=backend)
+    out = sparse_attention(
+        here[0], here[1], here[2], index.to(device), kv_len=kv_len.to(device), backend=backend
+    )
     difference = out.cpu().double() - exact
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(exact))
 

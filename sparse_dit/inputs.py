@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,17 @@ def load_pipeline(name: str, device: str, dtype: str | None) -> Any:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     logging.disable_progress_bar()
+    disable_progress_bar()
+    # the old keyword warns in new versions, the new one is ignored by old versions
+    old = tuple(int(part) for part in version("diffusers").split(".")[:2]) < (0, 42)
+    keyword = "torch_dtype" if old else "dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+        pipe = DiffusionPipeline.from_pretrained(name, **{keyword: getattr(torch, dtype)})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{name} can't be loaded as a diffusers pipeline: {first}") from error

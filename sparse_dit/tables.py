@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from .eval.report import Report
     from .plan import Plan
 
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def show_plan(plan: Plan) -> None:

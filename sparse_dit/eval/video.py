@@ -50,7 +50,7 @@ def save_video(path: str | Path, video: Video, fps: float = 8, *, min_side: int 
             output_params=["-crf", "16", "-movflags", "+faststart"],
         ) as writer:
             for frame in frames:
-                writer.append_data(frame)
+                writer.append_data(frame)  # pyright: ignore[reportAttributeAccessIssue]
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     finally:
