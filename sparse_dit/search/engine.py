@@ -14,8 +14,9 @@ from typing import Any
 
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components
-from ..plan import ComponentPlan, HeadChoice, Plan
+from ..plan import Plan
 from ..version import VERSION
+from .assemble import first_plan
 from .cost import CostTable, break_even_tokens, measure_cost
 from .profile import Profile, profile_pipeline
 from .sensitivity import reduced, sensitivity
@@ -27,7 +28,6 @@ from .solve import (
     evaluate,
     least_damage,
     problem,
-    runner_up,
     stages_of,
 )
 from .verify import Reference, Verified, dense_reference, verify
@@ -271,46 +271,12 @@ def _solve(session: _Session, scale: float, psnr: float | None) -> Choice:
 
 
 def _plan(session: _Session, choice: Choice) -> Plan:
-    """The choice as a plan, with the evidence for each head."""
-    task, part = session.problem, session.profile.components[session.component]
-    second = runner_up(task, choice)
-    rows: dict[str, list[list[HeadChoice]]] = {
-        layer: [[] for _ in task.stages] for layer in part.layers
-    }
-    for number, (stage, layer, _) in enumerate(task.units):
-        pick, other = int(choice.pick[number]), int(second[number])
-        patterns, error = task.candidates[number], task.error[number].sqrt()
-        rows[layer][stage].append(
-            HeadChoice(
-                patterns[pick],
-                round(error[pick].item(), 6),
-                patterns[other] if other >= 0 else None,
-                round(error[other].item(), 6) if other >= 0 else None,
-            )
-        )
-    component = ComponentPlan(
-        part.model_class,
-        part.config_hash,
-        part.num_heads,
-        part.head_dim,
-        part.layout,
-        task.stages,
-        {layer: tuple(map(tuple, stages)) for layer, stages in rows.items()},
+    part, total = session.profile.components[session.component], max(1, sum(session.calls))
+    plan = first_plan(
+        type(session.pipe).__name__, session.component, part, session.problem, choice, session.table
     )
-    total = max(1, sum(session.calls))
-    return Plan(
-        type(session.pipe).__name__,
-        {session.component: component},
-        round(choice.density, 6),
-        provenance={"stage_shares": {session.component: [c / total for c in session.calls]}},
-        forecast={
-            "speedup": round(choice.speedup, 4),
-            "error": round(choice.error, 6),
-            "seconds": round(choice.seconds, 4),
-            "dense_seconds": round(task.dense_seconds, 4),
-        },
-        cost=session.table.to_dict(),
-    )
+    shares = {session.component: [calls / total for calls in session.calls]}
+    return replace(plan, provenance={"stage_shares": shares})
 
 
 def _finish(
