@@ -1,0 +1,194 @@
+"""`sparse-dit demo`: the main job, end to end, on the embedded model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..eval.atlas import StageAtlas, stage_atlas
+from ..eval.provenance import environment
+from ..eval.quality import Quality, evaluate
+from ..eval.report import FILES, Method, Report, check_free, write_report
+from ..eval.runs import seam_overhead
+from ..eval.teacher import TeacherForced, teacher_forced
+from ..generation import Case, GenerationSettings
+from ..plan import Plan
+from ..resources import shipped
+from ..search import Searched, plan_of, search_plan
+from ..search.baselines import random_choice, uniform_plan
+from .draw import draw
+
+Say = Callable[[str], None]
+
+CALIBRATION = (
+    Case("a red circle moves left over gray stripes", 0),
+    Case("a blue square moves up over brown checks", 1),
+)
+TUNING = (Case("a green triangle moves right over navy checks", 7),)
+HELD_OUT = (
+    Case("a yellow square moves down over purple stripes", 21),
+    Case("a blue circle moves right over gray gradient", 22),
+)
+SETTINGS = GenerationSettings(192, 192, 15, steps=12, guidance=3.0, max_sequence_length=32)
+QUICK = replace(SETTINGS, height=96, width=96, steps=6)
+MIN_PSNR = 31.0
+SIGMAS = (0.3, 0.6, 0.9)
+DRAWN_CLIPS = 2
+SEAM_STEPS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    quality: Quality
+    forced: list[TeacherForced]
+
+
+def run_demo(folder: Path, force: bool = False, quick: bool = False) -> Report:
+    """Search a plan for the embedded model, measure it on held-out prompts, and report.
+
+    Writes `plan.json`, `report.html`, `report.json`, `atlas.png` and the videos into `folder`. The
+    profile is kept beside them while the search runs, so that a stopped demo goes on from it.
+
+    Args:
+        folder: Made if it isn't there.
+        force: Whether files of an earlier demo may be replaced.
+        quick: A small size at which attention hardly matters: to see that everything runs.
+
+    Raises:
+        FileExistsError: If `folder` holds files of an earlier demo and `force` is not given.
+    """
+    from ..inputs import load_pipeline
+    from ..tables import out, show_quality
+
+    check_free(folder, (*FILES, "plan.json"), force)
+    folder.mkdir(parents=True, exist_ok=True)
+    say = _stamped()
+    settings = QUICK if quick else SETTINGS
+    say(f"the embedded model at {settings.width}x{settings.height}, {settings.steps} steps")
+    pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
+    kept = folder / "profile.safetensors"
+    searched = search_plan(
+        pipe,
+        CALIBRATION,
+        held_out=TUNING,
+        settings=settings,
+        min_psnr=MIN_PSNR,
+        profile=kept,
+        report=say,
+    )
+    searched.plan.save(folder / "plan.json", overwrite=force)
+    report = measure(pipe, searched, settings, say)
+    files = write_report(folder, report, overwrite=force)
+    kept.unlink(missing_ok=True)
+    out.print(report.quality.summary, markup=False, highlight=False)
+    show_quality(report)
+    for file in (folder / "plan.json", *files):
+        out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+def measure(pipe: Any, searched: Searched, settings: GenerationSettings, say: Say) -> Report:
+    """The plan and its baselines on the same held-out prompts, none of which the search has seen."""
+    plan = searched.plan
+    say("the searched plan on held-out prompts")
+    quality = evaluate(pipe, plan, HELD_OUT, settings, progress=say)
+    forced = _forced(pipe, plan, settings, say)
+    baselines = []
+    for name, text, other in _baselines(searched):
+        say(f"baseline: {name}")
+        result = evaluate(
+            pipe, other, HELD_OUT, settings, references=quality.references, noise_cases=0
+        )
+        baselines.append(Method.of(name, text, result, _forced(pipe, other, settings, say)))
+    say("what the patch itself costs")
+    short = replace(settings, steps=SEAM_STEPS)
+    overhead = seam_overhead(pipe, plan, HELD_OUT[0], short)
+    return Report(
+        title="The embedded model: sparse attention against dense",
+        plan=plan,
+        quality=quality,
+        baselines=baselines,
+        teacher_forced=forced,
+        atlases=atlases(searched),
+        search_seconds=searched.seconds["total"],
+        seam_overhead=overhead,
+        provenance={**environment("cpu"), "command": "sparse-dit demo"},
+        notes=_notes(searched, quality),
+    )
+
+
+def _baselines(searched: Searched) -> list[tuple[str, str, Plan]]:
+    plan, profile = searched.plan, searched.profile
+    chance = random_choice(searched.problem, plan.density)
+    return [
+        (
+            "uniform",
+            "the best single pattern (stencil with far field) for all heads and steps",
+            uniform_plan(plan, profile, by_stage=False),
+        ),
+        (
+            "uniform, same densities",
+            "the best single pattern of each stage, at the searched plan's density there",
+            uniform_plan(plan, profile, by_stage=True),
+        ),
+        ("random", "candidates drawn by lot for every head", plan_of(searched, chance)),
+    ]
+
+
+def _forced(
+    pipe: Any, plan: Plan, settings: GenerationSettings, say: Say
+) -> list[TeacherForced]:
+    rng = Random(0)
+    frames = settings.num_frames + 1  # what the pipeline makes of it
+    clips = [draw(frames, settings.height, settings.width, rng) for _ in range(DRAWN_CLIPS)]
+    length = settings.max_sequence_length or 512
+    return teacher_forced(pipe, plan, clips, SIGMAS, max_sequence_length=length, progress=say)
+
+
+def atlases(searched: Searched) -> list[StageAtlas]:
+    """Every head in every stage: its pattern, its attention where it was recorded, its mask."""
+    ((name, part),) = searched.profile.components.items()
+    component = searched.plan.components[name]
+    recall: dict[int, dict[str, list[float | None]]] = {}
+    for number, (stage, layer, _) in enumerate(searched.problem.units):
+        pick = searched.choice.pick[number]
+        heads = recall.setdefault(stage, {}).setdefault(layer, [])
+        heads.append(searched.problem.recall[number, pick].item())
+    pictures = {layer: list(maps.numpy()) for layer, maps in part.pictures.items()}
+    recorded = len(part.sigmas) // 2
+    return [
+        stage_atlas(
+            name,
+            component,
+            stage,
+            component.layout,
+            attention=pictures if stage == recorded else None,
+            recall=recall[stage],
+        )
+        for stage in range(len(component.stages))
+    ]
+
+
+def _notes(searched: Searched, quality: Quality) -> list[str]:
+    dense = quality.dense_seconds
+    total = searched.seconds["total"]
+    phases = ", ".join(f"{k} {v:.0f} s" for k, v in searched.seconds.items() if k != "total")
+    return [
+        f"The search took {total:.0f} s, {total / dense:.1f} dense generations ({phases}).",
+        "The embedded model is a toy trained on drawn clips; its figures don't carry over to others.",
+    ]
+
+
+def _stamped() -> Say:
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        seconds = int(time.perf_counter() - started)
+        print(f"[{seconds // 60:2d}:{seconds % 60:02d}] {text}", file=sys.stderr, flush=True)
+
+    return say
