@@ -64,16 +64,16 @@ def quality_over_speed(points: Sequence[Point], *, floor_db: float | None = None
 def drift_curve(drifts: Mapping[str, Sequence[float]]) -> Figure:
     """Relative L2 distance of the latents from the dense run's, after each step."""
     figure, axes = _axes("step", "relative distance of the latents")
-    smallest = 1e-12
+    moved = any(v > 0 for values in drifts.values() for v in values)
     for number, (name, values) in enumerate(drifts.items()):
         steps = np.arange(1, len(values) + 1)
-        shown = [np.nan if not np.isfinite(v) else max(v, smallest) for v in values]
+        shown = [v if np.isfinite(v) and (v > 0 or not moved) else np.nan for v in values]
         style = number % len(COLOURS)
         axes.plot(
             steps, shown, color=COLOURS[style], marker=_MARKERS[style], markersize=4, label=name
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if any(v > smallest for values in drifts.values() for v in values):
+    if moved:
         axes.set_yscale("log")
     if drifts:
         _legend(axes)
