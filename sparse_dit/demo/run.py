@@ -140,9 +140,7 @@ def _baselines(searched: Searched) -> list[tuple[str, str, Plan]]:
     ]
 
 
-def _forced(
-    pipe: Any, plan: Plan, settings: GenerationSettings, say: Say
-) -> list[TeacherForced]:
+def _forced(pipe: Any, plan: Plan, settings: GenerationSettings, say: Say) -> list[TeacherForced]:
     rng = Random(0)
     frames = settings.num_frames + 1  # what the pipeline makes of it
     clips = [draw(frames, settings.height, settings.width, rng) for _ in range(DRAWN_CLIPS)]
@@ -159,8 +157,16 @@ def atlases(searched: Searched) -> list[StageAtlas]:
         pick = searched.choice.pick[number]
         heads = recall.setdefault(stage, {}).setdefault(layer, [])
         heads.append(searched.problem.recall[number, pick].item())
-    pictures = {layer: list(maps.numpy()) for layer, maps in part.pictures.items()}
     recorded = len(part.sigmas) // 2
+    pictures = {
+        layer: [
+            maps[head].numpy()
+            if (maps := part.pictures.get((layer, c.pattern.tile))) is not None
+            else None
+            for head, c in enumerate(stages[recorded])
+        ]
+        for layer, stages in component.layers.items()
+    }
     return [
         stage_atlas(
             name,

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.diffusers import attach, components
-from ..layout import Tile, TokenLayout
+from ..layout import TokenLayout
+from ..patterns import Pattern
 from ..plan import config_hash
-from ..plan.errors import PlanError
-from .candidates import all_candidates, tilings
+from .candidates import all_candidates
+from .profile_file import read_profile, write_profile
 from .recorder import Recorder
 from .statistics import HeadStatistics
-
-FORMAT = "sparse_dit profile 1"
 
 
 @dataclass
@@ -39,7 +32,8 @@ class ComponentProfile:
         found: For `(level, layer)` a list over heads of their statistics (discovery).
         scores: For `(level, layer)` the accumulators `error`, `error_squared`, `recall` `[H, K]` and
             `norm`, `rows` `[H]` (scoring); see `statistics.score`.
-        pictures: For layer paths, `[H, R, C]` attention of the sampled rows at the middle level.
+        pictures: For `(layer, token order)`, `[H, R, C]`: attention of the sampled rows (in that order)
+            over its tiles, at the middle level.
     """
 
     model_class: str
@@ -51,14 +45,28 @@ class ComponentProfile:
     layers: list[str] = field(default_factory=list)
     found: dict[tuple[int, str], list[HeadStatistics]] = field(default_factory=dict)
     scores: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict)
-    pictures: dict[str, Tensor] = field(default_factory=dict)
-    _candidates: dict[tuple[int, str], list[Any]] = field(default_factory=dict, repr=False)
+    pictures: dict[tuple[str, Tile], Tensor] = field(default_factory=dict)
+    _candidates: dict[tuple[int, str], list[tuple[Pattern, ...]]] = field(
+        default_factory=dict, repr=False
+    )
 
-    def candidates(self, level: int, layer: str) -> list[tuple[Any, ...]]:
+    @property
+    def known_layout(self) -> TokenLayout:
+        """The layout; ValueError before anything was recorded."""
+        if self.layout is None:
+            raise ValueError(
+                f"no self-attention call of {self.model_class} could be recorded: its token grid "
+                "is unknown at these arguments, or it asks for more than plain attention"
+            )
+        return self.layout
+
+    def candidates(self, level: int, layer: str) -> list[tuple[Pattern, ...]]:
         """Candidates of each head of a layer at a noise level: `[H][K]` patterns."""
         key = (level, layer)
         if key not in self._candidates:
-            self._candidates[key] = [all_candidates(h, self.layout) for h in self.found[key]]
+            self._candidates[key] = [
+                all_candidates(head, self.known_layout) for head in self.found[key]
+            ]
         return self._candidates[key]
 
     def relative_error(self, level: int, layer: str) -> Tensor:
@@ -76,111 +84,20 @@ class ComponentProfile:
 
 @dataclass
 class Profile:
-    """A pipeline's profile: one `ComponentProfile` a transformer, and how it was made."""
+    """A pipeline's profile: one `ComponentProfile` a transformer, and how it was made.
+
+    Args:
+        components: By component name.
+        settings, rows: Of the profiling runs.
+        done: Labels of the runs that are in it, in order.
+        seconds: That these runs took.
+    """
 
     components: dict[str, ComponentProfile]
     settings: GenerationSettings
     rows: int
     done: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-    def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, atomically."""
-        tensors, parts = {}, {}
-        for name, part in self.components.items():
-            for (level, layer), heads in part.found.items():
-                for tile in heads[0]:
-                    for key in heads[0][tile]:
-                        stacked = torch.stack([head[tile][key] for head in heads])
-                        tensors[f"found|{name}|{level}|{layer}|{_tile_text(tile)}|{key}"] = stacked
-            for (level, layer), scores in part.scores.items():
-                for key, value in scores.items():
-                    tensors[f"scores|{name}|{level}|{layer}|{key}"] = value
-            for layer, value in part.pictures.items():
-                tensors[f"pictures|{name}|{layer}"] = value
-            parts[name] = {
-                "model_class": part.model_class,
-                "config_hash": part.config_hash,
-                "num_heads": part.num_heads,
-                "head_dim": part.head_dim,
-                "layout": part.layout and part.layout.to_dict(),
-                "sigmas": part.sigmas,
-                "layers": part.layers,
-            }
-        header = {
-            "components": parts,
-            "settings": self.settings.to_dict(),
-            "rows": self.rows,
-            "done": self.done,
-            "seconds": self.seconds,
-        }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
-            metadata = {"format": FORMAT, "header": json.dumps(header)}
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-
-    @staticmethod
-    def load(path: str | Path) -> Profile:
-        """Inverse of `save`.
-
-        Raises:
-            PlanError: If the file is missing, damaged, or no profile; in one line.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise PlanError(
-                f"no profile at {path}; make one with `sparse-dit search --profile {path}`"
-            )
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise PlanError(f"{path} is no profile of this version; expected {FORMAT!r}")
-                header = json.loads(metadata["header"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return _restore(header, tensors)
-        except (SafetensorError, KeyError, TypeError, IndexError, ValueError) as error:
-            if isinstance(error, PlanError):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PlanError(f"{path} is damaged ({reason}); delete it and profile again") from None
-
-
-def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
-    parts = {}
-    for name, data in header["components"].items():
-        layout = data.pop("layout")
-        parts[name] = ComponentProfile(layout=layout and TokenLayout.from_dict(layout), **data)
-    for key, value in tensors.items():
-        kind, name, *rest = key.split("|")
-        part = parts[name]
-        if kind == "found":
-            level, layer, tile, field_name = rest
-            heads = part.found.setdefault((int(level), layer), [{} for _ in value])
-            for head, row in zip(heads, value, strict=True):
-                head.setdefault(_tile_of(tile), {})[field_name] = row
-        elif kind == "scores":
-            level, layer, field_name = rest
-            part.scores.setdefault((int(level), layer), {})[field_name] = value
-        else:
-            part.pictures[rest[0]] = value
-    settings = GenerationSettings.from_dict(header["settings"])
-    return Profile(parts, settings, header["rows"], header["done"], header["seconds"])
-
-
-def _tile_text(tile: Tile) -> str:
-    return "x".join("all" if n is None else str(n) for n in tile)
-
-
-def _tile_of(text: str) -> Tile:
-    frames, rows, columns = (None if n == "all" else int(n) for n in text.split("x"))
-    return (frames, rows, columns)
 
 
 def profile_pipeline(
@@ -207,50 +124,65 @@ def profile_pipeline(
         report: Called with `(done, total, text)`.
 
     Raises:
-        ValueError: If there are no cases, or `path` holds another model's profile.
+        ValueError: If there are no cases or rows, or `path` holds a profile of something else.
+        PlanError: If the file at `path` is damaged.
     """
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows must be a whole number >= 1, got {rows!r}")
     phases = _phases(cases)
-    profile = _resume(pipe, settings, rows, path)
-    for number, (phase, case, salt) in enumerate(phases):
-        label = f"{phase}|{salt}|{case.seed}|{case.prompt}"
-        if label in profile.done:
-            continue
+    labels = [label for label, _, _ in phases]
+    profile = _started(pipe, settings, rows)
+    if path is not None and Path(path).exists():
+        profile = _resumed(read_profile(path), profile, labels, path)
+    for number in range(len(profile.done), len(phases)):
+        label, phase, case = phases[number]
         if report:
             report(number, len(phases), f"{phase}: {case.prompt}")
-        profile.seconds += _run(pipe, profile, phase, Case(case.prompt, case.seed + salt))
+        profile.seconds += _run(pipe, profile, phase, case)
         profile.done.append(label)
         if path is not None:
-            profile.save(path)
+            write_profile(profile, path)
     if report:
         report(len(phases), len(phases), "profiled")
     return profile
 
 
-def _phases(cases: Sequence[Case]) -> list[tuple[str, Case, int]]:
+def _phases(cases: Sequence[Case]) -> list[tuple[str, str, Case]]:
+    """Label, kind (`"find"` or `"score"`) and case of each profiling run."""
     if len(cases) == 1:
-        return [("find", cases[0], 0), ("score", cases[0], 1)]
+        cases = [cases[0], Case(cases[0].prompt, cases[0].seed + 1)]
     half = len(cases) // 2
-    return [("find", c, 0) for c in cases[:half]] + [("score", c, 0) for c in cases[half:]]
+    kinds = ["find"] * half + ["score"] * (len(cases) - half)
+    return [
+        (f"{kind}|{case.seed}|{case.prompt}", kind, case)
+        for kind, case in zip(kinds, cases, strict=True)
+    ]
 
 
-def _resume(pipe: Any, settings: GenerationSettings, rows: int, path: str | Path | None) -> Profile:
-    fresh = {
-        name: ComponentProfile(
-            type(module).__name__, config_hash(module.config), *_heads(module), layers=[]
-        )
+def _started(pipe: Any, settings: GenerationSettings, rows: int) -> Profile:
+    parts = {
+        name: ComponentProfile(type(module).__name__, config_hash(module.config), *_heads(module))
         for name, module in components(pipe).items()
     }
-    if path is None or not Path(path).exists():
-        return Profile(fresh, settings, rows)
-    profile = Profile.load(path)
-    same = {n: p.config_hash for n, p in profile.components.items()} == {
-        n: p.config_hash for n, p in fresh.items()
+    return Profile(parts, settings, rows)
+
+
+def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Path) -> Profile:
+    """The stored profile, if what is to be profiled now goes on from it."""
+    stored, wanted = (
+        {name: part.config_hash for name, part in p.components.items()} for p in (profile, fresh)
+    )
+    same = {
+        "model": stored == wanted,
+        "size, steps or guidance": profile.settings == fresh.settings,
+        "number of rows": profile.rows == fresh.rows,
+        "list of prompts": profile.done == labels[: len(profile.done)],
     }
-    if not same or profile.settings != settings or profile.rows != rows:
+    if other := [what for what, equal in same.items() if not equal]:
         raise ValueError(
-            f"{path} is the profile of another model, size or number of rows; name another file"
+            f"{path} is the profile of another {' and '.join(other)}; name another file or delete it"
         )
     return profile
 
@@ -271,8 +203,3 @@ def _run(pipe: Any, profile: Profile, phase: str, case: Case) -> float:
     finally:
         for attachment in attachments:
             attachment.detach()
-
-
-def expected_tilings(profile: ComponentProfile) -> tuple[Tile, ...]:
-    """The token orders that the profile's statistics are in."""
-    return tilings(profile.layout)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..integrations.call import AttentionCall
-from ..layout import TokenLayout
+from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, cell_sums, cell_table, sample_rows
 from .statistics import HeadStatistics, discover, empty_statistics, score
@@ -147,15 +147,16 @@ class Recorder:
         ):
             scores[key][head] += value
         if level == len(profile.sigmas) // 2:
-            self._picture(layer, head, heads, next(iter(sums.values())))
+            for tile, part in sums.items():
+                self._picture(layer, tile, head, heads, part)
 
-    def _picture(self, layer: str, head: int, heads: int, sums: CellSums) -> None:
+    def _picture(self, layer: str, tile: Tile, head: int, heads: int, sums: CellSums) -> None:
         """Attention of the sampled rows over tiles, both in tile order, at most 96 x 96."""
         image = sums.mass[sums.cell.argsort(stable=True)]
         size = [min(PICTURE, n) for n in image.shape]
         image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
         pictures = self.profile.pictures
-        if layer not in pictures:
-            pictures[layer] = torch.zeros(heads, *size)
-        if image.shape == pictures[layer].shape[1:]:
-            pictures[layer][head] = image
+        if (layer, tile) not in pictures:
+            pictures[layer, tile] = torch.zeros(heads, *size)
+        if image.shape == pictures[layer, tile].shape[1:]:
+            pictures[layer, tile][head] = image
