@@ -51,7 +51,7 @@ def first_plan(
         part.config_hash,
         part.num_heads,
         part.head_dim,
-        part.layout,
+        part.known_layout,
         task.stages,
         layers_of(part, task, choice),
     )

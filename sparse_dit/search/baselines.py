@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..patterns import Pattern
@@ -18,18 +20,18 @@ def uniform_pattern(profile: ComponentProfile, target: float) -> Pattern:
 
     It contains windows, sliding tiles and multi-diagonals as shapes, so it is the strongest of them.
     """
-    tile = tilings(profile.layout)[0]
+    tile = tilings(profile.known_layout)[0]
     total: dict[str, torch.Tensor] = {}
     for heads in profile.found.values():
         for head in heads:
             for key, value in head[tile].items():
                 total[key] = total.get(key, 0) + value
     low, high = 0.0, 1.0
-    best = single_stencil(total, 0.0, tile, profile.layout)
+    best = single_stencil(total, 0.0, tile, profile.known_layout)
     for _ in range(20):  # the density includes the far field, the budget does not
         middle = (low + high) / 2
-        pattern = single_stencil(total, middle, tile, profile.layout)
-        if density(pattern, profile.layout) <= target:
+        pattern = single_stencil(total, middle, tile, profile.known_layout)
+        if density(pattern, profile.known_layout) <= target:
             best, low = pattern, middle
         else:
             high = middle
@@ -53,7 +55,7 @@ def uniform_plan(plan: Plan, profile: Profile, *, by_stage: bool) -> Plan:
             targets = stage_densities(component, part)
         patterns = [DENSE if t > 0.95 else uniform_pattern(part, t) for t in targets]
         rows = tuple((HeadChoice(pattern),) * component.num_heads for pattern in patterns)
-        components[name] = _replaced(component, dict.fromkeys(component.layers, rows))
+        components[name] = replace(component, layers=dict.fromkeys(component.layers, rows))
     return Plan(plan.pipeline_class, components, plan.density)
 
 
@@ -62,7 +64,7 @@ def stage_densities(component: ComponentPlan, profile: ComponentProfile) -> list
     result = []
     for stage in range(len(component.stages)):
         heads = [h.pattern for rows in component.layers.values() for h in rows[stage]]
-        result.append(sum(density(p, profile.layout) for p in heads) / len(heads))
+        result.append(sum(density(p, profile.known_layout) for p in heads) / len(heads))
     return result
 
 
@@ -71,25 +73,14 @@ def random_choice(problem: Problem, target: float, seed: int = 0) -> Choice:
     generator = torch.Generator().manual_seed(seed)
     units, count = problem.density.shape
     pick = torch.randint(count, (units,), generator=generator)
+    now, weight = evaluate(problem, pick).density, problem.weight / problem.weight.sum()
     for _ in range(200 * units):
-        now = evaluate(problem, pick).density
         if abs(now - target) < 0.002:
             break
         unit = int(torch.randint(units, (1,), generator=generator))
         other = int(torch.randint(count, (1,), generator=generator))
-        step = problem.density[unit, other] - problem.density[unit, pick[unit]]
+        step = weight[unit] * (problem.density[unit, other] - problem.density[unit, pick[unit]])
         if step * (target - now) > 0:
             pick[unit] = other
+            now += step.item()
     return evaluate(problem, pick)
-
-
-def _replaced(component: ComponentPlan, layers: dict) -> ComponentPlan:
-    return ComponentPlan(
-        component.model_class,
-        component.config_hash,
-        component.num_heads,
-        component.head_dim,
-        component.layout,
-        component.stages,
-        layers,
-    )

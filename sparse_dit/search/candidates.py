@@ -83,16 +83,13 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
         for budget in BUDGETS if far else DROP_BUDGETS:
             result.append(Pattern(_stencil(ranked, budget, table), tile, far=far))
     lattice = tuple(table.counts.tolist())
-    regular = math.prod(lattice) == len(table.tokens)
-    if regular:
-        for budget in COLUMN_BUDGETS:
-            count = max(1, round(budget * len(table.tokens)))
-            cells = statistics["column"].topk(count).indices.sort().values
-            columns = Vertical(lattice, tuple(cells.tolist()))
-            result += [Pattern(columns, tile, far=far) for far in (False, True)]
-        mixed = Union((_stencil(ranked, 0.1, table), columns))
-        result.append(Pattern(mixed, tile, far=True))
-    if regular and "block" in statistics:
+    if math.prod(lattice) != len(table.tokens):
+        return result  # videos of several sizes: what follows needs a full lattice
+    columns = [Vertical(lattice, _best(statistics["column"], budget)) for budget in COLUMN_BUDGETS]
+    result += [Pattern(shape, tile, far=far) for shape in columns for far in (False, True)]
+    mixed = Union((_stencil(ranked, 0.1, table), columns[-1]))
+    result.append(Pattern(mixed, tile, far=True))
+    if "block" in statistics:
         for budget in BLOCK_BUDGETS:
             keep = max(1, round(budget * len(table.tokens)))
             best = statistics["block"].topk(keep, -1).indices
@@ -101,12 +98,16 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
     return result
 
 
+def _best(columns: Tensor, budget: float) -> tuple[int, ...]:
+    """The share of columns with the greatest benefit, at least one, ascending."""
+    count = max(1, round(budget * len(columns)))
+    return tuple(columns.topk(count).indices.sort().values.tolist())
+
+
 def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
     """Offsets that occur, int64 `[n, 3]`, by falling mean benefit; the own tile always first."""
-    mean = benefit / count.clamp_min(1)
     reach = table.counts - 1
-    mean[tuple(reach.tolist())] = torch.inf
-    mean = torch.where(count > 0, mean, -torch.inf)
+    mean = torch.where(count > 0, benefit / count.clamp_min(1), -torch.inf)
     mean[tuple(reach.tolist())] = torch.inf
     order = mean.flatten().argsort(descending=True, stable=True)
     order = order[mean.flatten()[order] > -torch.inf]

@@ -98,9 +98,7 @@ def measure_cost(
         for key, run in runs.items():
             best[key] = min(best[key], _time(run, q.device))
     sparse = {
-        far: tuple(
-            sorted((key[1], s / num_heads) for key, s in best.items() if key and key[0] is far)
-        )
+        far: rising([(key[1], s / num_heads) for key, s in best.items() if key and key[0] is far])
         for far in (False, True)
     }
     return CostTable(
@@ -114,19 +112,34 @@ def measure_cost(
     )
 
 
-def break_even_tokens(
-    table: CostTable, density: float, num_heads: int, head_dim: int, backend: str
-) -> int:
+def rising(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Points by density, seconds never falling: what is slower at a lower density was disturbed."""
+    points = sorted(points)
+    seconds = np.minimum.accumulate([s for _, s in reversed(points)])[::-1]
+    return tuple((d, float(s)) for (d, _), s in zip(points, seconds, strict=True))
+
+
+def break_even_tokens(table: CostTable, density: float, num_heads: int, head_dim: int) -> int:
     """Tokens under which dense attention is faster than a pattern of this density, measured.
 
-    Tried at a quarter and at a half of the calibration's rows and columns; the calibration's own size
-    if sparse loses at both.
+    Tried at a half and at a quarter of the calibration's rows and columns; the calibration's own size
+    if sparse loses at a half.
     """
     frames, height, width = table.layout.grid
     best = table.layout.seq_len
     for part in (2, 4):
-        small = TokenLayout.video(frames, max(4, height // part), max(4, width // part))
-        cost = measure_cost(small, num_heads, head_dim, backend=backend)
+        sides = [min(n, max(4, n // part)) for n in (height, width)]
+        small = TokenLayout.video(frames, *sides, text_after=table.layout.num_text)
+        if small.seq_len >= best:
+            break
+        cost = measure_cost(
+            small,
+            num_heads,
+            head_dim,
+            device=table.device,
+            dtype=getattr(torch, table.dtype),
+            backend=table.backend,
+        )
         if cost.seconds(_pattern(small, density, True), density) >= cost.dense:
             break
         best = small.seq_len

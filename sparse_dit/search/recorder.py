@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +12,8 @@ from ..integrations.call import AttentionCall
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, cell_sums, cell_table, sample_rows
+from .profile import ComponentProfile
 from .statistics import HeadStatistics, discover, empty_statistics, score
-
-if TYPE_CHECKING:
-    from .profile import ComponentProfile
 
 PICTURE = 96
 
@@ -50,10 +47,11 @@ class Recorder:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, sigma = call.context.layout, call.context.sigma
-        known = layout is not None and sigma is not None and call.unsupported is None
-        if known and layout.num_video and call.q.shape[1] == call.k.shape[1] == layout.seq_len:
-            with _one_thread():
-                self._record(call, layout, sigma)
+        if layout is not None and sigma is not None and call.unsupported is None:
+            tokens = call.q.shape[1], call.k.shape[1]
+            if layout.num_video and tokens == (layout.seq_len, layout.seq_len):
+                with _one_thread():
+                    self._record(call, layout, sigma)
         return call.stock()
 
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
@@ -67,6 +65,7 @@ class Recorder:
         rows = sample_rows(layout, self.rows, self.generator)
         scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
         repeat = call.q.shape[2] // call.k.shape[2]
+        record = self._find if self.phase == "find" else self._score
         for batch in range(call.q.shape[0]):
             valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
             q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
@@ -81,10 +80,7 @@ class Recorder:
                         f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
                         "the stock pipeline is broken at this size or dtype"
                     )
-                if self.phase == "find":
-                    self._find(level, call.layer, head, q.shape[1], layout, sums)
-                else:
-                    self._score(level, call.layer, head, q.shape[1], layout, sums)
+                record(level, call.layer, head, sums)
 
     def _level(self, sigma: float) -> int:
         """Place of a noise level among the recorded ones; new ones appear in falling order."""
@@ -99,37 +95,21 @@ class Recorder:
         sigmas.append(sigma)
         return len(sigmas) - 1
 
-    def _find(
-        self,
-        level: int,
-        layer: str,
-        head: int,
-        heads: int,
-        layout: TokenLayout,
-        sums: dict,
-    ) -> None:
-        found = self.profile.found
-        if (level, layer) not in found:
-            found[level, layer] = [
-                {tile: empty_statistics(layout, tile) for tile in tilings(layout)}
-                for _ in range(heads)
+    def _find(self, level: int, layer: str, head: int, sums: dict[Tile, CellSums]) -> None:
+        profile, layout = self.profile, self.profile.known_layout
+        if (level, layer) not in profile.found:
+            profile.found[level, layer] = [
+                {tile: empty_statistics(layout, tile) for tile in sums}
+                for _ in range(profile.num_heads)
             ]
-        statistics: HeadStatistics = found[level, layer][head]
+        statistics: HeadStatistics = profile.found[level, layer][head]
         for tile, part in sums.items():
             discover(statistics[tile], part, layout, tile)
 
-    def _score(
-        self,
-        level: int,
-        layer: str,
-        head: int,
-        heads: int,
-        layout: TokenLayout,
-        sums: dict,
-    ) -> None:
-        profile = self.profile
+    def _score(self, level: int, layer: str, head: int, sums: dict[Tile, CellSums]) -> None:
+        profile, heads = self.profile, self.profile.num_heads
         candidates = profile.candidates(level, layer)[head]
-        error, square, recall, norm = score(sums, candidates, layout)
+        error, square, recall, norm = score(sums, candidates, profile.known_layout)
         if (level, layer) not in profile.scores:
             shape = (heads, len(candidates))
             profile.scores[level, layer] = {
@@ -153,7 +133,7 @@ class Recorder:
     def _picture(self, layer: str, tile: Tile, head: int, heads: int, sums: CellSums) -> None:
         """Attention of the sampled rows over tiles, both in tile order, at most 96 x 96."""
         image = sums.mass[sums.cell.argsort(stable=True)]
-        size = [min(PICTURE, n) for n in image.shape]
+        size = (min(PICTURE, image.shape[0]), min(PICTURE, image.shape[1]))
         image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
         pictures = self.profile.pictures
         if (layer, tile) not in pictures:

@@ -27,6 +27,7 @@ class _Noise:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        self.calls = 0
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, call: AttentionCall) -> Tensor:
@@ -34,6 +35,7 @@ class _Noise:
         sigma = call.context.sigma
         if sigma is None or not self.stage.covers(sigma, "any"):
             return out
+        self.calls += 1
         noise = torch.randn(out.shape, generator=self.generator).to(out)
         power = out.square().mean(dim=(1, 3), keepdim=True).sqrt()  # of each head
         return out + RELATIVE_NOISE * power * noise
@@ -70,15 +72,42 @@ def sensitivity(
         settings: Size and steps of these runs; see `reduced`.
 
     Returns:
-        One number a stage; 0 for stages that no step falls into.
+        One number a stage. A stage that no step of these runs falls into gets the larger number of the
+        nearest stages on both sides.
+
+    Raises:
+        ValueError: If the pipeline gives NaN or Inf.
     """
     clean, _ = generate(pipe, case, settings)
-    result = []
+    if not np.isfinite(clean).all():
+        raise ValueError(
+            f"the stock pipeline gives NaN or Inf for {case.prompt!r} at "
+            f"{settings.width}x{settings.height}: it is broken at this size or dtype"
+        )
+    result: list[float | None] = []
     for stage in stages:
-        attachment = attach(components(pipe)[component], _Noise(stage))
+        noise = _Noise(stage)
+        attachment = attach(components(pipe)[component], noise)
         try:
             video, _ = generate(pipe, case, settings)
         finally:
             attachment.detach()
-        result.append(float(np.mean((video - clean) ** 2)) / RELATIVE_NOISE**2)
+        change = float(np.mean((video - clean) ** 2)) / RELATIVE_NOISE**2
+        result.append(change if noise.calls else None)
+    return filled(result)
+
+
+def filled(values: Sequence[float | None]) -> list[float]:
+    """Gaps filled with the larger one of the nearest known values on both sides.
+
+    Raises:
+        ValueError: If nothing is known.
+    """
+    if all(value is None for value in values):
+        raise ValueError("no step of a generation falls into any recorded noise level")
+    result = []
+    for place in range(len(values)):
+        before = [v for v in values[: place + 1] if v is not None][-1:]
+        after = [v for v in values[place:] if v is not None][:1]
+        result.append(max(before + after))
     return result

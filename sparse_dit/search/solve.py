@@ -6,6 +6,7 @@ price is found by bisection; solutions lie on the convex hull of the exact front
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -23,12 +24,13 @@ from .statistics import density
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Damage and cost of every choice; U units (stage, layer, head), K candidates.
+    """What every choice costs and spoils; U units (stage, layer, head), K candidates.
 
     Args:
         units: `(stage, layer, head)` of each unit.
         candidates: `[U][K]` patterns; the first is dense.
-        damage: float64 `[U, K]`, expected mean squared change of the video.
+        importance: float64 `[U]`, expected mean squared change of the video for a squared relative
+            error of 1 of the head.
         seconds: float64 `[U, K]`, of a whole generation.
         error: float64 `[U, K]`, squared relative error of the head's output.
         density: float64 `[U, K]`.
@@ -40,7 +42,7 @@ class Problem:
 
     units: list[tuple[int, str, int]]
     candidates: list[Sequence[Pattern]]
-    damage: Tensor
+    importance: Tensor
     seconds: Tensor
     error: Tensor
     density: Tensor
@@ -48,6 +50,11 @@ class Problem:
     weight: Tensor
     stages: tuple[Stage, ...]
     other_seconds: float
+
+    @functools.cached_property
+    def damage(self) -> Tensor:
+        """float64 `[U, K]`, expected mean squared change of the video."""
+        return self.error * self.importance[:, None]
 
     @property
     def dense_seconds(self) -> float:
@@ -64,7 +71,7 @@ class Choice:
         damage: Expected mean squared change of the video, before calibration by a verified run.
         seconds: Of a generation.
         speedup: Against dense.
-        error: Root of the damage-weighted mean of the squared relative errors of heads.
+        error: Root of the importance-weighted mean of the squared relative errors of heads.
         density: Mean over all attention calls.
     """
 
@@ -100,36 +107,34 @@ def problem(
         calls: For each stage the forwards of a generation that fall into it, times the batch.
         dense_generation: Seconds of a whole dense generation.
     """
-    units, candidates, rows = [], [], []
+    units, candidates, importance, weight = [], [], [], []
+    table_: dict[str, list[Tensor]] = {"seconds": [], "error": [], "density": [], "recall": []}
     total = max(1, sum(calls)) * len(profile.layers) * profile.num_heads
-    for stage in range(len(stages)):
-        for layer in profile.layers:
-            scores = profile.scores[stage, layer]
-            share = scores["norm"] / scores["norm"].sum()
-            error = profile.relative_error(stage, layer).double()
-            recall = (scores["recall"] / scores["rows"][:, None]).double()
-            for head, patterns in enumerate(profile.candidates(stage, layer)):
-                dens = [density(p, profile.layout) for p in patterns]
-                cost = [table.seconds(p, d) for p, d in zip(patterns, dens, strict=True)]
-                weight = sensitivity[stage] * share[head].item() / len(profile.layers)
-                units.append((stage, layer, head))
-                candidates.append(patterns)
-                rows.append(
-                    torch.stack(
-                        [
-                            error[head] * weight,
-                            torch.tensor(cost, dtype=torch.float64) * calls[stage],
-                            error[head],
-                            torch.tensor(dens, dtype=torch.float64),
-                            recall[head],
-                            torch.full((len(patterns),), calls[stage] / total, dtype=torch.float64),
-                        ]
-                    )
-                )
-    table_ = torch.stack(rows, 1)
-    attention = table_[1, :, 0].sum().item()
-    other = max(0.0, dense_generation - attention)
-    return Problem(units, candidates, *table_[:5], table_[5, :, 0], stages, other)
+    layout = profile.known_layout
+    for stage, layer in itertools.product(range(len(stages)), profile.layers):
+        scores = profile.scores[stage, layer]
+        share = scores["norm"] / scores["norm"].sum().clamp_min(1e-20)
+        table_["error"].append(profile.relative_error(stage, layer))
+        table_["recall"].append(scores["recall"] / scores["rows"][:, None])
+        for head, patterns in enumerate(profile.candidates(stage, layer)):
+            dens = [density(p, layout) for p in patterns]
+            cost = [table.seconds(p, d) * calls[stage] for p, d in zip(patterns, dens, strict=True)]
+            table_["density"].append(torch.tensor([dens], dtype=torch.float64))
+            table_["seconds"].append(torch.tensor([cost], dtype=torch.float64))
+            units.append((stage, layer, head))
+            candidates.append(patterns)
+            importance.append(sensitivity[stage] * share[head].item() / len(profile.layers))
+            weight.append(calls[stage] / total)
+    columns = {name: torch.cat(parts).double() for name, parts in table_.items()}
+    return Problem(
+        units,
+        candidates,
+        torch.tensor(importance, dtype=torch.float64),
+        weight=torch.tensor(weight, dtype=torch.float64),
+        stages=stages,
+        other_seconds=max(0.0, dense_generation - columns["seconds"][:, 0].sum().item()),
+        **columns,
+    )
 
 
 def evaluate(problem: Problem, pick: Tensor) -> Choice:
@@ -140,8 +145,7 @@ def evaluate(problem: Problem, pick: Tensor) -> Choice:
 
     damage = of(problem.damage).sum().item()
     seconds = problem.other_seconds + of(problem.seconds).sum().item()
-    weights = problem.damage[:, 1] / problem.error[:, 1].clamp_min(1e-30)
-    error = math.sqrt((weights * of(problem.error)).sum() / weights.sum().clamp_min(1e-30))
+    error = math.sqrt(damage / max(problem.importance.sum().item(), 1e-30))
     dens = (of(problem.density) * problem.weight).sum().item() / problem.weight.sum().item()
     return Choice(pick, damage, seconds, problem.dense_seconds / seconds, error, dens)
 

@@ -60,7 +60,7 @@ def relative_cells(layout: TokenLayout, tile: Tile) -> Tensor:
     return (delta * strides).sum(-1)
 
 
-@functools.lru_cache(maxsize=1 << 15)
+@functools.lru_cache(maxsize=256)  # large: the square of the tiles; most patterns are one head's
 def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
     """Which tiles each tile sees exactly, bool `[T, T]`."""
     return seen_cells(pattern, tile_order(layout, pattern.tile))

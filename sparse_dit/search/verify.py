@@ -51,7 +51,11 @@ class _Count:
 
 
 def dense_reference(pipe: Any, case: Case, settings: GenerationSettings) -> Reference:
-    """Generate with stock attention and count forwards."""
+    """Generate with stock attention and count forwards.
+
+    Raises:
+        ValueError: If the video holds NaN or Inf.
+    """
     counters, attachments = {}, []
     try:
         for name, module in components(pipe).items():
@@ -61,6 +65,8 @@ def dense_reference(pipe: Any, case: Case, settings: GenerationSettings) -> Refe
     finally:
         for attachment in attachments:
             attachment.detach()
+    if not np.isfinite(video).all():
+        raise ValueError(f"the stock pipeline gives NaN or Inf for {case.prompt!r}")
     return Reference(case, video, seconds, {n: c.sigmas for n, c in counters.items()})
 
 

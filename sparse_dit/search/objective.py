@@ -1,0 +1,68 @@
+"""What is asked of a search, and the choice that answers it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .solve import Choice, Problem, at_price, cheapest, least_damage
+
+_ABOVE = {"target_speedup": 1.0, "max_error": 0.0, "min_psnr": 0.0}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked for; exactly one is set.
+
+    Args:
+        target_speedup: Forecast speed-up of the whole generation, with the least damage.
+        max_error: Largest root-mean-square relative error of head outputs (weighted by how much they
+            matter), as fast as possible.
+        min_psnr: Least PSNR in dB against the dense video on held-out cases, as fast as possible.
+
+    Raises:
+        ValueError: If none or several are set, or the value is no finite number in range.
+    """
+
+    target_speedup: float | None = None
+    max_error: float | None = None
+    min_psnr: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.to_dict()
+        if len(given) != 1:
+            got = " and ".join(sorted(given)) or "none"
+            raise ValueError(f"give one of target_speedup, max_error and min_psnr, got {got}")
+        ((name, value),) = given.items()
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= _ABOVE[name]:
+            raise ValueError(
+                f"{name} must be a finite number above {_ABOVE[name]:g}, got {value!r}"
+            )
+
+    def to_dict(self) -> dict[str, float]:
+        """The one that is set, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def choose(self, problem: Problem, damage: float) -> Choice:
+        """The best choice of the problem.
+
+        Args:
+            problem: What to choose from.
+            damage: Largest damage, for `min_psnr`; the caller knows what it means in dB.
+
+        Raises:
+            ValueError: If the speed-up is out of reach.
+        """
+        if self.target_speedup is not None:
+            choice = least_damage(problem, self.target_speedup)
+            if choice is None:
+                fastest = at_price(problem, 0.0)
+                raise ValueError(
+                    f"target_speedup {self.target_speedup:g} is out of reach on this device: the "
+                    f"fastest plan forecasts {fastest.speedup:.2f}x; ask for less"
+                )
+            return choice
+        if (limit := self.max_error) is not None:
+            return cheapest(problem, lambda choice: choice.error <= limit)
+        return cheapest(problem, lambda choice: choice.damage <= damage)

@@ -1,0 +1,159 @@
+"""A profile as one safetensors file: written atomically, checked when read."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..generation import GenerationSettings
+from ..layout import Tile, TokenLayout
+from ..plan.errors import PlanError
+from .candidates import tilings
+from .profile import ComponentProfile, Profile
+from .statistics import empty_statistics
+
+FORMAT = "sparse_dit profile 1"
+SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
+
+
+def write_profile(profile: Profile, path: str | Path) -> None:
+    """Write a profile; the file appears whole or not at all."""
+    tensors, parts = {}, {}
+    for name, part in profile.components.items():
+        tensors.update(_tensors_of(name, part))
+        parts[name] = {
+            "model_class": part.model_class,
+            "config_hash": part.config_hash,
+            "num_heads": part.num_heads,
+            "head_dim": part.head_dim,
+            "layout": part.layout and part.layout.to_dict(),
+            "sigmas": part.sigmas,
+            "layers": part.layers,
+        }
+    header = {
+        "components": parts,
+        "settings": profile.settings.to_dict(),
+        "rows": profile.rows,
+        "done": profile.done,
+        "seconds": profile.seconds,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        metadata = {"format": FORMAT, "header": json.dumps(header)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:
+    tensors = {}
+    for (level, layer), heads in part.found.items():
+        for tile in heads[0]:
+            for key in heads[0][tile]:
+                stacked = torch.stack([head[tile][key] for head in heads])
+                tensors[f"found|{name}|{level}|{layer}|{_tile_text(tile)}|{key}"] = stacked
+    for (level, layer), scores in part.scores.items():
+        for key, value in scores.items():
+            tensors[f"scores|{name}|{level}|{layer}|{key}"] = value
+    for (layer, tile), value in part.pictures.items():
+        tensors[f"pictures|{name}|{layer}|{_tile_text(tile)}"] = value
+    return tensors
+
+
+def read_profile(path: str | Path) -> Profile:
+    """Inverse of `write_profile`.
+
+    Raises:
+        PlanError: If the file is missing, damaged, or no profile; in one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PlanError(f"{path}: no such profile file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise PlanError(
+                    f"{path}: not a profile of this version ({FORMAT!r}); name another file"
+                )
+            header = json.loads(metadata["header"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        profile = _restore(header, tensors)
+        for part in profile.components.values():
+            _check(part)
+    except PlanError:
+        raise
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PlanError(f"{path}: damaged ({reason:.200}); delete it and profile again") from None
+    return profile
+
+
+def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
+    parts = {}
+    for name, data in header["components"].items():
+        layout = data.pop("layout")
+        parts[name] = ComponentProfile(layout=layout and TokenLayout.from_dict(layout), **data)
+    for key, value in tensors.items():
+        kind, name, *rest = key.split("|")
+        part = parts[name]
+        if kind == "found":
+            level, layer, tile, field_name = rest
+            heads = part.found.setdefault((int(level), layer), [{} for _ in value])
+            for head, row in zip(heads, value, strict=True):
+                head.setdefault(_tile_of(tile), {})[field_name] = row
+        elif kind == "scores":
+            level, layer, field_name = rest
+            part.scores.setdefault((int(level), layer), {})[field_name] = value
+        else:
+            layer, tile = rest
+            part.pictures[layer, _tile_of(tile)] = value
+    settings = GenerationSettings.from_dict(header["settings"])
+    return Profile(parts, settings, header["rows"], list(header["done"]), float(header["seconds"]))
+
+
+def _check(part: ComponentProfile) -> None:
+    """Raise ValueError unless all statistics and scores are there and fit one another."""
+    every = {(level, layer) for level in range(len(part.sigmas)) for layer in part.layers}
+    if set(part.found) != every or set(part.scores) not in (set(), every):
+        raise ValueError("statistics of some layers or noise levels are missing")
+    expected = _statistics_shapes(part.known_layout) if every else {}
+    for heads in part.found.values():
+        for head in heads:
+            shapes = {t: {k: v.shape for k, v in s.items()} for t, s in head.items()}
+            if len(heads) != part.num_heads or shapes != expected:
+                raise ValueError("statistics don't have the layout's shape")
+    for (level, layer), scores in part.scores.items():
+        count = len(part.candidates(level, layer)[0])
+        shape = (part.num_heads, count)
+        if {k: tuple(v.shape) for k, v in scores.items()} != {
+            k: shape[:n] for k, n in SCORES.items()
+        }:
+            raise ValueError(f"scores must be of {count} candidates, are of another version")
+
+
+def _statistics_shapes(layout: TokenLayout) -> dict[Tile, dict[str, torch.Size]]:
+    return {
+        tile: {key: value.shape for key, value in empty_statistics(layout, tile).items()}
+        for tile in tilings(layout)
+    }
+
+
+def _tile_text(tile: Tile) -> str:
+    return "x".join("all" if n is None else str(n) for n in tile)
+
+
+def _tile_of(text: str) -> Tile:
+    frames, rows, columns = (None if n == "all" else int(n) for n in text.split("x"))
+    return (frames, rows, columns)

@@ -1,0 +1,49 @@
+"""How a plan was found, for the plan's own record."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from ..generation import Case
+from ..version import VERSION
+from .tune import Session
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+def provenance(
+    session: Session,
+    calibration: Sequence[Case],
+    held_out: Sequence[Case],
+    sensitivity: Sequence[float],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """JSON-ready `provenance` of a plan, less what `Session.plan` wrote.
+
+    Args:
+        session: What was chosen from.
+        calibration, held_out: Cases that were profiled, and that the plan was verified on.
+        sensitivity: Of each stage.
+        seconds: Of the search, by phase.
+    """
+    cases = {"calibration": calibration, "held_out": held_out}
+    return {
+        "sparse_dit": VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "device": session.table.device,
+        "machine": platform.machine(),
+        "threads": session.table.threads,
+        "backend": session.backend,
+        "objective": session.objective.to_dict(),
+        "settings": session.settings.to_dict(),
+        "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
+        "profile_steps": session.profile.settings.steps,
+        "profile_rows": session.profile.rows,
+        "sensitivity": [float(f"{weight:.6g}") for weight in sensitivity],
+        "search_seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+    }

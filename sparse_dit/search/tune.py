@@ -1,0 +1,136 @@
+"""Solve, generate with the plan, and correct the forecast by what came out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..generation import GenerationSettings
+from ..plan import Plan
+from .assemble import first_plan
+from .cost import CostTable
+from .objective import Objective
+from .profile import Profile
+from .solve import Choice, Problem
+from .verify import Reference, Verified, verify
+
+Report = Callable[[str], None]
+
+MARGIN_DB = 1.5  # aimed at above the wanted PSNR, as prompts differ
+# White noise of the same size moves the video less than a sparse pattern's error does, which is the same
+# at every step: first guess of the ratio, seen on the embedded model; corrected by each verified run.
+NOISE_TO_PATTERN = 10.0
+RELAX_DB = 3.0  # further above than this, another round is spent on speed
+MAX_ROUNDS = 4
+DECLINED = 0.999  # of the dense seconds: what isn't faster than this is all dense
+
+
+class Clock:
+    """Seconds of each phase, and `"total"`, in `laps`."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {"total": 0.0}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Since the last lap it was phase `name`."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+        self.laps["total"] = now - self._start
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What stays the same while a choice is tuned.
+
+    Args:
+        pipe: Stock pipeline.
+        component: Its transformer's name.
+        problem, table, profile: What there is to choose from.
+        objective: What is asked for.
+        settings: Size and steps of the runs that verify.
+        backend: Sparse backend.
+        calls: For each stage the forwards of a generation that fall into it, times the batch.
+    """
+
+    pipe: Any
+    component: str
+    problem: Problem
+    table: CostTable
+    profile: Profile
+    objective: Objective
+    settings: GenerationSettings
+    backend: str
+    calls: list[int]
+
+    def plan(self, choice: Choice) -> Plan:
+        """A choice as a plan."""
+        part, total = self.profile.components[self.component], max(1, sum(self.calls))
+        name = type(self.pipe).__name__
+        plan = first_plan(name, self.component, part, self.problem, choice, self.table)
+        shares = {self.component: [calls / total for calls in self.calls]}
+        return replace(plan, provenance={"stage_shares": shares})
+
+
+def tune(
+    session: Session, references: list[Reference], budget: float, clock: Clock, say: Report
+) -> tuple[Choice, Plan, Verified]:
+    """The choice that answers the objective, and what it gave; for `min_psnr` in several rounds.
+
+    Args:
+        session: What to choose from.
+        references: Dense generations to compare with.
+        budget: Seconds on the clock after which a plan that is good enough is not improved.
+        clock: Runs since the search began.
+        say: Called with a line of text a round.
+
+    Raises:
+        ValueError: If the objective is out of reach, or the sparse video holds NaN or Inf.
+    """
+    wanted = session.objective.min_psnr
+    scale, floor = NOISE_TO_PATTERN, 0.0  # measured over forecast damage; dB to aim at
+    last: tuple[Choice, Plan, Verified] | None = None
+    best = None
+    for number in range(MAX_ROUNDS):
+        limit = math.inf
+        if wanted is not None:
+            limit = 10 ** (-max(wanted + MARGIN_DB, floor) / 10) / scale
+        last = _round(session, session.objective.choose(session.problem, limit), references, say)
+        choice, _, verified = last
+        say(
+            f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "
+            f"measured {verified.speedup:.2f}x at {verified.psnr_db:.1f} dB"
+        )
+        if wanted is None:
+            return last
+        good = verified.psnr_db >= wanted
+        if good and (best is None or choice.seconds < best[0].seconds):
+            best = last
+        if choice.damage == 0:
+            break
+        scale = max(verified.mse / choice.damage, 1e-12)
+        spent = clock.elapsed + verified.sparse_seconds > budget
+        if best and (spent or verified.psnr_db <= wanted + RELAX_DB):
+            break
+        if not good:  # aim higher than last time
+            floor = max(floor, wanted + MARGIN_DB * (number + 2) / 2)
+    assert last is not None, "there is at least one round"
+    return best or last
+
+
+def _round(
+    session: Session, choice: Choice, references: list[Reference], say: Report
+) -> tuple[Choice, Plan, Verified]:
+    if choice.seconds >= session.problem.dense_seconds * DECLINED:
+        say("no sparse choice that meets the objective is faster than dense: the plan is all dense")
+    plan = session.plan(choice)
+    return choice, plan, verify(session.pipe, plan, references, session.settings, session.backend)
