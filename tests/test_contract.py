@@ -46,7 +46,9 @@ def test_compiled_flex_attention_runs_the_rounded_lists():
     ]
     index = build_index(patterns, layout)
     n = layout.seq_len
-    q, k, v = (torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k, v = (
+        torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
     truth = attend(q, k, v, index, backend="reference").out
     rows = -(-n // BLOCK)
     parts, masks, sorted_inputs = [], [], []

@@ -213,10 +213,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()  # the weights are meant to be cast to bfloat16
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    if args.init:
-        pipe = WanPipeline.from_pretrained(args.init).to(torch.float32)
-    else:
-        pipe = new_pipeline(args.seed)
+    start = args.init
+    pipe = (
+        WanPipeline.from_pretrained(start).to(torch.float32) if start else new_pipeline(args.seed)
+    )
     run(pipe, args.out, args)
 
 
