@@ -12,6 +12,7 @@ from ..demo.draw import draw
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
 from .atlas import StageAtlas, stage_atlas
+from .heads import HeadQuality, head_quality
 from .provenance import environment
 from .quality import evaluate
 from .report import FILES, Report, check_free, write_report
@@ -19,6 +20,7 @@ from .runs import seam_overhead
 from .teacher import TeacherForced, teacher_forced
 
 SIGMAS = (0.3, 0.6, 0.9)
+HEAD_STEPS = 8
 SEAM_STEPS = 2  # a generation of so few steps is enough to see what the patch costs
 
 
@@ -68,27 +70,65 @@ def evaluate_plan(
     say("what the patch itself costs")
     short = replace(request.settings, steps=min(SEAM_STEPS, request.settings.steps))
     overhead = seam_overhead(pipe, plan, request.cases[0], short)
+    heads = _heads(pipe, plan, request, say)
     report = Report(
         title=f"{type(pipe).__name__}: sparse attention against dense",
         plan=plan,
         quality=quality,
         teacher_forced=_forced(pipe, plan, request, say),
-        atlases=plan_atlases(plan),
+        atlases=plan_atlases(plan, heads),
         search_seconds=_search_seconds(plan),
         seam_overhead=overhead,
         provenance={**environment(pipe.device), "command": command},
+        notes=[_held_out_error(heads)] if heads else [],
         fps=request.fps,
     )
     return report, write_report(request.folder, report, overwrite=request.force)
 
 
-def plan_atlases(plan: Plan) -> list[StageAtlas]:
-    """Masks of every component and stage at the size of calibration; attention isn't recorded."""
+def plan_atlases(plan: Plan, heads: dict[str, HeadQuality]) -> list[StageAtlas]:
+    """Masks and recall of every component and stage; pictures of attention aren't recorded."""
     return [
-        stage_atlas(name, part, stage, part.layout)
+        stage_atlas(
+            name,
+            part,
+            stage,
+            part.layout,
+            recall={
+                layer: totals.recall
+                for (at, layer), totals in heads.get(name, {}).items()
+                if at == stage
+            },
+        )
         for name, part in plan.components.items()
         for stage in range(len(part.stages))
     ]
+
+
+def _heads(
+    pipe: Any, plan: Plan, request: Request, say: Callable[[str], None]
+) -> dict[str, HeadQuality]:
+    """Error and recall of heads on the first case, in a run of few steps; empty if not measurable."""
+    steps = min(HEAD_STEPS, request.settings.steps)
+    say(f"error and recall of every head, {steps} steps")
+    try:
+        return head_quality(pipe, plan, request.cases[0], replace(request.settings, steps=steps))
+    except NotImplementedError as reason:
+        say(f"not measured: {reason}")
+        return {}
+
+
+def _held_out_error(heads: dict[str, HeadQuality]) -> str:
+    errors = [
+        e for part in heads.values() for totals in part.values() for e in totals.relative_error
+    ]
+    recalls = [r for part in heads.values() for totals in part.values() for r in totals.recall]
+    if not errors:
+        return "The plan covers no attention call of this run, so heads have no error."
+    return (
+        f"Mean relative error of head outputs on the first case: {sum(errors) / len(errors):.4f}; "
+        f"mean attention recall {sum(recalls) / len(recalls):.3f} (sampled rows)."
+    )
 
 
 def _forced(

@@ -1,0 +1,128 @@
+"""Every head's error and attention recall under a plan, on a prompt that the search has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..generation import Case, GenerationSettings, generate
+from ..integrations.call import AttentionCall
+from ..integrations.diffusers import attach, components
+from ..layout import TokenLayout
+from ..patterns import Pattern
+from ..plan import ComponentPlan, Plan
+from ..search.cells import cell_sums, cell_table, sample_rows
+from ..search.statistics import seen_tiles
+
+ROWS = 48
+
+
+@dataclass
+class HeadTotals:
+    """Sums over sampled rows of one layer in one stage, `[H]` each.
+
+    Attributes:
+        error: Squared error of the output.
+        norm: Squared output.
+        mass: Attention mass computed exactly.
+        rows: Number of rows.
+    """
+
+    error: Tensor
+    norm: Tensor
+    mass: Tensor
+    rows: int = 0
+
+    @property
+    def relative_error(self) -> list[float]:
+        """Relative L2 error of each head's output."""
+        return (self.error / self.norm.clamp_min(1e-20)).sqrt().tolist()
+
+    @property
+    def recall(self) -> list[float]:
+        """Share of each head's attention mass that is computed exactly."""
+        return (self.mass / max(1, self.rows)).tolist()
+
+
+# (stage, layer) -> totals
+HeadQuality = dict[tuple[int, str], HeadTotals]
+
+
+@dataclass
+class _Watch:
+    """An intercept that compares sampled rows with what the plan would compute; runs stock."""
+
+    plan: ComponentPlan
+    found: HeadQuality = field(default_factory=dict)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        context = call.context
+        stage = self.plan.stage(context.sigma, context.branch)
+        patterns = self.plan.patterns(call.layer, context.sigma, context.branch)
+        if patterns and context.layout and stage is not None and call.unsupported is None:
+            self._add(call, context.layout, stage, patterns)
+        return call.stock()
+
+    def _add(
+        self, call: AttentionCall, layout: TokenLayout, stage: int, patterns: tuple[Pattern, ...]
+    ) -> None:
+        heads = len(patterns)
+        zeros = [torch.zeros(heads) for _ in range(3)]
+        totals = self.found.setdefault((stage, call.layer), HeadTotals(*zeros))
+        rows = sample_rows(layout, ROWS, self.generator)
+        scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
+        repeat = heads // call.k.shape[2]
+        for batch in range(call.q.shape[0]):
+            valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
+            totals.rows += len(rows)
+            for head, pattern in enumerate(patterns):
+                parts = (x[batch].to("cpu") for x in (call.q, call.k, call.v))
+                q, k, v = (
+                    x[:, h] for x, h in zip(parts, (head, *(head // repeat,) * 2), strict=True)
+                )
+                tile = (4, 4, 4) if pattern.is_dense else pattern.tile
+                sums = cell_sums(q, k, v, rows, cell_table(layout, tile), scale, valid)
+                totals.norm[head] += sums.out.square().sum()
+                if pattern.is_dense:
+                    totals.mass[head] += len(rows)
+                    continue
+                seen = seen_tiles(pattern, layout)[sums.cell]
+                out = sums.outputs(seen[None], pattern.far)[0]
+                totals.error[head] += (out - sums.out).square().sum()
+                totals.mass[head] += (seen * sums.mass).sum() + sums.text_mass.sum()
+
+
+def head_quality(
+    pipe: Any, plan: Plan, case: Case, settings: GenerationSettings
+) -> dict[str, HeadQuality]:
+    """Run the stock pipeline once and evaluate sampled rows of every head that the plan names.
+
+    Args:
+        pipe: A stock pipeline; stock again on return.
+        plan: What is evaluated; patterns with cells smaller than a tile are not supported.
+        case: Prompt and seed.
+        settings: Size and steps.
+
+    Returns:
+        For each component the totals of each (stage, layer) that the run came through.
+
+    Raises:
+        NotImplementedError: If a pattern's cells are not whole tiles.
+    """
+    watches, attachments = {}, []
+    for part in plan.components.values():
+        if any(p.cell is not None for p in part.distinct_patterns):
+            raise NotImplementedError("error and recall are measured for whole tiles only")
+    try:
+        for name, part in plan.components.items():
+            watches[name] = _Watch(part)
+            attachments.append(attach(components(pipe)[name], watches[name]))
+        generate(pipe, case, settings)
+    finally:
+        for attachment in attachments:
+            attachment.detach()
+    return {name: watch.found for name, watch in watches.items()}
