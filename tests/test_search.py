@@ -18,6 +18,7 @@ from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
+from sparse_dit.search.statistics import density
 from tests import tiny_pipelines
 
 SETTINGS = GenerationSettings(64, 64, 17, steps=4, guidance=3.0, max_sequence_length=16)
@@ -123,6 +124,9 @@ def test_other_choices_of_the_same_search_are_plans_too(pipe, fast, tmp_path):
     again = plan_of(searched, searched.choice)
     assert again.components == searched.plan.components
     uniform = uniform_plan(searched.plan, searched.profile, by_stage=True)
+    ((_, part),) = uniform.components.items()
+    used = {density(h.pattern, part.layout) for rows in part.layers["blocks.0.attn1"] for h in rows}
+    assert min(used) - 1e-6 <= uniform.density <= max(used)  # what it is, not what was aimed at
     for number, plan in enumerate((chance, uniform)):
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -39,7 +39,7 @@ def uniform_pattern(profile: ComponentProfile, target: float) -> Pattern:
 
 
 def uniform_plan(plan: Plan, profile: Profile, *, by_stage: bool) -> Plan:
-    """The same pattern for every head, at the density of `plan`.
+    """The same pattern for every head, at the density of `plan` or just below.
 
     Args:
         plan: Searched plan.
@@ -47,16 +47,20 @@ def uniform_plan(plan: Plan, profile: Profile, *, by_stage: bool) -> Plan:
         by_stage: Whether each stage gets the density that the searched plan has there (which leaves to
             the search only what it chose head by head), or all stages the same.
     """
-    components = {}
+    components, reached = {}, 0.0
     for name, component in plan.components.items():
         part = profile.components[name]
         targets = [plan.density] * len(component.stages)
         if by_stage:
             targets = stage_densities(component, part)
         patterns = [DENSE if t > 0.95 else uniform_pattern(part, t) for t in targets]
+        shares = plan.provenance["stage_shares"][name]
+        reached += sum(
+            share * density(p, part.known_layout) for share, p in zip(shares, patterns, strict=True)
+        ) / len(plan.components)
         rows = tuple((HeadChoice(pattern),) * component.num_heads for pattern in patterns)
         components[name] = replace(component, layers=dict.fromkeys(component.layers, rows))
-    return Plan(plan.pipeline_class, components, plan.density)
+    return Plan(plan.pipeline_class, components, min(1.0, round(reached, 6)))
 
 
 def stage_densities(component: ComponentPlan, profile: ComponentProfile) -> list[float]:
