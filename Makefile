@@ -21,7 +21,7 @@ test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5
 
 .venv/.made:
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv --clear .venv
 	@touch $@
 
