@@ -60,9 +60,19 @@ def relative_cells(layout: TokenLayout, tile: Tile) -> Tensor:
     return (delta * strides).sum(-1)
 
 
-@functools.lru_cache(maxsize=256)  # large: the square of the tiles; most patterns are one head's
+SMALL = 160  # tiles up to which masks are kept: 25 KB each
+
+
 def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
-    """Which tiles each tile sees exactly, bool `[T, T]`."""
+    """Which tiles each tile sees exactly, bool `[T, T]`; kept if small, as most are needed again."""
+    order = tile_order(layout, pattern.tile)
+    if len(order.tile_offsets) - 1 <= SMALL:
+        return _kept(pattern, layout)
+    return seen_cells(pattern, order)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _kept(pattern: Pattern, layout: TokenLayout) -> Tensor:
     return seen_cells(pattern, tile_order(layout, pattern.tile))
 
 
