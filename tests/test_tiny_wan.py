@@ -1,5 +1,6 @@
 """The embedded model: its weights, its drawn data, and the script that trains it."""
 
+import json
 import math
 from pathlib import Path
 from random import Random
@@ -134,6 +135,8 @@ def test_training_from_nothing_writes_a_folder_that_loads(tmp_path):
     trained = WanPipeline.from_pretrained(out)
     assert trained.transformer.proj_out.weight.abs().max() > 0
     assert '"PreTrainedTokenizerFast"' in (out / "model_index.json").read_text()
+    assert json.loads((out / "tokenizer" / "tokenizer.json").read_text())["truncation"] is None
+    assert not any("_name_or_path" in path.read_text() for path in out.rglob("*.json"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 

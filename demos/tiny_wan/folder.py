@@ -27,7 +27,7 @@ ARCHITECTURE = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 256,
 }
-SHIFT = 2.0
+SHIFT = 4.0
 
 
 @torch.no_grad()
@@ -57,6 +57,8 @@ def write_pipeline(pipe: WanPipeline, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
+    pipe.tokenizer.backend_tokenizer.no_padding()  # else the last call's lengths are saved too
+    pipe.tokenizer.backend_tokenizer.no_truncation()
     try:
         pipe.to(torch.bfloat16).save_pretrained(partial)
         for path in partial.rglob("*.json"):
@@ -75,6 +77,6 @@ def _clean(path: Path) -> None:
     """Drop where a part was loaded from; name the tokenizer so that transformers 4 knows it too."""
     text = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
     content = json.loads(text)
-    if path.name.endswith("config.json") and content.pop("_name_or_path", None) is not None:
+    if content.pop("_name_or_path", None) is not None:
         text = json.dumps(content, indent=2) + "\n"
     path.write_text(text)

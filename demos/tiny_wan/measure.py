@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         ],
     )
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--shift", type=float, help="scheduler shift instead of the folder's")
     parser.add_argument("--sheet", type=Path, help="PNG file for the sampled frames")
     parser.add_argument("--threads", type=int, default=1)

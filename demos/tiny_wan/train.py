@@ -20,13 +20,13 @@ from pathlib import Path
 from random import Random
 
 import torch
-from diffusers import WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.utils import logging
 from torch import Tensor, nn
 
 from demos.tiny_wan.batches import NOISE_SHIFT, Batch, choose_bucket, make_batch
-from demos.tiny_wan.folder import new_pipeline, write_pipeline
+from demos.tiny_wan.folder import SHIFT, new_pipeline, write_pipeline
 from demos.tiny_wan.text import encode
 from demos.tiny_wan.vae import PatchEncoder
 
@@ -213,10 +213,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()  # the weights are meant to be cast to bfloat16
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    start = args.init
-    pipe = (
-        WanPipeline.from_pretrained(start).to(torch.float32) if start else new_pipeline(args.seed)
-    )
+    if args.init:
+        pipe = WanPipeline.from_pretrained(args.init).to(torch.float32)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    else:
+        pipe = new_pipeline(args.seed)
     run(pipe, args.out, args)
 
 
