@@ -71,8 +71,8 @@ class _Watch:
         self, call: AttentionCall, layout: TokenLayout, stage: int, patterns: tuple[Pattern, ...]
     ) -> None:
         heads = len(patterns)
-        zeros = [torch.zeros(heads) for _ in range(3)]
-        totals = self.found.setdefault((stage, call.layer), HeadTotals(*zeros))
+        error, norm, mass = (torch.zeros(heads) for _ in range(3))
+        totals = self.found.setdefault((stage, call.layer), HeadTotals(error, norm, mass))
         rows = sample_rows(layout, ROWS, self.generator)
         scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
         repeat = heads // call.k.shape[2]
