@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ def measure_cost(
     }
     for far in (False, True):
         for budget in BUDGETS:
-            index = build_index([_pattern(layout, budget, far)] * num_heads, layout).to(device)
+            index = build_index([nearest_tiles(layout, budget, far)] * num_heads, layout).to(device)
             key = (far, index.density)
             runs[key] = lambda i=index: sparse_attention(q, k, v, i, backend=backend)
     best = dict.fromkeys(runs, float("inf"))
@@ -140,13 +141,14 @@ def break_even_tokens(table: CostTable, density: float, num_heads: int, head_dim
             dtype=getattr(torch, table.dtype),
             backend=table.backend,
         )
-        if cost.seconds(_pattern(small, density, True), density) >= cost.dense:
+        if cost.seconds(nearest_tiles(small, density, True), density) >= cost.dense:
             break
         best = small.seq_len
     return best
 
 
-def _pattern(layout: TokenLayout, budget: float, far: bool) -> Pattern:
+@functools.lru_cache(maxsize=64)
+def nearest_tiles(layout: TokenLayout, budget: float, far: bool) -> Pattern:
     """A stencil of about this density: the nearest tiles."""
     tile = tilings(layout)[0]
     counts = cell_table(layout, tile).counts

@@ -61,7 +61,7 @@ def search_plan(
     min_psnr: float | None = None,
     profile: str | Path | None = None,
     profile_steps: int | None = None,
-    rows: int = 96,
+    rows: int = 64,
     max_generations: float = 3.0,
     backend: str = "auto",
     report: Report | None = None,

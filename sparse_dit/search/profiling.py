@@ -19,7 +19,7 @@ def profile_pipeline(
     cases: Sequence[Case],
     settings: GenerationSettings,
     *,
-    rows: int = 96,
+    rows: int = 64,
     path: str | Path | None = None,
     report: Callable[[int, int, str], None] | None = None,
 ) -> Profile:

@@ -20,9 +20,9 @@ from .verify import Reference, Verified, verify
 Report = Callable[[str], None]
 
 MARGIN_DB = 1.5  # aimed at above the wanted PSNR, as prompts differ
-# White noise of the same size moves the video less than a sparse pattern's error does, which is the same
-# at every step: first guess of the ratio, seen on the embedded model; corrected by each verified run.
-NOISE_TO_PATTERN = 10.0
+FIRST_SCALE = (
+    4.0  # measured over forecast damage on the embedded model; each verified run corrects it
+)
 RELAX_DB = 3.0  # further above than this, another round is spent on speed
 MAX_ROUNDS = 4
 DECLINED = 0.999  # of the dense seconds: what isn't faster than this is all dense
@@ -97,7 +97,7 @@ def tune(
         ValueError: If the objective is out of reach, or the sparse video holds NaN or Inf.
     """
     wanted = session.objective.min_psnr
-    scale, floor = NOISE_TO_PATTERN, 0.0  # measured over forecast damage; dB to aim at
+    scale, floor = FIRST_SCALE, 0.0  # measured over forecast damage; dB to aim at
     last: tuple[Choice, Plan, Verified] | None = None
     best = None
     for number in range(MAX_ROUNDS):
