@@ -80,7 +80,7 @@ def _works(pipe, plan, settings, folder):
 
 
 @pytest.mark.parametrize(
-    "dial", [{"target_speedup": 1.02}, {"max_error": 0.4}, {"min_psnr": 25.0}], ids=str
+    "dial", [{"target_speedup": 1.02}, {"max_error": 0.4}, {"min_psnr": 40.0}], ids=str
 )
 def test_each_dial_gives_a_plan_that_works(pipe, fast, dial, tmp_path):
     said = []
@@ -92,7 +92,7 @@ def test_each_dial_gives_a_plan_that_works(pipe, fast, dial, tmp_path):
     if "max_error" in dial:
         assert 0 < plan.forecast["error"] <= 0.4
     if "min_psnr" in dial:
-        assert plan.measured["psnr_db"] >= 25 and plan.measured["met"]
+        assert plan.measured["psnr_db"] >= 40 and plan.measured["met"]
     assert 0 < plan.density < 1
     record = plan.provenance
     assert record["objective"] == dial
@@ -334,14 +334,11 @@ def test_a_failure_in_any_phase_leaves_the_pipeline_as_it_was(pipe, fast, monkey
 
     place, name = {
         "profile_pipeline": (recorder, "cell_sums"),
-        "sensitivity": (sensitivity.torch, "randn"),
+        "sensitivity": (sensitivity, "sparse_attention"),
         "dense_reference": (engine, "dense_reference"),
         "tune": (tune, "verify"),
     }[phase]
-    if phase == "sensitivity":
-        monkeypatch.setattr(sensitivity._Noise, "__call__", fail)
-    else:
-        monkeypatch.setattr(place, name, fail)
+    monkeypatch.setattr(place, name, fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         _search(pipe, max_error=0.4)
 

@@ -45,7 +45,8 @@ class _Probe:
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
         probed = sparse_attention(q, k, v, index, kv_len=call.kv_len, scale=call.scale)
         probed = probed.transpose(1, 2)
-        error = (probed - out).float().square().sum((1, 3)) / out.float().square().sum((1, 3))
+        power = out.float().square().sum((1, 3)).clamp_min(1e-20)
+        error = (probed - out).float().square().sum((1, 3)) / power
         self.errors.append(error.mean().item())
         return probed
 
