@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_dit.attention import BACKENDS, attend, sparse_attention
 from sparse_dit.backends.reference import token_mask
@@ -202,3 +203,26 @@ def test_large_patterns_are_not_cached(monkeypatch):
     monkeypatch.setattr(chunks, "CACHED_KEYS", 10)
     assert torch.equal(attend(q, k, v, index, backend="gather").out, want)
     assert "chunks" not in index.entries[0].cache
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("pattern", [Pattern(Dense()), LOCAL], ids=str)
+def test_gather_makes_no_tensor_of_tokens_by_tokens(pattern):
+    """PyTorch's unfused attention would; dense heads once took it."""
+    layout = TokenLayout.video(4, 32, 32)
+    q, k, v = inputs(layout, heads=2, kv_heads=2, dtype=torch.float32)
+    index = build_index([pattern, LOCAL], layout)
+    with _Largest() as largest:
+        attend(q, k, v, index, backend="gather")
+    assert 0 < largest.numel < layout.seq_len**2 / 4

@@ -92,9 +92,9 @@ def _head(q: Tensor, k: Tensor, v: Tensor, call: _Call, into: _Into) -> None:
             into.lse.fill_(-torch.inf)
         return
     if entry.is_dense and call.plain and into.lse is None:
-        into.out.copy_(
-            F.scaled_dot_product_attention(q[None], k[None], v[None], scale=call.scale)[0]
-        )
+        # 4-D, or PyTorch takes its slow path, which makes the N x M matrix
+        q, k, v = (x[None, None] for x in (q, k, v))
+        into.out.copy_(F.scaled_dot_product_attention(q, k, v, scale=call.scale)[0, 0])
         return
     if entry.far is not None:
         means, values = _pooled(k, v, call)
