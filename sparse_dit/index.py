@@ -70,6 +70,16 @@ class PatternIndex:
         return len(self.q_offsets) - 1
 
     @functools.cached_property
+    def query_tokens(self) -> Tensor:
+        """int64 `[N]`: `q_order`, written out where tokens stay in place."""
+        return _written_out(self.q_order, self.num_queries, self.q_offsets.device)
+
+    @functools.cached_property
+    def key_tokens(self) -> Tensor:
+        """int64 `[M]`: `k_order`, written out where tokens stay in place."""
+        return _written_out(self.k_order, self.num_keys, self.q_offsets.device)
+
+    @functools.cached_property
     def is_dense(self) -> bool:
         """Whether every query sees every key exactly."""
         lengths = self.group_keys
@@ -346,6 +356,10 @@ def _far_field(exact: Tensor, cells: Tensor, owner: Tensor) -> FarField:
     return FarField(cells.int(), offsets.int(), runs[pick[wanted]].int())
 
 
+def _written_out(order: Tensor | None, n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device) if order is None else order.long()
+
+
 def _per_group(offsets: Tensor, lengths: Tensor) -> Tensor:
     total = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
     return total[offsets[1:].long()] - total[offsets[:-1].long()]
@@ -359,8 +373,7 @@ def _causal_density(index: SparseIndex, entry: PatternIndex) -> float:
     for group in range(entry.num_groups):
         last, pooled = visible(entry, group, entry.num_keys)
         start, stop = entry.q_offsets[group : group + 2].tolist()
-        tokens = torch.arange(start, stop) if entry.q_order is None else entry.q_order[start:stop]
-        limit = tokens.long() + index.causal_offset
+        limit = entry.query_tokens[start:stop] + index.causal_offset
         for keys in (last, pooled):
             pairs += torch.searchsorted(keys.sort().values, limit, right=True).sum().item()
     return pairs / max(1, total)
@@ -369,7 +382,7 @@ def _causal_density(index: SparseIndex, entry: PatternIndex) -> float:
 def visible(entry: PatternIndex, group: int, kv_len: int) -> tuple[Tensor, Tensor]:
     """Tokens that a group sees exactly, and the last valid token of each cell it sees pooled."""
     keys = expand(entry.runs[entry.run_offsets[group] : entry.run_offsets[group + 1]])
-    order = torch.arange(entry.num_keys) if entry.k_order is None else entry.k_order.long()
+    order = entry.key_tokens
     if entry.far is None:
         return order[keys], keys[:0]
     cells = expand(entry.far.runs[entry.far.run_offsets[group] : entry.far.run_offsets[group + 1]])

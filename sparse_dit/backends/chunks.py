@@ -91,14 +91,13 @@ def _chunk(entry: PatternIndex, groups: list[int], device: torch.device) -> Chun
 
 def _rows(entry: PatternIndex, group: int) -> Tensor:
     start, stop = entry.q_offsets[group : group + 2].tolist()
-    return torch.arange(start, stop) if entry.q_order is None else entry.q_order[start:stop].long()
+    return entry.query_tokens[start:stop]
 
 
 def _keys(entry: PatternIndex, group: int) -> tuple[Tensor, Tensor]:
     """Keys of a group (exact, then pooled as M + cell) and the logs of their sizes."""
     keys = expand(entry.runs[entry.run_offsets[group] : entry.run_offsets[group + 1]])
-    if entry.k_order is not None:
-        keys = entry.k_order[keys].long()
+    keys = entry.key_tokens[keys]
     if entry.far is None:
         return keys, torch.zeros(len(keys))
     far = entry.far

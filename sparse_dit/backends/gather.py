@@ -148,7 +148,7 @@ def _tokens(call: _Call) -> tuple[Tensor, Tensor]:
         token = torch.arange(entry.num_keys, device=device)
         log_size = torch.zeros(entry.num_keys, device=device)
         if entry.far is not None:
-            last = last_tokens(entry.far, _k_order(entry), call.valid)
+            last = last_tokens(entry.far, entry.key_tokens, call.valid)
             token = torch.cat([token, last])
             log_size = torch.cat([log_size, _sizes(call).clamp_min(1).log()])
         call.entry.cache[key] = (token, log_size)
@@ -161,15 +161,9 @@ def _sizes(call: _Call) -> Tensor:
     cells = far.cell_offsets.long()
     if call.valid == call.entry.num_keys:
         return cells.diff().float()
-    ok = (_k_order(call.entry) < call.valid).float().cumsum(0)
+    ok = (call.entry.key_tokens < call.valid).float().cumsum(0)
     total = F.pad(ok, (1, 0))
     return total[cells[1:]] - total[cells[:-1]]
-
-
-def _k_order(entry: PatternIndex) -> Tensor:
-    if entry.k_order is None:
-        return torch.arange(entry.num_keys, device=entry.q_offsets.device)
-    return entry.k_order.long()
 
 
 def _pooled(k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
@@ -180,7 +174,7 @@ def _pooled(k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     if lengths is None:
         sizes = far.cell_offsets.diff().long()
         owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-        lengths = entry.cache["cell lengths"] = (owner, _k_order(entry)[start:stop])
+        lengths = entry.cache["cell lengths"] = (owner, entry.key_tokens[start:stop])
     owner, tokens = lengths
     count = _sizes(call).clamp_min(1)[:, None]
     pooled = []
@@ -224,7 +218,7 @@ def _key_blocks(entry: PatternIndex, block: int) -> Tensor:
     key = ("blocks", block)
     if key not in entry.cache:
         position = torch.empty(entry.num_keys, dtype=torch.int64, device=entry.q_offsets.device)
-        position[_k_order(entry)] = torch.arange(entry.num_keys, device=position.device)
+        position[entry.key_tokens] = torch.arange(entry.num_keys, device=position.device)
         cells = 0 if entry.far is None else len(entry.far.cell_offsets) - 1
         none = torch.full((cells,), -(-entry.num_keys // block), device=position.device)
         entry.cache[key] = torch.cat([position // block, none])

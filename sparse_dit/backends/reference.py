@@ -53,8 +53,8 @@ def forward(
 def token_mask(entry: PatternIndex) -> tuple[Tensor, Tensor | None]:
     """What an entry computes, in token numbers: bool `[N, M]` exact, and `[N, C]` pooled or None."""
     q_order, k_order = (
-        _order(entry.q_order, entry.num_queries),
-        _order(entry.k_order, entry.num_keys),
+        entry.query_tokens,
+        entry.key_tokens,
     )
     exact = torch.zeros(entry.num_queries, entry.num_keys, dtype=torch.bool)
     num_cells = 0 if entry.far is None else len(entry.far.cell_offsets) - 1
@@ -90,7 +90,7 @@ def _logits(
     if entry.far is None or pooled is None:
         return logits, v
     means, values, sizes = _pooled(k, v, entry, entry.far, valid)
-    last = last_tokens(entry.far, _order(entry.k_order, entry.num_keys), valid)
+    last = last_tokens(entry.far, entry.key_tokens, valid)
     pooled &= last >= 0
     if index.causal:
         pooled &= last <= last_row[:, None]
@@ -102,7 +102,7 @@ def _pooled(
     k: Tensor, v: Tensor, entry: PatternIndex, far: FarField, valid: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean key and value `[C, D]` of the valid tokens of each cell, and their number `[C]`."""
-    order = _order(entry.k_order, entry.num_keys)
+    order = entry.key_tokens
     means, values, sizes = [], [], []
     for start, stop in zip(
         far.cell_offsets[:-1].tolist(), far.cell_offsets[1:].tolist(), strict=True
@@ -117,8 +117,8 @@ def _pooled(
 
 def _mass(weights: Tensor, entry: PatternIndex, block: int) -> Tensor:
     """Probability per query group and block of sorted keys, float32 `[G, ceil(M / block)]`."""
-    rows = weights[_order(entry.q_order, entry.num_queries)]
-    rows = rows[:, _order(entry.k_order, entry.num_keys)]
+    rows = weights[entry.query_tokens]
+    rows = rows[:, entry.key_tokens]
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block))
     blocks = rows.view(len(rows), -1, block).sum(-1).float()
     owner = torch.repeat_interleave(torch.arange(entry.num_groups), entry.q_offsets.diff().long())
@@ -131,7 +131,3 @@ def _stack(masses: list[list[Tensor]]) -> Tensor:
     return torch.stack(
         [torch.stack([pad(m, (0, 0, 0, groups - len(m))) for m in row]) for row in masses]
     )
-
-
-def _order(order: Tensor | None, n: int) -> Tensor:
-    return torch.arange(n) if order is None else order.long()
