@@ -5,23 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from ..eval.atlas import StageAtlas, stage_atlas
+from ..eval.command import SEAM_STEPS, forced_on_drawn_clips
 from ..eval.provenance import environment
 from ..eval.quality import Quality, evaluate
 from ..eval.report import FILES, Method, Report, check_free, write_report
 from ..eval.runs import seam_overhead
-from ..eval.teacher import TeacherForced, teacher_forced
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
 from ..resources import shipped
 from ..search import Searched, plan_of, search_plan
 from ..search.baselines import random_choice, uniform_plan
-from .draw import draw
 
 Say = Callable[[str], None]
 
@@ -37,15 +35,7 @@ HELD_OUT = (
 SETTINGS = GenerationSettings(192, 192, 15, steps=12, guidance=3.0, max_sequence_length=32)
 QUICK = replace(SETTINGS, height=96, width=96, steps=6)
 MIN_PSNR = 30.0
-SIGMAS = (0.3, 0.6, 0.9)
 DRAWN_CLIPS = 2
-SEAM_STEPS = 2
-
-
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    quality: Quality
-    forced: list[TeacherForced]
 
 
 def run_demo(folder: Path, force: bool = False, quick: bool = False) -> Report:
@@ -97,14 +87,18 @@ def measure(pipe: Any, searched: Searched, settings: GenerationSettings, say: Sa
     plan = searched.plan
     say("the searched plan on held-out prompts")
     quality = evaluate(pipe, plan, HELD_OUT, settings, progress=say)
-    forced = _forced(pipe, plan, settings, say)
+    forced = forced_on_drawn_clips(pipe, plan, settings, DRAWN_CLIPS, say)
     baselines = []
     for name, text, other in _baselines(searched):
         say(f"baseline: {name}")
         result = evaluate(
             pipe, other, HELD_OUT, settings, references=quality.references, noise_cases=0
         )
-        baselines.append(Method.of(name, text, result, _forced(pipe, other, settings, say)))
+        baselines.append(
+            Method.of(
+                name, text, result, forced_on_drawn_clips(pipe, other, settings, DRAWN_CLIPS, say)
+            )
+        )
     say("what the patch itself costs")
     short = replace(settings, steps=SEAM_STEPS)
     overhead = seam_overhead(pipe, plan, HELD_OUT[0], short)
@@ -138,14 +132,6 @@ def _baselines(searched: Searched) -> list[tuple[str, str, Plan]]:
         ),
         ("random", "candidates drawn by lot for every head", plan_of(searched, chance)),
     ]
-
-
-def _forced(pipe: Any, plan: Plan, settings: GenerationSettings, say: Say) -> list[TeacherForced]:
-    rng = Random(0)
-    frames = settings.num_frames + 1  # what the pipeline makes of it
-    clips = [draw(frames, settings.height, settings.width, rng) for _ in range(DRAWN_CLIPS)]
-    length = settings.max_sequence_length or 512
-    return teacher_forced(pipe, plan, clips, SIGMAS, max_sequence_length=length, progress=say)
 
 
 def atlases(searched: Searched) -> list[StageAtlas]:

@@ -136,12 +136,18 @@ def _forced(
 ) -> list[TeacherForced]:
     if not request.drawn_clips:
         return []
-    settings = request.settings
+    return forced_on_drawn_clips(pipe, plan, request.settings, request.drawn_clips, say)
+
+
+def forced_on_drawn_clips(
+    pipe: Any, plan: Plan, settings: GenerationSettings, count: int, say: Callable[[str], None]
+) -> list[TeacherForced]:
+    """The teacher-forced error on `count` drawn clips of the size that the pipeline generates."""
     frames = settings.num_frames
     if frames % pipe.vae_scale_factor_temporal != 1:  # as WanPipeline rounds
         frames = frames // pipe.vae_scale_factor_temporal * pipe.vae_scale_factor_temporal + 1
     rng = Random(0)
-    clips = [draw(frames, settings.height, settings.width, rng) for _ in range(request.drawn_clips)]
+    clips = [draw(frames, settings.height, settings.width, rng) for _ in range(count)]
     length = settings.max_sequence_length or 512
     return teacher_forced(pipe, plan, clips, SIGMAS, max_sequence_length=length, progress=say)
 
