@@ -1,0 +1,87 @@
+// What Python and the kernel say to each other: one struct of 8-byte fields, and one packed index.
+//
+// `library.py` and `packed.py` write the same layouts; change both sides together, and ABI_VERSION.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_dit {
+
+constexpr int64_t ABI_VERSION = 1;
+
+enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// Strides in elements, of batch, head, token and channel.
+struct Strides {
+    int64_t batch, head, token, channel;
+};
+
+// One call. B batch, H heads, H_kv key heads, N queries, M keys, D channels.
+struct Problem {
+    int64_t abi_version;
+    int64_t dtype;
+    int64_t batch, heads, kv_heads, queries, keys, channels;
+    const void *q, *k, *v;  // [B, H, N, D], [B, H_kv, M, D] twice
+    void *out;              // [B, H, N, D] of the same dtype; null if only the mass is wanted
+    float *lse;             // [B, H, N] contiguous, or null
+    float *mass;            // [B, H, mass_groups, ceil(M / mass_block)] contiguous, zeroed; or null
+    const float *lse_in;    // [B, H, N] contiguous: with it `mass` is all that is computed; or null
+    const int64_t *kv_len;  // [B], or null
+    const int32_t *index;   // packed index, see below
+    int64_t index_words;
+    Strides q_strides, k_strides, v_strides, out_strides;
+    int64_t mass_block, mass_groups;
+    int64_t threads;
+    int64_t variant;  // place in VARIANTS, or -1 for the best that this machine runs
+    double scale;
+};
+
+// The packed index, int32 words: the header, one Entry a pattern, head_to_pattern [H], then arrays.
+constexpr int32_t MAGIC = 0x53444954;  // "SDIT"
+
+struct Header {
+    int32_t magic, version, heads, entries, queries, keys, causal, causal_offset;
+};
+
+// Places of arrays in words from the start; -1 where there is none.
+struct Entry {
+    int32_t q_order, k_order;          // [N], [M]
+    int32_t q_offsets, groups;         // [G + 1]
+    int32_t run_offsets, runs, num_runs;  // [G + 1], [R, 2]
+    int32_t cell_offsets, cells;       // [C + 1]
+    int32_t far_offsets, far_runs, num_far_runs;  // [G + 1], [F, 2]
+};
+
+enum Status : int64_t {
+    OK = 0,
+    BAD_ABI,
+    BAD_DTYPE,
+    BAD_SHAPE,
+    BAD_POINTER,
+    BAD_KV_LEN,
+    BAD_VARIANT,
+    BAD_INDEX_HEADER,
+    BAD_INDEX_BOUNDS,
+    BAD_INDEX_ORDER,
+    BAD_INDEX_GROUPS,
+    BAD_INDEX_RUNS,
+    BAD_INDEX_FAR,
+    BAD_MASS,
+    NO_MEMORY,
+};
+
+}  // namespace sparse_dit
+
+extern "C" {
+int64_t sparse_dit_abi();
+// 0, or a Status
+int64_t sparse_dit_attend(const sparse_dit::Problem *problem);
+// What a Status means, in English.
+const char *sparse_dit_error(int64_t status);
+// Names of the compiled variants, best first, separated by spaces.
+const char *sparse_dit_variants();
+// Whether this machine runs a variant (its place in the list above): 1 or 0.
+int64_t sparse_dit_runs(int64_t variant);
+// Run in the thread pool that `GOMP_parallel` of an OpenMP library belongs to; null for own threads.
+void sparse_dit_use_gomp(void *gomp_parallel);
+}

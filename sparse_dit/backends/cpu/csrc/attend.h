@@ -1,0 +1,397 @@
+// One task: the rows of a query group against the keys that it sees, with an online softmax.
+
+constexpr float BOUND = 64.f;             // a logit is at most 2^64: no maximum is needed
+constexpr float RESCALE = 1.0995116e12f;  // 2^40: a tile with larger sums moves the maximum
+
+// A thread's own memory.
+template <class Path>
+struct Workspace {
+    typename Path::Query *q;   // [panels][channels, lanes]
+    typename Path::Weight *p;  // [keys, lanes]
+    float *s;                  // [keys, lanes]
+    float *o;                  // [panels][channels, lanes]
+    float *neg_max, *sum;      // [rows]
+    float *stat, *alpha;       // [lanes]
+    int32_t *limit;            // [rows]
+    float *staged_k, *staged_v;  // [BN, channels + PAD]
+    float *rows;               // [8, channels]
+    float *blocks;             // [blocks, lanes of all panels], sums by block of keys; for mass
+
+    static int64_t lay_out(const Call &call, char *base, Workspace *w) {
+        const int64_t d = call.problem.channels, panels = MAX_ROWS / LANES;
+        int64_t at = 0;
+        const auto take = [&](int64_t bytes) {
+            char *p = base + at;
+            at += (bytes + 63) / 64 * 64;
+            return p;
+        };
+        Workspace here;
+        here.q = (typename Path::Query *)take(panels * Path::query_size(d) * LANES *
+                                              sizeof(typename Path::Query));
+        here.p = (typename Path::Weight *)take(BN * LANES * 4);
+        here.s = sizeof(typename Path::Weight) == 4 && !Path::SCALES ? (float *)here.p
+                                                                      : (float *)take(BN * LANES * 4);
+        here.o = (float *)take(panels * d * LANES * 4);
+        here.neg_max = (float *)take(MAX_ROWS * 4);
+        here.sum = (float *)take(MAX_ROWS * 4);
+        here.stat = (float *)take(LANES * 4);
+        here.alpha = (float *)take(LANES * 4);
+        here.limit = (int32_t *)take(MAX_ROWS * 4);
+        here.staged_k = (float *)take(BN * (d + PAD) * 4);
+        here.staged_v = (float *)take(BN * (d + PAD) * 4);
+        here.rows = (float *)take(8 * d * 4);
+        const Problem &p = call.problem;
+        const int64_t blocks = p.mass ? (p.keys + p.mass_block - 1) / p.mass_block : 0;
+        here.blocks = (float *)take(blocks * MAX_ROWS * 4);
+        if (w) *w = here;
+        return at;
+    }
+};
+
+// A panel: some rows of the task in the lanes of `vectors` vectors.
+struct Panel {
+    int first, rows, vectors;
+    bool ready;  // every row has seen a key, or needs no maximum
+};
+
+template <class Path>
+struct TaskRun {
+    using T = typename Path::Element;
+    const Call &call;
+    const Task &task;
+    const Pattern &pattern;
+    Workspace<Path> w{};
+    Panel panels[MAX_ROWS / W]{};
+    int num_panels = 0;
+    bool bounded = false, by_lse = false;
+    const T *q = nullptr, *k = nullptr, *v = nullptr;
+    T *out = nullptr;
+    int64_t kv_head = 0, num_blocks = 0;
+
+    int64_t query_token(int row) const {
+        const int64_t sorted = task.first + row;
+        return pattern.q_order ? pattern.q_order[sorted] : sorted;
+    }
+
+    void cut_into_panels() {
+        num_panels = 0;
+        for (int first = 0; first < task.rows;) {
+            const int left = task.rows - first;
+            const int vectors = left <= SMALL * W ? SMALL : FULL;
+            const int lanes = vectors * W;
+            panels[num_panels++] = {first, left < lanes ? left : lanes, vectors, false};
+            first += lanes;
+        }
+    }
+
+    // Packs the queries; returns the largest squared norm.
+    float pack_queries() {
+        const Problem &p = call.problem;
+        const int64_t d = p.channels;
+        const V scale = set1(Path::SCALES ? 1.f : static_cast<float>(p.scale) * LOG2E);
+        float largest = 0;
+        for (int i = 0; i < num_panels; i++) {
+            const Panel &panel = panels[i];
+            const int lanes = panel.vectors * W;
+            for (int lane = 0; lane < lanes; lane += 8) {
+                for (int r = 0; r < 8; r++) {
+                    float *row = w.rows + r * d;
+                    if (lane + r >= panel.rows) {
+                        __builtin_memset(row, 0, static_cast<size_t>(d) * 4);
+                        continue;
+                    }
+                    read_row(q + query_token(panel.first + lane + r) * p.q_strides.token,
+                             p.q_strides.channel, d, row);
+                    V square = set1(0.f);
+                    for (int64_t c = 0; c < d; c += 8)
+                        for (int u = 0; u < 8; u += W < 8 ? W : 8) square = squares(row + c + u, scale, square);
+                    const float norm = lane_sum(square);
+                    if (!(norm <= largest)) largest = norm;
+                }
+                Path::pack8(w.rows, d, w.q + panel.first * Path::query_size(d) + lane, lanes);
+            }
+        }
+        return largest;
+    }
+
+    // Adds squares of up to 8 values to a sum, and scales the values.
+    static INLINE V squares(float *at, V scale, V sum) {
+#if defined(__AVX512F__)
+        const __m256 x = _mm256_loadu_ps(at);
+        _mm256_storeu_ps(at, _mm256_mul_ps(x, _mm512_castps512_ps256((__m512)scale)));
+        return fma((V)_mm512_zextps256_ps512(x), (V)_mm512_zextps256_ps512(x), sum);
+#else
+        const V x = load(at);
+        store(at, x * scale);
+        return fma(x, x, sum);
+#endif
+    }
+
+    void start(int32_t *limits) {
+        const Problem &p = call.problem;
+        const int64_t d = p.channels;
+        const float q_norm = __builtin_sqrtf(pack_queries());
+        const float k_norm = call.key_norms[task.batch * p.kv_heads + kv_head];
+        const float far = pattern.cells ? 31.f : 0.f;
+        bounded = q_norm * k_norm * __builtin_fabsf(static_cast<float>(p.scale)) * LOG2E + far <= BOUND;
+        if (by_lse) bounded = false;
+        __builtin_memset(w.o, 0, static_cast<size_t>(num_panels * LANES * d) * 4);
+        for (int r = 0; r < MAX_ROWS; r++) {
+            w.sum[r] = 0;
+            w.neg_max[r] = bounded ? 0.f : INF;  // INF: nothing was seen
+            const bool real = r < task.rows;
+            limits[r] = !real ? -1
+                        : call.header.causal
+                            ? clamp(query_token(r) + call.header.causal_offset)
+                            : INT32_MAX;
+            if (by_lse && real) {
+                const float lse = p.lse_in[(static_cast<int64_t>(task.batch) * p.heads + task.head) *
+                                               p.queries + query_token(r)];
+                w.neg_max[r] = -lse * LOG2E;
+            } else if (by_lse) {
+                w.neg_max[r] = 0;
+            }
+        }
+        for (int i = 0; i < num_panels; i++) panels[i].ready = bounded || by_lse;
+        if (p.mass)
+            __builtin_memset(w.blocks, 0, static_cast<size_t>(num_blocks * MAX_ROWS) * 4);
+    }
+
+    static int32_t clamp(int64_t token) {
+        return token < -1 ? -1 : token > INT32_MAX ? INT32_MAX : static_cast<int32_t>(token);
+    }
+
+    void run() {
+        int64_t lowest = INT32_MAX, highest = -1;
+        for (int r = 0; r < task.rows; r++) {
+            if (w.limit[r] < lowest) lowest = w.limit[r];
+            if (w.limit[r] > highest) highest = w.limit[r];
+        }
+        const Problem &p = call.problem;
+        const int32_t *far = pattern.far_offsets;
+        const int32_t *runs = pattern.run_offsets;
+        Tiles<T> tiles{
+            call, pattern,
+            call.pooled_of(task.batch, kv_head, call.head_to_pattern[task.head]),
+            reinterpret_cast<const char *>(k), reinterpret_cast<const char *>(v),
+            p.k_strides.token * static_cast<int64_t>(sizeof(T)),
+            p.v_strides.token * static_cast<int64_t>(sizeof(T)),
+            call.valid_keys(task.batch), lowest, highest, p.mass != nullptr,
+            runs[task.group], runs[task.group + 1], 0,
+            far && !by_lse ? far[task.group] : 0, far && !by_lse ? far[task.group + 1] : 0, 0,
+        };
+        Tile both[2];
+        int now = 0;
+        bool more = tiles.next(both[0]);
+        while (more) {
+            more = tiles.next(both[1 - now]);
+            compute(both[now], more ? &both[1 - now] : nullptr);
+            now = 1 - now;
+        }
+    }
+
+    void compute(const Tile &tile, const Tile *next) {
+        const Problem &p = call.problem;
+        const void *const *rows_k = tile.k, *const *rows_v = tile.v;
+        const void *staged_k[BN], *staged_v[BN];
+        if (Path::stage_k(tile, p.k_strides, p.channels, w.staged_k, staged_k)) rows_k = staged_k;
+        if (!by_lse && Path::stage_v(tile, p.v_strides, p.channels, w.staged_v, staged_v))
+            rows_v = staged_v;
+        const bool fetch = next && next->n == BN && !next->pooled;
+        Scores a{};
+        a.bias = tile.bias;
+        a.token = tile.token;
+        a.next_bytes = p.channels * static_cast<int64_t>(sizeof(T));
+        a.scale = static_cast<float>(p.scale) * LOG2E;
+        for (int i = 0; i < num_panels; i++) {
+            a.next_k = fetch && i == 0 ? next->k : nullptr;
+            a.next_v = fetch && i == num_panels - 1 ? next->v : nullptr;
+            if (panels[i].vectors == FULL)
+                step<FULL>(tile, rows_k, rows_v, panels[i], a);
+            else
+                step<SMALL>(tile, rows_k, rows_v, panels[i], a);
+        }
+    }
+
+    template <int NV>
+    NOINLINE void step(const Tile &tile, const void *const *rows_k, const void *const *rows_v,
+                       Panel &panel, Scores a) {
+        const int64_t d = call.problem.channels;
+        const typename Path::Query *queries = w.q + panel.first * Path::query_size(d);
+        float *neg_max = w.neg_max + panel.first, *sum = w.sum + panel.first;
+        float *o = w.o + panel.first * d;
+        a.limit = w.limit + panel.first;
+        a.neg_max = neg_max;
+        a.stat = w.stat;
+        bool done = false;
+        if (panel.ready) {
+            for (int n = 0; n < NV; n++) store(w.stat + n * W, set1(0.f));
+            if (tile.masked)
+                Path::template scores<NV, SAFE, true>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
+            else if (bounded)
+                Path::template scores<NV, BOUNDED, false>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
+            else
+                Path::template scores<NV, SAFE, false>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
+            done = bounded || by_lse || !too_large<NV>();
+        }
+        if (!done) move_maximum<NV>(tile, rows_k, panel, a, queries, o);
+        for (int n = 0; n < NV; n++)
+            store(sum + n * W, load(sum + n * W) + load(w.stat + n * W));
+        if (tile.block >= 0) {
+            float *at = w.blocks + tile.block * MAX_ROWS + panel.first;
+            for (int n = 0; n < NV; n++) store(at + n * W, load(at + n * W) + load(w.stat + n * W));
+        }
+        if (by_lse) return;
+        const void *finite[BN];
+        if (tile.masked) rows_v = without_nonfinite<NV>(tile, rows_v, finite, panel, o);
+        Path::template values<NV>(rows_v, tile.n, w.p, d, o);
+    }
+
+    template <int NV>
+    bool too_large() const {
+        for (int n = 0; n < NV; n++)
+            if (any_above(load(w.stat + n * W), RESCALE)) return true;
+        return false;
+    }
+
+    // The general step of an online softmax: finds the new maximum, and brings sums and outputs to it.
+    template <int NV>
+    NOINLINE void move_maximum(const Tile &tile, const void *const *rows_k, Panel &panel, Scores a,
+                               const typename Path::Query *queries, float *o) {
+        const int64_t d = call.problem.channels;
+        float *neg_max = w.neg_max + panel.first, *sum = w.sum + panel.first;
+        for (int n = 0; n < NV; n++) store(w.stat + n * W, -load(neg_max + n * W));
+        a.next_k = a.next_v = nullptr;
+        if (tile.masked)
+            Path::template scores<NV, RAW, true>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
+        else
+            Path::template scores<NV, RAW, false>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
+        panel.ready = true;
+        for (int lane = 0; lane < NV * W; lane++) {
+            const float before = -neg_max[lane], now = w.stat[lane];
+            w.alpha[lane] = before == -INF || before == now ? 1.f : __builtin_exp2f(before - now);
+            neg_max[lane] = -now;
+            w.stat[lane] = now == -INF ? 0.f : -now;  // what to add; nothing seen: all are -inf
+            if (now == -INF && lane < panel.rows) panel.ready = false;
+        }
+        for (int n = 0; n < NV; n++) {
+            const V alpha = load(w.alpha + n * W);
+            store(sum + n * W, load(sum + n * W) * alpha);
+            for (int64_t c = 0; c < d; c++) {
+                float *at = o + (c * NV + n) * W;
+                store(at, load(at) * alpha);
+            }
+            for (int64_t block = 0; block < num_blocks; block++) {
+                float *at = w.blocks + block * MAX_ROWS + panel.first + n * W;
+                store(at, load(at) * alpha);
+            }
+        }
+        Path::template exponentials<NV>(w.s, tile.n, w.stat, w.stat, w.p);
+    }
+
+    // A value that isn't finite reaches only the rows that see its key: 0 * Inf would be NaN elsewhere.
+    // Adds such keys to `o` row by row, and returns rows of V without them.
+    template <int NV>
+    NOINLINE const void *const *without_nonfinite(const Tile &tile, const void *const *rows_v,
+                                                  const void **finite, const Panel &panel, float *o) {
+        const int64_t d = call.problem.channels;
+        constexpr int lanes = NV * W;
+        for (int j = 0; j < tile.n; j++) {
+            finite[j] = rows_v[j];
+            read_value(tile, j);
+            if (is_finite(w.rows, d)) continue;
+            for (int lane = 0; lane < panel.rows; lane++) {
+                if (w.limit[panel.first + lane] < tile.token[j]) continue;
+                const float weight = Path::weight(w.p, j, lane, lanes);
+                for (int64_t c = 0; c < d; c++) o[c * lanes + lane] += weight * w.rows[c];
+            }
+            Path::hide_value(finite, j, d);
+        }
+        return finite;
+    }
+
+    void read_value(const Tile &tile, int j) {
+        const int64_t d = call.problem.channels;
+        if (tile.pooled)
+            read_row(static_cast<const float *>(tile.v[j]), 1, d, w.rows);
+        else
+            read_row(static_cast<const T *>(tile.v[j]), call.problem.v_strides.channel, d, w.rows);
+    }
+
+    static bool is_finite(const float *row, int64_t d) {
+        V sum = set1(0.f);
+        for (int64_t c = 0; c + W <= d; c += W) sum += load(row + c) * set1(0.f);
+        float total = lane_sum(sum);
+        for (int64_t c = d / W * W; c < d; c++) total += row[c] * 0.f;
+        return total == 0.f;  // NaN where one is Inf or NaN
+    }
+
+    void finish() {
+        const Problem &p = call.problem;
+        const int64_t d = p.channels;
+        const int64_t first = (static_cast<int64_t>(task.batch) * p.heads + task.head) * p.queries;
+        if (p.mass) add_mass();
+        if (by_lse) return;
+        for (int i = 0; i < num_panels; i++) {
+            const Panel &panel = panels[i];
+            const int lanes = panel.vectors * W;
+            float *sum = w.sum + panel.first, *o = w.o + panel.first * d;
+            for (int lane = 0; lane < panel.rows; lane++) {
+                const float l = sum[lane], m = -w.neg_max[panel.first + lane];
+                const bool nothing = l == 0.f;
+                if (p.lse)
+                    p.lse[first + query_token(panel.first + lane)] =
+                        nothing ? -INF : m * LN2 + __builtin_logf(l);
+                w.alpha[lane] = nothing ? 0.f : 1.f / l;
+            }
+            for (int lane = 0; lane < panel.rows; lane += 8) {
+                for (int64_t c = 0; c < d; c += 8)
+                    transpose8(o + c * lanes + lane, lanes, w.rows + c, d);
+                for (int r = 0; r < 8 && lane + r < panel.rows; r++) {
+                    float *row = w.rows + r * d;
+                    const float factor = w.alpha[lane + r];
+                    for (int64_t c = 0; c < d; c++) row[c] *= factor;
+                    write_row(row, p.out_strides.channel, d,
+                              out + query_token(panel.first + lane + r) * p.out_strides.token);
+                }
+            }
+        }
+    }
+
+    void add_mass() {
+        for (int r = 0; r < MAX_ROWS; r++) {
+            const bool seen = r < task.rows && w.sum[r] != 0.f;
+            w.sum[r] = by_lse ? (seen ? 1.f : 0.f) : w.sum[r];
+        }
+        for (int64_t block = 0; block < num_blocks; block++) {
+            const float *at = w.blocks + block * MAX_ROWS;
+            float total = 0;
+            for (int r = 0; r < task.rows; r++)
+                if (w.sum[r] != 0.f && at[r] != 0.f) total += at[r] / w.sum[r];
+            task.mass[block] = total;
+        }
+    }
+};
+
+template <class Path>
+void attend_task(const Call &call, const Task &task, void *scratch) {
+    using T = typename Path::Element;
+    const Problem &p = call.problem;
+    const int64_t kv_head = task.head / (p.heads / p.kv_heads);
+    TaskRun<Path> run{call, task, call.patterns[call.head_to_pattern[task.head]]};
+    Workspace<Path>::lay_out(call, static_cast<char *>(scratch), &run.w);
+    run.kv_head = kv_head;
+    run.by_lse = p.lse_in != nullptr;
+    run.num_blocks = p.mass ? (p.keys + p.mass_block - 1) / p.mass_block : 0;
+    const auto at = [&](const void *base, const Strides &s, int64_t head) {
+        return static_cast<const T *>(base) + task.batch * s.batch + head * s.head;
+    };
+    run.q = at(p.q, p.q_strides, task.head);
+    run.k = at(p.k, p.k_strides, kv_head);
+    run.v = run.by_lse ? run.k : at(p.v, p.v_strides, kv_head);
+    run.out = run.by_lse ? nullptr : const_cast<T *>(at(p.out, p.out_strides, task.head));
+    run.cut_into_panels();
+    run.start(run.w.limit);
+    run.run();
+    run.finish();
+}

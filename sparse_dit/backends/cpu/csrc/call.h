@@ -1,0 +1,74 @@
+// One call, read and prepared: what every variant of the kernel works on.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+
+namespace sparse_dit {
+
+constexpr int64_t MAX_CHANNELS = 256;
+constexpr int32_t MAX_ROWS = 128;  // query rows of a task
+
+// The arrays of one pattern, inside the packed index.
+struct Pattern {
+    const int32_t *q_order, *k_order;  // null where tokens stay in place
+    const int32_t *q_offsets, *run_offsets, *runs;
+    const int32_t *cell_offsets, *far_offsets, *far_runs;  // null without a far field
+    int32_t groups, cells;
+};
+
+// Pooled keys of one (batch item, key head, pattern), all float32.
+struct Pooled {
+    float *k, *v;       // [C, D]
+    float *bias;        // [C], log2 of the number of valid keys
+    int32_t *last;      // [C], the largest valid token; -1 for a cell without one
+};
+
+// Rows of one group that one thread computes.
+struct Task {
+    int32_t batch, head, group;
+    int32_t first, rows;  // sorted query rows
+    int64_t keys;         // how many keys and cells the group sees
+    float *mass;          // [blocks] of these rows; or null
+};
+
+struct Call {
+    Problem problem;
+    Header header;
+    const Pattern *patterns;
+    const int32_t *head_to_pattern;
+    const float *key_norms;  // [B, H_kv]: the largest norm of a valid key; Inf or NaN if one is
+    const Pooled *pooled;    // [B, H_kv, patterns]; k is null where a pattern has no far field
+
+    int64_t valid_keys(int64_t batch) const {
+        return problem.kv_len ? problem.kv_len[batch] : problem.keys;
+    }
+    const Pooled &pooled_of(int64_t batch, int64_t kv_head, int64_t pattern) const {
+        return pooled[(batch * problem.kv_heads + kv_head) * header.entries + pattern];
+    }
+};
+
+// One compiled form of the kernel.
+struct Variant {
+    const char *name;
+    bool (*runs)();  // whether this machine executes it
+    int64_t (*scratch_bytes)(const Call &call);
+    // The largest squared norm among keys [first, last) of a head; NaN if one is.
+    float (*key_norm)(const Call &call, int64_t batch, int64_t kv_head, int64_t first,
+                      int64_t last);
+    // Fills cells [first, last) of `pooled`.
+    void (*pool)(const Call &call, int64_t batch, int64_t kv_head, const Pattern &pattern,
+                 const Pooled &pooled, int64_t first, int64_t last);
+    void (*attend)(const Call &call, const Task &task, void *scratch);
+};
+
+// Compiled variants, best first, up to one whose name is null.
+extern const Variant *const VARIANTS[];
+
+// A Status; fills `patterns` with one entry for each of the header's.
+int64_t check_problem(const Problem &problem);
+int64_t check_index(const Problem &problem, Header *header);
+Pattern read_pattern(const Problem &problem, int64_t entry);
+
+}  // namespace sparse_dit

@@ -1,0 +1,161 @@
+// Arithmetic in float32: any dtype of the inputs is widened first.
+
+#if defined(__AVX512F__)
+constexpr int SCORE_ROWS = 12, VALUE_COLUMNS = 12;  // keys, channels that are computed at once
+#else
+constexpr int SCORE_ROWS = 4, VALUE_COLUMNS = 4;
+#endif
+
+template <int M, int NV, int MODE, bool MASK>
+NOINLINE void score_rows(const void *const *rows, const float *__restrict q, int64_t channels,
+                         float *__restrict s, const Scores &a, int j) {
+    const float *k[M];
+    V x[M][NV];
+    if (a.next_k) fetch_rows(a.next_k + j, M, a.next_bytes);
+    if (a.next_v) fetch_rows(a.next_v + j, M, a.next_bytes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++) {
+        k[i] = static_cast<const float *>(rows[j + i]);
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) {
+            x[i][n] = set1(a.bias[j + i]);
+            if (MODE != RAW) x[i][n] += load(a.neg_max + n * W);
+        }
+    }
+    for (int64_t d = 0; d < channels; d += 4)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++, q += NV * W) {
+            V b[NV];
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; n++) b[n] = load(q + n * W);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; i++) {
+                const V y = set1(k[i][d + u]);
+#pragma GCC unroll 4
+                for (int n = 0; n < NV; n++) x[i][n] = fma(y, b[n], x[i][n]);
+            }
+        }
+    finish_scores<M, NV, MODE, MASK>(x, a, j);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) store(s + ((j + i) * NV + n) * W, x[i][n]);
+}
+
+template <int M, int NV>
+NOINLINE void value_columns(const void *const *rows, int64_t d, const float *__restrict p, int n_keys,
+                            float *__restrict o) {
+    V x[M][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) x[i][n] = set1(0.f);
+#pragma GCC unroll 2
+    for (int j = 0; j < n_keys; j++, p += NV * W) {
+        const float *v = static_cast<const float *>(rows[j]) + d;
+        V b[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) b[n] = load(p + n * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {
+            const V y = set1(v[i]);
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; n++) x[i][n] = fma(y, b[n], x[i][n]);
+        }
+    }
+    o += d * NV * W;
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++, o += W) store(o, load(o) + x[i][n]);
+}
+
+// Q is [channels, lanes] with the scale in it, P is [keys, lanes].
+template <class T>
+struct FloatPath {
+    using Element = T;
+    using Query = float;
+    using Weight = float;
+    static constexpr bool SCALES = false;  // whether scores apply the scale
+
+    static int64_t query_size(int64_t channels) { return channels; }
+
+    // Rows that can be used in place: float32, dense, and not all in the same set of the cache.
+    static INLINE bool in_place(const Tile &tile, const Strides &s) {
+        return tile.pooled ||
+               (sizeof(T) == 4 && s.channel == 1 && s.token * static_cast<int64_t>(sizeof(T)) % 4096);
+    }
+    static INLINE bool stage(const void *const *rows, const Tile &tile, const Strides &s,
+                             int64_t channels, float *to, const void **staged) {
+        if (in_place(tile, s)) return false;
+        for (int j = 0; j < tile.n; j++, to += channels + PAD) {
+            read_row(static_cast<const T *>(rows[j]), s.channel, channels, to);
+            staged[j] = to;
+        }
+        return true;
+    }
+    static INLINE bool stage_k(const Tile &tile, const Strides &s, int64_t channels, float *to,
+                               const void **staged) {
+        return stage(tile.k, tile, s, channels, to, staged);
+    }
+    static INLINE bool stage_v(const Tile &tile, const Strides &s, int64_t channels, float *to,
+                               const void **staged) {
+        return stage(tile.v, tile, s, channels, to, staged);
+    }
+    static void hide_value(const void **rows, int j, int64_t) {
+        static const float zeros[MAX_CHANNELS] = {};
+        rows[j] = zeros;
+    }
+
+    static INLINE void pack8(const float *rows, int64_t channels, float *q, int64_t lanes) {
+        for (int64_t d = 0; d < channels; d += 8) transpose8(rows + d, channels, q + d * lanes, lanes);
+    }
+
+    template <int NV, int MODE, bool MASK>
+    static INLINE void scores(const Tile &, const void *const *rows, int n, const float *q,
+                              int64_t channels, float *, float *p, const Scores &a) {
+        int j = 0;
+        for (; j + SCORE_ROWS <= n; j += SCORE_ROWS)
+            score_rows<SCORE_ROWS, NV, MODE, MASK>(rows, q, channels, p, a, j);
+        if (SCORE_ROWS > 8 && j + 8 <= n) {
+            score_rows<8, NV, MODE, MASK>(rows, q, channels, p, a, j);
+            j += 8;
+        }
+        if (SCORE_ROWS > 4 && j + 4 <= n) {
+            score_rows<4, NV, MODE, MASK>(rows, q, channels, p, a, j);
+            j += 4;
+        }
+        for (; j < n; j++) score_rows<1, NV, MODE, MASK>(rows, q, channels, p, a, j);
+    }
+
+    // Exponentials of logits that RAW left in `s`; P is in the same place.
+    template <int NV>
+    static INLINE void exponentials(float *s, int n, const float *neg_max, float *sums, float *) {
+        for (int v = 0; v < NV; v++) {
+            V total = set1(0.f);
+            const V shift = load(neg_max + v * W);
+            for (int j = 0; j < n; j++) {
+                float *at = s + (j * NV + v) * W;
+                const V y = exp2_or_zero(load(at) + shift);
+                store(at, y);
+                total += y;
+            }
+            store(sums + v * W, total);
+        }
+    }
+
+    template <int NV>
+    static INLINE void values(const void *const *rows, int n, const float *p, int64_t channels,
+                              float *o) {
+        int64_t d = 0;
+        for (; d + VALUE_COLUMNS <= channels; d += VALUE_COLUMNS)
+            value_columns<VALUE_COLUMNS, NV>(rows, d, p, n, o);
+        if (VALUE_COLUMNS > 8 && d + 8 <= channels) {
+            value_columns<8, NV>(rows, d, p, n, o);
+            d += 8;
+        }
+        for (; d < channels; d += 4) value_columns<4, NV>(rows, d, p, n, o);
+    }
+
+    static float weight(const float *p, int j, int lane, int lanes) { return p[j * lanes + lane]; }
+};

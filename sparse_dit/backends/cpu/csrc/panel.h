@@ -1,0 +1,66 @@
+// Small pieces that both arithmetic paths share.
+//
+// Everything is transposed: S^T = K Q^T and O^T = V^T P^T, with one query row in each vector lane. So rows
+// of K and V are read in place, as broadcasts, whatever keys a group sees; only queries are packed; and the
+// softmax needs no sum or maximum across lanes.
+
+#if defined(__AVX512F__)
+constexpr int FULL = 2, SMALL = 1;  // vectors of a panel
+#elif defined(__AVX2__)
+constexpr int FULL = 2, SMALL = 1;
+#elif defined(__ARM_NEON)
+constexpr int FULL = 4, SMALL = 2;
+#else
+constexpr int FULL = 2, SMALL = 2;
+#endif
+constexpr int LANES = FULL * W;
+
+constexpr int PAD = 16;  // floats after a staged row, so that rows fall into different sets of the cache
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float INF = __builtin_inff();
+
+// RAW stores logits and their maximum; the others store exp2(logit - maximum) and the sums.
+// BOUNDED knows that no logit is far from 0, and needs neither a maximum nor clamps.
+enum Mode { RAW, BOUNDED, SAFE };
+
+// What scores need beside K and Q. Arrays of lanes belong to the panel, arrays of keys to the tile.
+struct Scores {
+    const float *neg_max;    // [lanes], what is added to logits: minus the maximum so far
+    float *stat;             // [lanes], the maximum (RAW) or the sum of exponentials
+    const int32_t *limit;    // [lanes], the last token that a row sees
+    const float *bias;       // [n]
+    const int32_t *token;    // [n]
+    const void *const *next_k, *const *next_v;  // [n] rows of the next tile, to be fetched; or null
+    int64_t next_bytes;      // of such a row
+    float scale;             // of logits, where it isn't in the queries already
+};
+
+INLINE void fetch_rows(const void *const *rows, int count, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64)
+        for (int i = 0; i < count; i++) prefetch(static_cast<const char *>(rows[i]) + at);
+}
+
+// Turns logits of M keys into what is stored, and keeps the statistics.
+template <int M, int NV, int MODE, bool MASK>
+INLINE void finish_scores(V (&x)[M][NV], const Scores &a, int j) {
+    V stat[NV];
+    VI limit[NV];
+    for (int n = 0; n < NV; n++) {
+        stat[n] = load(a.stat + n * W);
+        if (MASK) limit[n] = load_int(a.limit + n * W);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) {
+            if (MODE != RAW) x[i][n] = exp2<MODE == SAFE>(x[i][n]);
+            if (MASK) {
+                const VI seen = limit[n] >= a.token[j + i];
+                const V hidden = set1(MODE == RAW ? -INF : 0.f);
+                x[i][n] = (V)((seen & (VI)x[i][n]) | (~seen & (VI)hidden));
+            }
+            stat[n] = MODE == RAW ? max_or_second(x[i][n], stat[n]) : stat[n] + x[i][n];
+        }
+    for (int n = 0; n < NV; n++) store(a.stat + n * W, stat[n]);
+}

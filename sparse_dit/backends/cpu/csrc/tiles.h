@@ -1,0 +1,93 @@
+// The keys that a task sees, in tiles of up to BN: exact keys in the index's order, then pooled ones.
+
+constexpr int BN = 64;
+
+struct Tile {
+    const void *k[BN], *v[BN];  // rows; float32 if pooled, of the call's dtype otherwise
+    float bias[BN];             // added to the logit, in units of log 2
+    int32_t token[BN];          // the (last valid) token
+    int n;
+    bool pooled;
+    bool masked;     // whether some row of the task does not see some key
+    int64_t block;   // of sorted keys, where all exact keys of the tile lie in one (for mass)
+};
+
+// Walks over the runs of a group; `next` fills a tile and says whether there was anything left.
+template <class T>
+struct Tiles {
+    const Call &call;
+    const Pattern &pattern;
+    const Pooled &pooled;
+    const char *k, *v;
+    int64_t k_step, v_step;  // bytes from token to token
+    int64_t valid;
+    int64_t lowest, highest;  // tokens up to here are seen by all rows, by any row
+    bool by_block;
+    int32_t run, last_run, at;  // the run, and how many of its keys are done
+    int32_t far_run, last_far_run, far_at;
+
+    INLINE bool next(Tile &tile) {
+        tile.n = 0;
+        tile.masked = false;
+        tile.pooled = false;
+        tile.block = -1;
+        while (run < last_run && tile.n < BN)
+            if (!take_keys(tile)) break;
+        if (tile.n) return true;
+        tile.pooled = true;
+        while (far_run < last_far_run && tile.n < BN) take_cells(tile);
+        return tile.n > 0;
+    }
+
+    // Takes keys of the current run; false if the tile must end before it.
+    INLINE bool take_keys(Tile &tile) {
+        const int32_t start = pattern.runs[2 * run] + at;
+        int64_t stop = pattern.runs[2 * run] + static_cast<int64_t>(pattern.runs[2 * run + 1]);
+        if (by_block) {
+            const int64_t block = start / call.problem.mass_block;
+            if (tile.n && tile.block != block) return false;
+            tile.block = block;
+            const int64_t end = (block + 1) * call.problem.mass_block;
+            if (stop > end) stop = end;
+        }
+        if (stop - start > BN - tile.n) stop = start + BN - tile.n;
+        int n = tile.n;
+        for (int64_t position = start; position < stop; position++) {
+            const int64_t token = pattern.k_order ? pattern.k_order[position] : position;
+            if (token >= valid || token > highest) continue;
+            tile.k[n] = k + token * k_step;
+            tile.v[n] = v + token * v_step;
+            tile.bias[n] = 0;
+            tile.token[n] = static_cast<int32_t>(token);
+            tile.masked |= token > lowest;
+            n++;
+        }
+        tile.n = n;
+        at += static_cast<int32_t>(stop - start);
+        if (at == pattern.runs[2 * run + 1]) {
+            run++;
+            at = 0;
+        }
+        return true;
+    }
+
+    INLINE void take_cells(Tile &tile) {
+        const int32_t start = pattern.far_runs[2 * far_run], length = pattern.far_runs[2 * far_run + 1];
+        const int64_t d = call.problem.channels;
+        for (; far_at < length && tile.n < BN; far_at++) {
+            const int64_t cell = start + far_at;
+            const int32_t token = pooled.last[cell];
+            if (token < 0 || token > highest) continue;
+            tile.k[tile.n] = pooled.k + cell * d;
+            tile.v[tile.n] = pooled.v + cell * d;
+            tile.bias[tile.n] = pooled.bias[cell];
+            tile.token[tile.n] = token;
+            tile.masked |= token > lowest;
+            tile.n++;
+        }
+        if (far_at == length) {
+            far_run++;
+            far_at = 0;
+        }
+    }
+};

@@ -1,0 +1,123 @@
+// The functions of one variant. A file variant_*.cpp sets SPARSE_DIT_VARIANT (its namespace), includes the
+// intrinsics that it needs, and then this file.
+
+#include "call.h"
+
+namespace sparse_dit {
+namespace SPARSE_DIT_VARIANT {
+namespace {
+
+#include "vec.h"
+#include "rows.h"
+#include "tiles.h"
+#include "panel.h"
+#include "float_path.h"
+#if defined(__AVX512BF16__)
+#include "bfloat16_path.h"
+#endif
+#include "attend.h"
+
+template <class T>
+float largest_square(const Problem &p, int64_t batch, int64_t kv_head, int64_t first, int64_t last) {
+    const T *k = static_cast<const T *>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
+    float largest = 0, row[MAX_CHANNELS];
+    for (int64_t j = first; j < last; j++) {
+        const T *at = k + j * p.k_strides.token;
+        const float *values = row;
+        if (sizeof(T) == 4 && p.k_strides.channel == 1)
+            values = reinterpret_cast<const float *>(at);
+        else
+            read_row(at, p.k_strides.channel, p.channels, row);
+        V sum = set1(0.f), more = set1(0.f);
+        int64_t d = 0;
+        for (; d + 2 * W <= p.channels; d += 2 * W) {
+            const V x = load(values + d), y = load(values + d + W);
+            sum = fma(x, x, sum);
+            more = fma(y, y, more);
+        }
+        float square = lane_sum(sum + more);
+        for (; d < p.channels; d++) square += values[d] * values[d];
+        if (!(square <= largest)) largest = square;
+        if (square != square) return square;
+    }
+    return largest;
+}
+
+template <class T>
+void pool_cells(const Call &call, int64_t batch, int64_t kv_head, const Pattern &pattern,
+                const Pooled &pooled, int64_t first, int64_t last) {
+    const Problem &p = call.problem;
+    const int64_t d = p.channels, valid = call.valid_keys(batch);
+    const T *k = static_cast<const T *>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
+    const T *v = k;
+    if (p.v) v = static_cast<const T *>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head;
+    const Strides &v_strides = p.v ? p.v_strides : p.k_strides;
+    float row[MAX_CHANNELS];
+    for (int64_t cell = first; cell < last; cell++) {
+        float *mean_k = pooled.k + cell * d, *mean_v = pooled.v + cell * d;
+        for (int64_t c = 0; c < d; c++) mean_k[c] = mean_v[c] = 0;
+        int64_t count = 0;
+        int32_t largest = -1;
+        for (int64_t at = pattern.cell_offsets[cell]; at < pattern.cell_offsets[cell + 1]; at++) {
+            const int32_t token = pattern.k_order ? pattern.k_order[at] : static_cast<int32_t>(at);
+            if (token >= valid) continue;
+            count++;
+            if (token > largest) largest = token;
+            read_row(k + token * p.k_strides.token, p.k_strides.channel, d, row);
+            for (int64_t c = 0; c < d; c++) mean_k[c] += row[c];
+            read_row(v + token * v_strides.token, v_strides.channel, d, row);
+            for (int64_t c = 0; c < d; c++) mean_v[c] += row[c];
+        }
+        const float factor = count ? 1.f / static_cast<float>(count) : 0.f;
+        for (int64_t c = 0; c < d; c++) {
+            mean_k[c] *= factor;
+            mean_v[c] *= factor;
+        }
+        pooled.bias[cell] = count ? __builtin_log2f(static_cast<float>(count)) : 0.f;
+        pooled.last[cell] = largest;
+    }
+}
+
+int64_t scratch_bytes(const Call &call) {
+#if defined(__AVX512BF16__)
+    if (call.problem.dtype == BFLOAT16)
+        return Workspace<BFloat16Path>::lay_out(call, nullptr, nullptr);
+#endif
+    return Workspace<FloatPath<float>>::lay_out(call, nullptr, nullptr);
+}
+
+float key_norm(const Call &call, int64_t batch, int64_t kv_head, int64_t first, int64_t last) {
+    const Problem &p = call.problem;
+    switch (p.dtype) {
+        case BFLOAT16: return largest_square<BFloat16>(p, batch, kv_head, first, last);
+        case FLOAT16: return largest_square<Float16>(p, batch, kv_head, first, last);
+        default: return largest_square<float>(p, batch, kv_head, first, last);
+    }
+}
+
+void pool(const Call &call, int64_t batch, int64_t kv_head, const Pattern &pattern,
+          const Pooled &pooled, int64_t first, int64_t last) {
+    switch (call.problem.dtype) {
+        case BFLOAT16:
+            return pool_cells<BFloat16>(call, batch, kv_head, pattern, pooled, first, last);
+        case FLOAT16:
+            return pool_cells<Float16>(call, batch, kv_head, pattern, pooled, first, last);
+        default: return pool_cells<float>(call, batch, kv_head, pattern, pooled, first, last);
+    }
+}
+
+void attend(const Call &call, const Task &task, void *scratch) {
+    switch (call.problem.dtype) {
+#if defined(__AVX512BF16__)
+        case BFLOAT16: return attend_task<BFloat16Path>(call, task, scratch);
+#else
+        case BFLOAT16: return attend_task<FloatPath<BFloat16>>(call, task, scratch);
+#endif
+        case FLOAT16: return attend_task<FloatPath<Float16>>(call, task, scratch);
+        default: return attend_task<FloatPath<float>>(call, task, scratch);
+    }
+}
+
+}  // namespace
+}  // namespace SPARSE_DIT_VARIANT
+}  // namespace sparse_dit

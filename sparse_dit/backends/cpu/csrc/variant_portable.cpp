@@ -1,0 +1,14 @@
+// Any machine that a C++ compiler targets.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define SPARSE_DIT_VARIANT portable
+#include "variant.h"
+
+namespace sparse_dit {
+extern const Variant PORTABLE;
+const Variant PORTABLE = {"portable", [] { return true; },
+                          portable::scratch_bytes, portable::key_norm,
+                          portable::pool, portable::attend};
+}  // namespace sparse_dit
