@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .backends import gather, reference
+from .backends import cpu, gather, reference
 from .backends.attended import Attended
 from .index import SparseIndex
 
-BACKENDS: dict[str, ModuleType] = {"gather": gather, "reference": reference}
-AUTO = ("gather",)
+logger = logging.getLogger("sparse_dit")
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "gather": gather, "reference": reference}
+AUTO = ("cpu", "gather")  # the first that can
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,23 +70,89 @@ def attend(
     _check(q, k, v, index, kv_len)
     if mass_block is not None and mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
-    module = _pick(q, index, backend)
+    module = BACKENDS[backend_name(q, index, backend)]
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    with torch.no_grad():
-        return module.forward(q, k, v, index, kv_len, scale, return_lse, mass_block)
+    return module.forward(q, k, v, index, kv_len, scale, return_lse, mass_block)
 
 
-def _pick(q: Tensor, index: SparseIndex, backend: str) -> ModuleType:
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    index: SparseIndex,
+    lse: Tensor,
+    *,
+    mass_block: int,
+    kv_len: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Exact block mass from a cached LSE, without computing the output.
+
+    The mass that `attend(..., mass_block=...)` gives, if `lse` is its LSE. With the LSE of another
+    index or an earlier step, probabilities are relative to what that one saw.
+
+    Args:
+        lse: float32 `[B, H, N]`, contiguous or not; rows at -inf have no mass.
+        mass_block: Sorted keys in a block.
+
+    Returns:
+        float32 `[B, H, G, ceil(M / mass_block)]`, as `Attended.mass`.
+
+    Raises:
+        ValueError, NotImplementedError: As `attend`.
+    """
+    _check(q, k, k, index, kv_len)
+    if mass_block < 1:
+        raise ValueError(f"mass_block must be >= 1, got {mass_block}")
+    if lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device:
+        raise ValueError(
+            f"lse must be float32 {list(q.shape[:3])} on {q.device}, got {lse.dtype} "
+            f"{list(lse.shape)} on {lse.device}"
+        )
+    module = BACKENDS[backend_name(q, index, backend)]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return module.block_mass(q, k, index, lse, kv_len, scale, mass_block)
+
+
+def backend_name(q: Tensor, index: SparseIndex, backend: str = "auto") -> str:
+    """Name of the backend that runs such a call.
+
+    Raises:
+        ValueError: If the backend is unknown.
+        NotImplementedError: If the named backend can't run this, with the reason.
+    """
     if backend == "auto":
-        return next(BACKENDS[n] for n in AUTO if BACKENDS[n].unsupported(q, index) is None)
+        return _first_that_can(q, index)
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}"
         )
     if reason := BACKENDS[backend].unsupported(q, index):
         raise NotImplementedError(f"backend {backend!r} cannot run this: {reason}")
-    return BACKENDS[backend]
+    return backend
+
+
+def _first_that_can(q: Tensor, index: SparseIndex) -> str:
+    reasons = []
+    for name in AUTO:
+        reason = BACKENDS[name].unsupported(q, index)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+        if reason is cpu.library.PROBLEM and not torch.compiler.is_compiling():
+            _warn_once(f"{reason}; attention on the CPU runs on the slower backend 'gather'")
+    raise NotImplementedError(f"no backend can run this: {'; '.join(reasons)}")
+
+
+_said: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | None) -> None:
@@ -116,5 +185,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor |
             raise ValueError(
                 f"kv_len must be int [{q.shape[0]}], got {kv_len.dtype} {list(kv_len.shape)}"
             )
-        if kv_len.device.type == "cpu" and not 0 <= kv_len.min() <= kv_len.max() <= k.shape[2]:
-            raise ValueError(f"kv_len must lie in 0 to {k.shape[2]}, got {kv_len.tolist()}")
+        # a branch on data has no place in a graph, and on a GPU it would wait for it
+        if kv_len.is_cpu and not torch.compiler.is_compiling():
+            lengths = kv_len.tolist()
+            if not all(0 <= length <= k.shape[2] for length in lengths):
+                raise ValueError(f"kv_len must lie in 0 to {k.shape[2]}, got {lengths}")

@@ -133,12 +133,16 @@ class SparseIndex:
         causal: Whether a query sees only keys at `key token <= query token + causal_offset` (token
             numbers before sorting). A pooled key is seen if its last valid token is.
         causal_offset: `M - N` for a prefill with cached keys.
+
+    Attributes:
+        cache: What backends made of this index; a copy starts with an empty one.
     """
 
     entries: tuple[PatternIndex, ...]
     head_to_pattern: tuple[int, ...]
     causal: bool = False
     causal_offset: int = 0
+    cache: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.entries or not self.head_to_pattern:
@@ -162,6 +166,11 @@ class SparseIndex:
     def num_keys(self) -> int:
         """M."""
         return self.entries[0].num_keys
+
+    @property
+    def max_groups(self) -> int:
+        """The largest G of the entries."""
+        return max(entry.num_groups for entry in self.entries)
 
     @property
     def is_dense(self) -> bool:

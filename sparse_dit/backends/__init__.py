@@ -1,5 +1,6 @@
 """Who computes sparse attention. Every backend is tested against `reference`, the specification.
 
-A backend is a module with `unsupported(q, index) -> str | None` (the reason why it can't run this) and
-`forward(q, k, v, index, kv_len, scale, return_lse, mass_block) -> Attended`.
+A backend is a module with `unsupported(q, index) -> str | None` (the reason why it can't run this),
+`forward(q, k, v, index, kv_len, scale, return_lse, mass_block) -> Attended` and
+`block_mass(q, k, index, lse, kv_len, scale, mass_block) -> Tensor`, the mass from an LSE.
 """

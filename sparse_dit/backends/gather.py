@@ -37,10 +37,9 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wants_lse = return_lse or mass_block is not None
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if wants_lse else None
-    groups = max(entry.num_groups for entry in index.entries)
     mass = None
     if mass_block:
-        shape = (*q.shape[:2], groups, -(-k.shape[2] // mass_block))
+        shape = (*q.shape[:2], index.max_groups, -(-k.shape[2] // mass_block))
         mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
     repeat = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
@@ -56,6 +55,29 @@ def forward(
                 )
                 _head(q[b, h], k[b, h // repeat], v[b, h // repeat], call, into)
     return Attended(out, lse if return_lse else None, mass)
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    index: SparseIndex,
+    lse: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    mass_block: int,
+) -> Tensor:
+    """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
+    shape = (*q.shape[:2], index.max_groups, -(-k.shape[2] // mass_block))
+    mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    repeat = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        valid = k.shape[2] if kv_len is None else int(kv_len[b])
+        for entry, heads in zip(index.entries, index.heads_of, strict=True):
+            call = _Call(entry, index, valid, scale)
+            for h in heads:
+                if valid:
+                    _head_mass(q[b, h], k[b, h // repeat], lse[b, h], call, mass[b, h], mass_block)
+    return mass
 
 
 @dataclass
@@ -203,14 +225,36 @@ def _with_lse(
     weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp()
     into.lse.index_copy_(0, chunk.real_rows, lse.flatten()[chunk.real].float())
     if into.mass is not None:
-        block = _key_blocks(call.entry, into.mass_block)[chunk.keys.long()]
-        real = torch.zeros(chunk.rows.numel(), dtype=torch.bool, device=lse.device)
-        real[chunk.real] = True
-        weight = (weights[:, 0] * real.view(chunk.rows.shape)[..., None]).sum(1).float()
-        table = torch.zeros(len(chunk.groups), into.mass.shape[1] + 1, device=lse.device)
-        table.scatter_add_(1, block, weight)
-        into.mass[chunk.groups] = table[:, :-1]
+        _write_mass(weights, chunk, call, into.mass, into.mass_block)
     return (weights @ values.to(wide)).to(values.dtype)
+
+
+def _head_mass(
+    q: Tensor, k: Tensor, lse: Tensor, call: _Call, mass: Tensor, mass_block: int
+) -> None:
+    """Mass of one head, `[G, blocks]`; pooled keys have none, so any key stands for them."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for chunk in chunks_of(call.entry, on_cpu=q.device.type == "cpu"):
+        rows, keys = chunk.rows.long(), chunk.keys.long().clamp_max(call.entry.num_keys - 1)
+        logits = (q[rows].to(wide) @ k[keys].to(wide).transpose(-1, -2) * call.scale)[:, None]
+        floor = lse[rows][:, None, :, None].to(wide)
+        weights = (logits + _bias(chunk, call, logits) - floor).exp()
+        weights = weights.masked_fill(floor.isneginf(), 0.0)
+        _write_mass(weights, chunk, call, mass, mass_block)
+
+
+def _write_mass(
+    weights: Tensor, chunk: Chunk, call: _Call, mass: Tensor, mass_block: int | None
+) -> None:
+    """Sum weights `[g, 1, r, l]` over rows and blocks of keys into the rows of `mass`."""
+    assert mass_block is not None, "with a mass comes its block"
+    block = _key_blocks(call.entry, mass_block)[chunk.keys.long()]
+    real = torch.zeros(chunk.rows.numel(), dtype=torch.bool, device=weights.device)
+    real[chunk.real] = True
+    weight = (weights[:, 0] * real.view(chunk.rows.shape)[..., None]).sum(1).float()
+    table = torch.zeros(len(chunk.groups), mass.shape[1] + 1, device=weights.device)
+    table.scatter_add_(1, block, weight)
+    mass[chunk.groups] = table[:, :-1]
 
 
 def _key_blocks(entry: PatternIndex, block: int) -> Tensor:

@@ -50,6 +50,29 @@ def forward(
     return Attended(out, lse.float() if return_lse else None, mass)
 
 
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    index: SparseIndex,
+    lse: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    mass_block: int,
+) -> Tensor:
+    """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
+    batch, heads, num_keys = q.shape[0], q.shape[1], k.shape[2]
+    masses = [[q] * heads for _ in range(batch)]
+    for b in range(batch):
+        valid = num_keys if kv_len is None else int(kv_len[b])
+        for h, pattern in enumerate(index.head_to_pattern):
+            entry, kh = index.entries[pattern].to("cpu"), k[b, h // (heads // k.shape[1])]
+            logits, _ = _logits(q[b, h], kh, kh, entry, index, valid, scale)
+            row = lse[b, h, :, None]
+            weights = (logits[:, :num_keys] - row).exp().masked_fill(row.isneginf(), 0.0)
+            masses[b][h] = _mass(weights, entry, mass_block)
+    return _stack(masses)
+
+
 def token_mask(entry: PatternIndex) -> tuple[Tensor, Tensor | None]:
     """What an entry computes, in token numbers: bool `[N, M]` exact, and `[N, C]` pooled or None."""
     q_order, k_order = (

@@ -1,0 +1,143 @@
+"""The kernel's shared library: found beside this file, opened once, called through ctypes.
+
+It is built by `setup.py` from `csrc/` and knows neither Python nor torch. Without it (there was no
+compiler at installation) `PROBLEM` says why, and the package works on with a slower backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+NO_MEMORY = 14  # of enum Status in csrc/abi.h
+VARIANT_VARIABLE = "SPARSE_DIT_CPU_VARIANT"  # for tests: the variant to run instead of the best
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+FILE = Path(__file__).with_name(f"libsparse_dit_cpu{SUFFIX}")
+
+# struct Problem of csrc/abi.h: what is called how, in this order
+PROBLEM_FIELDS = """
+    abi_version dtype batch heads kv_heads queries keys channels
+    q k v out lse mass lse_in kv_len index index_words
+    q_strides k_strides v_strides out_strides
+    mass_block mass_groups threads variant scale
+"""
+PACK_PROBLEM = struct.Struct("=8q9Qq16q4qd").pack
+
+
+class Library:
+    """An open library.
+
+    Attributes:
+        variants: Names of the compiled variants, best first.
+        runnable: Those that this machine runs.
+        variant: Place in `variants` of the one to run; -1 for the best that runs.
+        shares_pool: Whether its threads are those of torch's own OpenMP pool.
+
+    Args:
+        file: The shared library.
+        variant: Name of the variant to run; None for the best.
+
+    Raises:
+        OSError: If the file can't be loaded.
+        ImportError: If it is of another version.
+        ValueError: If it can't run the variant here.
+    """
+
+    def __init__(self, file: Path, variant: str | None = None) -> None:
+        self.file = file
+        self._dll = dll = ctypes.CDLL(str(file))
+        dll.sparse_dit_abi.restype = ctypes.c_int64
+        if (version := dll.sparse_dit_abi()) != ABI_VERSION:
+            raise ImportError(
+                f"{file} has interface {version}, but this package needs {ABI_VERSION}; reinstall it"
+            )
+        self._attend = _function(dll.sparse_dit_attend, ctypes.c_int64, ctypes.c_char_p)
+        self._error = _function(dll.sparse_dit_error, ctypes.c_char_p, ctypes.c_int64)
+        runs = _function(dll.sparse_dit_runs, ctypes.c_int64, ctypes.c_int64)
+        names = _function(dll.sparse_dit_variants, ctypes.c_char_p)().decode()
+        self.variants = tuple(names.split())
+        self.runnable = tuple(name for i, name in enumerate(self.variants) if runs(i))
+        self.variant = -1
+        self.use_variant(variant)
+        pool = _torch_pool()
+        self.shares_pool = pool is not None
+        _function(dll.sparse_dit_use_gomp, None, ctypes.c_void_p)(pool)
+
+    @property
+    def running(self) -> str:
+        """Name of the variant that runs."""
+        return self.runnable[0] if self.variant < 0 else self.variants[self.variant]
+
+    def use_variant(self, name: str | None) -> None:
+        """Run the variant of this name from now on; None for the best.
+
+        Raises:
+            ValueError: If it wasn't compiled, or this machine can't run it.
+        """
+        if name is not None and name not in self.runnable:
+            kind = "runs here" if name in self.variants else "was compiled"
+            raise ValueError(
+                f"no variant {name!r} of the CPU kernel {kind}; {VARIANT_VARIABLE} must be one of "
+                f"{', '.join(self.runnable)}, or unset"
+            )
+        self.variant = -1 if name is None else self.variants.index(name)
+
+    def attend(self, problem: bytes) -> None:
+        """Run a packed `Problem`. Releases the GIL; what it points to must stay alive meanwhile.
+
+        Raises:
+            ValueError: If the library refuses it, with its reason.
+            MemoryError: If it got no memory for its buffers.
+        """
+        status = self._attend(problem)
+        if status:
+            error = MemoryError if status == NO_MEMORY else ValueError
+            raise error(self._error(status).decode())
+
+
+def _function(function, returns, *takes):
+    function.restype, function.argtypes = returns, takes
+    return function
+
+
+def _torch_pool() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP library that torch uses; None if it uses none.
+
+    A second OpenMP library in the process would bring a second pool of threads, which fights with
+    torch's. So this asks the loader what torch's own extension module sees, and loads nothing.
+    """
+    no_load = getattr(os, "RTLD_NOLOAD", None)
+    if no_load is None:  # Windows
+        return None
+    try:
+        torch_itself = ctypes.CDLL(torch._C.__file__, mode=no_load | os.RTLD_LAZY)
+        return ctypes.cast(torch_itself.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # no such function: torch was built without OpenMP
+        return None
+
+
+def load(file: Path = FILE) -> tuple[Library | None, str | None]:
+    """The library, or why there is none.
+
+    Raises:
+        ValueError: If the environment asks for a variant that doesn't run here.
+    """
+    if not file.exists():
+        return None, (
+            f"the native kernel is not built ({file.name} is missing); install a C++ compiler "
+            "(g++ or clang++) and reinstall sparse_dit"
+        )
+    try:
+        return Library(file, os.environ.get(VARIANT_VARIABLE)), None
+    except (OSError, ImportError, AttributeError) as error:
+        return None, f"the native kernel can't be used: {error}"
+
+
+# opened on import, so that nothing is left to do inside a traced or compiled function
+LIBRARY, PROBLEM = load()
