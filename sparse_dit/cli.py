@@ -1,4 +1,4 @@
-"""The command line: demo, search, show, diff, eval, doctor.
+"""The command line: demo, search, show, diff, eval, bench, doctor.
 
 Exit codes: 0 done, 1 something failed (and `diff`: plans differ; `doctor`: a backend is broken),
 2 bad input, 130 stopped by Ctrl-C. Heavy imports live inside the commands, so that help is fast.
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .bench.command import app as bench
 from .tables import out, show_heads, show_plan, show_quality
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
+app.add_typer(bench, name="bench")
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Folder (or hub id) of a diffusers pipeline.")]

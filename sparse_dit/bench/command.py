@@ -1,0 +1,198 @@
+"""`sparse-dit bench`: the commands, their options, and what they print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ..tables import out
+
+if TYPE_CHECKING:
+    from .kernel import Conditions
+    from .results import Results
+    from .sweep import Sweep
+
+app = typer.Typer(
+    help="Measure this machine: how fast sparse attention is.",
+    add_completion=False,
+    no_args_is_help=True,
+)
+err = Console(stderr=True)
+
+
+@app.callback()
+def _common() -> None:
+    """So that a single command keeps its name."""
+
+
+@app.command()
+def kernel(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The main figures at 8,192 tokens, in a minute.")
+    ] = False,
+    tokens: Annotated[
+        list[str] | None, typer.Option(help="8192, or 8x30x52 frames, rows, columns; repeatable.")
+    ] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable.")] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Share of the pairs; repeatable.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, float16; repeatable.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="blocks, far, columns, diagonals, tiles; repeatable."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Name of a backend; repeatable.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Default 2; --quick has 1.")] = None,
+    flex: Annotated[bool, typer.Option(help="Compare with compiled FlexAttention too.")] = True,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: thread time of one thread, for busy machines.")
+    ] = "wall",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that all calls take turns.")] = 9,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file to write.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Attention backends against SDPA and compiled FlexAttention with the same lists."""
+    _check_files(json_file, plot_file, force)
+    varied = {
+        "--tokens": tokens, "--head-dim": head_dim, "--density": density, "--dtype": dtype,
+        "--pattern": pattern, "--heads": heads,
+    }  # fmt: skip
+    given = [name for name, value in varied.items() if value]
+    if quick and given:
+        raise ValueError(f"--quick has its own sizes: leave out {', '.join(given)}")
+    conditions = _conditions(clock, threads, rounds, flex)
+    names = _backends(backend, quick)
+    from .sweep import Sweep
+
+    sweep = None
+    if not quick:
+        sweep = Sweep.of(
+            tokens or ["8192"], head_dim or [64, 128], density or [0.25, 0.125, 0.0625, 0.03],
+            dtype or ["float32"], pattern or ["blocks", "far", "columns"], heads or 2,
+        )  # fmt: skip
+    if plot_file is not None:
+        from . import plot  # noqa: F401 - a missing matplotlib shows before the measurement
+    results = _measured(sweep, names, conditions)
+    _print(results)
+    if json_file is not None:
+        results.save(json_file)
+        _say(f"wrote {json_file}")
+    if plot_file is not None:
+        from .plot import save_plot
+
+        save_plot(results.rows, plot_file)
+        _say(f"wrote {plot_file}")
+
+
+def _check_files(json_file: Path | None, plot_file: Path | None, force: bool) -> None:
+    for option, file, ending in (("--json", json_file, ".json"), ("--plot", plot_file, ".png")):
+        if file is None:
+            continue
+        if file.suffix != ending:
+            raise ValueError(f"{option} must name a file that ends in {ending}, got {file.name!r}")
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"{option}: there is no folder {file.parent}; make it first")
+        if file.exists() and not force:
+            raise FileExistsError(f"{file} exists already: pass --force to replace it")
+
+
+def _conditions(clock: str, threads: int | None, rounds: int, flex: bool) -> Conditions:
+    import torch
+
+    from .flex import compiled
+    from .kernel import Conditions
+    from .measure import CLOCKS
+
+    if clock not in CLOCKS:
+        raise ValueError(f"--clock must be one of {', '.join(CLOCKS)}, got {clock!r}")
+    if clock == "cpu" and threads not in (None, 1):
+        raise ValueError(f"--clock cpu times one thread: leave out --threads, got {threads}")
+    count = 1 if clock == "cpu" else threads or torch.get_num_threads()
+    return Conditions(clock, count, rounds, compiled if flex else None)
+
+
+def _backends(given: list[str] | None, quick: bool) -> list[str]:
+    """Names of backends; by default all but the reference, in the quick run the preferred one."""
+    from ..attention import AUTO, BACKENDS
+
+    if unknown := [name for name in given or [] if name not in BACKENDS]:
+        raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, got {unknown[0]!r}")
+    if given:
+        return list(dict.fromkeys(given))
+    if quick:
+        return [_first_that_can(AUTO)]
+    return [name for name in BACKENDS if name != "reference"]
+
+
+def _first_that_can(names: Sequence[str]) -> str:
+    """The backend that attention takes here, and why not one before it."""
+    import torch
+
+    from ..attention import BACKENDS
+    from .lists import dense, layout_of
+
+    index, q = dense(layout_of("64"), 1), torch.zeros(1, 1, 64, 64)
+    for name in names:
+        reason = BACKENDS[name].unsupported(q, index)
+        if reason is None:
+            return name
+        _say(f"not measured: backend {name!r}: {reason}")
+    raise NotImplementedError(f"one of the backends {', '.join(names)} must run here, none does")
+
+
+def _variant(backends: Sequence[str]) -> str | None:
+    """Name of the native kernel's variant that ran."""
+    from ..backends.cpu.library import LIBRARY
+
+    return LIBRARY.running if LIBRARY is not None and "cpu" in backends else None
+
+
+def _measured(sweep: Sweep | None, backends: Sequence[str], conditions: Conditions) -> Results:
+    from ..eval.provenance import environment
+    from .measure import num_threads
+    from .quick import run_quick, table
+    from .results import Results
+    from .sweep import run_sweep
+
+    with num_threads(conditions.threads):
+        if sweep is None:
+            rows, skipped = run_quick(backends, conditions, _say)
+        else:
+            rows, skipped = run_sweep(sweep, backends, conditions, _say)
+    return Results(
+        command="sparse-dit " + " ".join(sys.argv[1:]),
+        environment=environment(),
+        variant=_variant(backends),
+        clock=conditions.clock,
+        threads=conditions.threads,
+        foreign_cores=conditions.load.foreign_cores,
+        load_averages=conditions.load.averages,
+        rows=rows,
+        skipped=skipped,
+        quick=table(rows) if sweep is None else [],
+    )
+
+
+def _print(results: Results) -> None:
+    from .results import quick_tables, rows_table
+
+    for table in quick_tables(results.quick) if results.quick else [rows_table(results.rows)]:
+        out.print(table)
+    for note in results.notes():
+        out.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)

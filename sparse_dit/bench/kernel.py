@@ -1,0 +1,208 @@
+"""Times backends, SDPA and FlexAttention on the same tensors and lists, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..attention import BACKENDS, attend
+from ..backends.attended import Attended
+from ..index import SparseIndex
+from ..layout import TokenLayout
+from .flex import Compiled, flex_call
+from .lists import BLOCK, dense
+from .measure import Load, Timing, interleaved
+from .rows import Row, Skipped
+from .truth import check, check_mass
+
+GEMM = 2048
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tensors of a measurement: `[1, heads, layout.seq_len, head_dim]`, contiguous.
+
+    Args:
+        layout: Tokens.
+        heads, head_dim: Of queries, keys and values alike.
+        dtype: A name in `DTYPES`.
+    """
+
+    layout: TokenLayout
+    heads: int
+    head_dim: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.layout.seq_len} tokens, head_dim {self.head_dim}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed at a size.
+
+    Args:
+        pattern: Its name in the results.
+        index: What is computed.
+        flex: Whether FlexAttention is timed with the same lists, if it can be.
+        mass: Whether the backend computes the exact block mass too.
+    """
+
+    pattern: str
+    index: SparseIndex
+    flex: bool = False
+    mass: bool = False
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How it is timed.
+
+    Args:
+        clock: `"wall"` or `"cpu"`.
+        threads: Of torch.
+        rounds: Of the calls in turn.
+        flex: Makes FlexAttention for a new set of tensors; None to do without.
+        load: Notes who else was busy.
+    """
+
+    clock: str
+    threads: int
+    rounds: int
+    flex: Callable[[int], Compiled] | None
+    load: Load = field(default_factory=Load)
+
+
+@dataclass
+class _Calls:
+    """What will be timed; keys are `(who, pattern number)`, -1 for what has no pattern."""
+
+    runs: dict[tuple[str, int], Callable[[], object]] = field(default_factory=dict)
+    errors: dict[tuple[str, int], float] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def measure(
+    size: Size,
+    cases: Sequence[Case],
+    backends: Sequence[str],
+    conditions: Conditions,
+    budget: float | None = None,
+) -> tuple[list[Row], list[Skipped]]:
+    """Check every case once, then time all of them in turn.
+
+    Args:
+        size: The tensors: random normal, the same for all.
+        cases: What the backends compute; their dense mode is always timed too, as the first row.
+        backends: Names in `BACKENDS`; what one can't run is skipped, with its reason.
+        conditions: How.
+        budget: Seconds after which no further round begins.
+
+    Raises:
+        WrongResult: If something computes the wrong thing.
+        NotImplementedError: If FlexAttention can't be compiled here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, size.heads, size.layout.seq_len, size.head_dim)
+    tensors = [torch.randn(shape, generator=generator).to(DTYPES[size.dtype]) for _ in range(3)]
+    cases = [Case("dense", dense(size.layout, size.heads)), *cases]
+    with torch.no_grad():
+        calls = _calls(size, tensors, cases, backends, conditions)
+        with conditions.load.watched():
+            times = interleaved(
+                calls.runs, clock=conditions.clock, rounds=conditions.rounds, budget=budget
+            )
+    rows = [
+        _row(size, backend, cases[number], number, times, calls.errors, conditions.threads)
+        for backend, number in calls.runs
+        if backend in BACKENDS
+    ]
+    return rows, calls.skipped
+
+
+def _calls(
+    size: Size,
+    tensors: list[Tensor],
+    cases: Sequence[Case],
+    backends: Sequence[str],
+    conditions: Conditions,
+) -> _Calls:
+    """Everything that is timed, each called and checked once."""
+    q, k, v = tensors
+    calls = _Calls()
+    a, b = (torch.randn(GEMM, GEMM, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    calls.runs["sgemm", -1] = lambda: a @ b
+    calls.runs["sgemm", -1]()
+    calls.runs["sdpa", -1] = lambda: scaled_dot_product_attention(q, k, v)
+    check("SDPA", scaled_dot_product_attention(q, k, v), q, k, v, cases[0].index)
+    flex = conditions.flex and any(c.flex for c in cases) and conditions.flex(conditions.threads)
+    for number, case in enumerate(cases):
+        for backend in backends:
+            _add_backend(calls, size, tensors, case, number, backend)
+        if flex and case.flex:
+            call = flex_call(flex, q, k, v, case.index)
+            if call is not None:
+                check(f"FlexAttention ({case.pattern})", call(), q, k, v, case.index)
+                calls.runs["flex", number] = call
+    return calls
+
+
+def _add_backend(
+    calls: _Calls, size: Size, tensors: list[Tensor], case: Case, number: int, backend: str
+) -> None:
+    q, k, v = tensors
+    reason = BACKENDS[backend].unsupported(q, case.index)
+    if reason is None and number and (backend, 0) not in calls.runs:
+        reason = "its dense mode, which it is compared with, can't run"
+    if reason is not None:
+        skipped = Skipped(backend, case.pattern, size.head_dim, size.dtype, reason)
+        calls.skipped.append(skipped)
+        return
+    block = BLOCK if case.mass else None
+
+    def call() -> Attended:
+        return attend(q, k, v, case.index, backend=backend, mass_block=block)
+
+    name = f"backend {backend!r} ({case.pattern}, {size})"
+    result = call()
+    calls.errors[backend, number] = check(name, result.out, q, k, v, case.index)
+    if block is not None and result.mass is not None:
+        check_mass(name, result.mass, q, k, v, case.index, block)
+    calls.runs[backend, number] = call
+
+
+def _row(
+    size: Size,
+    backend: str,
+    case: Case,
+    number: int,
+    times: dict[tuple[str, int], Timing],
+    errors: dict[tuple[str, int], float],
+    threads: int,
+) -> Row:
+    timing = times[backend, number]
+    sdpa, own = times["sdpa", -1].seconds, times[backend, 0].seconds
+    flex = times["flex", number].seconds if ("flex", number) in times else None
+    n, density = size.layout.seq_len, case.index.density
+    speedup = sdpa / timing.seconds
+    return Row(
+        backend, case.pattern, n, size.head_dim, size.heads, size.dtype, threads, density,
+        seconds=timing.seconds,
+        sdpa_seconds=sdpa,
+        flex_seconds=flex,
+        dense_seconds=own,
+        speedup=speedup,
+        efficiency=speedup * density,
+        dense_efficiency=own / timing.seconds * density,
+        flex_speedup=None if flex is None else flex / timing.seconds,
+        gflops=4e-9 * n * n * size.head_dim * size.heads * density / timing.seconds,
+        sgemm_gflops=2e-9 * GEMM**3 / times["sgemm", -1].seconds,
+        error=errors[backend, number],
+        samples=timing.samples,
+        spread=timing.spread,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Measuring: calls in turn, so that what disturbs one disturbs all; medians; who else was busy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+MIN_ROUNDS = 3
+TURN_SECONDS = 0.06  # short calls are repeated for this long before the next one's turn
+TURN_CALLS = 10
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a call takes.
+
+    Args:
+        seconds: Median of the samples.
+        spread: Distance between their quartiles over the median.
+        samples: How many.
+    """
+
+    seconds: float
+    spread: float
+    samples: int
+
+
+@dataclass
+class Load:
+    """What others did with the machine while calls were timed.
+
+    Args:
+        busy: CPU seconds that all processes of the system used; None where that isn't known.
+        own: CPU seconds of this process.
+        wall: Seconds.
+    """
+
+    busy: float | None = 0.0
+    own: float = 0.0
+    wall: float = 0.0
+    averages: list[tuple[float, float, float]] = field(default_factory=list)
+
+    @property
+    def foreign_cores(self) -> float | None:
+        """Mean number of cores that other processes, or other guests of the host, used."""
+        if self.busy is None or not self.wall:
+            return None
+        return max(0.0, (self.busy - self.own) / self.wall)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Add what happens inside."""
+        busy, own, wall = _busy(), time.process_time(), time.perf_counter()
+        self._note()
+        yield
+        after = _busy()
+        known = None not in (self.busy, busy, after)
+        self.busy = (self.busy or 0) + (after or 0) - (busy or 0) if known else None
+        self.own += time.process_time() - own
+        self.wall += time.perf_counter() - wall
+        self._note()
+
+    def _note(self) -> None:
+        if hasattr(os, "getloadavg"):
+            self.averages.append(os.getloadavg())
+
+
+def interleaved(
+    runs: Mapping[Key, Callable[[], object]],
+    *,
+    clock: str,
+    rounds: int,
+    budget: float | None = None,
+) -> dict[Key, Timing]:
+    """Time calls in turn, round after round. Call each once before: nothing is thrown away here.
+
+    Args:
+        runs: The calls.
+        clock: A name in `CLOCKS`. `"cpu"` counts the calling thread alone: set one thread.
+        rounds: At most this many.
+        budget: Seconds after which no further round begins; at least three are done.
+    """
+    now = CLOCKS[clock]
+    samples: dict[Key, list[float]] = {key: [] for key in runs}
+    started = time.perf_counter()
+    for done in range(rounds):
+        spent = time.perf_counter() - started
+        if budget is not None and done >= MIN_ROUNDS and spent * (done + 1) / done > budget:
+            break
+        for key, run in runs.items():
+            samples[key] += _turn(run, now)
+    return {key: _summed_up(values) for key, values in samples.items()}
+
+
+@contextlib.contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _turn(run: Callable[[], object], now: Callable[[], float]) -> list[float]:
+    taken: list[float] = []
+    while not taken or (sum(taken) < TURN_SECONDS and len(taken) < TURN_CALLS):
+        started = now()
+        run()
+        taken.append(now() - started)
+    return taken
+
+
+def _summed_up(samples: list[float]) -> Timing:
+    median = statistics.median(samples)
+    if len(samples) < 2 or not median:
+        return Timing(median, 0.0, len(samples))
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, (high - low) / median, len(samples))
+
+
+def _busy() -> float | None:
+    """CPU seconds used by anyone since the system started, steal by other guests among them."""
+    file = Path("/proc/stat")
+    if not file.exists():
+        return None
+    user, nice, system, _idle, _wait, *rest = map(int, file.read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")

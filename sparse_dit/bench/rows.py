@@ -1,0 +1,77 @@
+"""What was measured, as rows: each pattern on each backend, beside PyTorch's own attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pattern on one backend; times are medians of seconds a call, batch 1.
+
+    Args:
+        backend: Name in `BACKENDS`.
+        pattern: What the queries see; `+mass` if the exact block mass was computed too.
+        tokens, head_dim, heads, dtype, threads: Of the call.
+        density: Computed pairs over all pairs; a pooled key counts as one.
+        seconds: Of the backend.
+        sdpa_seconds: PyTorch's dense attention on the same tensors.
+        flex_seconds: Compiled FlexAttention with the same lists; None if not measured.
+        dense_seconds: The backend's own dense mode.
+        speedup: `sdpa_seconds / seconds`.
+        efficiency: `speedup * density`: 1 if a pair costs what it costs in SDPA.
+        dense_efficiency: `dense_seconds / seconds * density`: 1 if a pair costs what it costs in the
+            backend's dense mode.
+        flex_speedup: `flex_seconds / seconds`.
+        gflops: Of the two products of attention, `4 * N * M * D * H * density / seconds`, in 1e9.
+        sgemm_gflops: A float32 matrix product of 2048 x 2048 in the same rounds.
+        error: Relative L2 error of sampled rows against float64.
+        samples, spread: Of `seconds`: how many, and the distance of their quartiles over the median.
+    """
+
+    backend: str
+    pattern: str
+    tokens: int
+    head_dim: int
+    heads: int
+    dtype: str
+    threads: int
+    density: float
+    seconds: float
+    sdpa_seconds: float
+    flex_seconds: float | None
+    dense_seconds: float
+    speedup: float
+    efficiency: float
+    dense_efficiency: float
+    flex_speedup: float | None
+    gflops: float
+    sgemm_gflops: float
+    error: float
+    samples: int
+    spread: float
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON form."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A pattern that a backend can't run.
+
+    Args:
+        backend, pattern, head_dim, dtype: Which.
+        reason: The backend's own.
+    """
+
+    backend: str
+    pattern: str
+    head_dim: int
+    dtype: str
+    reason: str
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON form."""
+        return dataclasses.asdict(self)
