@@ -333,7 +333,7 @@ def test_a_failure_in_any_phase_leaves_the_pipeline_as_it_was(pipe, fast, monkey
         raise RuntimeError("broken on purpose")
 
     place, name = {
-        "profile_pipeline": (recorder, "cell_sums"),
+        "profile_pipeline": (recorder, "sampled_rows"),
         "sensitivity": (sensitivity, "sparse_attention"),
         "dense_reference": (engine, "dense_reference"),
         "tune": (tune, "verify"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -30,13 +31,12 @@ class Stencil:
     @staticmethod
     def from_offsets(offsets: Tensor) -> Stencil:
         """From single offsets, int `[n, 3]` (frames, rows, columns), in any order."""
-        runs: list[list[int]] = []
-        for frame, row, column in sorted(map(tuple, offsets.tolist())):
-            if runs and runs[-1][:2] == [frame, row] and sum(runs[-1][2:]) == column:
-                runs[-1][3] += 1
-            else:
-                runs.append([frame, row, column, 1])
-        return Stencil(tuple(tuple(run) for run in runs))
+        places = np.asarray(offsets, dtype=np.int64).reshape(-1, 3)
+        places = places[np.lexsort(places.T[::-1])]
+        goes_on = (places[1:, :2] == places[:-1, :2]).all(1) & (np.diff(places[:, 2]) == 1)
+        first = np.flatnonzero(np.append(True, ~goes_on)[: len(places)])
+        count = np.diff(first, append=len(places))
+        return Stencil(tuple(map(tuple, np.column_stack([places[first], count]).tolist())))
 
     def covers(self, queries: Boxes, keys: Boxes, where: TileOrder) -> Tensor:
         """Whether a token of each query box sees one of each key box, bool `[Q, K]`."""

@@ -29,6 +29,7 @@ class CellTable:
         counts: int64 `[3]`, cells along frames, rows and columns.
         place: int64 `[C, 3]`, each cell's place in that lattice.
         cell_of_token: int64 `[N]`, -1 for text.
+        ragged: Whether there are repeats.
     """
 
     tokens: Tensor
@@ -37,6 +38,7 @@ class CellTable:
     counts: Tensor
     place: Tensor
     cell_of_token: Tensor
+    ragged: bool
 
 
 @functools.lru_cache(maxsize=32)
@@ -62,6 +64,7 @@ def cell_table(layout: TokenLayout, tile: Tile) -> CellTable:
         -(-torch.tensor(order.grid) // size),
         place,
         cell_of_token,
+        not bool(real.all()),
     )
 
 
@@ -94,7 +97,11 @@ class CellSums:
         return self.pooled[..., None] * self.value
 
     def outputs(self, seen: Tensor, far: bool) -> Tensor:
-        """What candidates compute, `[K, R, D]`.
+        """What candidates compute, `[K, R, D]`; see `outputs_and_recall`."""
+        return self.outputs_and_recall(seen, far)[0]
+
+    def outputs_and_recall(self, seen: Tensor, far: bool) -> tuple[Tensor, Tensor]:
+        """What candidates compute, `[K, R, D]`, and the attention mass they see exactly, `[K, R]`.
 
         Args:
             seen: bool `[K, R, C]`, cells that each row sees exactly.
@@ -102,11 +109,13 @@ class CellSums:
         """
         weight = seen.to(self.mass.dtype).transpose(0, 1)  # [R, K, C]
         value = self.text_value[:, None] + weight @ self.exact
-        norm = self.text_mass[:, None] + (weight @ self.mass[..., None])[..., 0]
+        mass = self.text_mass[:, None] + (weight @ self.mass[..., None])[..., 0]  # [R, K]
+        norm = mass
         if far:
             value = value + self.far_output.sum(1)[:, None] - weight @ self.far_output
             norm = norm + self.pooled.sum(1)[:, None] - (weight @ self.pooled[..., None])[..., 0]
-        return (value / norm.clamp_min(1e-20)[..., None]).transpose(0, 1)
+        outputs = value / norm.clamp_min(1e-20)[..., None]
+        return outputs.transpose(0, 1), mass.T
 
     def benefit(self, far: bool) -> Tensor:
         """Squared error of the output, to first order, if a cell is not exact, `[R, C]`.
@@ -119,43 +128,76 @@ class CellSums:
         return error.square().sum(-1) / self.out.square().sum(-1, keepdim=True).clamp_min(1e-20)
 
 
-def cell_sums(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, table: CellTable, scale: float, valid: int
-) -> CellSums:
-    """Evaluate the sampled rows of one head exactly and sum by cells.
+@dataclass(frozen=True, eq=False)
+class SampledRows:
+    """Attention of the sampled rows of one head over all tokens, to be summed by any cells.
+
+    Args:
+        p: `[N, R]`, softmax probabilities (0 for padding): a cell's are then whole rows in memory.
+        lse: `[R]`, log of the sum of the exponentials.
+        queries: `[R, D]`, scaled.
+        keys, values: `[N, D]`, contiguous.
+        rows: int64 `[R]`, sampled tokens.
+    """
+
+    p: Tensor
+    lse: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+
+    def by_cells(self, table: CellTable) -> CellSums:
+        """The sums over the cells of `table`."""
+        shape, flat = (*table.tokens.shape, -1), table.tokens.flatten()
+        p, keys, values = (
+            x.index_select(0, flat).view(shape) for x in (self.p, self.keys, self.values)
+        )  # [C, n, *]
+        sizes = table.real.sum(1)
+        if table.ragged:
+            p, keys, values = (x * table.real[..., None] for x in (p, keys, values))
+        mean_key, mean_value = keys.sum(1) / sizes[:, None], values.sum(1) / sizes[:, None]
+        pooled = (self.queries @ mean_key.T + sizes.log() - self.lse[:, None]).exp()
+        exact = torch.bmm(p.transpose(1, 2), values).transpose(0, 1)  # [R, C, D]
+        text_p = self.p[table.text]
+        text_value = text_p.T @ self.values[table.text]
+        return CellSums(
+            p.sum(1).T,
+            exact,
+            pooled,
+            mean_value,
+            text_p.sum(0),
+            text_value,
+            exact.sum(1) + text_value,
+            table.cell_of_token[self.rows],
+        )
+
+
+def sampled_rows(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, valid: int
+) -> SampledRows:
+    """Evaluate the sampled rows of one head exactly.
 
     Args:
         q, k, v: `[N, D]` of one head.
         rows: int64 `[R]`, sampled video tokens.
-        table: Cells.
         scale: Factor of the logits.
-        valid: Text tokens from here on are padding.
+        valid: Tokens from here on are padding.
     """
     queries = q[rows].float() * scale
-    keys, values = k[table.tokens].float(), v[table.tokens].float()  # [C, n, D]
-    logits = torch.einsum("rd,cnd->crn", queries, keys)
-    text = table.text[table.text < valid]
-    text_logits = queries @ k[text].float().T
-    everything = torch.where(table.real[:, None] > 0, logits, -torch.inf).transpose(0, 1).flatten(1)
-    lse = torch.cat([everything, text_logits], 1).logsumexp(1)  # [R]
-    p = (logits - lse[:, None]).exp() * table.real[:, None]
-    sizes = table.real.sum(1)
-    weight = table.real[..., None] / sizes[:, None, None]
-    mean_key, mean_value = (keys * weight).sum(1), (values * weight).sum(1)
-    pooled = (queries @ mean_key.T + sizes.log() - lse[:, None]).exp()
-    exact = (p @ values).transpose(0, 1)
-    text_p = (text_logits - lse[:, None]).exp()
-    text_value = text_p @ v[text].float()
-    return CellSums(
-        p.sum(-1).T,
-        exact,
-        pooled,
-        mean_value,
-        text_p.sum(1),
-        text_value,
-        exact.sum(1) + text_value,
-        table.cell_of_token[rows],
-    )
+    keys, values = k.float().contiguous(), v.float().contiguous()
+    p = keys @ queries.T  # [N, R]
+    p[valid:] = -torch.inf
+    largest = p.amax(0)
+    total = p.sub_(largest).exp_().sum(0)
+    return SampledRows(p.div_(total), largest + total.log(), queries, keys, values, rows)
+
+
+def cell_sums(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, table: CellTable, scale: float, valid: int
+) -> CellSums:
+    """Evaluate the sampled rows of one head exactly and sum by cells; see `sampled_rows`."""
+    return sampled_rows(q, k, v, rows, scale, valid).by_cells(table)
 
 
 def sample_rows(layout: TokenLayout, count: int, generator: torch.Generator) -> Tensor:

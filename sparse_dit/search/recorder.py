@@ -11,7 +11,7 @@ from torch import Tensor
 from ..integrations.call import AttentionCall
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
-from .cells import CellSums, cell_sums, cell_table, sample_rows
+from .cells import CellSums, cell_table, sample_rows, sampled_rows
 from .profile import ComponentProfile
 from .statistics import HeadStatistics, discover, empty_statistics, score
 
@@ -71,9 +71,9 @@ class Recorder:
             q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
             for head in range(q.shape[1]):
                 parts = (q[:, head], k[:, head // repeat], v[:, head // repeat])
+                sampled = sampled_rows(*parts, rows, scale, valid)
                 sums = {
-                    tile: cell_sums(*parts, rows, cell_table(layout, tile), scale, valid)
-                    for tile in tilings(layout)
+                    tile: sampled.by_cells(cell_table(layout, tile)) for tile in tilings(layout)
                 }
                 if not torch.isfinite(next(iter(sums.values())).out).all():
                     raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..index import seen_cells
 from ..layout import Tile, TokenLayout, tile_order
-from ..patterns import Pattern
+from ..patterns import Pattern, Stencil
 from .candidates import MAX_BLOCK_CELLS
 from .cells import CellSums, CellTable, cell_table
 
@@ -65,15 +65,32 @@ SMALL = 160  # tiles up to which masks are kept: 25 KB each
 
 def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
     """Which tiles each tile sees exactly, bool `[T, T]`; kept if small, as most are needed again."""
-    order = tile_order(layout, pattern.tile)
-    if len(order.tile_offsets) - 1 <= SMALL:
+    if len(cell_table(layout, pattern.tile).tokens) <= SMALL:
         return _kept(pattern, layout)
-    return seen_cells(pattern, order)
+    return _seen(pattern, layout)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _kept(pattern: Pattern, layout: TokenLayout) -> Tensor:
-    return seen_cells(pattern, tile_order(layout, pattern.tile))
+    return _seen(pattern, layout)
+
+
+def _seen(pattern: Pattern, layout: TokenLayout) -> Tensor:
+    """What `index.seen_cells` says; sets of relative tiles, most of the candidates, by table."""
+    table, shape = cell_table(layout, pattern.tile), pattern.shape
+    lattice = 2 * table.counts - 1
+    runs = torch.tensor(getattr(shape, "offsets", ()), dtype=torch.int64).view(-1, 4)
+    plain = not pattern.sink_frames and pattern.cell is None
+    if not (isinstance(shape, Stencil) and plain and runs[:, 3].sum() <= lattice.prod()):
+        return seen_cells(pattern, tile_order(layout, pattern.tile))
+    start, count = runs[:, :3], runs[:, 3]
+    offsets = torch.repeat_interleave(start, count, 0)
+    before = torch.repeat_interleave(count.cumsum(0) - count, count)
+    offsets[:, 2] += torch.arange(len(offsets)) - before
+    offsets = offsets[(offsets.abs() < table.counts).all(1)] + table.counts - 1
+    member = torch.zeros(lattice.tolist(), dtype=torch.bool)
+    member[tuple(offsets.T)] = True
+    return member.view(-1)[relative_cells(layout, pattern.tile)]
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -113,9 +130,9 @@ def score(
     for (tile, far), places in groups.items():
         part = sums[tile]
         seen = torch.stack([seen_tiles(candidates[p], layout)[part.cell] for p in places])
-        rows = (part.outputs(seen, far) - part.out).square().sum(-1)  # [K, R]
-        mass = torch.einsum("krc,rc->k", seen.float(), part.mass) + part.text_mass.sum()
+        outputs, mass = part.outputs_and_recall(seen, far)
+        rows = (outputs - part.out).square().sum(-1)  # [K, R]
         where = torch.tensor(places)
         error[where], square[where] = rows.sum(1), rows.square().sum(1)
-        recall[where] = mass
+        recall[where] = mass.sum(1)
     return error, square, recall, first.out.square().sum()
