@@ -72,6 +72,7 @@ enum Status : int64_t {
 
 }  // namespace sparse_dit
 
+#pragma GCC visibility push(default)
 extern "C" {
 int64_t sparse_dit_abi();
 // 0, or a Status
@@ -85,3 +86,4 @@ int64_t sparse_dit_runs(int64_t variant);
 // Run in the thread pool that `GOMP_parallel` of an OpenMP library belongs to; null for own threads.
 void sparse_dit_use_gomp(void *gomp_parallel);
 }
+#pragma GCC visibility pop

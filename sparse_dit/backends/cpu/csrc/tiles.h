@@ -35,6 +35,7 @@ struct Tiles {
             if (!take_keys(tile)) break;
         if (tile.n) return true;
         tile.pooled = true;
+        tile.block = -1;
         while (far_run < last_far_run && tile.n < BN) take_cells(tile);
         return tile.n > 0;
     }
