@@ -156,37 +156,45 @@ def _warn_once(message: str) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | None) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+    q_shape, k_shape = q.shape, k.shape  # read once: small calls feel it
+    if len(q_shape) != 4 or len(k_shape) != 4 or k_shape != v.shape:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"q must be [B, H, N, D] and k, v [B, num_kv_heads, M, D], got {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in B and D")
+    if q_shape[0] != k_shape[0] or q_shape[3] != k_shape[3]:
+        raise ValueError(f"q {tuple(q_shape)} and k {tuple(k_shape)} must agree in B and D")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if not q.device == k.device == v.device == index.entries[0].q_offsets.device:
+    entry = index.entries[0]
+    if not q.device == k.device == v.device == entry.q_offsets.device:
         raise ValueError(
             f"q, k, v and the index must be on one device, got {q.device}, {k.device}, {v.device}, "
-            f"{index.entries[0].q_offsets.device}; use index.to(q.device)"
+            f"{entry.q_offsets.device}; use index.to(q.device)"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} heads must be a multiple of {k.shape[1]} key heads")
-    want = (index.num_heads, index.num_queries, index.num_keys)
-    if (q.shape[1], q.shape[2], k.shape[2]) != want:
+    heads, kv_heads = q_shape[1], k_shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} heads must be a multiple of {kv_heads} key heads")
+    sizes, want = (
+        (heads, q_shape[2], k_shape[2]),
+        (index.num_heads, entry.num_queries, entry.num_keys),
+    )
+    if sizes != want:
         raise ValueError(
-            f"the index is for {want} heads, queries and keys, got "
-            f"{(q.shape[1], q.shape[2], k.shape[2])}; build it for this layout"
+            f"the index is for {want} heads, queries and keys, got {sizes}; "
+            "build it for this layout"
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("sparse attention is for inference; call it under torch.no_grad()")
     if kv_len is not None:
-        if kv_len.shape != q.shape[:1] or kv_len.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"kv_len must be int [{q.shape[0]}], got {kv_len.dtype} {list(kv_len.shape)}"
-            )
-        # a branch on data has no place in a graph, and on a GPU it would wait for it
-        if kv_len.is_cpu and not torch.compiler.is_compiling():
-            lengths = kv_len.tolist()
-            if not all(0 <= length <= k.shape[2] for length in lengths):
-                raise ValueError(f"kv_len must lie in 0 to {k.shape[2]}, got {lengths}")
+        _check_kv_len(kv_len, q_shape[0], k_shape[2])
+
+
+def _check_kv_len(kv_len: Tensor, batch: int, num_keys: int) -> None:
+    if kv_len.shape != (batch,) or kv_len.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"kv_len must be int [{batch}], got {kv_len.dtype} {list(kv_len.shape)}")
+    # a branch on data has no place in a graph, and on a GPU it would wait for it
+    if kv_len.is_cpu and not torch.compiler.is_compiling():
+        lengths = kv_len.tolist()
+        if not all(0 <= length <= num_keys for length in lengths):
+            raise ValueError(f"kv_len must lie in 0 to {num_keys}, got {lengths}")

@@ -39,9 +39,12 @@ def forward(
     mass_block: int | None,
 ) -> Attended:
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
+    words = packed_index(index)
+    if not return_lse and not mass_block:
+        return Attended(torch.ops.sparse_dit.attend(q, k, v, words, kv_len, scale))
     groups = index.max_groups if mass_block else 0
-    out, lse, mass = torch.ops.sparse_dit.attend(
-        q, k, v, packed_index(index), kv_len, scale, return_lse, mass_block or 0, groups
+    out, lse, mass = torch.ops.sparse_dit.attend_measured(
+        q, k, v, words, kv_len, scale, return_lse, mass_block or 0, groups
     )
     return Attended(out, lse if return_lse else None, mass if mass_block else None)
 
