@@ -1,0 +1,194 @@
+// Random problems for the driver: inputs in heap blocks of exactly their size, so that a sanitizer
+// sees every step outside of them, and a packed index of any shape.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "abi.h"
+
+namespace driver {
+
+using namespace sparse_dit;
+using Run = std::array<int32_t, 2>;
+
+struct Random {
+    std::mt19937_64 engine;
+    int64_t below(int64_t n) { return static_cast<int64_t>(engine() % static_cast<uint64_t>(n)); }
+    bool chance(int percent) { return below(100) < percent; }
+    // A number that bfloat16 and float16 hold exactly, up to about 4.
+    float number() {
+        float x = static_cast<float>(below(2001) - 1000) / 250.f;
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        bits &= 0xffff0000u;
+        std::memcpy(&x, &bits, 4);
+        return x > -0.001f && x < 0.001f ? 0.f : x;
+    }
+};
+
+inline void encode(float x, int64_t dtype, void *at) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t exponent = bits >> 23 & 0xffu;
+    uint16_t half = static_cast<uint16_t>(bits >> 16);
+    if (dtype == FLOAT16)
+        half = static_cast<uint16_t>(
+            exponent ? bits >> 31 << 15 | (exponent - 112) << 10 | (bits >> 13 & 0x3ffu) : 0);
+    if (dtype == FLOAT32)
+        std::memcpy(at, &bits, 4);
+    else
+        std::memcpy(at, &half, 2);
+}
+
+inline double decode(int64_t dtype, const void *at) {
+    uint32_t bits = 0;
+    uint16_t half = 0;
+    if (dtype == FLOAT32)
+        std::memcpy(&bits, at, 4);
+    else
+        std::memcpy(&half, at, 2);
+    if (dtype == FLOAT16) {
+        const int exponent = half >> 10 & 0x1f, fraction = half & 0x3ff;
+        const double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                            : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                           : std::ldexp(fraction, -24);
+        return half >> 15 ? -size : size;
+    }
+    if (dtype == BFLOAT16) bits = static_cast<uint32_t>(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// [batch, heads, tokens, channels] in any order of memory, with gaps.
+struct Tensor {
+    int64_t dtype, size, item;
+    Strides strides;
+    std::vector<unsigned char> bytes;
+
+    Tensor(Random &random, int64_t type, std::array<int64_t, 4> shape) : dtype(type) {
+        item = type == FLOAT32 ? 4 : 2;
+        std::array<int, 4> axes = {0, 1, 2, 3};  // outermost first
+        if (random.chance(50)) std::swap(axes[1], axes[2]);
+        if (random.chance(10)) std::swap(axes[2], axes[3]);
+        std::array<int64_t, 4> step{};
+        int64_t next = random.chance(15) ? 2 : 1;
+        for (int i = 3; i >= 0; i--) {
+            step[axes[i]] = next;
+            next = next * shape[axes[i]] + (random.chance(30) ? random.below(9) : 0);
+        }
+        strides = {step[0], step[1], step[2], step[3]};
+        size = 1;
+        for (int i = 0; i < 4; i++) size += (shape[i] - 1) * step[i];
+        bytes.assign(static_cast<size_t>(size * item), 0xff);  // NaN in each dtype
+    }
+    int64_t place(int64_t b, int64_t h, int64_t t, int64_t d) const {
+        return b * strides.batch + h * strides.head + t * strides.token + d * strides.channel;
+    }
+    double at(int64_t b, int64_t h, int64_t t, int64_t d) const {
+        return decode(dtype, &bytes[static_cast<size_t>(place(b, h, t, d) * item)]);
+    }
+    void fill(Random &random) {
+        for (int64_t i = 0; i < size; i++)
+            encode(random.number(), dtype, &bytes[static_cast<size_t>(i * item)]);
+    }
+};
+
+struct Pattern {
+    std::vector<int32_t> q_order, k_order;  // empty where tokens stay in place
+    std::vector<int32_t> q_offsets, run_offsets, cells, far_offsets;
+    std::vector<Run> runs, far_runs;
+};
+
+inline std::vector<int32_t> permutation(Random &random, int64_t n) {
+    std::vector<int32_t> order(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t j = random.below(i + 1);
+        order[static_cast<size_t>(i)] = order[static_cast<size_t>(j)];
+        order[static_cast<size_t>(j)] = static_cast<int32_t>(i);
+    }
+    return order;
+}
+
+// Ascending runs that don't touch, in [0, n).
+inline void add_runs(Random &random, int64_t n, std::vector<Run> &runs) {
+    const int64_t longest = random.chance(30) ? 1 : random.chance(50) ? 5 : n;
+    const int64_t gap = random.chance(50) ? 3 : n;
+    int64_t at = random.chance(40) ? 0 : random.below(gap + 1);
+    while (at < n) {
+        const int64_t length = std::min(n - at, 1 + random.below(longest));
+        runs.push_back({static_cast<int32_t>(at), static_cast<int32_t>(length)});
+        at += length + 1 + random.below(gap);
+    }
+}
+
+inline Pattern make_pattern(Random &random, int64_t n, int64_t m) {
+    Pattern p;
+    if (random.chance(50)) p.q_order = permutation(random, n);
+    if (random.chance(50)) p.k_order = permutation(random, m);
+    const bool far = random.chance(40);
+    if (far) {
+        for (int64_t at = random.below(m); at < m; at += 1 + random.below(12))
+            p.cells.push_back(static_cast<int32_t>(at));
+        p.far_offsets.push_back(0);
+    }
+    const int64_t size = random.chance(20) ? n : 1 + random.below(128);
+    p.q_offsets.push_back(0);
+    p.run_offsets.push_back(0);
+    for (int64_t row = 0; row < n; row += size) {
+        p.q_offsets.push_back(static_cast<int32_t>(std::min(n, row + size)));
+        if (random.chance(15)) p.runs.push_back({0, static_cast<int32_t>(m)});
+        else if (random.chance(80)) add_runs(random, m, p.runs);
+        p.run_offsets.push_back(static_cast<int32_t>(p.runs.size()));
+        if (!far) continue;
+        const int64_t cells = static_cast<int64_t>(p.cells.size()) - 1;
+        if (cells > 0 && random.chance(80)) add_runs(random, cells, p.far_runs);
+        p.far_offsets.push_back(static_cast<int32_t>(p.far_runs.size()));
+    }
+    return p;
+}
+
+inline int32_t append(std::vector<int32_t> &words, const std::vector<int32_t> &array) {
+    const auto at = static_cast<int32_t>(words.size());
+    words.insert(words.end(), array.begin(), array.end());
+    return at;
+}
+inline int32_t append(std::vector<int32_t> &words, const std::vector<Run> &runs) {
+    const auto at = static_cast<int32_t>(words.size());
+    for (const Run &run : runs) words.insert(words.end(), run.begin(), run.end());
+    return at;
+}
+
+inline std::vector<int32_t> pack(const std::vector<Pattern> &patterns,
+                                 const std::vector<int32_t> &heads, Header header) {
+    constexpr size_t HEADER = sizeof(Header) / 4, ENTRY = sizeof(Entry) / 4;
+    std::vector<int32_t> words(HEADER + ENTRY * patterns.size());
+    std::memcpy(words.data(), &header, sizeof header);
+    append(words, heads);
+    for (size_t i = 0; i < patterns.size(); i++) {
+        const Pattern &p = patterns[i];
+        Entry e;
+        e.q_order = p.q_order.empty() ? -1 : append(words, p.q_order);
+        e.k_order = p.k_order.empty() ? -1 : append(words, p.k_order);
+        e.q_offsets = append(words, p.q_offsets);
+        e.groups = static_cast<int32_t>(p.q_offsets.size()) - 1;
+        e.run_offsets = append(words, p.run_offsets);
+        e.runs = append(words, p.runs);
+        e.num_runs = static_cast<int32_t>(p.runs.size());
+        e.cell_offsets = p.cells.empty() ? -1 : append(words, p.cells);
+        e.cells = p.cells.empty() ? 0 : static_cast<int32_t>(p.cells.size()) - 1;
+        e.far_offsets = p.cells.empty() ? -1 : append(words, p.far_offsets);
+        e.far_runs = p.cells.empty() ? -1 : append(words, p.far_runs);
+        e.num_far_runs = static_cast<int32_t>(p.far_runs.size());
+        std::memcpy(&words[HEADER + ENTRY * i], &e, sizeof e);
+    }
+    return {words.begin(), words.end()};  // a block of exactly this size
+}
+
+}  // namespace driver
