@@ -1,5 +1,9 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import sparse_dit
 
 HEAVY = (
     "accelerate",
@@ -34,3 +38,16 @@ def test_the_runtime_does_not_load_the_search():
     names = "import sparse_dit.patch, sparse_dit.integrations.diffusers; names = [*sys.modules]"
     code = f"{names}; assert not [n for n in names if n.startswith('sparse_dit.search')]"
     assert "sparse_dit" in _loaded(code)
+
+
+def test_the_benchmark_stands_apart():
+    package = Path(sparse_dit.__file__).parent
+    knows = re.compile(r"^\s*(from|import) .*\bbench\b", re.MULTILINE)
+    files = [f for f in package.rglob("*.py") if f.parent.name != "bench"]
+    assert [f.name for f in files if knows.search(f.read_text())] == ["cli.py"]
+    allowed = {"attention", "backends", "bench", "index", "layout", "patterns", "rounding"}
+    for file in package.glob("bench/*.py"):
+        if file.name == "command.py":  # the command line's own: tables, provenance
+            continue
+        for dots, name in re.findall(r"^\s*from (\.+)(\w*)", file.read_text(), re.MULTILINE):
+            assert dots == "." or name in allowed, f"{file.name} imports {name}"

@@ -55,7 +55,7 @@ def kernel(
     heads: Annotated[int | None, typer.Option(min=1, help="Default 2; --quick has 1.")] = None,
     flex: Annotated[bool, typer.Option(help="Compare with compiled FlexAttention too.")] = True,
     clock: Annotated[
-        str, typer.Option(help="wall, or cpu: thread time of one thread, for busy machines.")
+        str, typer.Option(help="wall, or cpu: CPU time of one thread, for busy machines.")
     ] = "wall",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that all calls take turns.")] = 9,
@@ -171,6 +171,9 @@ def _measured(sweep: Sweep | None, backends: Sequence[str], conditions: Conditio
             rows, skipped = run_quick(backends, conditions, _say)
         else:
             rows, skipped = run_sweep(sweep, backends, conditions, _say)
+    if not rows:
+        reasons = dict.fromkeys(f"{s.backend}: {s.reason}" for s in skipped)
+        raise NotImplementedError(f"nothing could be measured: {'; '.join(reasons)}")
     return Results(
         command="sparse-dit " + " ".join(sys.argv[1:]),
         environment=environment(),

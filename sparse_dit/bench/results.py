@@ -55,8 +55,13 @@ class Results:
 
     def notes(self) -> list[str]:
         """Sentences under the tables: peak, disturbance, what was left out."""
-        lines = [_peak(row) for row in self.rows if row.pattern == "dense"]
-        lines = list(dict.fromkeys(line for line in lines if line))
+        lines = [
+            f"{row.backend}, {row.tokens} tokens, head_dim {row.head_dim}: dense mode "
+            f"{row.gflops:.0f} GFLOPS, {row.gflops / row.sgemm_gflops:.0%} of torch's sgemm here "
+            f"({row.sgemm_gflops:.0f})"
+            for row in self.rows
+            if row.pattern == "dense" and row.sgemm_gflops
+        ]
         if self.variant:
             lines.append(f"native kernel: {self.variant}")
         if self.foreign_cores is not None and self.foreign_cores > QUIET_CORES:
@@ -116,14 +121,3 @@ def _field(value: Value) -> str:
     digits = 1 if value.unit == "%" or value.value >= 10 else 2
     mark = "" if value.reached else " below" if value.unit != "%" else " above"
     return f"{value.value:.{digits}f}{value.unit} {goal}{mark}"
-
-
-def _peak(row: Row) -> str:
-    """Only float32 is compared: other dtypes have other peaks."""
-    if row.dtype != "float32":
-        return ""
-    share = row.gflops / row.sgemm_gflops
-    return (
-        f"{row.backend}, {row.tokens} tokens, head_dim {row.head_dim}: dense mode "
-        f"{row.gflops:.0f} GFLOPS, {share:.0%} of this machine's sgemm ({row.sgemm_gflops:.0f})"
-    )

@@ -25,7 +25,8 @@ class Row:
             backend's dense mode.
         flex_speedup: `flex_seconds / seconds`.
         gflops: Of the two products of attention, `4 * N * M * D * H * density / seconds`, in 1e9.
-        sgemm_gflops: A float32 matrix product of 2048 x 2048 in the same rounds.
+        sgemm_gflops: torch's float32 matrix product of 2048 x 2048 in the same rounds; None for other
+            dtypes.
         error: Relative L2 error of sampled rows against float64.
         samples, spread: Of `seconds`: how many, and the distance of their quartiles over the median.
     """
@@ -47,7 +48,7 @@ class Row:
     dense_efficiency: float
     flex_speedup: float | None
     gflops: float
-    sgemm_gflops: float
+    sgemm_gflops: float | None
     error: float
     samples: int
     spread: float
