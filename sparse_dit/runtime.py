@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attention import sparse_attention
+from .attention import backend_name, sparse_attention
 from .index import PatternIndex, SparseIndex, build_index
 from .integrations.call import AttentionCall
 from .layout import TokenLayout
@@ -34,6 +34,7 @@ class Ran:
         layer: Module path.
         stage: Number of the plan's stage; None if none applied.
         dense_because: Why stock attention ran; None if sparse attention did.
+        backend: Name of the backend that sparse attention ran on; None for stock attention.
         calls: Attention calls.
         computed: Query-key pairs that were computed (a pooled key counts as one).
         pairs: Query-key pairs that dense attention would have computed.
@@ -42,9 +43,13 @@ class Ran:
     layer: str
     stage: int | None
     dense_because: str | None
+    backend: str | None
     calls: int
     computed: float
     pairs: int
+
+
+_Way = tuple[str, int | None, str | None, str | None]  # the first four fields of Ran
 
 
 class Runtime:
@@ -59,9 +64,9 @@ class Runtime:
         self.backend = backend
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
-        self._calls: Counter[tuple[str, int | None, str | None]] = Counter()
-        self._computed: defaultdict[tuple[str, int | None, str | None], float] = defaultdict(float)
-        self._pairs: Counter[tuple[str, int | None, str | None]] = Counter()
+        self._calls: Counter[_Way] = Counter()
+        self._computed: defaultdict[_Way, float] = defaultdict(float)
+        self._pairs: Counter[_Way] = Counter()
         self._warned: set[str] = set()
 
     def __call__(self, call: AttentionCall) -> Tensor:
@@ -72,10 +77,9 @@ class Runtime:
         if index is None or index.is_dense:
             return self._dense(call, stage, reason or ALL_DENSE)
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        out = sparse_attention(
-            q, k, v, index, kv_len=call.kv_len, scale=call.scale, backend=self.backend
-        )
-        self._count(call, stage, None, index.density)
+        name = backend_name(q, index, self.backend)
+        out = sparse_attention(q, k, v, index, kv_len=call.kv_len, scale=call.scale, backend=name)
+        self._count(call, (call.layer, stage, None, name), index.density)
         return out.transpose(1, 2)
 
     def __reduce__(self):
@@ -122,13 +126,10 @@ class Runtime:
             self._warned.add(reason)
             logger.warning("%s runs dense attention: %s", self.component, reason)
         out = call.stock()
-        self._count(call, stage, reason, 1.0)
+        self._count(call, (call.layer, stage, reason, None), 1.0)
         return out
 
-    def _count(
-        self, call: AttentionCall, stage: int | None, reason: str | None, density: float
-    ) -> None:
-        key = (call.layer, stage, reason)
+    def _count(self, call: AttentionCall, key: _Way, density: float) -> None:
         pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * call.k.shape[1]
         self._calls[key] += 1
         self._computed[key] += density * pairs

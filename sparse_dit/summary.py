@@ -43,6 +43,7 @@ class Summary:
         planned_density: What the plan says.
         forecast: What the plan expects: speed-up, quality.
         sparse_calls, dense_calls: Attention calls in all.
+        backends: Names of the backends that ran the sparse calls.
         stages: The same for each component and stage.
         lost: By component, layers whose patched processor the host has replaced: they run stock and
             are not counted.
@@ -53,6 +54,7 @@ class Summary:
     forecast: Mapping[str, Any]
     sparse_calls: int
     dense_calls: int
+    backends: tuple[str, ...]
     stages: tuple[StageSummary, ...]
     lost: Mapping[str, tuple[str, ...]]
 
@@ -73,6 +75,8 @@ class Summary:
     def _notes(self) -> list[str]:
         ran = f"ran {self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
         notes = [f"{ran}; density {_share(self.density)} (plan: {_share(self.planned_density)})"]
+        if self.backends:
+            notes.append(f"sparse attention by the backend {' and '.join(self.backends)}")
         if self.forecast:
             notes.append("forecast: " + ", ".join(f"{k} {v}" for k, v in self.forecast.items()))
         for component, layers in self.lost.items():
@@ -99,6 +103,7 @@ def summarise(
         forecast=dict(plan.forecast or {}),
         sparse_calls=sum(r.calls for r in records if r.dense_because is None),
         dense_calls=sum(r.calls for r in records if r.dense_because is not None),
+        backends=tuple(sorted({r.backend for r in records if r.backend is not None})),
         stages=tuple(stages),
         lost=dict(lost),
     )

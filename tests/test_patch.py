@@ -148,6 +148,10 @@ def test_stages_branches_and_layers_outside_the_plan_run_stock_and_the_summary_s
     ran = handle.ran["transformer"]
     assert sum(r.calls for r in ran) == 8
     assert {r.layer for r in ran if r.dense_because is None} == {"blocks.1.attn1"}
+    (backend,) = summary.backends
+    assert {r.backend for r in ran if r.dense_because is None} == {backend}
+    assert {r.backend for r in ran if r.dense_because is not None} == {None}
+    assert backend in ("cpu", "gather") and f"by the backend {backend}" in str(summary)
 
 
 def test_the_summary_prints_what_ran():
@@ -419,7 +423,7 @@ def test_other_wrong_arguments_are_errors():
     pipe, _, _ = _built("wan")
     plan = plan_for(pipe, NARROW)
     with pytest.raises(
-        ValueError, match=r"unknown backend 'cuda'; expected 'auto' or one of \['gat"
+        ValueError, match=r"unknown backend 'cuda'; expected 'auto' or one of \['cpu'"
     ):
         patch(pipe, plan, backend="cuda")
     with pytest.raises(TypeError, match=r"str is no transformer.*supported transformers: \['CogV"):

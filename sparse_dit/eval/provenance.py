@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..backends.cpu import library
 from ..version import VERSION
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy")
@@ -25,6 +26,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "cpu": f"{cpu_name()}, {os.cpu_count()} logical cores",
         "threads": str(torch.get_num_threads()),
         "device": str(device),
+        "cpu kernel": library.LIBRARY.running if library.LIBRARY else f"none: {library.PROBLEM}",
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import sparse_attention
+from ..attention import backend_name, sparse_attention
 from ..index import build_index
 from ..layout import TokenLayout
 from ..patterns import Pattern, Stencil
@@ -31,7 +31,7 @@ class CostTable:
         layout: Size it was measured at.
         dense: Seconds of PyTorch's dense attention.
         sparse: For far field off and on: densities and seconds, ascending.
-        backend: Name of the sparse backend.
+        backend: Name of the sparse backend that was timed.
         threads: CPU threads.
         device, dtype: As text.
     """
@@ -92,8 +92,9 @@ def measure_cost(
     for far in (False, True):
         for budget in BUDGETS:
             index = build_index([nearest_tiles(layout, budget, far)] * num_heads, layout).to(device)
+            backend = backend_name(q, index, backend)  # so that the table names what was timed
             key = (far, index.density)
-            runs[key] = lambda i=index: sparse_attention(q, k, v, i, backend=backend)
+            runs[key] = lambda i=index, name=backend: sparse_attention(q, k, v, i, backend=name)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(REPEATS + 1):  # the first fills caches
         for key, run in runs.items():

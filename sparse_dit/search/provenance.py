@@ -38,7 +38,7 @@ def provenance(
         "device": session.table.device,
         "machine": platform.machine(),
         "threads": session.table.threads,
-        "backend": session.backend,
+        "backend": session.table.backend,
         "objective": session.objective.to_dict(),
         "settings": session.settings.to_dict(),
         "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
