@@ -1,11 +1,12 @@
-"""The plan of the embedded model: the demo's search, written to profiles/tiny-wan."""
+"""The plan of the embedded model: the demo's search and verification, written to profiles/tiny-wan."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from sparse_dit.demo.run import CALIBRATION, MIN_PSNR, SETTINGS, TUNING
+from sparse_dit.demo.run import CALIBRATION, HELD_OUT, MIN_PSNR, SETTINGS, verified
+from sparse_dit.eval.quality import evaluate
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.resources import shipped
 from sparse_dit.search import search
@@ -14,7 +15,7 @@ PLAN = Path(__file__).resolve().parent.parent / "profiles" / "tiny-wan" / "plan.
 
 
 def main() -> None:
-    """Search and save."""
+    """Search, verify and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PLAN)
     parser.add_argument("--force", action="store_true", help="replace the plan that is there")
@@ -23,8 +24,14 @@ def main() -> None:
         parser.error(f"{options.out} exists already: pass --force to replace it")
     pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
     plan = search(
-        pipe, CALIBRATION, held_out=TUNING, settings=SETTINGS, min_psnr=MIN_PSNR, report=print
+        pipe,
+        CALIBRATION,
+        settings=SETTINGS,
+        min_psnr=MIN_PSNR,
+        tune_on="calibration",
+        report=print,
     )
+    plan = verified(plan, evaluate(pipe, plan, HELD_OUT, SETTINGS, noise_cases=0, progress=print))
     plan.save(options.out, overwrite=options.force)
     print(f"wrote {options.out}: forecast {plan.forecast}, measured {plan.measured}")
 

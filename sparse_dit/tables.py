@@ -63,13 +63,19 @@ def show_quality(report: Report) -> None:
 
     quality = report.quality
     table = Table(
-        "dense", "sparse", "speed-up", "density", "PSNR", "flat image", "noise floor", "SSIM"
-    )
+        "dense", "sparse", "speed-up", "density", "PSNR", "flat image", "noise floor", "SSIM",
+        "search",
+    )  # fmt: skip
     table.add_row(
         seconds(quality.dense_seconds), seconds(quality.sparse_seconds), times(quality.speedup),
         share(quality.density), decibels(quality.psnr_db), decibels(quality.psnr_flat_db),
-        decibels(quality.psnr_noise_floor_db), number(quality.ssim),
+        decibels(quality.psnr_noise_floor_db), number(quality.ssim), _search_time(report),
     )  # fmt: skip
     out.print(table)
     for sentence in findings(report):
         out.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def _search_time(report: Report) -> str:
+    generations = report.search_dense_generations
+    return "-" if generations is None else f"{generations:.1f} dense runs"

@@ -8,6 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from torch import Tensor
+
 from ..demo.draw import draw
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
@@ -17,7 +19,7 @@ from .provenance import environment
 from .quality import evaluate
 from .report import FILES, Report, check_free, write_report
 from .runs import seam_overhead
-from .teacher import TeacherForced, teacher_forced
+from .teacher import DensePredictions, TeacherForced, dense_predictions, teacher_forced
 
 SIGMAS = (0.3, 0.6, 0.9)
 HEAD_STEPS = 8
@@ -140,16 +142,43 @@ def _forced(
 
 
 def forced_on_drawn_clips(
-    pipe: Any, plan: Plan, settings: GenerationSettings, count: int, say: Callable[[str], None]
+    pipe: Any,
+    plan: Plan,
+    settings: GenerationSettings,
+    count: int,
+    say: Callable[[str], None],
+    dense: DensePredictions | None = None,
 ) -> list[TeacherForced]:
-    """The teacher-forced error on `count` drawn clips of the size that the pipeline generates."""
+    """The teacher-forced error on `count` drawn clips of the size that the pipeline generates.
+
+    Args:
+        pipe: A stock pipeline.
+        plan: What to measure.
+        settings: Of the size.
+        count: Clips.
+        say: Called with progress.
+        dense: What `dense_on_drawn_clips` gave for the same settings and count.
+    """
+    clips, length = _drawn_clips(pipe, settings, count), settings.max_sequence_length or 512
+    return teacher_forced(
+        pipe, plan, clips, SIGMAS, max_sequence_length=length, dense=dense, progress=say
+    )
+
+
+def dense_on_drawn_clips(
+    pipe: Any, settings: GenerationSettings, count: int, say: Callable[[str], None]
+) -> DensePredictions:
+    """The dense half of `forced_on_drawn_clips`, which is the same for every plan."""
+    clips, length = _drawn_clips(pipe, settings, count), settings.max_sequence_length or 512
+    return dense_predictions(pipe, clips, SIGMAS, max_sequence_length=length, progress=say)
+
+
+def _drawn_clips(pipe: Any, settings: GenerationSettings, count: int) -> list[tuple[Tensor, str]]:
     frames = settings.num_frames
     if frames % pipe.vae_scale_factor_temporal != 1:  # as WanPipeline rounds
         frames = frames // pipe.vae_scale_factor_temporal * pipe.vae_scale_factor_temporal + 1
     rng = Random(0)
-    clips = [draw(frames, settings.height, settings.width, rng) for _ in range(count)]
-    length = settings.max_sequence_length or 512
-    return teacher_forced(pipe, plan, clips, SIGMAS, max_sequence_length=length, progress=say)
+    return [draw(frames, settings.height, settings.width, rng) for _ in range(count)]
 
 
 def _search_seconds(plan: Plan) -> float | None:

@@ -95,6 +95,13 @@ class Report:
     fps: float = 8
 
     @property
+    def search_dense_generations(self) -> float | None:
+        """The search's seconds in dense generations of this run; None if it wasn't timed."""
+        if self.search_seconds is None:
+            return None
+        return self.search_seconds / self.quality.dense_seconds
+
+    @property
     def methods(self) -> list[Method]:
         """The searched plan and then its baselines."""
         searched = Method.of("searched", "this plan", self.quality, self.teacher_forced)
@@ -166,6 +173,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "psnr_uniform_db": by_name["uniform"].psnr_db if "uniform" in by_name else None,
         "psnr_random_db": by_name["random"].psnr_db if "random" in by_name else None,
         "search_seconds": report.search_seconds,
+        "search_dense_generations": report.search_dense_generations,
         "seam_overhead": report.seam_overhead,
         "nonfinite_values": quality.nonfinite,
         "drift": quality.drift,

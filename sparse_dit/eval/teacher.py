@@ -45,6 +45,31 @@ class _Noised:
     sigma: float
 
 
+@dataclass(frozen=True)
+class _Asked:
+    prompts: tuple[str, ...]
+    sigmas: tuple[float, ...]
+    seed: int
+    max_sequence_length: int
+
+
+@dataclass(frozen=True, eq=False)
+class DensePredictions:
+    """Noised clips and the stock pipeline's predictions for them, to compare several plans with.
+
+    Attributes:
+        asked: What they were made from.
+        inputs: For each clip one at each noise level.
+        velocities: float32 `[1, C, T, H, W]`, one for each input.
+        videos: The clean clips that they imply, `[T, H, W, 3]` in 0..1.
+    """
+
+    asked: _Asked
+    inputs: list[_Noised]
+    velocities: list[Tensor]
+    videos: list[np.ndarray]
+
+
 @torch.no_grad()
 def teacher_forced(
     pipe: Any,
@@ -55,6 +80,7 @@ def teacher_forced(
     *,
     max_sequence_length: int = 512,
     backend: str = "auto",
+    dense: DensePredictions | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[TeacherForced]:
     """The transformer's one-step prediction on noised clips, sparse against dense.
@@ -67,6 +93,8 @@ def teacher_forced(
         seed: Of the noise; each clip has one noise for all levels.
         max_sequence_length: Text tokens.
         backend: Of sparse attention.
+        dense: What `dense_predictions` gave for the same pipeline, clips, sigmas, seed and length;
+            saves predicting it again for every plan.
         progress: Called with a line of text before each pass.
 
     Returns:
@@ -74,8 +102,34 @@ def teacher_forced(
 
     Raises:
         NotImplementedError: the pipeline isn't a WanPipeline.
-        ValueError: no clips, no sigmas, a sigma out of range, or a clip that the model can't take.
+        ValueError: no clips, no sigmas, a sigma out of range, a clip that the model can't take, or
+            dense predictions of something else.
     """
+    say = progress or (lambda text: None)
+    asked = _Asked(tuple(prompt for _, prompt in clips), tuple(sigmas), seed, max_sequence_length)
+    if dense is None:
+        dense = dense_predictions(
+            pipe, clips, sigmas, seed, max_sequence_length=max_sequence_length, progress=progress
+        )
+    elif dense.asked != asked:
+        raise ValueError(f"dense predictions must be of the same request, got {dense.asked}")
+    say(f"teacher-forced, sparse: {len(dense.inputs)} predictions")
+    with patch(pipe, plan, backend=backend):
+        sparse = [_velocity(pipe, item) for item in dense.inputs]
+    return _by_sigma(pipe, dense, sparse, len(sigmas))
+
+
+@torch.no_grad()
+def dense_predictions(
+    pipe: Any,
+    clips: Sequence[tuple[Tensor, str]],
+    sigmas: Sequence[float],
+    seed: int = 0,
+    *,
+    max_sequence_length: int = 512,
+    progress: Callable[[str], None] | None = None,
+) -> DensePredictions:
+    """The dense half of `teacher_forced`, with the same arguments and errors."""
     if type(pipe).__name__ != "WanPipeline":
         raise NotImplementedError(
             f"the teacher-forced error is written for WanPipeline, got {type(pipe).__name__}"
@@ -91,28 +145,25 @@ def teacher_forced(
         text = _encode_prompt(pipe, prompt, max_sequence_length)
         inputs += [_Noised((1 - s) * clean + s * drawn, text, s) for s in sigmas]
     say(f"teacher-forced, dense: {len(inputs)} predictions")
-    dense = [_velocity(pipe, item) for item in inputs]
-    say(f"teacher-forced, sparse: {len(inputs)} predictions")
-    with patch(pipe, plan, backend=backend):
-        sparse = [_velocity(pipe, item) for item in inputs]
-    return _by_sigma(pipe, inputs, dense, sparse, len(sigmas))
+    velocities = [_velocity(pipe, item) for item in inputs]
+    asked = _Asked(tuple(prompt for _, prompt in clips), tuple(sigmas), seed, max_sequence_length)
+    videos = [_clean(pipe, *pair) for pair in zip(inputs, velocities, strict=True)]
+    return DensePredictions(asked, inputs, velocities, videos)
 
 
 def _by_sigma(
-    pipe: Any, inputs: list[_Noised], dense: list[Tensor], sparse: list[Tensor], num_sigmas: int
+    pipe: Any, dense: DensePredictions, sparse: list[Tensor], num_sigmas: int
 ) -> list[TeacherForced]:
     results = []
     for first in range(num_sigmas):
         errors, likeness, flat = [], [], []
-        for at in range(first, len(inputs), num_sigmas):
-            item = inputs[at]
-            errors.append(relative_error(sparse[at], dense[at]))
-            a, b = (_decode(pipe, item.latents - item.sigma * v) for v in (sparse[at], dense[at]))
-            likeness.append(psnr(a, b))
-            flat.append(flat_psnr(b))
+        for at in range(first, len(dense.inputs), num_sigmas):
+            errors.append(relative_error(sparse[at], dense.velocities[at]))
+            likeness.append(psnr(_clean(pipe, dense.inputs[at], sparse[at]), dense.videos[at]))
+            flat.append(flat_psnr(dense.videos[at]))
         results.append(
             TeacherForced(
-                sigma=inputs[first].sigma,
+                sigma=dense.inputs[first].sigma,
                 velocity_error=float(np.mean(errors)),
                 psnr_db=mean_db(likeness),
                 psnr_flat_db=mean_db(flat),
@@ -120,6 +171,11 @@ def _by_sigma(
             )
         )
     return results
+
+
+def _clean(pipe: Any, item: _Noised, velocity: Tensor) -> np.ndarray:
+    """The clean clip that a prediction implies, `[T, H, W, 3]` in 0..1."""
+    return _decode(pipe, item.latents - item.sigma * velocity)
 
 
 def _velocity(pipe: Any, item: _Noised) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -23,6 +23,8 @@ from .solve import Choice, Problem, problem, stages_of
 from .tune import Clock, Report, Session, tune
 from .verify import Reference, Verified, dense_reference
 
+TuneOn = Literal["held_out", "calibration"]
+
 
 @dataclass(frozen=True, eq=False)
 class Searched:
@@ -33,7 +35,7 @@ class Searched:
         profile: What was measured of the heads.
         problem: Damage and cost of every choice.
         choice: The one taken.
-        references: Dense generations of the held-out cases.
+        references: Dense generations that the plan was tuned and verified with.
         seconds: By phase, and `"total"`.
     """
 
@@ -61,6 +63,7 @@ def search_plan(
     min_psnr: float | None = None,
     profile: str | Path | None = None,
     profile_steps: int | None = None,
+    tune_on: TuneOn = "held_out",
     rows: int = 64,
     max_generations: float = 3.0,
     backend: str = "auto",
@@ -80,6 +83,9 @@ def search_plan(
         profile: File to keep the profile in; a run that was stopped goes on from it.
         profile_steps: Denoising steps of the profiling runs; a third of `settings.steps`, at least 4,
             if None. They are the noise levels that the plan distinguishes.
+        tune_on: `"calibration"` tunes and verifies on the last of `prompts`, whose dense generation is
+            recorded while it is profiled, so that none is made for verification alone. Nothing is held
+            out then: verify the plan afterwards.
         rows: Sampled query rows for each head, layer, step and prompt.
         max_generations: With `min_psnr`: stop tightening when the search has taken the time of this
             many dense generations and the PSNR is reached.
@@ -95,7 +101,7 @@ def search_plan(
     """
     say = report or (lambda text: None)
     objective = Objective(target_speedup, max_error, min_psnr)
-    calibration, held = _split(_cases("prompts", prompts), held_out)
+    calibration, held = _split(_cases("prompts", prompts), held_out, tune_on)
     name = _component(pipe)
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
@@ -107,6 +113,7 @@ def search_plan(
         calibration,
         replace(settings, steps=steps),
         rows=rows,
+        reference_steps=None if held else settings.steps,
         path=profile,
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
     )
@@ -138,10 +145,11 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("cost")
     stages = stages_of(part.sigmas)
     say("measuring how much each noise level matters")
-    weights = sensitivity(run.pipe, run.component, stages, run.calibration[0], reduced(settings))
+    weights = sensitivity(
+        run.pipe, run.component, stages, run.calibration[-1], reduced(settings, len(stages))
+    )
     clock.lap("sensitivity")
-    say(f"dense references of {len(run.held_out)} held-out cases")
-    references = [dense_reference(run.pipe, case, settings) for case in run.held_out]
+    references = _references(run, profiled)
     clock.lap("references")
     dense_seconds = sum(r.seconds for r in references) / len(references)
     calls = references[0].calls(run.component, stages)
@@ -158,9 +166,18 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
-        measured=_measured(objective, verified, len(references)),
+        measured=_measured(objective, verified, len(run.held_out)),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
+
+
+def _references(run: _Run, profiled: Profile) -> list[Reference]:
+    """Dense generations to tune with: of the held-out cases, or the one that profiling made."""
+    if not run.held_out:
+        assert profiled.reference is not None, "profiling was asked for it"
+        return [profiled.reference]
+    run.say(f"dense references of {len(run.held_out)} held-out cases")
+    return [dense_reference(run.pipe, case, run.settings) for case in run.held_out]
 
 
 def _component(pipe: Any) -> str:
@@ -225,11 +242,20 @@ def _cases(name: str, prompts: Sequence[str | Case]) -> list[Case]:
 
 
 def _split(
-    cases: list[Case], held_out: Sequence[str | Case] | None
+    cases: list[Case], held_out: Sequence[str | Case] | None, tune_on: str
 ) -> tuple[list[Case], list[Case]]:
-    """Calibration and held-out cases."""
+    """Calibration and held-out cases; none are held out if the plan is tuned on calibration."""
+    if tune_on not in get_args(TuneOn):
+        raise ValueError(f"tune_on must be one of {get_args(TuneOn)}, got {tune_on!r}")
     if not cases:
         raise ValueError("searching needs at least one prompt, got none")
+    if tune_on == "calibration":
+        if held_out is not None:
+            raise ValueError(
+                "tune_on='calibration' takes no held_out prompts; leave them out, and verify on them "
+                "afterwards"
+            )
+        return cases, []
     if held_out is None:
         if len(cases) < 2:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,6 +13,12 @@ from ..layout import Tile, TokenLayout
 from ..patterns import Pattern
 from .candidates import all_candidates
 from .statistics import HeadStatistics
+from .verify import Reference
+
+
+def bounds_of(sigmas: Sequence[float]) -> list[float]:
+    """What cuts 1..0 into a range around each recorded noise level: halfway between neighbours."""
+    return [1.0, *((a + b) / 2 for a, b in itertools.pairwise(sigmas)), 0.0]
 
 
 @dataclass
@@ -62,6 +70,22 @@ class ComponentProfile:
             ]
         return self._candidates[key]
 
+    def drop_unscored(self) -> None:
+        """Forget noise levels that no scored forward came near; pictures then have no level."""
+        scored = sorted({level for level, _ in self.scores})
+        if len(scored) == len(self.sigmas):
+            return
+        place = {level: number for number, level in enumerate(scored)}
+        self.sigmas = [self.sigmas[level] for level in scored]
+        for table in (self.found, self.scores):
+            kept = {
+                (place[level], layer): v for (level, layer), v in table.items() if level in place
+            }
+            table.clear()
+            table.update(kept)
+        self.pictures.clear()
+        self._candidates.clear()
+
     def relative_error(self, level: int, layer: str) -> Tensor:
         """Squared relative L2 error of each head's output for each candidate, `[H, K]`."""
         scores = self.scores[level, layer]
@@ -84,6 +108,7 @@ class Profile:
         settings, rows: Of the profiling runs.
         done: Labels of the runs that are in it, in order.
         seconds: That these runs took.
+        reference: The last case's whole dense generation, if it was asked for.
     """
 
     components: dict[str, ComponentProfile]
@@ -91,3 +116,4 @@ class Profile:
     rows: int
     done: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    reference: Reference | None = None

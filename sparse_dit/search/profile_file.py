@@ -13,13 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..generation import GenerationSettings
+from ..generation import Case, GenerationSettings
 from ..layout import Tile, TokenLayout
 from ..plan.errors import PlanError
 from .candidates import tilings
 from .profile import ComponentProfile, Profile
 from .statistics import empty_statistics
+from .verify import Reference
 
+VIDEO = "reference|video"
 FORMAT = "sparse_dit profile 1"
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
@@ -45,6 +47,14 @@ def write_profile(profile: Profile, path: str | Path) -> None:
         "done": profile.done,
         "seconds": profile.seconds,
     }
+    if (reference := profile.reference) is not None:
+        tensors[VIDEO] = torch.from_numpy(reference.video)
+        header["reference"] = {
+            "prompt": reference.case.prompt,
+            "seed": reference.case.seed,
+            "seconds": reference.seconds,
+            "forwards": reference.forwards,
+        }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -102,6 +112,7 @@ def read_profile(path: str | Path) -> Profile:
 
 def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
     parts = {}
+    reference = _reference(header.get("reference"), tensors.pop(VIDEO, None))
     for name, data in header["components"].items():
         layout = data.pop("layout")
         parts[name] = ComponentProfile(layout=layout and TokenLayout.from_dict(layout), **data)
@@ -120,7 +131,18 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
             layer, tile = rest
             part.pictures[layer, _tile_of(tile)] = value
     settings = GenerationSettings.from_dict(header["settings"])
-    return Profile(parts, settings, header["rows"], list(header["done"]), float(header["seconds"]))
+    done, seconds = list(header["done"]), float(header["seconds"])
+    return Profile(parts, settings, header["rows"], done, seconds, reference)
+
+
+def _reference(data: dict[str, Any] | None, video: Tensor | None) -> Reference | None:
+    if data is None and video is None:
+        return None
+    if data is None or video is None or video.ndim != 4 or not video.isfinite().all():
+        raise ValueError("the dense reference is not whole")
+    forwards = {name: [float(s) for s in sigmas] for name, sigmas in data["forwards"].items()}
+    case = Case(data["prompt"], data["seed"])
+    return Reference(case, video.numpy(), float(data["seconds"]), forwards)
 
 
 def _check(part: ComponentProfile) -> None:

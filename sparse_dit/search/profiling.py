@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..generation import Case, GenerationSettings, generate
-from ..integrations.diffusers import attach, components
+from ..generation import Case, GenerationSettings
+from ..integrations.diffusers import components
 from ..plan import config_hash
 from .profile import ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
 from .recorder import Recorder
+from .verify import dense_reference
 
 
 def profile_pipeline(
@@ -20,6 +22,7 @@ def profile_pipeline(
     settings: GenerationSettings,
     *,
     rows: int = 64,
+    reference_steps: int | None = None,
     path: str | Path | None = None,
     report: Callable[[int, int, str], None] | None = None,
 ) -> Profile:
@@ -33,6 +36,9 @@ def profile_pipeline(
         cases: Calibration prompts and seeds.
         settings: Size and steps of the profiling runs; few steps suffice, as plans go by noise level.
         rows: Sampled query rows for each head, layer, step and case.
+        reference_steps: If given, the last case is generated with so many steps while it is scored, and
+            its video is kept as `Profile.reference`: it needn't be generated densely once more. The
+            rows are then spread over the steps, and over the halves of guidance in turn.
         path: Where the profile is saved after each case; an existing one of the same model and
             settings is taken up where it stopped.
         report: Called with `(done, total, text)`.
@@ -45,17 +51,17 @@ def profile_pipeline(
         raise ValueError("profiling needs at least one prompt, got none")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows must be a whole number >= 1, got {rows!r}")
-    phases = _phases(cases)
-    labels = [label for label, _, _ in phases]
+    phases = _phases(cases, reference_steps)
+    labels = [phase.label for phase in phases]
     profile = _started(pipe, settings, rows)
     if path is not None and Path(path).exists():
         profile = _resumed(read_profile(path), profile, labels, path)
     for number in range(len(profile.done), len(phases)):
-        label, phase, case = phases[number]
+        phase = phases[number]
         if report:
-            report(number, len(phases), f"{phase}: {case.prompt}")
-        profile.seconds += _run(pipe, profile, phase, case)
-        profile.done.append(label)
+            report(number, len(phases), f"{phase.kind}: {phase.case.prompt}")
+        _run(pipe, profile, phase)
+        profile.done.append(phase.label)
         if path is not None:
             write_profile(profile, path)
     if report:
@@ -63,16 +69,27 @@ def profile_pipeline(
     return profile
 
 
-def _phases(cases: Sequence[Case]) -> list[tuple[str, str, Case]]:
-    """Label, kind (`"find"` or `"score"`) and case of each profiling run."""
+@dataclass(frozen=True)
+class _Phase:
+    """One profiling run: `"find"` or `"score"`, and the steps of one whose video is kept."""
+
+    kind: str
+    case: Case
+    reference_steps: int | None = None
+
+    @property
+    def label(self) -> str:
+        steps = f" {self.reference_steps} steps" if self.reference_steps else ""
+        return f"{self.kind}{steps}|{self.case.seed}|{self.case.prompt}"
+
+
+def _phases(cases: Sequence[Case], reference_steps: int | None) -> list[_Phase]:
     if len(cases) == 1:
         cases = [cases[0], Case(cases[0].prompt, cases[0].seed + 1)]
     half = len(cases) // 2
-    kinds = ["find"] * half + ["score"] * (len(cases) - half)
-    return [
-        (f"{kind}|{case.seed}|{case.prompt}", kind, case)
-        for kind, case in zip(kinds, cases, strict=True)
-    ]
+    find = [_Phase("find", case) for case in cases[:half]]
+    score = [_Phase("score", case) for case in cases[half:-1]]
+    return [*find, *score, _Phase("score", cases[-1], reference_steps)]
 
 
 def _started(pipe: Any, settings: GenerationSettings, rows: int) -> Profile:
@@ -102,14 +119,20 @@ def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Pa
     return profile
 
 
-def _run(pipe: Any, profile: Profile, phase: str, case: Case) -> float:
+def _run(pipe: Any, profile: Profile, phase: _Phase) -> None:
     """One generation with a recorder on every transformer; all of it undone afterwards."""
-    attachments = []
-    try:
-        for name, module in components(pipe).items():
-            recorder = Recorder(profile.components[name], phase, profile.rows, case.seed)
-            attachments.append(attach(module, recorder))
-        return generate(pipe, case, profile.settings)[1]
-    finally:
-        for attachment in attachments:
-            attachment.detach()
+    settings, rows, steps = profile.settings, profile.rows, phase.reference_steps
+    if steps is not None:
+        rows = max(1, round(rows * settings.steps / steps))
+        settings = replace(settings, steps=steps)
+    recorders = {
+        name: Recorder(part, phase.kind, rows, phase.case.seed, alternate=steps is not None)
+        for name, part in profile.components.items()
+    }
+    made = dense_reference(pipe, phase.case, settings, recorders)
+    profile.seconds += made.seconds
+    if steps is not None:
+        recording = sum(recorder.seconds for recorder in recorders.values())
+        profile.reference = replace(made, seconds=made.seconds - recording)
+        for part in profile.components.values():
+            part.drop_unscored()

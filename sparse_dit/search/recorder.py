@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..integrations.call import AttentionCall
+from ..integrations.call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, cell_table, sample_rows, sampled_rows
-from .profile import ComponentProfile
+from .profile import ComponentProfile, bounds_of
 from .statistics import HeadStatistics, discover, empty_statistics, score
 
 PICTURE = 96
@@ -37,22 +38,45 @@ class Recorder:
         phase: `"find"` or `"score"`.
         rows: Sampled rows for each call.
         seed: Of the sampling.
+        alternate: Record every other forward: one half of guidance at one step, the other half at the
+            next. Forwards of a pipeline that has no halves are all recorded.
+
+    Attributes:
+        seconds: Spent on recording.
     """
 
-    def __init__(self, profile: ComponentProfile, phase: str, rows: int, seed: int) -> None:
+    def __init__(
+        self,
+        profile: ComponentProfile,
+        phase: str,
+        rows: int,
+        seed: int,
+        *,
+        alternate: bool = False,
+    ) -> None:
         self.profile = profile
         self.phase = phase
         self.rows = rows
+        self.alternate = alternate
         self.generator = torch.Generator().manual_seed(seed)
+        self.seconds = 0.0
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, sigma = call.context.layout, call.context.sigma
         if layout is not None and sigma is not None and call.unsupported is None:
             tokens = call.q.shape[1], call.k.shape[1]
-            if layout.num_video and tokens == (layout.seq_len, layout.seq_len):
+            whole = layout.num_video and tokens == (layout.seq_len, layout.seq_len)
+            if whole and self._has_turn(call.context):
+                started = time.perf_counter()
                 with _one_thread():
                     self._record(call, layout, sigma)
+                self.seconds += time.perf_counter() - started
         return call.stock()
+
+    def _has_turn(self, context: StepContext) -> bool:
+        if not self.alternate or context.branch == "any":
+            return True
+        return context.branch == ("uncond" if context.step % 2 else "cond")
 
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
         profile = self.profile
@@ -83,13 +107,13 @@ class Recorder:
                 record(level, call.layer, head, sums)
 
     def _level(self, sigma: float) -> int:
-        """Place of a noise level among the recorded ones; new ones appear in falling order."""
+        """Place of a noise level among the recorded ones; while finding, new ones are added."""
         sigmas = self.profile.sigmas
+        if self.phase == "score":
+            return sum(bound >= sigma for bound in bounds_of(sigmas)[1:-1])
         for level, known in enumerate(sigmas):
             if abs(known - sigma) < 1e-4:
                 return level
-        if self.phase == "score":
-            raise ValueError(f"noise level {sigma:.4f} was not there when candidates were found")
         if sigmas and sigma > sigmas[-1]:
             raise ValueError(f"noise levels must fall over a run, got {sigma:.4f} after {sigmas}")
         sigmas.append(sigma)

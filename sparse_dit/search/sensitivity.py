@@ -3,7 +3,8 @@
 Every head gets the same local pattern at the noise levels of one stage, and both its error and the change
 of the finished video are measured. A pattern's error is alike at every step and smooth over the video, which
 moves the result far more than random noise of the same size. It is done at a reduced size, where a
-generation is cheap.
+generation is cheap, and up to the probed stage every run is the clean one's: what the transformer gave
+there is played back.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from ..attention import sparse_attention
 from ..generation import Case, GenerationSettings, generate
 from ..index import build_index
 from ..integrations.call import AttentionCall
-from ..integrations.diffusers import attach, components
+from ..integrations.diffusers import components
 from ..plan import Stage
 from .cost import nearest_tiles
+from .playback import recording, replaying
 
 PROBE_BUDGET = 0.25  # share of the pairs that the probing pattern computes
 
@@ -51,8 +53,8 @@ class _Probe:
         return probed
 
 
-def reduced(settings: GenerationSettings) -> GenerationSettings:
-    """Half the height and width (in steps of 32 pixels, at least 64) and half the steps."""
+def reduced(settings: GenerationSettings, stages: int) -> GenerationSettings:
+    """Half the height and width (in steps of 32 pixels, at least 64), and a step for each stage."""
 
     def half(size: int) -> int:
         return size if size <= 64 else max(64, round(size / 64) * 32)
@@ -61,7 +63,7 @@ def reduced(settings: GenerationSettings) -> GenerationSettings:
         settings,
         height=half(settings.height),
         width=half(settings.width),
-        steps=max(4, settings.steps // 2),
+        steps=min(settings.steps, max(4, stages)),
     )
 
 
@@ -88,7 +90,9 @@ def sensitivity(
     Raises:
         ValueError: If the pipeline gives NaN or Inf.
     """
-    clean, _ = generate(pipe, case, settings)
+    transformer = components(pipe)[component]
+    with recording(transformer) as record:
+        clean, _ = generate(pipe, case, settings)
     if not np.isfinite(clean).all():
         raise ValueError(
             f"the stock pipeline gives NaN or Inf for {case.prompt!r} at "
@@ -96,12 +100,13 @@ def sensitivity(
         )
     result: list[float | None] = []
     for stage in stages:
+        start = next((n for n, (s, _) in enumerate(record) if stage.covers(s, "any")), None)
+        if start is None:
+            result.append(None)
+            continue
         probe = _Probe(stage)
-        attachment = attach(components(pipe)[component], probe)
-        try:
+        with replaying(transformer, [output for _, output in record[:start]], probe):
             video, _ = generate(pipe, case, settings)
-        finally:
-            attachment.detach()
         change = float(np.mean((video - clean) ** 2))
         result.append(change / max(float(np.mean(probe.errors)), 1e-12) if probe.errors else None)
     return filled(result)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..patterns import Pattern
 from ..plan import Stage
 from .cost import CostTable
-from .profile import ComponentProfile
+from .profile import ComponentProfile, bounds_of
 from .statistics import density
 
 
@@ -85,8 +85,8 @@ class Choice:
 
 def stages_of(sigmas: Sequence[float]) -> tuple[Stage, ...]:
     """Noise levels around each recorded sigma: bounds halfway between neighbours."""
-    bounds = [1.0, *((a + b) / 2 for a, b in itertools.pairwise(sigmas)), 0.0]
-    return tuple(Stage(round(a, 6), round(b, 6)) for a, b in itertools.pairwise(bounds))
+    pairs = itertools.pairwise(bounds_of(sigmas))
+    return tuple(Stage(round(high, 6), round(low, 6)) for high, low in pairs)
 
 
 def problem(

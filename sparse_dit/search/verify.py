@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..generation import Case, GenerationSettings, generate
+from ..integrations.call import AttentionCall, Intercept
 from ..integrations.diffusers import attach, components
 from ..patch import patch
 from ..plan import Plan, Stage
@@ -36,22 +38,39 @@ class Reference:
         return [sum(stage.covers(sigma, "any") for sigma in sigmas) for stage in stages]
 
 
+def _stock(call: AttentionCall) -> Tensor:
+    return call.stock()
+
+
 class _Count:
     """An intercept that notes the noise level of each forward, at its first attention layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Intercept) -> None:
         self.sigmas: list[float] = []
+        self._then = then
         self._last: object = None
 
-    def __call__(self, call: Any) -> Any:
+    def __call__(self, call: AttentionCall) -> Tensor:
         if call.context is not self._last and call.context.sigma is not None:
             self._last = call.context
             self.sigmas += [call.context.sigma] * call.q.shape[0]
-        return call.stock()
+        return self._then(call)
 
 
-def dense_reference(pipe: Any, case: Case, settings: GenerationSettings) -> Reference:
+def dense_reference(
+    pipe: Any,
+    case: Case,
+    settings: GenerationSettings,
+    watched_by: Mapping[str, Intercept] | None = None,
+) -> Reference:
     """Generate with stock attention and count forwards.
+
+    Args:
+        pipe: Stock pipeline.
+        case: What to generate.
+        settings: Size and steps.
+        watched_by: For components by name an intercept that sees every call and returns what stock
+            attention gives. What it takes is in the reference's seconds.
 
     Raises:
         ValueError: If the video holds NaN or Inf.
@@ -59,7 +78,7 @@ def dense_reference(pipe: Any, case: Case, settings: GenerationSettings) -> Refe
     counters, attachments = {}, []
     try:
         for name, module in components(pipe).items():
-            counters[name] = _Count()
+            counters[name] = _Count((watched_by or {}).get(name, _stock))
             attachments.append(attach(module, counters[name]))
         video, seconds = generate(pipe, case, settings)
     finally:
