@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --constraint constraints.txt
-INSTALLED_BY := pyproject.toml setup.py constraints.txt
+INSTALLED_BY := pyproject.toml setup.py constraints.txt $(wildcard sparse_dit/backends/cpu/csrc/*)
 
 .PHONY: demo test clean
 
@@ -37,4 +37,5 @@ test: .venv/.test
 
 clean:
 	rm -rf .venv build dist sparse_dit.egg-info .pytest_cache .ruff_cache
+	rm -f sparse_dit/backends/cpu/libsparse_dit_cpu.*
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

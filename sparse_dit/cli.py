@@ -20,6 +20,7 @@ from .bench.command import app as bench
 from .tables import out, show_heads, show_plan, show_quality
 
 if TYPE_CHECKING:
+    from .doctor import Checkup
     from .generation import GenerationSettings
     from .plan import Plan
 
@@ -224,24 +225,39 @@ def evaluate(
 @app.command()
 def doctor() -> None:
     """Versions, devices and backends here, and whether they compute what they should."""
-    from .doctor import checkups, devices
+    from .doctor import checkups, devices, variant_checkups
     from .eval.provenance import environment
 
     for name, value in environment().items():
         out.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"devices: {', '.join(devices())}", highlight=False)
-    table = Table("backend", "device", "against reference", "4,096 tokens", "SDPA", "density")
+    columns = ("against reference", "4,096 tokens", "SDPA", "density")
+    table = Table("backend", "device", *columns)
     found = checkups()
     for check in found:
-        times = [f"{1e3 * s:.1f} ms" if s else "-" for s in (check.seconds, check.dense_seconds)]
-        density = "-" if check.density is None else f"{check.density:.1%}"
-        verdict = (
-            f"error {check.error:.1e}" if check.problem is None else f"BROKEN: {check.problem}"
-        )
-        table.add_row(check.backend, check.device, verdict, *times, density)
+        table.add_row(check.backend, check.device, *_checked(check))
     out.print(table)
+    if variants := variant_checkups():
+        table = Table("CPU kernel", *columns)
+        for variant in variants:
+            name = f"{variant.name} (used)" if variant.used else variant.name
+            check = variant.checkup
+            table.add_row(name, *(_checked(check) if check else (variant.untested, "-", "-", "-")))
+            found += [check] if check else []
+        out.print(table)
     if any(check.problem for check in found):
         raise typer.Exit(1)
+
+
+def _checked(check: Checkup) -> tuple[str, str, str, str]:
+    """A doctor's row: verdict, times and density."""
+    times = [f"{1e3 * s:.1f} ms" if s else "-" for s in (check.seconds, check.dense_seconds)]
+    density = "-" if check.density is None else f"{check.density:.1%}"
+    if check.absent:
+        return f"not here: {check.absent}", *times, density
+    if check.problem:
+        return f"BROKEN: {check.problem}", *times, density
+    return f"error {check.error:.1e}", *times, density
 
 
 def main() -> None:

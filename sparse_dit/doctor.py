@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .attention import BACKENDS, sparse_attention
+from .backends.cpu import library
 from .index import SparseIndex, build_index
 from .layout import TokenLayout
 from .patterns import Dense, Pattern, Skip, Stripe, Window
@@ -19,6 +20,7 @@ TOLERANCE = 1e-4  # relative error of float32 against the reference in float64
 RAGGED = TokenLayout.video(3, 5, 7, text_before=2, text_after=3)
 TIMED = TokenLayout.video(16, 16, 16)
 HEADS, HEAD_DIM = 4, 64
+VARIANTS = ("avx512_bf16", "avx512", "avx2", "neon", "portable")  # of the CPU kernel, all there are
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Checkup:
         backend: Its name.
         device: `cpu`, `cuda:0`, ...
         error: Relative L2 error against the reference in float64 on a small ragged case.
-        problem: Why it can't be used; None if it can.
+        problem: What is wrong with it; None if nothing is.
+        absent: Why it isn't there at all; None if it is.
         seconds: Of one call at 4,096 tokens, 4 heads; None if not timed.
         dense_seconds: PyTorch's own dense attention on the same tensors.
         density: Of the timed call.
@@ -42,6 +45,24 @@ class Checkup:
     seconds: float | None = None
     dense_seconds: float | None = None
     density: float | None = None
+    absent: str | None = None
+
+
+@dataclass(frozen=True)
+class VariantCheckup:
+    """One variant of the native CPU kernel.
+
+    Attributes:
+        name: As in `VARIANTS`.
+        used: Whether it is the one that runs.
+        untested: Why it can't be tried on this machine; None if it was.
+        checkup: What came out; None if it can't be tried.
+    """
+
+    name: str
+    used: bool
+    untested: str | None
+    checkup: Checkup | None
 
 
 def devices() -> list[str]:
@@ -57,6 +78,8 @@ def check_backend(backend: str, device: str, *, timed: bool = True) -> Checkup:
 
     Whatever it raises is its problem, and reported as such.
     """
+    if absent := BACKENDS[backend].unsupported(_inputs(RAGGED, device)[0], _mixed_index()):
+        return Checkup(backend, device, None, None, absent=absent)
     try:
         error = _error(backend, device)
     except Exception as raised:  # a broken backend is what is looked for
@@ -81,9 +104,36 @@ def check_backend(backend: str, device: str, *, timed: bool = True) -> Checkup:
 
 
 def checkups() -> list[Checkup]:
-    """Every backend but the reference on every device."""
+    """Every backend but the reference on every device that it is for."""
     names = [name for name in BACKENDS if name != "reference"]
-    return [check_backend(name, device) for device in devices() for name in names]
+    return [
+        check_backend(name, device)
+        for device in devices()
+        for name in names
+        if name != "cpu" or device == "cpu"
+    ]
+
+
+def variant_checkups() -> list[VariantCheckup]:
+    """Every variant of the CPU kernel, those that this machine can't try too; none without it."""
+    kernel = library.LIBRARY
+    if kernel is None:
+        return []
+    before, found = kernel.running, []
+    try:
+        for name in VARIANTS:
+            checkup, untested = None, None
+            if name not in kernel.variants:
+                untested = "not compiled: not for this processor, or unknown to the compiler"
+            elif name not in kernel.runnable:
+                untested = "compiled, but this processor lacks its instructions: not tested here"
+            else:
+                kernel.use_variant(name)
+                checkup = check_backend("cpu", "cpu")
+            found.append(VariantCheckup(name, name == before, untested, checkup))
+    finally:
+        kernel.use_variant(before)
+    return found
 
 
 def _error(backend: str, device: str) -> float:

@@ -130,13 +130,13 @@ def load(file: Path = FILE) -> tuple[Library | None, str | None]:
     """
     if not file.exists():
         return None, (
-            f"the native kernel is not built ({file.name} is missing); install a C++ compiler "
-            "(g++ or clang++) and reinstall sparse_dit"
+            f"the native CPU kernel is not built ({file.name} is missing); reinstall sparse_dit where "
+            "there is a C++ compiler (pip install -v shows why it was not built)"
         )
     try:
         return Library(file, os.environ.get(VARIANT_VARIABLE)), None
     except (OSError, ImportError, AttributeError) as error:
-        return None, f"the native kernel can't be used: {error}"
+        return None, f"the native CPU kernel can't be used: {error}"
 
 
 # opened on import, so that nothing is left to do inside a traced or compiled function
