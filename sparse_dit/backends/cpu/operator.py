@@ -170,6 +170,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None
     _check_meta(q, k, v, index, kv_len)
 
 
+def _check_fake(q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None) -> None:
+    """The same for tensors without data, which may pretend to be anywhere."""
+    if not q.device == k.device == v.device == index.device:
+        devices = [str(x.device) for x in (q, k, v, index)]
+        raise ValueError(f"q, k, v and the index must be on one device, got {devices}")
+    _check_meta(q, k, v, index, kv_len)
+
+
 def _check_meta(q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None) -> None:
     """What holds of fake tensors too."""
     q_shape, k_shape, dtype = q.shape, k.shape, q.dtype
@@ -227,7 +235,7 @@ def _mass(q: Tensor, k: Tensor, mass_block: int, mass_groups: int) -> Tensor:
 def _fake_attend(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None, scale: float
 ) -> Tensor:
-    _check_meta(q, k, v, index, kv_len)
+    _check_fake(q, k, v, index, kv_len)
     return torch.empty_like(q)
 
 
@@ -242,7 +250,7 @@ def _fake_attend_measured(
     mass_block: int,
     mass_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_meta(q, k, v, index, kv_len)
+    _check_fake(q, k, v, index, kv_len)
     return _results(q, k, return_lse, mass_block, mass_groups)
 
 
@@ -256,7 +264,7 @@ def _fake_block_mass(
     mass_block: int,
     mass_groups: int,
 ) -> Tensor:
-    _check_meta(q, k, k, index, kv_len)
+    _check_fake(q, k, k, index, kv_len)
     _check_lse(q, lse)
     return _mass(q, k, mass_block, mass_groups)
 
