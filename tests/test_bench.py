@@ -18,7 +18,7 @@ TINY += ["--no-flex", "--backend", "gather", "--clock", "cpu"]
 FIELDS = {
     "backend", "pattern", "tokens", "head_dim", "heads", "dtype", "threads", "density", "seconds",
     "sdpa_seconds", "flex_seconds", "dense_seconds", "speedup", "efficiency", "dense_efficiency",
-    "flex_speedup", "gflops", "sgemm_gflops", "error", "samples", "spread",
+    "flex_speedup", "gflops", "sgemm_gflops", "error", "samples", "spread", "foreign_cores",
 }  # fmt: skip
 
 
@@ -269,15 +269,15 @@ def test_calls_take_turns_until_the_budget_is_spent(monkeypatch):
 def test_load_of_others(monkeypatch):
     moments = iter([10.0, 16.0])
     monkeypatch.setattr(measure, "_busy", lambda: next(moments))
-    load = measure.Load()
-    with load.watched():
+    with measure.watched() as load:
         pass
     load.wall, load.own = 2.0, 3.0
     assert load.foreign_cores == 1.5
+    assert (load + load).foreign_cores == 1.5
     monkeypatch.setattr(measure, "_busy", lambda: None)
-    with load.watched():
+    with measure.watched() as unknown:
         pass
-    assert load.foreign_cores is None
+    assert unknown.foreign_cores is None and (load + unknown).foreign_cores is None
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own, on first compilation

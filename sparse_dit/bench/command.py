@@ -161,7 +161,7 @@ def _variant(backends: Sequence[str]) -> str | None:
 
 def _measured(sweep: Sweep | None, backends: Sequence[str], conditions: Conditions) -> Results:
     from ..eval.provenance import environment
-    from .measure import num_threads
+    from .measure import Load, num_threads
     from .quick import run_quick, table
     from .results import Results
     from .sweep import run_sweep
@@ -174,14 +174,15 @@ def _measured(sweep: Sweep | None, backends: Sequence[str], conditions: Conditio
     if not rows:
         reasons = dict.fromkeys(f"{s.backend}: {s.reason}" for s in skipped)
         raise NotImplementedError(f"nothing could be measured: {'; '.join(reasons)}")
+    load = sum(conditions.loads, Load())
     return Results(
         command="sparse-dit " + " ".join(sys.argv[1:]),
         environment=environment(),
         variant=_variant(backends),
         clock=conditions.clock,
         threads=conditions.threads,
-        foreign_cores=conditions.load.foreign_cores,
-        load_averages=conditions.load.averages,
+        foreign_cores=load.foreign_cores,
+        load_averages=load.averages,
         rows=rows,
         skipped=skipped,
         quick=table(rows) if sweep is None else [],

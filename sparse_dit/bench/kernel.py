@@ -15,7 +15,7 @@ from ..index import SparseIndex
 from ..layout import TokenLayout
 from .flex import Compiled, flex_call
 from .lists import BLOCK, dense
-from .measure import Load, Timing, interleaved
+from .measure import Load, Timing, interleaved, watched
 from .rows import Row, Skipped
 from .truth import check, check_mass
 
@@ -68,14 +68,14 @@ class Conditions:
         threads: Of torch.
         rounds: Of the calls in turn.
         flex: Makes FlexAttention for a new set of tensors; None to do without.
-        load: Notes who else was busy.
+        loads: Filled: who else was busy, for each set of tensors.
     """
 
     clock: str
     threads: int
     rounds: int
     flex: Callable[[int], Compiled] | None
-    load: Load = field(default_factory=Load)
+    loads: list[Load] = field(default_factory=list)
 
 
 @dataclass
@@ -113,12 +113,13 @@ def measure(
     cases = [Case("dense", dense(size.layout, size.heads)), *cases]
     with torch.no_grad():
         calls = _calls(size, tensors, cases, backends, conditions)
-        with conditions.load.watched():
+        with watched() as load:
             times = interleaved(
                 calls.runs, clock=conditions.clock, rounds=conditions.rounds, budget=budget
             )
+    conditions.loads.append(load)
     rows = [
-        _row(size, backend, cases[number], number, times, calls.errors, conditions.threads)
+        _row(size, cases[number], (backend, number), times, calls.errors, conditions)
         for backend, number in calls.runs
         if backend in BACKENDS
     ]
@@ -179,21 +180,20 @@ def _add_backend(
 
 def _row(
     size: Size,
-    backend: str,
     case: Case,
-    number: int,
+    key: tuple[str, int],
     times: dict[tuple[str, int], Timing],
     errors: dict[tuple[str, int], float],
-    threads: int,
+    conditions: Conditions,
 ) -> Row:
-    timing = times[backend, number]
+    (backend, number), timing = key, times[key]
     sdpa, own = times["sdpa", -1].seconds, times[backend, 0].seconds
     flex = times["flex", number].seconds if ("flex", number) in times else None
     n, density = size.layout.seq_len, case.index.density
     speedup = sdpa / timing.seconds
     peak = 2e-9 * GEMM**3 / times["sgemm", -1].seconds if ("sgemm", -1) in times else None
     return Row(
-        backend, case.pattern, n, size.head_dim, size.heads, size.dtype, threads, density,
+        backend, case.pattern, n, size.head_dim, size.heads, size.dtype, conditions.threads, density,
         seconds=timing.seconds,
         sdpa_seconds=sdpa,
         flex_seconds=flex,
@@ -204,7 +204,8 @@ def _row(
         flex_speedup=None if flex is None else flex / timing.seconds,
         gflops=4e-9 * n * n * size.head_dim * size.heads * density / timing.seconds,
         sgemm_gflops=peak,
-        error=errors[backend, number],
+        error=errors[key],
         samples=timing.samples,
         spread=timing.spread,
+        foreign_cores=conditions.loads[-1].foreign_cores,
     )  # fmt: skip

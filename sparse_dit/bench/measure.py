@@ -44,6 +44,7 @@ class Load:
         busy: CPU seconds that all processes of the system used; None where that isn't known.
         own: CPU seconds of this process.
         wall: Seconds.
+        averages: The system's load averages before and after.
     """
 
     busy: float | None = 0.0
@@ -58,22 +59,27 @@ class Load:
             return None
         return max(0.0, (self.busy - self.own) / self.wall)
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Add what happens inside."""
-        busy, own, wall = _busy(), time.process_time(), time.perf_counter()
-        self._note()
-        yield
-        after = _busy()
-        known = None not in (self.busy, busy, after)
-        self.busy = (self.busy or 0) + (after or 0) - (busy or 0) if known else None
-        self.own += time.process_time() - own
-        self.wall += time.perf_counter() - wall
-        self._note()
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            None if self.busy is None or other.busy is None else self.busy + other.busy,
+            self.own + other.own,
+            self.wall + other.wall,
+            self.averages + other.averages,
+        )
 
-    def _note(self) -> None:
-        if hasattr(os, "getloadavg"):
-            self.averages.append(os.getloadavg())
+
+@contextlib.contextmanager
+def watched() -> Iterator[Load]:
+    """Load of what happens inside; filled in at its end."""
+    load = Load()
+    busy, own, wall = _busy(), time.process_time(), time.perf_counter()
+    load.averages += _averages()
+    yield load
+    after = _busy()
+    load.busy = None if busy is None or after is None else after - busy
+    load.own = time.process_time() - own
+    load.wall = time.perf_counter() - wall
+    load.averages += _averages()
 
 
 def interleaved(
@@ -129,6 +135,10 @@ def _summed_up(samples: list[float]) -> Timing:
         return Timing(median, 0.0, len(samples))
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(median, (high - low) / median, len(samples))
+
+
+def _averages() -> list[tuple[float, float, float]]:
+    return [os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
 def _busy() -> float | None:

@@ -29,6 +29,7 @@ class Row:
             dtypes.
         error: Relative L2 error of sampled rows against float64.
         samples, spread: Of `seconds`: how many, and the distance of their quartiles over the median.
+        foreign_cores: Mean number of cores that others used meanwhile; None if that isn't known.
     """
 
     backend: str
@@ -52,6 +53,7 @@ class Row:
     error: float
     samples: int
     spread: float
+    foreign_cores: float | None
 
     def to_dict(self) -> dict[str, object]:
         """JSON form."""
