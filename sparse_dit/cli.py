@@ -242,22 +242,20 @@ def doctor() -> None:
         for variant in variants:
             name = f"{variant.name} (used)" if variant.used else variant.name
             check = variant.checkup
-            table.add_row(name, *(_checked(check) if check else (variant.untested, "-", "-", "-")))
+            table.add_row(name, *(_checked(check) if check else [variant.untested, "-", "-", "-"]))
             found += [check] if check else []
         out.print(table)
     if any(check.problem for check in found):
         raise typer.Exit(1)
 
 
-def _checked(check: Checkup) -> tuple[str, str, str, str]:
+def _checked(check: Checkup) -> list[str]:
     """A doctor's row: verdict, times and density."""
+    verdict = f"error {check.error or 0:.1e}"
+    if check.absent or check.problem:
+        verdict = f"not here: {check.absent}" if check.absent else f"BROKEN: {check.problem}"
     times = [f"{1e3 * s:.1f} ms" if s else "-" for s in (check.seconds, check.dense_seconds)]
-    density = "-" if check.density is None else f"{check.density:.1%}"
-    if check.absent:
-        return f"not here: {check.absent}", *times, density
-    if check.problem:
-        return f"BROKEN: {check.problem}", *times, density
-    return f"error {check.error:.1e}", *times, density
+    return [verdict, *times, "-" if check.density is None else f"{check.density:.1%}"]
 
 
 def main() -> None:
