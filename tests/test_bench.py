@@ -1,6 +1,7 @@
 """`sparse-dit bench kernel`: what it times is right, what it writes adds up, what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sparse_dit.attention import BACKENDS, attend
 from sparse_dit.backends.reference import token_mask
 from sparse_dit.bench import lists, measure, quick, truth
 from sparse_dit.bench.flex import compiled, flex_call
+from sparse_dit.bench.results import _field
 from sparse_dit.index import SparseIndex
 from sparse_dit.layout import TokenLayout
 
@@ -87,6 +89,13 @@ def test_quick_fills_the_table(tmp_path, capsys, monkeypatch):
         assert extra["reached"] == (extra["value"] <= 8)
     said = capsys.readouterr().out
     assert "backend gather" in said and "multi-diagonal" in said
+
+
+def test_a_narrow_miss_shows():
+    value = quick.Value("dense", "cpu", 64, 1.2777, 1.28, "x", False)
+    assert _field(value) == "1.278x (1.28x) below"
+    assert _field(replace(value, value=1.31, reached=True)) == "1.31x (1.28x)"
+    assert _field(replace(value, value=None, reached=None)) == "- (1.28x)"
 
 
 FAR_AND_BASE = (("far", "float32", 0.26), ("blocks", "float32", 0.25))

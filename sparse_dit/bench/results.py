@@ -119,5 +119,7 @@ def _field(value: Value) -> str:
     if value.value is None:
         return f"- {goal}"
     digits = 1 if value.unit == "%" or value.value >= 10 else 2
+    if not value.reached and round(value.value, digits) == value.goal:
+        digits += 1  # or it would read "1.28 (1.28) below"
     mark = "" if value.reached else " below" if value.unit != "%" else " above"
     return f"{value.value:.{digits}f}{value.unit} {goal}{mark}"
