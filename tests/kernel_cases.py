@@ -1,9 +1,11 @@
 """What the tests of kernels share: inputs, indices made by hand, and error bounds.
 
-The bounds follow from rounding, element by element. u is the unit roundoff of float32, L an upper bound
-of a row's logits (|q| * largest |k| * scale), A the row's attention to |v|. A logit is wrong by a few
-u * L (its products, sums, and the scale folded into q), a weight by as much plus the error of exp; sums
-of weights and of weighted values add a few u; the output is rounded once to its dtype.
+The bounds follow from rounding, element by element. u is the unit roundoff of float32, D the head_dim, L
+an upper bound of a row's logits (|q| * largest |k| * scale), b the log of the largest cell, A the row's
+attention to |v|. A logit is wrong by a few u * L (its products, and the scale folded into q), and as its
+D sums wander, by about u * sqrt(D) / 2 * L, and, as sums may start from b, u * sqrt(D) * b; a weight by as
+much plus the error of exp; sums of weights and of weighted values add a few u; the output is rounded once
+to its dtype.
 """
 
 from __future__ import annotations
@@ -160,9 +162,17 @@ def logit_bound(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     return q.double().norm(dim=-1) * largest[..., None] * abs(scale)
 
 
-def relative(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+def relative(
+    q: Tensor, k: Tensor, scale: float | None = None, index: SparseIndex | None = None
+) -> Tensor:
     """Float64 `[B, H, N]`: the relative error that a row's sums of weights may have."""
-    return UNIT * (SUMS + LOGITS * logit_bound(q, k, scale))
+    wander = q.shape[-1] ** 0.5
+    logits = max(LOGITS, wander / 2) * logit_bound(q, k, scale)
+    fars = [] if index is None else [e.far for e in index.entries if e.far is not None]
+    cells = [
+        far.cell_offsets.diff().clamp_min(1).max() for far in fars if len(far.cell_offsets) > 1
+    ]
+    return UNIT * (SUMS + logits + 3 * wander * max([0.0, *(c.log().item() for c in cells)]))
 
 
 def assert_close(
@@ -183,11 +193,13 @@ def assert_close(
     """
     q, k, v = inputs
     want, mean = truth or truth_of(q, k, v, index, **keywords)
-    share = relative(q, k, keywords.get("scale"))
+    share = relative(q, k, keywords.get("scale"), index)
     info = torch.finfo(v.dtype)
     weights = info.eps / 2 if rounds_weights else 0.0
     bound = (share[..., None] + weights) * mean + info.eps / 2 * want.out.abs()
-    bound += info.smallest_normal * info.eps + index.num_keys * 2.0**-149
+    # a weight may be off by 2**-126, the least that exp tells from 0, and a sum by denormals
+    tiny = 2.0**-126 * v.double().abs().max() + 2.0**-149
+    bound += info.smallest_normal * info.eps + index.num_keys * tiny
     if rounds_weights:
         bound += info.smallest_normal  # such instructions take denormals for 0
     assert ours.out.dtype == v.dtype and ours.out.shape == want.out.shape

@@ -14,10 +14,10 @@ from tests.kernel_cases import (
     assert_close,
     dense,
     entry,
-    logit_bound,
     one_head,
     pattern_case,
     qkv,
+    relative,
     split,
 )
 
@@ -192,8 +192,7 @@ def test_mass_from_a_cached_lse(variant, mass_block):
                 backend="reference", return_lse=True, **keywords,
             )  # fmt: skip
             mass = block_mass(q, k, index, want.lse, backend="cpu", **keywords)
-            # the LSE came in float32: half a unit of its own size more
-            bound = 2**-22 * (16 + logit_bound(q, k).max())
+            bound = 2 * relative(q, k, index=index).max()  # the LSE was rounded to float32, too
             assert mass.shape == want.mass.shape
             assert ((mass - want.mass).abs() <= bound * want.mass + 1e-30).all()
 
@@ -226,3 +225,8 @@ def test_results_are_what_was_asked_for():
     assert ours.lse is None and ours.mass.shape == (1, 2, 1, 2)
     both = attend(q, k, v, index, backend="cpu", return_lse=True, mass_block=16)
     assert torch.equal(both.out, ours.out) and both.lse.dtype == torch.float32
+
+
+def test_entries_without_a_head(variant):
+    index = SparseIndex((far_entry(), dense(90, 110), dense(90, 110, 16)), (1, 1))
+    check(index, qkv(index, 16), variant)

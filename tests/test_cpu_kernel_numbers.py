@@ -9,7 +9,7 @@ import torch
 from sparse_dit.attention import attend
 from sparse_dit.backends.cpu import library
 from sparse_dit.index import SparseIndex
-from tests.kernel_cases import DTYPES, assert_close, dense, entry, logit_bound, one_head, qkv
+from tests.kernel_cases import DTYPES, assert_close, dense, entry, one_head, qkv, relative
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
 NONE = (torch.nan, torch.inf, -torch.inf)
@@ -172,12 +172,12 @@ def sees(index, inputs, row):
     return attend(q, k, mark, index, backend="reference").out[..., 0] > 0
 
 
-def assert_close_where_finite(ours, want, inputs, variant):
+def assert_close_where_finite(ours, want, inputs, index, variant):
     """`inputs` are those without poison: bounds follow from them."""
     q, k, v = inputs
     finite = want.isfinite()
     rounding = torch.finfo(v.dtype).eps * (2 if "bf16" in variant else 1)
-    share = 2.0**-24 * (16 + 4 * logit_bound(q, k))[..., None] + rounding
+    share = relative(q, k, index=index)[..., None] + rounding
     error = (ours.double() - want).abs() / (share * v.double().abs().max())
     assert finite.any() and error[finite].max() <= 1
 
@@ -202,7 +202,7 @@ def test_queries_and_keys_reach_only_who_sees_them(variant, dtype, value, causal
                 ours = attend(*inputs, index, backend="cpu", return_lse=True)
                 assert torch.equal(ours.out.isfinite(), want.out.isfinite())
                 assert torch.equal(ours.lse.isfinite(), want.lse.isfinite())
-                assert_close_where_finite(ours.out, want.out, clean, variant)
+                assert_close_where_finite(ours.out, want.out, clean, index, variant)
                 if which == 0:  # the other groups take the same path as without it
                     other = slice(64, 100) if row < 64 else slice(0, 64)
                     assert torch.equal(ours.out[0, 1, other], same[0, 1, other])
@@ -227,7 +227,7 @@ def test_values_reach_only_who_sees_them(variant, dtype, value, causal):
             assert torch.equal(ours.lse, same.lse)
             assert torch.equal(ours.out.isnan(), want.isnan())
             assert torch.equal(ours.out[want.isinf()].double(), want[want.isinf()])
-            assert_close_where_finite(ours.out, want, clean, variant)
+            assert_close_where_finite(ours.out, want, clean, index, variant)
             blind = ~seen if not causal else ~seen & ~group_sees(index, seen)
             assert torch.equal(ours.out[blind], same.out[blind])
 

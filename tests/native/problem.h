@@ -191,4 +191,79 @@ inline std::vector<int32_t> pack(const std::vector<Pattern> &patterns,
     return {words.begin(), words.end()};  // a block of exactly this size
 }
 
+struct Case {
+    Random random;
+    int64_t dtype, batch, heads, kv_heads, n, m, d;
+    Tensor q, k, v, out;
+    std::vector<Pattern> patterns;
+    std::vector<int32_t> head_to_pattern, words;
+    std::vector<int64_t> kv_len;
+    std::vector<float> lse, mass;
+    int64_t mass_block, groups = 0, causal_offset;
+    bool causal, bfloat16_weights = false;
+    double scale;
+
+    explicit Case(uint64_t seed)
+        : random{std::mt19937_64(seed)}, dtype(random.below(3)), batch(1 + random.below(2)),
+          heads(1 + random.below(4)), kv_heads(heads % 2 || random.chance(50) ? heads : heads / 2),
+          n(size()), m(size()), d(channels()), q(random, dtype, {batch, heads, n, d}),
+          k(random, dtype, {batch, kv_heads, m, d}), v(random, dtype, {batch, kv_heads, m, d}),
+          out(random, dtype, {batch, heads, n, d}) {
+        for (Tensor *x : {&q, &k, &v}) x->fill(random);
+        for (int64_t i = 1 + random.below(2); i > 0; i--)
+            patterns.push_back(make_pattern(random, n, m));
+        for (int64_t h = 0; h < heads; h++)
+            head_to_pattern.push_back(
+                static_cast<int32_t>(random.below(static_cast<int64_t>(patterns.size()))));
+        for (const Pattern &p : patterns)
+            groups = std::max(groups, static_cast<int64_t>(p.q_offsets.size()) - 1);
+        causal = random.chance(30);
+        causal_offset = causal ? random.below(2 * m) - m : 0;
+        words = pack(patterns, head_to_pattern,
+                     {MAGIC, static_cast<int32_t>(ABI_VERSION), static_cast<int32_t>(heads),
+                      static_cast<int32_t>(patterns.size()), static_cast<int32_t>(n),
+                      static_cast<int32_t>(m), causal, static_cast<int32_t>(causal_offset)});
+        if (random.chance(30))
+            for (int64_t b = 0; b < batch; b++) kv_len.push_back(random.below(m + 1));
+        mass_block = std::array<int64_t, 4>{1, 16, 64, m + 3}[static_cast<size_t>(random.below(4))];
+        scale = random.chance(15) ? 4.0 : 1.0 / std::sqrt(static_cast<double>(d));
+        lse.resize(static_cast<size_t>(batch * heads * n));
+        mass.resize(static_cast<size_t>(batch * heads * groups * blocks()));
+    }
+
+    int64_t size() { return random.chance(15) ? 1 + random.below(3) : 1 + random.below(150); }
+    int64_t channels() {
+        constexpr std::array<int64_t, 9> sizes = {8, 16, 24, 40, 64, 80, 128, 136, 256};
+        return sizes[static_cast<size_t>(random.below(9))];
+    }
+    int64_t blocks() const { return (m + mass_block - 1) / mass_block; }
+
+    Problem problem(int64_t variant) {
+        Problem p{};
+        p.abi_version = ABI_VERSION;
+        p.dtype = dtype;
+        p.batch = batch, p.heads = heads, p.kv_heads = kv_heads;
+        p.queries = n, p.keys = m, p.channels = d;
+        p.q = q.bytes.data(), p.k = k.bytes.data(), p.v = v.bytes.data();
+        p.out = out.bytes.data();
+        p.lse = lse.data();
+        p.mass = mass.data();
+        p.kv_len = kv_len.empty() ? nullptr : kv_len.data();
+        p.index = words.data();
+        p.index_words = static_cast<int64_t>(words.size());
+        p.q_strides = q.strides, p.k_strides = k.strides, p.v_strides = v.strides;
+        p.out_strides = out.strides;
+        p.mass_block = mass_block, p.mass_groups = groups;
+        p.threads = 1 + random.below(4);
+        p.variant = variant;
+        p.scale = scale;
+        return p;
+    }
+    void clear() {
+        std::fill(out.bytes.begin(), out.bytes.end(), static_cast<unsigned char>(0xff));
+        std::fill(lse.begin(), lse.end(), NAN);
+        std::fill(mass.begin(), mass.end(), 0.f);
+    }
+};
+
 }  // namespace driver
