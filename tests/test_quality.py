@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from sparse_dit.eval import teacher
 from sparse_dit.eval.quality import evaluate
 from sparse_dit.eval.runs import dense_references, noise_floor_video, record, seam_overhead
-from sparse_dit.eval.teacher import _decode, _encode, teacher_forced
+from sparse_dit.eval.teacher import _decode, _encode, dense_predictions, teacher_forced
 from sparse_dit.generation import Case, GenerationSettings, generate
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.layout import TokenLayout
@@ -169,6 +170,19 @@ def test_teacher_forced_error(pipe):
     for near, nothing in zip(window, skip, strict=True):
         assert 0 < near.velocity_error < nothing.velocity_error
     assert attachment_of(pipe.transformer) is None
+
+
+def test_dense_predictions_serve_several_plans(pipe, monkeypatch):
+    clips, sigmas = [(clip(), "a cat")], [0.3, 0.9]
+    plans = [uniform_plan(pipe, pattern, LAYOUT) for pattern in (WINDOW, Pattern(Skip()))]
+    options = {"max_sequence_length": 16}
+    apart = [teacher_forced(pipe, plan, clips, sigmas, **options) for plan in plans]
+    dense = dense_predictions(pipe, clips, sigmas, **options)
+    monkeypatch.setattr(teacher, "dense_predictions", lambda *args, **kwargs: 1 / 0)
+    shared = [teacher_forced(pipe, plan, clips, sigmas, dense=dense, **options) for plan in plans]
+    assert shared == apart
+    with pytest.raises(ValueError, match="dense predictions must be of the same request"):
+        teacher_forced(pipe, plans[0], clips, [0.5], dense=dense, **options)
 
 
 def test_latents_are_those_of_the_pipeline(pipe):

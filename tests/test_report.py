@@ -27,7 +27,8 @@ from tests.eval_cases import made_up_plan, made_up_quality, made_up_report
 KEYS = {
     *("tokens", "dense_seconds", "sparse_seconds", "speedup", "forecast_speedup", "density"),
     *("psnr_db", "psnr_flat_db", "psnr_noise_floor_db", "psnr_uniform_db", "psnr_random_db"),
-    *("ssim", "search_seconds", "seam_overhead", "drift", "teacher_forced"),
+    *("ssim", "search_seconds", "search_dense_generations", "seam_overhead"),
+    *("drift", "teacher_forced"),
 }
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -39,6 +40,13 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "out"
     write_report(folder, made_up_report())
     return folder
+
+
+def test_search_time_is_said_in_dense_generations(written):
+    data = strict_json((written / "report.json").read_text())
+    ratio = data["search_seconds"] / data["dense_seconds"]
+    assert data["search_dense_generations"] == pytest.approx(ratio)
+    assert f"{ratio:.1f} dense generations" in (written / "report.html").read_text()
 
 
 def strict_json(text):
@@ -92,6 +100,7 @@ def test_nothing_measured_is_said(tmp_path):
     write_report(tmp_path / "bare", report)
     data = strict_json((tmp_path / "bare" / "report.json").read_text())
     assert data["psnr_uniform_db"] is None and data["search_seconds"] is None
+    assert data["search_dense_generations"] is None
     said = " ".join(data["notes"])
     for absent in ("uniform", "random", "teacher-forced", "search time", "recall", "SSIM"):
         assert absent in said
