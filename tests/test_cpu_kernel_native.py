@@ -64,7 +64,7 @@ def test_no_step_outside_of_memory(tmp_path):
     if not has_sanitizers(tmp_path):
         pytest.skip("g++ can't build for AddressSanitizer and UndefinedBehaviorSanitizer here")
     driver = build(tmp_path, "g++", SANITIZE)
-    said = run([str(driver), "40", "20"])
+    said = run([str(driver), "30", "15"])
     assert "passed portable" in said
 
 
@@ -73,5 +73,5 @@ def test_on_arm(tmp_path):
     if missing:
         pytest.skip(f"no {' and no '.join(missing)}")
     driver = build(tmp_path, ARM_COMPILER, [])
-    said = run([ARM_EMULATOR, "-L", ARM_LIBRARIES, str(driver), "25", "2"])
+    said = run([ARM_EMULATOR, "-L", ARM_LIBRARIES, str(driver), "12", "1"])
     assert "passed neon" in said and "passed portable" in said

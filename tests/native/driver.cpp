@@ -30,6 +30,14 @@ void check_mass_alone(Case &c, Problem p) {
                static_cast<int64_t>(i));
 }
 
+// Inputs of any bits: NaN, Inf, denormals, the largest. They are compared with nothing.
+void call_with_any_bits(Case &c, const Problem &p) {
+    for (Tensor *x : {&c.q, &c.k, &c.v})
+        for (unsigned char &byte : x->bytes)
+            if (c.random.chance(2)) byte = static_cast<unsigned char>(c.random.engine());
+    if (const int64_t status = sparse_dit_attend(&p)) fail(sparse_dit_error(status));
+}
+
 void call_broken(const Problem &p) {
     const int64_t status = sparse_dit_attend(&p);
     if (status < OK || status > NO_MEMORY) fail("unknown status");
@@ -110,6 +118,7 @@ void run_variant(int64_t variant, const std::string &name, int64_t problems, int
         check_mass_alone(c, p);
         for (int64_t j = 0; j < broken; j++) break_index(c, p);
         if (broken) break_call(p);
+        call_with_any_bits(c, p);
     }
 }
 

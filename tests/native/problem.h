@@ -226,12 +226,16 @@ struct Case {
         if (random.chance(30))
             for (int64_t b = 0; b < batch; b++) kv_len.push_back(random.below(m + 1));
         mass_block = std::array<int64_t, 4>{1, 16, 64, m + 3}[static_cast<size_t>(random.below(4))];
-        scale = random.chance(15) ? 4.0 : 1.0 / std::sqrt(static_cast<double>(d));
+        scale = random.chance(30) ? (random.chance(50) ? 4.0 : 0.7)
+                                  : 1.0 / std::sqrt(static_cast<double>(d));
         lse.resize(static_cast<size_t>(batch * heads * n));
         mass.resize(static_cast<size_t>(batch * heads * groups * blocks()));
     }
 
-    int64_t size() { return random.chance(15) ? 1 + random.below(3) : 1 + random.below(150); }
+    int64_t size() {
+        if (random.chance(15)) return 1 + random.below(3);
+        return 1 + random.below(random.chance(10) ? 400 : 150);
+    }
     int64_t channels() {
         constexpr std::array<int64_t, 9> sizes = {8, 16, 24, 40, 64, 80, 128, 136, 256};
         return sizes[static_cast<size_t>(random.below(9))];
