@@ -73,11 +73,17 @@ struct TaskRun {
         return pattern.q_order ? pattern.q_order[sorted] : sorted;
     }
 
+    // Vectors of the next panel for so many rows: as wide as they fill without a vector to spare.
+    static int width(int rows) {
+        if (NARROW == FULL || rows > (FULL == 4 && NARROW == 1 ? 3 : FULL / 2) * W) return FULL;
+        return NARROW == 1 && FULL == 4 && rows > W ? 2 : NARROW;
+    }
+
     void cut_into_panels() {
         num_panels = 0;
         for (int first = 0; first < task.rows;) {
             const int left = task.rows - first;
-            const int vectors = left <= SMALL * W ? SMALL : FULL;
+            const int vectors = width(left);
             const int lanes = vectors * W;
             panels[num_panels++] = {first, left < lanes ? left : lanes, vectors, false};
             first += lanes;
@@ -208,8 +214,10 @@ struct TaskRun {
             a.next_v = fetch && i == num_panels - 1 ? next->v : nullptr;
             if (panels[i].vectors == FULL)
                 step<FULL>(tile, rows_k, rows_v, panels[i], a);
+            else if (panels[i].vectors == NARROW)
+                step<NARROW>(tile, rows_k, rows_v, panels[i], a);
             else
-                step<SMALL>(tile, rows_k, rows_v, panels[i], a);
+                step<2>(tile, rows_k, rows_v, panels[i], a);
         }
     }
 

@@ -1,9 +1,21 @@
 // Arithmetic in float32: any dtype of the inputs is widened first.
 
+// Keys, and channels, that are computed at once for a panel of NV vectors: as many as registers hold sums.
 #if defined(__AVX512F__)
-constexpr int SCORE_ROWS = 12, VALUE_COLUMNS = 12;  // keys, channels that are computed at once
+template <int NV>
+constexpr int SCORE_ROWS = NV == 4 ? 6 : 12;
+template <int NV>
+constexpr int VALUE_COLUMNS = NV == 4 ? 4 : 8;
+#elif defined(__ARM_NEON)
+template <int NV>
+constexpr int SCORE_ROWS = NV == 4 ? 4 : 8;
+template <int NV>
+constexpr int VALUE_COLUMNS = SCORE_ROWS<NV>;
 #else
-constexpr int SCORE_ROWS = 4, VALUE_COLUMNS = 4;
+template <int NV>
+constexpr int SCORE_ROWS = NV == 2 ? 4 : 8;
+template <int NV>
+constexpr int VALUE_COLUMNS = SCORE_ROWS<NV>;
 #endif
 
 template <int M, int NV, int MODE, bool MASK>
@@ -114,14 +126,14 @@ struct FloatPath {
     template <int NV, int MODE, bool MASK>
     static INLINE void scores(const Tile &, const void *const *rows, int n, const float *q,
                               int64_t channels, float *, float *p, const Scores &a) {
+        constexpr int M = SCORE_ROWS<NV>;
         int j = 0;
-        for (; j + SCORE_ROWS <= n; j += SCORE_ROWS)
-            score_rows<SCORE_ROWS, NV, MODE, MASK>(rows, q, channels, p, a, j);
-        if (SCORE_ROWS > 8 && j + 8 <= n) {
-            score_rows<8, NV, MODE, MASK>(rows, q, channels, p, a, j);
-            j += 8;
+        for (; j + M <= n; j += M) score_rows<M, NV, MODE, MASK>(rows, q, channels, p, a, j);
+        if (M > 4 && j + 4 <= n) {
+            score_rows<4, NV, MODE, MASK>(rows, q, channels, p, a, j);
+            j += 4;
         }
-        if (SCORE_ROWS > 4 && j + 4 <= n) {
+        if (M > 8 && j + 4 <= n) {
             score_rows<4, NV, MODE, MASK>(rows, q, channels, p, a, j);
             j += 4;
         }
@@ -147,14 +159,8 @@ struct FloatPath {
     template <int NV>
     static INLINE void values(const void *const *rows, int n, const float *p, int64_t channels,
                               float *o) {
-        int64_t d = 0;
-        for (; d + VALUE_COLUMNS <= channels; d += VALUE_COLUMNS)
-            value_columns<VALUE_COLUMNS, NV>(rows, d, p, n, o);
-        if (VALUE_COLUMNS > 8 && d + 8 <= channels) {
-            value_columns<8, NV>(rows, d, p, n, o);
-            d += 8;
-        }
-        for (; d < channels; d += 4) value_columns<4, NV>(rows, d, p, n, o);
+        constexpr int M = VALUE_COLUMNS<NV>;  // 4 or 8, and so is what divides the channels
+        for (int64_t d = 0; d < channels; d += M) value_columns<M, NV>(rows, d, p, n, o);
     }
 
     static float weight(const float *p, int j, int lane, int lanes) { return p[j * lanes + lane]; }

@@ -4,15 +4,13 @@
 // of K and V are read in place, as broadcasts, whatever keys a group sees; only queries are packed; and the
 // softmax needs no sum or maximum across lanes.
 
-#if defined(__AVX512F__)
-constexpr int FULL = 2, SMALL = 1;  // vectors of a panel
-#elif defined(__AVX2__)
-constexpr int FULL = 2, SMALL = 1;
-#elif defined(__ARM_NEON)
-constexpr int FULL = 4, SMALL = 2;
+// Panels are 1, 2 or FULL vectors wide. A wide one reads each key once for more rows.
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int FULL = 4;
 #else
-constexpr int FULL = 2, SMALL = 2;
+constexpr int FULL = 2;
 #endif
+constexpr int NARROW = W < 8 ? 2 : 1;  // vectors of the narrowest panel, which holds 8 rows or more
 constexpr int LANES = FULL * W;
 
 constexpr int PAD = 16;  // floats after a staged row, so that rows fall into different sets of the cache

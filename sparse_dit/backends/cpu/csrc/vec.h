@@ -73,10 +73,16 @@ INLINE V min_or_second(V a, V b) {
 }
 
 INLINE float lane_sum(V x) {
-    float total = 0, lanes[W];
-    store(lanes, x);
-    for (int i = 0; i < W; i++) total += lanes[i];
-    return total;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x),
+                                   _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+#else
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 
 // Whether a lane is above `limit`; NaN isn't.
