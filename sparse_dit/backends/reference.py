@@ -46,7 +46,7 @@ def forward(
             out[b, h] = weights @ values
             if mass_block:
                 masses[b][h] = _mass(weights[:, : k.shape[2]], entry, mass_block)
-    mass = _stack(masses) if mass_block else None
+    mass = _stack(masses, index.max_groups) if mass_block else None
     return Attended(out, lse.float() if return_lse else None, mass)
 
 
@@ -70,7 +70,7 @@ def block_mass(
             row = lse[b, h, :, None]
             weights = (logits[:, :num_keys] - row).exp().masked_fill(row.isneginf(), 0.0)
             masses[b][h] = _mass(weights, entry, mass_block)
-    return _stack(masses)
+    return _stack(masses, index.max_groups)
 
 
 def token_mask(entry: PatternIndex) -> tuple[Tensor, Tensor | None]:
@@ -148,8 +148,7 @@ def _mass(weights: Tensor, entry: PatternIndex, block: int) -> Tensor:
     return blocks.new_zeros(entry.num_groups, blocks.shape[1]).index_add_(0, owner, blocks)
 
 
-def _stack(masses: list[list[Tensor]]) -> Tensor:
-    groups = max(len(m) for row in masses for m in row)
+def _stack(masses: list[list[Tensor]], groups: int) -> Tensor:
     pad = torch.nn.functional.pad
     return torch.stack(
         [torch.stack([pad(m, (0, 0, 0, groups - len(m))) for m in row]) for row in masses]

@@ -3,6 +3,7 @@
 // `library.py` and `packed.py` write the same layouts; change both sides together, and ABI_VERSION.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace sparse_dit {

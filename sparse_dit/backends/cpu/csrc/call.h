@@ -1,6 +1,7 @@
 // One call, read and prepared: what every variant of the kernel works on.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "abi.h"

@@ -1,6 +1,8 @@
 // Any machine that a C++ compiler targets.
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define SPARSE_DIT_VARIANT portable
