@@ -163,16 +163,28 @@ def logit_bound(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
 
 def relative(
-    q: Tensor, k: Tensor, scale: float | None = None, index: SparseIndex | None = None
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    index: SparseIndex | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """Float64 `[B, H, N]`: the relative error that a row's sums of weights may have."""
+    """Float64 `[B, H, N]`: the relative error that a row's sums of weights may have.
+
+    Args:
+        index: Its cells count.
+        lse: Of an earlier call, for weights that are made with it: sums start from it.
+    """
     wander = q.shape[-1] ** 0.5
     logits = max(LOGITS, wander / 2) * logit_bound(q, k, scale)
     fars = [] if index is None else [e.far for e in index.entries if e.far is not None]
     cells = [
         far.cell_offsets.diff().clamp_min(1).max() for far in fars if len(far.cell_offsets) > 1
     ]
-    return UNIT * (SUMS + logits + 3 * wander * max([0.0, *(c.log().item() for c in cells)]))
+    logits += 3 * wander * max([0.0, *(c.log().item() for c in cells)])
+    if lse is not None:
+        logits += 3 * wander * lse.double().abs().nan_to_num(posinf=0.0)
+    return UNIT * (SUMS + logits)
 
 
 def assert_close(
