@@ -64,7 +64,7 @@ def test_no_step_outside_of_memory(tmp_path):
     if not has_sanitizers(tmp_path):
         pytest.skip("g++ can't build for AddressSanitizer and UndefinedBehaviorSanitizer here")
     driver = build(tmp_path, "g++", SANITIZE)
-    said = run([str(driver), "30", "15"])
+    said = run([str(driver), "20", "15"])
     assert "passed portable" in said
 
 
