@@ -29,15 +29,14 @@ struct Workspace {
         here.q = (typename Path::Query *)take(panels * Path::query_size(d) * LANES *
                                               sizeof(typename Path::Query));
         here.p = (typename Path::Weight *)take(BN * LANES * 4);
-        here.s = sizeof(typename Path::Weight) == 4 && !Path::SCALES ? (float *)here.p
-                                                                      : (float *)take(BN * LANES * 4);
+        here.s = Path::SCALES ? (float *)take(BN * LANES * 4) : (float *)here.p;  // float: one and the same
         here.o = (float *)take(panels * d * LANES * 4);
         here.neg_max = (float *)take(MAX_ROWS * 4);
         here.sum = (float *)take(MAX_ROWS * 4);
         here.stat = (float *)take(LANES * 4);
         here.alpha = (float *)take(LANES * 4);
         here.limit = (int32_t *)take(MAX_ROWS * 4);
-        here.staged_k = (float *)take(BN * (d + PAD) * 4);
+        here.staged_k = (float *)take(BN * (2 * d + PAD) * 4);  // pooled rows in parts are longer
         here.staged_v = (float *)take(BN * (d + PAD) * 4);
         here.rows = (float *)take(8 * d * 4);
         const Problem &p = call.problem;
@@ -199,7 +198,7 @@ struct TaskRun {
     void compute(const Tile &tile, const Tile *next) {
         const Problem &p = call.problem;
         const void *const *rows_k = tile.k, *const *rows_v = tile.v;
-        const void *staged_k[BN], *staged_v[BN];
+        const void *staged_k[BN] = {}, *staged_v[BN] = {};
         if (Path::stage_k(tile, p.k_strides, p.channels, w.staged_k, staged_k)) rows_k = staged_k;
         if (!by_lse && Path::stage_v(tile, p.v_strides, p.channels, w.staged_v, staged_v))
             rows_v = staged_v;
@@ -209,6 +208,7 @@ struct TaskRun {
         a.token = tile.token;
         a.next_bytes = p.channels * static_cast<int64_t>(sizeof(T));
         a.scale = static_cast<float>(p.scale) * LOG2E;
+        a.parts = tile.pooled ? Path::POOLED_PARTS : 1;
         for (int i = 0; i < num_panels; i++) {
             a.next_k = fetch && i == 0 ? next->k : nullptr;
             a.next_v = fetch && i == num_panels - 1 ? next->v : nullptr;
@@ -252,7 +252,7 @@ struct TaskRun {
         if (by_lse) return;
         const void *finite[BN];
         if (tile.masked) rows_v = without_nonfinite<NV>(tile, rows_v, finite, panel, o);
-        Path::template values<NV>(rows_v, tile.n, w.p, d, o);
+        Path::template values<NV>(tile, rows_v, w.p, d, o);
     }
 
     template <int NV>

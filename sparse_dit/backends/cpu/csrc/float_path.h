@@ -89,6 +89,7 @@ struct FloatPath {
     using Query = float;
     using Weight = float;
     static constexpr bool SCALES = false;  // whether scores apply the scale
+    static constexpr int POOLED_PARTS = 1;
 
     static int64_t query_size(int64_t channels) { return channels; }
 
@@ -157,10 +158,10 @@ struct FloatPath {
     }
 
     template <int NV>
-    static INLINE void values(const void *const *rows, int n, const float *p, int64_t channels,
+    static INLINE void values(const Tile &tile, const void *const *rows, const float *p, int64_t channels,
                               float *o) {
         constexpr int M = VALUE_COLUMNS<NV>;  // 4 or 8, and so is what divides the channels
-        for (int64_t d = 0; d < channels; d += M) value_columns<M, NV>(rows, d, p, n, o);
+        for (int64_t d = 0; d < channels; d += M) value_columns<M, NV>(rows, d, p, tile.n, o);
     }
 
     static float weight(const float *p, int j, int lane, int lanes) { return p[j * lanes + lane]; }

@@ -32,6 +32,7 @@ struct Scores {
     const void *const *next_k, *const *next_v;  // [n] rows of the next tile, to be fetched; or null
     int64_t next_bytes;      // of such a row
     float scale;             // of logits, where it isn't in the queries already
+    int parts;               // rows of K that add up to one, behind each other
 };
 
 INLINE void fetch_rows(const void *const *rows, int count, int64_t bytes) {
