@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparse_dit.demo.run import CALIBRATION, HELD_OUT, MIN_PSNR, SETTINGS, verified
+from sparse_dit.demo.run import CALIBRATION, HELD_OUT, SETTINGS, TUNING_PSNR, verified
 from sparse_dit.eval.quality import evaluate
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.resources import shipped
@@ -27,7 +27,7 @@ def main() -> None:
         pipe,
         CALIBRATION,
         settings=SETTINGS,
-        min_psnr=MIN_PSNR,
+        min_psnr=TUNING_PSNR,
         tune_on="calibration",
         report=print,
     )

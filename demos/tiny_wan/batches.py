@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_dit.demo.draw import draw
 
 TEXT_LEN = 20
-NOISE_SHIFT = 1.6
+NOISE_SHIFT = 2.2
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ BUCKETS = (
     Bucket(16, 16, 16, 1, (0.2, 3)),  # 2,048
     Bucket(4, 24, 24, 2, (0, 2.5)),  # 1,152 x 2
     Bucket(4, 32, 32, 1, (0, 2.5)),  # 2,048
-    Bucket(8, 24, 24, 1, (0, 1.5)),  # 2,304
-    Bucket(16, 24, 24, 1, (0, 0.5)),  # 4,608
+    Bucket(8, 24, 24, 1, (0, 2)),  # 2,304
+    Bucket(16, 24, 24, 1, (0, 1)),  # 4,608
 )
 
 

@@ -33,7 +33,8 @@ HELD_OUT = (
 )
 SETTINGS = GenerationSettings(192, 192, 15, steps=12, guidance=3.0, max_sequence_length=32)
 QUICK = replace(SETTINGS, height=96, width=96, steps=6)
-MIN_PSNR = 30.0
+MIN_PSNR = 30.0  # on prompts that the search has not seen
+TUNING_PSNR = 36.0  # on the calibration prompt: others came out up to 6 dB lower with the same plan
 DRAWN_CLIPS = 2
 
 
@@ -65,7 +66,7 @@ def run_demo(folder: Path, force: bool = False, quick: bool = False) -> Report:
         pipe,
         CALIBRATION,
         settings=settings,
-        min_psnr=MIN_PSNR,
+        min_psnr=TUNING_PSNR,
         tune_on="calibration",
         profile=kept,
         report=say,
