@@ -49,6 +49,7 @@ def _problem(units=4, candidates=4, seed=0, other=0.5):
         [PATTERNS[:candidates]] * units,
         0.1 + draw(units),
         seconds,
+        seconds[:, 0],
         error,
         dens,
         1 - error,
@@ -249,6 +250,19 @@ def test_the_problem_weighs_heads_by_their_output_and_stages_by_their_calls():
         relative = profile.relative_error(stage, layer)[head].double()
         assert task.error[unit].equal(relative)
         assert task.seconds[unit, 0] == 6.0 * (6, 2)[stage]
+
+
+def test_a_dense_head_costs_what_runs_it():
+    table = dataclasses.replace(_table(), dense_head=4.0)
+    profile = _profile()
+    task = problem(profile, stages_of(profile.sigmas), [2.0, 0.5], table, [6, 2], 500.0)
+    dense = torch.zeros(len(task.units), dtype=torch.int64)
+    assert evaluate(task, dense).seconds == pytest.approx(500)  # stock attention in every layer
+    one = dense.clone()
+    one[0] = 1
+    beside = (task.layer_of == task.layer_of[0]).sum().item() - 1
+    saved = 6 * 6 - task.seconds[0, 1].item() + beside * (6 - 4) * 6
+    assert evaluate(task, one).seconds == pytest.approx(500 - saved)
 
 
 def test_heads_that_give_zero_make_no_nan():

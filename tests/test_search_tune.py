@@ -27,6 +27,7 @@ def _problem(units=400):
         [PATTERNS] * units,
         damage,
         both,
+        both[:, 0],
         error,
         both,
         1 - error,

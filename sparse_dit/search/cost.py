@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..attention import backend_name, sparse_attention
 from ..index import build_index
 from ..layout import TokenLayout
-from ..patterns import Pattern, Stencil
+from ..patterns import Dense, Pattern, Stencil
 from .candidates import tilings
 from .cells import cell_table
 
@@ -29,11 +29,13 @@ class CostTable:
 
     Args:
         layout: Size it was measured at.
-        dense: Seconds of PyTorch's dense attention.
+        dense: Seconds of PyTorch's dense attention, which a layer runs if all of its heads are dense.
         sparse: For far field off and on: densities and seconds, ascending.
         backend: Name of the sparse backend that was timed.
         threads: CPU threads.
         device, dtype: As text.
+        dense_head: Seconds of a dense head beside sparse ones, which the sparse backend computes; as
+            `dense` if None.
     """
 
     layout: TokenLayout
@@ -43,11 +45,12 @@ class CostTable:
     threads: int
     device: str
     dtype: str
+    dense_head: float | None = None
 
     def seconds(self, pattern: Pattern, density: float) -> float:
-        """Interpolated in density; a dense head runs dense attention."""
+        """Of a head in a layer that isn't all dense; interpolated in density."""
         if pattern.is_dense:
-            return self.dense
+            return self.dense if self.dense_head is None else self.dense_head
         points = self.sparse[pattern.far]
         densities, seconds = zip(*points, strict=True)
         if density > densities[-1]:  # beyond the table: in proportion
@@ -59,6 +62,7 @@ class CostTable:
         return {
             "tokens": self.layout.seq_len,
             "dense_seconds": self.dense,
+            "dense_head_seconds": self.dense if self.dense_head is None else self.dense_head,
             "masked": [list(point) for point in self.sparse[False]],
             "far_field": [list(point) for point in self.sparse[True]],
             "backend": self.backend,
@@ -86,8 +90,10 @@ def measure_cost(
     q, k, v = (
         torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
     )
-    runs: dict[tuple[bool, float] | None, Any] = {
-        None: lambda: F.scaled_dot_product_attention(q, k, v)
+    dense = build_index([Pattern(Dense())] * num_heads, layout).to(device)
+    runs: dict[tuple[bool, float] | str, Any] = {
+        "stock": lambda: F.scaled_dot_product_attention(q, k, v),
+        "dense": lambda: sparse_attention(q, k, v, dense, backend=backend),
     }
     for far in (False, True):
         for budget in BUDGETS:
@@ -100,17 +106,18 @@ def measure_cost(
         for key, run in runs.items():
             best[key] = min(best[key], _time(run, q.device))
     sparse = {
-        far: rising([(key[1], s / num_heads) for key, s in best.items() if key and key[0] is far])
+        far: rising([(key[1], s / num_heads) for key, s in best.items() if key[0] is far])
         for far in (False, True)
     }
     return CostTable(
         layout,
-        best[None] / num_heads,
+        best["stock"] / num_heads,
         sparse,
         backend,
         torch.get_num_threads(),
         str(q.device),
         str(dtype).removeprefix("torch."),
+        best["dense"] / num_heads,
     )
 
 

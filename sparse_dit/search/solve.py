@@ -31,7 +31,8 @@ class Problem:
         candidates: `[U][K]` patterns; the first is dense.
         importance: float64 `[U]`, expected mean squared change of the video for a squared relative
             error of 1 of the head.
-        seconds: float64 `[U, K]`, of a whole generation.
+        seconds: float64 `[U, K]`, of a whole generation, beside other heads that are sparse.
+        stock_seconds: float64 `[U]`, where all heads of the layer are dense.
         error: float64 `[U, K]`, squared relative error of the head's output.
         density: float64 `[U, K]`.
         recall: float64 `[U, K]`, attention mass seen exactly.
@@ -44,6 +45,7 @@ class Problem:
     candidates: list[Sequence[Pattern]]
     importance: Tensor
     seconds: Tensor
+    stock_seconds: Tensor
     error: Tensor
     density: Tensor
     recall: Tensor
@@ -59,7 +61,13 @@ class Problem:
     @property
     def dense_seconds(self) -> float:
         """Seconds of a dense generation."""
-        return self.other_seconds + self.seconds[:, 0].sum().item()
+        return self.other_seconds + self.stock_seconds.sum().item()
+
+    @functools.cached_property
+    def layer_of(self) -> Tensor:
+        """int64 `[U]`: units of one layer at one noise level have one number."""
+        numbers: dict[tuple[int, str], int] = {}
+        return torch.tensor([numbers.setdefault(unit[:2], len(numbers)) for unit in self.units])
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +115,7 @@ def problem(
         calls: For each stage the forwards of a generation that fall into it, times the batch.
         dense_generation: Seconds of a whole dense generation.
     """
-    units, candidates, importance, weight = [], [], [], []
+    units, candidates, importance, weight, stock = [], [], [], [], []
     table_: dict[str, list[Tensor]] = {"seconds": [], "error": [], "density": [], "recall": []}
     total = max(1, sum(calls)) * len(profile.layers) * profile.num_heads
     layout = profile.known_layout
@@ -125,6 +133,7 @@ def problem(
             candidates.append(patterns)
             importance.append(sensitivity[stage] * share[head].item() / len(profile.layers))
             weight.append(calls[stage] / total)
+            stock.append(table.dense * calls[stage])
     columns = {name: torch.cat(parts).double() for name, parts in table_.items()}
     return Problem(
         units,
@@ -132,7 +141,8 @@ def problem(
         torch.tensor(importance, dtype=torch.float64),
         weight=torch.tensor(weight, dtype=torch.float64),
         stages=stages,
-        other_seconds=max(0.0, dense_generation - columns["seconds"][:, 0].sum().item()),
+        stock_seconds=torch.tensor(stock, dtype=torch.float64),
+        other_seconds=max(0.0, dense_generation - sum(stock)),
         **columns,
     )
 
@@ -144,7 +154,10 @@ def evaluate(problem: Problem, pick: Tensor) -> Choice:
         return values.gather(1, pick[:, None])[:, 0]
 
     damage = of(problem.damage).sum().item()
-    seconds = problem.other_seconds + of(problem.seconds).sum().item()
+    sparse = torch.zeros(len(pick), dtype=torch.bool)  # for each layer, whether a head of it is
+    sparse[problem.layer_of[pick > 0]] = True
+    attention = torch.where(sparse[problem.layer_of], of(problem.seconds), problem.stock_seconds)
+    seconds = problem.other_seconds + attention.sum().item()
     error = math.sqrt(damage / max(problem.importance.sum().item(), 1e-30))
     dens = (of(problem.density) * problem.weight).sum().item() / problem.weight.sum().item()
     return Choice(pick, damage, seconds, problem.dense_seconds / seconds, error, dens)
