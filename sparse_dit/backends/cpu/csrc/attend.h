@@ -132,32 +132,39 @@ struct TaskRun {
 #endif
     }
 
-    void start(int32_t *limits) {
+    // The last token that each row sees.
+    void set_limits() {
+        const int lanes = rounded_rows();
+        for (int r = 0; r < lanes; r++) w.limit[r] = r < task.rows ? INT32_MAX : -1;
+        if (!call.header.causal) return;
+        for (int r = 0; r < task.rows; r++)
+            w.limit[r] = clamp(query_token(r) + call.header.causal_offset);
+    }
+
+    // Rows of all panels, those that are only there to fill a vector too.
+    int rounded_rows() const {
+        const Panel &last = panels[num_panels - 1];
+        return last.first + last.vectors * W;
+    }
+
+    void start_softmax() {
         const Problem &p = call.problem;
         const int64_t d = p.channels;
         const float q_norm = __builtin_sqrtf(pack_queries());
         const float k_norm = call.key_norms[task.batch * p.kv_heads + kv_head];
         const float far = pattern.cells ? 31.f : 0.f;
-        bounded = q_norm * k_norm * __builtin_fabsf(static_cast<float>(p.scale)) * LOG2E + far <= BOUND;
-        if (by_lse) bounded = false;
-        __builtin_memset(w.o, 0, static_cast<size_t>(num_panels * LANES * d) * 4);
-        for (int r = 0; r < MAX_ROWS; r++) {
-            w.sum[r] = 0;
-            w.neg_max[r] = bounded ? 0.f : INF;  // INF: nothing was seen
-            const bool real = r < task.rows;
-            limits[r] = !real ? -1
-                        : call.header.causal
-                            ? clamp(query_token(r) + call.header.causal_offset)
-                            : INT32_MAX;
-            if (by_lse && real) {
-                const float lse = p.lse_in[(static_cast<int64_t>(task.batch) * p.heads + task.head) *
-                                               p.queries + query_token(r)];
-                w.neg_max[r] = -lse * LOG2E;
-            } else if (by_lse) {
-                w.neg_max[r] = 0;
-            }
-        }
+        const float largest = q_norm * k_norm * __builtin_fabsf(static_cast<float>(p.scale)) * LOG2E;
+        bounded = !by_lse && largest + far <= BOUND;
+        const int lanes = rounded_rows();
+        __builtin_memset(w.o, 0, static_cast<size_t>(lanes * d) * 4);
+        __builtin_memset(w.sum, 0, static_cast<size_t>(lanes) * 4);
+        for (int r = 0; r < lanes; r++)
+            w.neg_max[r] = bounded || by_lse ? 0.f : INF;  // INF: nothing was seen
         for (int i = 0; i < num_panels; i++) panels[i].ready = bounded || by_lse;
+        if (by_lse) {
+            const float *lse = p.lse_in + (static_cast<int64_t>(task.batch) * p.heads + task.head) * p.queries;
+            for (int r = 0; r < task.rows; r++) w.neg_max[r] = -lse[query_token(r)] * LOG2E;
+        }
         if (p.mass)
             __builtin_memset(w.blocks, 0, static_cast<size_t>(num_blocks * MAX_ROWS) * 4);
     }
@@ -167,6 +174,7 @@ struct TaskRun {
     }
 
     void run() {
+        set_limits();
         int64_t lowest = INT32_MAX, highest = -1;
         for (int r = 0; r < task.rows; r++) {
             if (w.limit[r] < lowest) lowest = w.limit[r];
@@ -188,6 +196,11 @@ struct TaskRun {
         Tile both[2];
         int now = 0;
         bool more = tiles.next(both[0]);
+        if (more && !both[0].pooled) {  // on their way while the queries are packed
+            fetch_rows(both[0].k, both[0].n, p.channels * static_cast<int64_t>(sizeof(T)));
+            fetch_rows(both[0].v, both[0].n, p.channels * static_cast<int64_t>(sizeof(T)));
+        }
+        start_softmax();
         while (more) {
             more = tiles.next(both[1 - now]);
             compute(both[now], more ? &both[1 - now] : nullptr);
@@ -367,10 +380,7 @@ struct TaskRun {
     }
 
     void add_mass() {
-        for (int r = 0; r < MAX_ROWS; r++) {
-            const bool seen = r < task.rows && w.sum[r] != 0.f;
-            w.sum[r] = by_lse ? (seen ? 1.f : 0.f) : w.sum[r];
-        }
+        for (int r = 0; by_lse && r < task.rows; r++) w.sum[r] = w.sum[r] != 0.f ? 1.f : 0.f;
         for (int64_t block = 0; block < num_blocks; block++) {
             const float *at = w.blocks + block * MAX_ROWS;
             float total = 0;
@@ -399,7 +409,6 @@ void attend_task(const Call &call, const Task &task, void *scratch) {
     run.v = run.by_lse ? run.k : at(p.v, p.v_strides, kv_head);
     run.out = run.by_lse ? nullptr : const_cast<T *>(at(p.out, p.out_strides, task.head));
     run.cut_into_panels();
-    run.start(run.w.limit);
     run.run();
     run.finish();
 }
