@@ -19,16 +19,36 @@ constexpr int64_t NORM_CHUNK = 2048;   // keys
 constexpr int64_t POOL_CHUNK = 64;     // cells
 constexpr double SMALL = 1 << 20;      // multiply-adds below which one thread is faster than two
 constexpr size_t CACHE_LINE = 64;
+constexpr size_t KEPT_SCRATCH = 1 << 20;  // bytes; a larger one is let go in the next call
 
 struct Free {
     void operator()(void *p) const { std::free(p); }
 };
 using Buffer = std::unique_ptr<void, Free>;
 
-Buffer allocate(size_t bytes) {
+Buffer allocate_or_null(size_t bytes) {
     void *p = nullptr;
-    if (posix_memalign(&p, 4096, std::max<size_t>(bytes, CACHE_LINE))) throw std::bad_alloc();
+    if (posix_memalign(&p, 4096, std::max<size_t>(bytes, CACHE_LINE))) return nullptr;
     return Buffer(p);
+}
+
+Buffer allocate(size_t bytes) {
+    Buffer buffer = allocate_or_null(bytes);
+    if (!buffer) throw std::bad_alloc();
+    return buffer;
+}
+
+// Memory of this thread, kept for its next call: fresh pages cost more than a small call computes.
+// Null if there is none to be had.
+void *scratch_of_thread(size_t bytes) {
+    static thread_local Buffer kept;
+    static thread_local size_t size = 0;
+    if (size < bytes || size > KEPT_SCRATCH) {
+        kept.reset();
+        kept = allocate_or_null(bytes);
+        size = kept ? bytes : 0;
+    }
+    return kept.get();
 }
 
 // Everything that a call needs beside its inputs and outputs.
@@ -41,7 +61,8 @@ struct Prepared {
     std::vector<Pooled> pooled;
     std::vector<Buffer> buffers;
     std::vector<Task> tasks;
-    std::vector<Buffer> scratch;
+    size_t scratch_bytes;
+    std::atomic<bool> out_of_memory{false};
 };
 
 int64_t seen(const int32_t *offsets, const int32_t *runs, int32_t group) {
@@ -117,7 +138,7 @@ void find_key_norms(Prepared &s) {
     } context{s, parts, chunks};
     run_items(
         s.threads, static_cast<int64_t>(parts.size()),
-        [](void *raw, int64_t i, int64_t) {
+        [](void *raw, int64_t i) {
             auto &c = *static_cast<Context *>(raw);
             const int64_t head = i / c.chunks, first = i % c.chunks * NORM_CHUNK;
             const int64_t b = head / c.s.call.problem.kv_heads;
@@ -164,7 +185,7 @@ void pool_keys(Prepared &s) {
     } context{s, items};
     run_items(
         s.threads, static_cast<int64_t>(items.size()),
-        [](void *raw, int64_t i, int64_t) {
+        [](void *raw, int64_t i) {
             auto &c = *static_cast<Context *>(raw);
             const Item &item = c.items[i];
             const Pattern &pattern = c.s.patterns[item.entry];
@@ -177,15 +198,19 @@ void pool_keys(Prepared &s) {
 }
 
 void run_tasks(Prepared &s) {
-    for (int64_t i = 0; i < s.threads; i++)
-        s.scratch.push_back(allocate(static_cast<size_t>(s.variant->scratch_bytes(s.call))));
+    s.scratch_bytes = static_cast<size_t>(s.variant->scratch_bytes(s.call));
     run_items(
         s.threads, static_cast<int64_t>(s.tasks.size()),
-        [](void *raw, int64_t i, int64_t worker) {
+        [](void *raw, int64_t i) {
             auto &s = *static_cast<Prepared *>(raw);
-            s.variant->attend(s.call, s.tasks[i], s.scratch[worker].get());
+            void *scratch = scratch_of_thread(s.scratch_bytes);
+            if (scratch)
+                s.variant->attend(s.call, s.tasks[i], scratch);
+            else
+                s.out_of_memory = true;
         },
         &s);
+    if (s.out_of_memory) throw std::bad_alloc();
 }
 
 const Variant *choose(int64_t wanted) {

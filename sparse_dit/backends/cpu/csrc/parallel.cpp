@@ -14,17 +14,16 @@ using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
 struct Items {
-    std::atomic<int64_t> next{0}, workers{0};
+    std::atomic<int64_t> next{0};
     int64_t count;
-    void (*item)(void *, int64_t, int64_t);
+    void (*item)(void *, int64_t);
     void *context;
 };
 
 void work(void *context) {
     auto &items = *static_cast<Items *>(context);
-    const int64_t worker = items.workers.fetch_add(1);
     for (int64_t i; (i = items.next.fetch_add(1)) < items.count;)
-        items.item(items.context, i, worker);
+        items.item(items.context, i);
 }
 
 void run_on_own_threads(int64_t threads, void (*body)(void *), void *context) {
@@ -50,8 +49,7 @@ void run_parallel(int64_t threads, void (*body)(void *), void *context) {
     run_on_own_threads(threads, body, context);
 }
 
-void run_items(int64_t threads, int64_t count, void (*item)(void *, int64_t, int64_t),
-               void *context) {
+void run_items(int64_t threads, int64_t count, void (*item)(void *, int64_t), void *context) {
     Items items;
     items.count = count;
     items.item = item;

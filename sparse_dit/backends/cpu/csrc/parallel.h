@@ -9,9 +9,7 @@ namespace sparse_dit {
 // How many really run may be fewer: bodies share out work through counters of their own.
 void run_parallel(int64_t threads, void (*body)(void *), void *context);
 
-// Calls `item(context, i, worker)` for every i below `count`, shared out among threads in order.
-// `worker` counts from 0 and is smaller than `threads`.
-void run_items(int64_t threads, int64_t count, void (*item)(void *, int64_t, int64_t),
-               void *context);
+// Calls `item(context, i)` for every i below `count`, shared out among threads in order.
+void run_items(int64_t threads, int64_t count, void (*item)(void *, int64_t), void *context);
 
 }  // namespace sparse_dit
