@@ -1,7 +1,9 @@
 // One task: the rows of a query group against the keys that it sees, with an online softmax.
 
 constexpr float BOUND = 16.f;             // exp(logit) in [2^-16, 2^16] needs no maximum
-constexpr float RESCALE = 1.0995116e12f;  // 2^40: a tile with larger sums moves the maximum
+constexpr float RESCALE = 65536.f;        // a tile with larger sums moves the maximum
+
+constexpr int SEED_KEYS = 4;              // whose largest logit is a first maximum
 
 // A thread's own memory.
 template <class Path>
@@ -166,7 +168,7 @@ struct TaskRun {
             for (int r = 0; r < task.rows; r++) w.neg_max[r] = -lse[query_token(r)] * LOG2E;
         }
         if (p.mass)
-            __builtin_memset(w.blocks, 0, static_cast<size_t>(num_blocks * MAX_ROWS) * 4);
+            __builtin_memset(w.blocks, 0, static_cast<size_t>(num_blocks * rounded_rows()) * 4);
     }
 
     static int32_t clamp(int64_t token) {
@@ -245,6 +247,7 @@ struct TaskRun {
         a.neg_max = neg_max;
         a.stat = w.stat;
         bool done = false;
+        if (!panel.ready && !tile.masked && tile.n > SEED_KEYS) seed_maximum<NV>(tile, rows_k, panel, a, queries);
         if (panel.ready) {
             for (int n = 0; n < NV; n++) store(w.stat + n * W, set1(0.f));
             if (tile.masked)
@@ -259,13 +262,28 @@ struct TaskRun {
         for (int n = 0; n < NV; n++)
             store(sum + n * W, load(sum + n * W) + load(w.stat + n * W));
         if (tile.block >= 0) {
-            float *at = w.blocks + tile.block * MAX_ROWS + panel.first;
+            float *at = w.blocks + tile.block * rounded_rows() + panel.first;
             for (int n = 0; n < NV; n++) store(at + n * W, load(at + n * W) + load(w.stat + n * W));
         }
         if (by_lse) return;
         const void *finite[BN];
         if (tile.masked) rows_v = without_nonfinite<NV>(tile, rows_v, finite, panel, o);
         Path::template values<NV>(tile, rows_v, w.p, d, o);
+    }
+
+    // Takes the maximum of a few keys for that of all, which the sums then confirm or don't.
+    template <int NV>
+    void seed_maximum(const Tile &tile, const void *const *rows_k, Panel &panel, Scores a,
+                      const typename Path::Query *queries) {
+        float *neg_max = w.neg_max + panel.first;
+        for (int n = 0; n < NV; n++) store(w.stat + n * W, -load(neg_max + n * W));
+        a.next_k = a.next_v = nullptr;
+        Path::template scores<NV, RAW, false>(tile, rows_k, SEED_KEYS, queries, call.problem.channels, w.s,
+                                              w.p, a);
+        for (int lane = 0; lane < panel.rows; lane++)
+            if (!(__builtin_fabsf(w.stat[lane]) < INF)) return;
+        for (int n = 0; n < NV; n++) store(neg_max + n * W, -load(w.stat + n * W));
+        panel.ready = true;
     }
 
     template <int NV>
@@ -303,7 +321,7 @@ struct TaskRun {
                 store(at, load(at) * alpha);
             }
             for (int64_t block = 0; block < num_blocks; block++) {
-                float *at = w.blocks + block * MAX_ROWS + panel.first + n * W;
+                float *at = w.blocks + block * rounded_rows() + panel.first + n * W;
                 store(at, load(at) * alpha);
             }
         }
@@ -349,10 +367,15 @@ struct TaskRun {
 
     void finish() {
         const Problem &p = call.problem;
-        const int64_t d = p.channels;
         const int64_t first = (static_cast<int64_t>(task.batch) * p.heads + task.head) * p.queries;
+        if (!by_lse) write_rows(first);
         if (p.mass) add_mass();
-        if (by_lse) return;
+    }
+
+    // Outputs and LSE; `first` is where the LSE of the head begins.
+    void write_rows(int64_t first) {
+        const Problem &p = call.problem;
+        const int64_t d = p.channels;
         for (int i = 0; i < num_panels; i++) {
             const Panel &panel = panels[i];
             const int lanes = panel.vectors * W;
@@ -379,14 +402,21 @@ struct TaskRun {
         }
     }
 
+    // Sums of each block over the rows, divided by the sums of all weights.
     void add_mass() {
-        for (int r = 0; by_lse && r < task.rows; r++) w.sum[r] = w.sum[r] != 0.f ? 1.f : 0.f;
+        const int lanes = rounded_rows();
+        for (int r = 0; r < lanes; r++) {
+            const bool seen = r < task.rows && w.sum[r] != 0.f;
+            w.neg_max[r] = !seen ? 0.f : by_lse ? 1.f : 1.f / w.sum[r];
+        }
         for (int64_t block = 0; block < num_blocks; block++) {
-            const float *at = w.blocks + block * MAX_ROWS;
-            float total = 0;
-            for (int r = 0; r < task.rows; r++)
-                if (w.sum[r] != 0.f && at[r] != 0.f) total += at[r] / w.sum[r];
-            task.mass[block] = total;
+            const float *at = w.blocks + block * lanes;
+            V total = set1(0.f);
+            for (int r = 0; r < lanes; r += W) {
+                const VI real = load_int(w.limit + r) >= 0;  // other lanes may hold NaN
+                total = fma((V)(real & (VI)load(at + r)), load(w.neg_max + r), total);
+            }
+            task.mass[block] = lane_sum(total);
         }
     }
 };
