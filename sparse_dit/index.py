@@ -298,7 +298,7 @@ def _text_spans(order: TileOrder, n: int) -> list[tuple[int, int]]:
     return [(0, order.text_before), (end, n)]
 
 
-def _runs_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def runs_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Runs of true in each row of bool `[n, C]`: row, first and last + 1 of each run, in order."""
     edge = torch.nn.functional.pad(rows, (1, 1)).to(torch.int8).diff(dim=1)
     row, first = (edge == 1).nonzero(as_tuple=True)
@@ -311,7 +311,7 @@ def _merge(
 ) -> tuple[Tensor, Tensor]:
     """Key runs of every group: text, the cells its tile sees, text; text groups see everything."""
     (_, before), (after, n) = text
-    row, first, last = _runs_of(exact)
+    row, first, last = runs_of(exact)
     start, stop = cells[first], cells[last]
     tiles = torch.arange(exact.shape[0])
     if before:
@@ -354,7 +354,7 @@ def _spread(counts: Tensor, owner: Tensor, extra: int) -> tuple[Tensor, Tensor]:
 
 def _far_field(exact: Tensor, cells: Tensor, owner: Tensor) -> FarField:
     """Pooled form of all cells that a group's tile doesn't see; text groups see everything exactly."""
-    row, first, last = _runs_of(~exact)
+    row, first, last = runs_of(~exact)
     counts = torch.bincount(row, minlength=exact.shape[0])
     runs = torch.stack([first, last - first], 1)
     keep = owner >= 0

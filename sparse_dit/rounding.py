@@ -1,4 +1,5 @@
-"""Key runs rounded up to uniform blocks, for kernels that compute whole tiles (Triton, FlexAttention).
+"""Key runs rounded up to uniform blocks, for kernels that compute whole tiles (Triton, FlexAttention); and
+back: lists of blocks, partial ones with their masks, as key runs.
 
 A block is full if all of its rows see all of its keys: no mask is needed. It is partial if some do: then
 its exact mask comes along as bits. So the result computes what the index says, no more and no less, while
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .index import PatternIndex
+from .index import MAX_GROUP, PatternIndex, runs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,88 @@ def to_blocks(entry: PatternIndex, block_q: int, block_k: int) -> BlockIndex:
     return BlockIndex(
         block_q, block_k, full_offsets, full, partial_offsets, partial, bits, listed / (n * m)
     )
+
+
+def from_blocks(
+    blocks: BlockIndex,
+    num_queries: int,
+    num_keys: int,
+    *,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
+) -> PatternIndex:
+    """The inverse of `to_blocks`: lists of blocks from anywhere, for kernels that read key runs.
+
+    Neighbouring rows that see the same keys become one group, so that masks inside partial blocks are kept
+    to the token. A block whose rows all differ becomes groups of one row each: right, but slow.
+
+    Args:
+        blocks: Full and partial blocks of sorted positions; `density` isn't read.
+        num_queries, num_keys: N and M.
+        q_order, k_order: int32 `[N]`, `[M]`: the token at each sorted position; None if tokens stay in
+            place.
+
+    Raises:
+        ValueError: If the lists don't fit N and M.
+    """
+    _check(blocks, num_queries, num_keys)
+    offsets, counts, runs = [torch.zeros(1, dtype=torch.int64)], [], []
+    for row in range(-(-num_queries // blocks.block_q)):
+        start = row * blocks.block_q
+        seen, sizes = torch.unique_consecutive(
+            _mask_of_row(blocks, row, min(num_queries - start, blocks.block_q), num_keys),
+            return_counts=True,
+            dim=0,
+        )
+        parts = (sizes + MAX_GROUP - 1) // MAX_GROUP
+        seen = seen.repeat_interleave(parts, 0)
+        first = torch.cat([torch.arange(0, int(n), MAX_GROUP) for n in sizes])
+        begin = start + first + (sizes.cumsum(0) - sizes).repeat_interleave(parts)
+        offsets.append(torch.cat([begin[1:], torch.tensor([start + int(sizes.sum())])]))
+        owner, low, high = runs_of(seen)
+        counts.append(torch.bincount(owner, minlength=len(seen)))
+        runs.append(torch.stack([low, high - low], 1))
+    run_offsets = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+    return PatternIndex(
+        num_queries,
+        num_keys,
+        q_order,
+        k_order,
+        torch.cat(offsets).int(),
+        run_offsets.int(),
+        torch.cat(runs).int(),
+    )
+
+
+def _mask_of_row(blocks: BlockIndex, row: int, queries: int, num_keys: int) -> Tensor:
+    """What the queries of one row of blocks see, bool `[queries, num_keys]`."""
+    size = blocks.block_k
+    mask = torch.zeros(queries, -(-num_keys // size), size, dtype=torch.bool)
+    mask[:, blocks.full[blocks.full_offsets[row] : blocks.full_offsets[row + 1]].long()] = True
+    listed = slice(int(blocks.partial_offsets[row]), int(blocks.partial_offsets[row + 1]))
+    bits = (blocks.bits[listed, :queries, :, None] >> torch.arange(32) & 1).flatten(2)
+    mask[:, blocks.partial[listed].long()] = bits[..., :size].bool().transpose(0, 1)
+    return mask.flatten(1)[:, :num_keys]
+
+
+def _check(blocks: BlockIndex, num_queries: int, num_keys: int) -> None:
+    """Raise ValueError unless the lists fit N and M."""
+    if min(num_queries, num_keys, blocks.block_q, blocks.block_k) < 1:
+        raise ValueError("sizes of blocks, queries and keys must be at least 1")
+    rows, columns = -(-num_queries // blocks.block_q), -(-num_keys // blocks.block_k)
+    for name in ("full", "partial"):
+        offsets, listed = getattr(blocks, f"{name}_offsets").long(), getattr(blocks, name).long()
+        fits = len(offsets) == rows + 1 and offsets[0] == 0 and offsets[-1] == len(listed)
+        if not fits or (offsets.diff() < 0).any():
+            raise ValueError(
+                f"{name}_offsets must rise from 0 to the {len(listed)} listed blocks in {rows + 1} "
+                f"steps, for {num_queries} queries in blocks of {blocks.block_q}"
+            )
+        if len(listed) and not 0 <= int(listed.min()) <= int(listed.max()) < columns:
+            raise ValueError(f"{name} must hold blocks 0 to {columns - 1}, got {listed.unique()}")
+    shape = (len(blocks.partial), blocks.block_q, -(-blocks.block_k // 32))
+    if tuple(blocks.bits.shape) != shape:
+        raise ValueError(f"bits must have shape {shape}, got {tuple(blocks.bits.shape)}")
 
 
 def _csr(mask: Tensor) -> tuple[Tensor, Tensor]:
