@@ -1,13 +1,16 @@
 """One dense generation for profiling and tuning, and played-back beginnings: the same, but cheaper."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.generation import generate as run
 from sparse_dit.index import seen_cells
-from sparse_dit.integrations.diffusers import attachment_of
+from sparse_dit.integrations.diffusers import attachment_of, self_attention_layers
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
@@ -128,7 +131,8 @@ def test_playback_gives_the_same_video_and_leaves_the_transformer_as_it_was(pipe
 
 def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
     stages = stages_of([1.0, 0.8, 0.3])
-    options = (pipe, "transformer", stages, CASES[0], SHORT)
+    layers = list(self_attention_layers(pipe.transformer))
+    options = (pipe, "transformer", stages, layers, CASES[0], SHORT)
     ours = sensitivity.sensitivity(*options)
 
     def whole(transformer, outputs, intercept):
@@ -136,6 +140,30 @@ def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
 
     monkeypatch.setattr(sensitivity, "replaying", whole)
     assert sensitivity.sensitivity(*options) == ours
+    assert len(ours.layers) == len(layers) and sum(ours.layers) == pytest.approx(1)
+
+
+def test_a_layer_that_moves_nothing_has_no_share(pipe):
+    layers = list(self_attention_layers(pipe.transformer))
+    deaf = copy.deepcopy(pipe.transformer)
+    silent = deaf.get_submodule(layers[0]).to_out[0]
+    with torch.no_grad():
+        silent.weight.zero_()
+    whole = WanPipeline(**{**pipe.components, "transformer": deaf})
+    found = sensitivity.sensitivity(
+        whole, "transformer", stages_of([1.0, 0.4]), layers, CASES[0], SHORT
+    )
+    assert found.layers[0] == 0 and min(found.layers[1:]) > 0
+
+
+def test_layers_are_probed_in_groups_of_neighbours():
+    names = [f"blocks.{n}" for n in range(30)]
+    groups = sensitivity._groups(names)
+    assert [name for group in groups for name in group] == names
+    assert len(groups) == sensitivity.LAYER_GROUPS and max(map(len, groups)) == 4
+    shares = sensitivity._shares([(names[:2], 3.0), (names[2:3], None), (names[3:4], 1.0)])
+    assert shares == [0.375, 0.375, 0, 0.25]
+    assert sensitivity._shares([(names[:4], 0.0)]) == [0.25] * 4
 
 
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.num_video], ids=str)

@@ -15,7 +15,7 @@ from sparse_dit.search.candidates import tilings
 from sparse_dit.search.cells import cell_sums, cell_table, sample_rows
 from sparse_dit.search.cost import CostTable, break_even_tokens, measure_cost, rising
 from sparse_dit.search.profile import ComponentProfile
-from sparse_dit.search.sensitivity import filled
+from sparse_dit.search.sensitivity import Sensitivity, filled
 from sparse_dit.search.solve import (
     Problem,
     at_price,
@@ -30,6 +30,9 @@ from sparse_dit.search.statistics import density, discover, empty_statistics
 
 PATTERNS = (Pattern(Dense()), Pattern(Skip()), Pattern(Window(0)), Pattern(Window(1), far=True))
 LAYOUT = TokenLayout.video(8, 16, 16)
+
+
+MATTERS = Sensitivity([2.0, 0.5], [0.5, 0.5])
 
 
 def _problem(units=4, candidates=4, seed=0, other=0.5):
@@ -237,10 +240,13 @@ def _profile(layers=("blocks.0.attn1", "blocks.1.attn1"), heads=2, sigmas=(0.9, 
 
 def test_the_problem_weighs_heads_by_their_output_and_stages_by_their_calls():
     profile = _profile()
-    task = problem(profile, stages_of(profile.sigmas), [2.0, 0.5], _table(), [6, 2], 500.0)
+    matters = Sensitivity([2.0, 0.5], [0.75, 0.25])
+    task = problem(profile, stages_of(profile.sigmas), matters, _table(), [6, 2], 500.0)
     assert task.weight.sum() == pytest.approx(1)
     assert task.weight[0] == pytest.approx(6 / 8 / 4)
     assert task.importance.sum() == pytest.approx(2.5)  # each stage's sensitivity, shared out
+    first = [layer == profile.layers[0] for _, layer, _ in task.units]
+    assert task.importance[torch.tensor(first)].sum() == pytest.approx(0.75 * 2.5)
     assert task.dense_seconds == pytest.approx(500)
     for unit, (stage, layer, head) in enumerate(task.units):
         patterns = profile.candidates(stage, layer)[head]
@@ -255,7 +261,7 @@ def test_the_problem_weighs_heads_by_their_output_and_stages_by_their_calls():
 def test_a_dense_head_costs_what_runs_it():
     table = dataclasses.replace(_table(), dense_head=4.0)
     profile = _profile()
-    task = problem(profile, stages_of(profile.sigmas), [2.0, 0.5], table, [6, 2], 500.0)
+    task = problem(profile, stages_of(profile.sigmas), MATTERS, table, [6, 2], 500.0)
     dense = torch.zeros(len(task.units), dtype=torch.int64)
     assert evaluate(task, dense).seconds == pytest.approx(500)  # stock attention in every layer
     one = dense.clone()
@@ -267,7 +273,7 @@ def test_a_dense_head_costs_what_runs_it():
 
 def test_heads_that_give_zero_make_no_nan():
     profile = _profile(zero=True)
-    task = problem(profile, stages_of(profile.sigmas), [1.0, 1.0], _table(), [1, 1], 100.0)
+    task = problem(profile, stages_of(profile.sigmas), MATTERS, _table(), [1, 1], 100.0)
     choice = Objective(max_error=0.1).choose(task, 0.0)
     assert choice.error == 0 and choice.seconds < task.dense_seconds
 

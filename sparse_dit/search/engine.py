@@ -144,10 +144,9 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     table = _cost(components(run.pipe)[run.component], part, run.backend)
     clock.lap("cost")
     stages = stages_of(part.sigmas)
-    say("measuring how much each noise level matters")
-    weights = sensitivity(
-        run.pipe, run.component, stages, run.calibration[-1], reduced(settings, len(stages))
-    )
+    say("measuring how much each noise level and layer matters")
+    small = reduced(settings, len(stages))
+    weights = sensitivity(run.pipe, run.component, stages, part.layers, run.calibration[-1], small)
     clock.lap("sensitivity")
     references = _references(run, profiled)
     clock.lap("references")

@@ -12,6 +12,7 @@ from ..integrations.diffusers import components
 from ..plan import config_hash
 from .profile import ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
+from .projection import projections
 from .recorder import Recorder
 from .verify import dense_reference
 
@@ -126,7 +127,14 @@ def _run(pipe: Any, profile: Profile, phase: _Phase) -> None:
         rows = max(1, round(rows * settings.steps / steps))
         settings = replace(settings, steps=steps)
     recorders = {
-        name: Recorder(part, phase.kind, rows, phase.case.seed, alternate=steps is not None)
+        name: Recorder(
+            part,
+            phase.kind,
+            rows,
+            phase.case.seed,
+            alternate=steps is not None,
+            projections=projections(components(pipe)[name], part.num_heads),
+        )
         for name, part in profile.components.items()
     }
     made = dense_reference(pipe, phase.case, settings, recorders)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..generation import Case
 from ..version import VERSION
+from .sensitivity import Sensitivity
 from .tune import Session
 
 LIBRARIES = ("torch", "diffusers", "transformers")
@@ -19,7 +20,7 @@ def provenance(
     session: Session,
     calibration: Sequence[Case],
     held_out: Sequence[Case],
-    sensitivity: Sequence[float],
+    sensitivity: Sensitivity,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """JSON-ready `provenance` of a plan, less what `Session.plan` wrote.
@@ -27,7 +28,7 @@ def provenance(
     Args:
         session: What was chosen from.
         calibration, held_out: Cases that were profiled, and that the plan was verified on.
-        sensitivity: Of each stage.
+        sensitivity: Of stages and layers.
         seconds: Of the search, by phase.
     """
     cases = {"calibration": calibration, "held_out": held_out}
@@ -44,6 +45,9 @@ def provenance(
         "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
         "profile_steps": session.profile.settings.steps,
         "profile_rows": session.profile.rows,
-        "sensitivity": [float(f"{weight:.6g}") for weight in sensitivity],
+        "sensitivity": {
+            "stages": [float(f"{weight:.6g}") for weight in sensitivity.stages],
+            "layers": [round(share, 6) for share in sensitivity.layers],
+        },
         "search_seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Recorder:
         seed: Of the sampling.
         alternate: Record every other forward: one half of guidance at one step, the other half at the
             next. Forwards of a pipeline that has no halves are all recorded.
+        projections: For each layer `[H, D, D]` that values are multiplied by, so that errors are those
+            behind the output projection; see `projections`.
 
     Attributes:
         seconds: Spent on recording.
@@ -53,11 +55,13 @@ class Recorder:
         seed: int,
         *,
         alternate: bool = False,
+        projections: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.profile = profile
         self.phase = phase
         self.rows = rows
         self.alternate = alternate
+        self.projections = projections or {}
         self.generator = torch.Generator().manual_seed(seed)
         self.seconds = 0.0
 
@@ -90,11 +94,15 @@ class Recorder:
         scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
         repeat = call.q.shape[2] // call.k.shape[2]
         record = self._find if self.phase == "find" else self._score
+        behind = self.projections.get(call.layer)
         for batch in range(call.q.shape[0]):
             valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
             q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
             for head in range(q.shape[1]):
-                parts = (q[:, head], k[:, head // repeat], v[:, head // repeat])
+                values = v[:, head // repeat]
+                if behind is not None:
+                    values = values.float() @ behind[head]
+                parts = (q[:, head], k[:, head // repeat], values)
                 sampled = sampled_rows(*parts, rows, scale, valid)
                 sums = {
                     tile: sampled.by_cells(cell_table(layout, tile)) for tile in tilings(layout)

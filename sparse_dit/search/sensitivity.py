@@ -1,4 +1,4 @@
-"""How much an error in attention moves the final video, by noise level: measured, not assumed.
+"""How much an error in attention moves the final video, by noise level and layer: measured, not assumed.
 
 Every head gets the same local pattern at the noise levels of one stage, and both its error and the change
 of the finished video are measured. A pattern's error is alike at every step and smooth over the video, which
@@ -9,8 +9,9 @@ there is played back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,28 @@ from ..plan import Stage
 from .cost import nearest_tiles
 from .playback import recording, replaying
 
+WHOLE = Stage(1.0, 0.0)
+LAYER_GROUPS = 8
 PROBE_BUDGET = 0.25  # share of the pairs that the probing pattern computes
 
 
 class _Probe:
-    """An intercept that computes a local pattern while sigma is inside a stage, and notes its error."""
+    """An intercept that computes a local pattern while sigma is inside a stage, and notes its error.
 
-    def __init__(self, stage: Stage) -> None:
+    Args:
+        stage: Noise levels to disturb.
+        layers: Module paths of the layers to disturb; None for all.
+    """
+
+    def __init__(self, stage: Stage, layers: Collection[str] | None = None) -> None:
         self.stage = stage
+        self.layers = layers
         self.errors: list[float] = []
 
     def __call__(self, call: AttentionCall) -> Tensor:
         out = call.stock()
+        if self.layers is not None and call.layer not in self.layers:
+            return out
         sigma, layout = call.context.sigma, call.context.layout
         if sigma is None or layout is None or not self.stage.covers(sigma, "any"):
             return out
@@ -67,25 +78,38 @@ def reduced(settings: GenerationSettings, stages: int) -> GenerationSettings:
     )
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much an error moves the video.
+
+    Args:
+        stages: For each noise level the mean squared change of the video (in 0..1) for a squared relative
+            error of 1 in every head.
+        layers: For each layer its share in that; sums to 1.
+    """
+
+    stages: list[float]
+    layers: list[float]
+
+
 def sensitivity(
     pipe: Any,
     component: str,
     stages: Sequence[Stage],
+    layers: Sequence[str],
     case: Case,
     settings: GenerationSettings,
-) -> list[float]:
-    """Mean squared change of the video (in 0..1) for a squared relative error of 1 in every head.
+) -> Sensitivity:
+    """Disturb every noise level in turn, then every layer (groups of neighbours, if there are many).
 
     Args:
         pipe: Stock pipeline.
         component: Which transformer is probed.
-        stages: Noise levels to test, one after the other.
+        stages: Noise levels to test, one after the other. One that no step of these runs falls into gets
+            the larger number of the nearest on both sides.
+        layers: Module paths, in order of execution.
         case: What to generate.
         settings: Size and steps of these runs; see `reduced`.
-
-    Returns:
-        One number a stage. A stage that no step of these runs falls into gets the larger number of the
-        nearest stages on both sides.
 
     Raises:
         ValueError: If the pipeline gives NaN or Inf.
@@ -98,18 +122,39 @@ def sensitivity(
             f"the stock pipeline gives NaN or Inf for {case.prompt!r} at "
             f"{settings.width}x{settings.height}: it is broken at this size or dtype"
         )
-    result: list[float | None] = []
-    for stage in stages:
+
+    def probe(stage: Stage, names: Collection[str] | None = None) -> float | None:
         start = next((n for n, (s, _) in enumerate(record) if stage.covers(s, "any")), None)
         if start is None:
-            result.append(None)
-            continue
-        probe = _Probe(stage)
-        with replaying(transformer, [output for _, output in record[:start]], probe):
+            return None
+        intercept = _Probe(stage, names)
+        with replaying(transformer, [output for _, output in record[:start]], intercept):
             video, _ = generate(pipe, case, settings)
+        if not intercept.errors:
+            return None
         change = float(np.mean((video - clean) ** 2))
-        result.append(change / max(float(np.mean(probe.errors)), 1e-12) if probe.errors else None)
-    return filled(result)
+        return change / max(float(np.mean(intercept.errors)), 1e-12)
+
+    return Sensitivity(
+        filled([probe(stage) for stage in stages]),
+        _shares([(group, probe(WHOLE, group)) for group in _groups(layers)]),
+    )
+
+
+def _groups(layers: Sequence[str]) -> list[Sequence[str]]:
+    """Neighbouring layers, in at most `LAYER_GROUPS` groups of about equal size."""
+    count = min(LAYER_GROUPS, len(layers))
+    bounds = [len(layers) * n // count for n in range(count + 1)]
+    return [layers[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _shares(groups: Sequence[tuple[Sequence[str], float | None]]) -> list[float]:
+    """The groups' sensitivities as shares of single layers; equal ones if none could be told."""
+    total = sum(value or 0.0 for _, value in groups)
+    if total <= 0:
+        count = sum(len(names) for names, _ in groups)
+        return [1 / count] * count
+    return [(value or 0.0) / total / len(names) for names, value in groups for _ in names]
 
 
 def filled(values: Sequence[float | None]) -> list[float]:

@@ -19,6 +19,7 @@ from ..patterns import Pattern
 from ..plan import Stage
 from .cost import CostTable
 from .profile import ComponentProfile, bounds_of
+from .sensitivity import Sensitivity
 from .statistics import density
 
 
@@ -100,7 +101,7 @@ def stages_of(sigmas: Sequence[float]) -> tuple[Stage, ...]:
 def problem(
     profile: ComponentProfile,
     stages: tuple[Stage, ...],
-    sensitivity: Sequence[float],
+    sensitivity: Sensitivity,
     table: CostTable,
     calls: Sequence[int],
     dense_generation: float,
@@ -110,7 +111,7 @@ def problem(
     Args:
         profile: Scored heads.
         stages: One for each recorded noise level.
-        sensitivity: Of each stage; see `sensitivity`.
+        sensitivity: Of stages and layers.
         table: Measured seconds of a head.
         calls: For each stage the forwards of a generation that fall into it, times the batch.
         dense_generation: Seconds of a whole dense generation.
@@ -119,6 +120,7 @@ def problem(
     table_: dict[str, list[Tensor]] = {"seconds": [], "error": [], "density": [], "recall": []}
     total = max(1, sum(calls)) * len(profile.layers) * profile.num_heads
     layout = profile.known_layout
+    matters = dict(zip(profile.layers, sensitivity.layers, strict=True))
     for stage, layer in itertools.product(range(len(stages)), profile.layers):
         scores = profile.scores[stage, layer]
         share = scores["norm"] / scores["norm"].sum().clamp_min(1e-20)
@@ -131,7 +133,7 @@ def problem(
             table_["seconds"].append(torch.tensor([cost], dtype=torch.float64))
             units.append((stage, layer, head))
             candidates.append(patterns)
-            importance.append(sensitivity[stage] * share[head].item() / len(profile.layers))
+            importance.append(sensitivity.stages[stage] * matters[layer] * share[head].item())
             weight.append(calls[stage] / total)
             stock.append(table.dense * calls[stage])
     columns = {name: torch.cat(parts).double() for name, parts in table_.items()}

@@ -1,0 +1,45 @@
+"""What an error in a head's output becomes behind the layer's output projection.
+
+Heads' outputs are concatenated and multiplied by one matrix. An error e of head h contributes W_h e, so its
+size is that of e times the symmetric root of W_h^T W_h: with values multiplied by that root, everything that
+is measured of a head is measured behind the projection, at no cost a candidate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.diffusers import self_attention_layers
+
+
+def projections(transformer: nn.Module, num_heads: int) -> dict[str, Tensor]:
+    """For each attention layer with an output projection of its own, `[H, D, D]` float32: symmetric roots.
+
+    A layer without one (blocks that project attention together with their MLP) is left out: its errors are
+    then those of the heads' outputs as they are.
+
+    Args:
+        transformer: Of a supported class.
+        num_heads: H.
+    """
+    result = {}
+    for path, layer in self_attention_layers(transformer).items():
+        weight = _weight(layer)
+        if weight is not None and weight.ndim == 2 and weight.shape[1] % num_heads == 0:
+            heads = weight.detach().to("cpu", torch.float64).unflatten(1, (num_heads, -1))
+            gram = torch.einsum("ohd,ohe->hde", heads, heads)
+            values, vectors = torch.linalg.eigh(gram)
+            root = vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.mT
+            result[path] = root.float()
+    return result
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    """Weight of the layer's output projection `[model width, H * D]`, in diffusers' usual place."""
+    out = getattr(layer, "to_out", None)
+    if isinstance(out, nn.ModuleList | nn.Sequential) and len(out):
+        out = out[0]
+    weight = getattr(out, "weight", None)
+    known = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+    return weight if known else None
