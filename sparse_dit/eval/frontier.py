@@ -1,0 +1,184 @@
+"""Quality over density: our plans and the published methods' best, on the same held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..generation import Case, GenerationSettings
+from ..search.engine import search_plan
+from ..search.rivals import METHODS, SOURCES, plan_at, score_rivals
+from .provenance import environment
+from .quality import Quality, evaluate
+
+Say = Callable[[str], None]
+FORMAT = "sparse_dit frontier 1"
+
+
+@dataclass(frozen=True)
+class FrontierRequest:
+    """What to compare.
+
+    Args:
+        calibration, held_out: Cases to search on, and to measure on.
+        settings: Size, steps, guidance.
+        densities: Shares of the pairs, each in (0, 1).
+        methods: Some of `METHODS`.
+        file: JSON of the rows; one that is there is gone on with.
+
+    Raises:
+        ValueError: If anything is out of range.
+    """
+
+    calibration: Sequence[Case]
+    held_out: Sequence[Case]
+    settings: GenerationSettings
+    densities: Sequence[float]
+    methods: Sequence[str]
+    file: Path
+
+    def __post_init__(self) -> None:
+        if not self.densities or not all(0 < d < 1 for d in self.densities):
+            raise ValueError(f"densities must lie between 0 and 1, got {list(self.densities)}")
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"methods must be among {list(METHODS)}, got {sorted(unknown)}")
+        if not self.held_out:
+            raise ValueError("measuring needs at least one held-out prompt, got none")
+        if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
+            raise ValueError(
+                f"held-out prompts must not be calibration prompts: {sorted(shared)[:3]}"
+            )
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What rows of one file have in common."""
+        return {
+            "settings": self.settings.to_dict(),
+            "calibration": [[c.prompt, c.seed] for c in self.calibration],
+            "held_out": [[c.prompt, c.seed] for c in self.held_out],
+        }
+
+
+def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, Any]]:
+    """Measure every method at every density; rows are in the file as soon as they are measured.
+
+    Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, seconds,
+    dense_seconds; a method that has no plan at a density has a row with `"none"`.
+
+    Raises:
+        ValueError: If the file holds rows of other conditions.
+    """
+    rows = _started(request)
+    wanted = [(d, m) for d in request.densities for m in request.methods]
+    done = {(row["target"], row["method"]) for row in rows}
+    todo = [pair for pair in wanted if pair not in done]
+    if not todo:
+        return rows
+    profile = request.file.with_suffix(".profile.safetensors")
+    searched = search_plan(
+        pipe,
+        request.calibration,
+        settings=request.settings,
+        max_error=0.5,
+        tune_on="calibration",
+        profile=profile,
+        report=say,
+    )
+    ((component, part),) = searched.profile.components.items()
+    say("scoring the rivals' patterns")
+    scores = score_rivals(pipe, component, part, request.calibration[-1], request.settings)
+    before: Quality | None = None
+    for number, (target, method) in enumerate(todo, 1):
+        say(f"{number}/{len(todo)}: {method} at density {target:g}")
+        plan = plan_at(method, searched, scores, target)
+        row = {"method": method, "source": SOURCES[method], "target": target}
+        if plan is None:
+            rows.append({**row, "none": "no plan of this method is so sparse"})
+        else:
+            before = evaluate(
+                pipe,
+                plan,
+                request.held_out,
+                request.settings,
+                references=before.references if before else None,
+                noise_cases=0 if before else 1,
+                warm_up=before is None,
+            )
+            rows.append({**row, **_measured(before)})
+        _write(request, rows)
+    return rows
+
+
+def _measured(quality: Quality) -> dict[str, Any]:
+    return {
+        "density": round(quality.density, 5),
+        "tokens": quality.tokens,
+        "psnr_db": round(quality.psnr_db, 3),
+        "psnr_min_db": round(quality.psnr_min_db, 3),
+        "ssim": None if quality.ssim is None else round(quality.ssim, 4),
+        "speedup": round(quality.speedup, 4),
+        "seconds": round(quality.sparse_seconds, 3),
+        "dense_seconds": round(quality.dense_seconds, 3),
+        "psnr_flat_db": round(quality.psnr_flat_db, 3),
+        "psnr_noise_floor_db": quality.psnr_noise_floor_db,
+    }
+
+
+def _started(request: FrontierRequest) -> list[dict[str, Any]]:
+    if not request.file.exists():
+        return []
+    try:
+        data = json.loads(request.file.read_text())
+        known = data["format"] == FORMAT and isinstance(data["rows"], list)
+        same = data["conditions"] == request.conditions
+    except (ValueError, LookupError, TypeError):
+        known = same = False
+    if not known:
+        raise ValueError(f"{request.file} is no frontier file; name another")
+    if not same:
+        raise ValueError(
+            f"{request.file} holds rows of other prompts or settings; name another file"
+        )
+    return data["rows"]
+
+
+def _write(request: FrontierRequest, rows: list[dict[str, Any]]) -> None:
+    data = {
+        "format": FORMAT,
+        "conditions": request.conditions,
+        "provenance": environment("cpu"),
+        "rows": rows,
+    }
+    request.file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = request.file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, request.file)
+
+
+def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:
+    """PSNR over density, a line for each method; the flat image's PSNR beside it."""
+    measured = [row for row in rows if "psnr_db" in row]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in measured)):
+        points = sorted((r["density"], r["psnr_db"]) for r in measured if r["method"] == method)
+        width = 2.5 if method == "searched" else 1.2
+        axes.plot(
+            *zip(*points, strict=True), marker="osD^vPX*"[number % 8], linewidth=width, label=method
+        )
+    if measured:
+        axes.axhline(measured[0]["psnr_flat_db"], color="black", linestyle=":", label="flat image")
+        axes.legend(frameon=False, fontsize=8)
+        axes.set_title(f"{measured[0]['tokens']:,} tokens, held-out prompts", fontsize=9)
+    axes.set_xlabel("density (computed pairs / all pairs)")
+    axes.set_ylabel("PSNR against dense, dB")
+    axes.grid(alpha=0.2)
+    return figure

@@ -1,0 +1,223 @@
+"""Each rival's plan of least forecast damage at a density: its best parameters, by the calibration data.
+
+Every rival may run the first noise levels dense, as the published ones do, if that serves it better: the
+others then get what is left of the density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...plan import HeadChoice, Plan
+from ..assemble import plan_of
+from ..baselines import random_choice
+from ..candidates import DENSE
+from ..engine import Searched
+from ..solve import evaluate
+from .families import MODE_BUDGETS
+from .scores import RivalScores
+
+RANDOM_DRAWS = 400  # ten times the choices that a search of ours evaluates
+LAMBDAS = (0.0, 0.1, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """One rival's task. S noise levels, L layers, H heads.
+
+    Args:
+        scores: Of the rivals' patterns.
+        importance: `[S, L, H]`, expected change of the video for a squared relative error of 1.
+        share: `[S]`, share of each level in the attention calls.
+        target: Density not to exceed.
+    """
+
+    scores: RivalScores
+    importance: Tensor
+    share: Tensor
+    target: float
+
+    def levels(self) -> list[tuple[int, float]]:
+        """Numbers of first levels that may be dense, with the density left for the others."""
+        result = []
+        for warm in range(len(self.share)):
+            dense = self.share[:warm].sum().item()
+            if dense < self.target:
+                result.append((warm, (self.target - dense) / (1 - dense)))
+        return result
+
+
+_Picked = tuple[float, Tensor]  # damage, pick [S, L, H] with -1 for dense
+
+
+def rival_plan(name: str, searched: Searched, scores: RivalScores, target: float) -> Plan | None:
+    """The plan of a rival at a density not above `target`; None if it has none there.
+
+    Args:
+        name: In `RIVALS`.
+        searched: The search whose profile, sensitivity and stages are used.
+        scores: See `score_rivals`.
+        target: Density.
+    """
+    if name == "random":
+        return _random(searched, target)
+    task, ((component, part),) = searched.problem, searched.profile.components.items()
+    shape = (len(task.stages), len(part.layers), part.num_heads)
+    importance = task.importance.view(shape)
+    share = task.weight.view(shape).sum((1, 2))
+    picked = RIVALS[name](_Case(scores, importance, share / share.sum(), target))
+    if picked is None:
+        return None
+    rows: dict[str, tuple[tuple[HeadChoice, ...], ...]] = {}
+    density = 0.0
+    for place, layer in enumerate(part.layers):
+        stages = []
+        for level in range(shape[0]):
+            heads = []
+            for head in range(shape[2]):
+                number = int(picked[1][level, place, head])
+                pattern = DENSE if number < 0 else scores.patterns[level, layer, head][number]
+                dens = 1.0 if number < 0 else scores.density[level, place, head, number].item()
+                density += share[level].item() / share.sum().item() * dens / shape[1] / shape[2]
+                heads.append(HeadChoice(pattern))
+            stages.append(tuple(heads))
+        rows[layer] = tuple(stages)
+    base = searched.plan
+    parts = {component: replace(base.components[component], layers=rows)}
+    return Plan(base.pipeline_class, parts, round(min(1.0, density), 6))
+
+
+def _best(found: list[_Picked]) -> _Picked | None:
+    return min(found, key=lambda picked: picked[0], default=None)
+
+
+def _uniform(family: str) -> Callable[[_Case], _Picked | None]:
+    def choose(case: _Case) -> _Picked | None:
+        """One pattern of the family for all heads."""
+        error, dens = case.scores.error, case.scores.density
+        found = []
+        for warm, left in case.levels():
+            for number in case.scores.places[family]:
+                if dens[0, 0, 0, number] <= left:
+                    pick = torch.full(case.importance.shape, number)
+                    pick[:warm] = -1
+                    damage = (case.importance * error[..., number])[warm:].sum().item()
+                    found.append((damage, pick))
+        return _best(found)
+
+    return choose
+
+
+def _two_classes(case: _Case) -> _Picked | None:
+    """For each head and level the better of a spatial and a temporal band of about equal density."""
+    error, dens, found = case.scores.error, case.scores.density[0, 0, 0], []
+    for warm, left in case.levels():
+        for spatial in case.scores.places["spatial"]:
+            for temporal in case.scores.places["temporal"]:
+                if max(dens[spatial], dens[temporal]) > left:
+                    continue
+                first = error[..., spatial] <= error[..., temporal]
+                pick = torch.where(first, spatial, temporal)
+                pick[:warm] = -1
+                least = torch.minimum(error[..., spatial], error[..., temporal])
+                found.append(((case.importance * least)[warm:].sum().item(), pick))
+    return _best(found)
+
+
+def _blocks(case: _Case) -> _Picked | None:
+    """The same number of blocks for each row of each head."""
+    error, found = case.scores.error, []
+    for warm, left in case.levels():
+        for number in case.scores.places.get("blocks", []):
+            if case.scores.density[..., number].max() <= left:
+                pick = torch.full(case.importance.shape, number)
+                pick[:warm] = -1
+                found.append(((case.importance * error[..., number])[warm:].sum().item(), pick))
+    return _best(found)
+
+
+def _epsilon_lambda(case: _Case) -> _Picked | None:
+    """Sparse-vDiT's rule, arXiv 2506.03065, Alg. 1: of skip, diagonal, multi-diagonal and vertical stripes of
+    one density each, the least `error + lambda * (1 - sparsity)`, and dense if all exceed epsilon.
+
+    The error is relative, as the paper's has no scale, and is that of stock inputs: it isn't fed forward
+    from layer to layer as in the paper. Densities, lambda and epsilon are tried.
+    """
+    places, found = case.scores.places, []
+    dens = case.scores.density
+    for budget in range(len(MODE_BUDGETS)):
+        modes = [places["skip"][0], places["vertical"][budget]]
+        for family in ("spatial", "temporal"):
+            near = (dens[0, 0, 0, places[family]] - MODE_BUDGETS[budget]).abs().argmin()
+            modes.append(places[family][int(near)])
+        for factor in LAMBDAS:
+            loss = case.scores.error[..., modes] + factor * dens[..., modes]
+            least, which = loss.min(-1)
+            pick = torch.tensor(modes)[which]
+            taken = dens.gather(-1, pick[..., None])[..., 0]
+            for epsilon in least.flatten().quantile(torch.linspace(0, 1, 65).double()).tolist():
+                dense = least > epsilon
+                cost = torch.where(dense, 1.0, taken).mean((1, 2)) @ case.share
+                if cost <= case.target:
+                    error = case.scores.error.gather(-1, pick[..., None])[..., 0]
+                    damage = (case.importance * error.masked_fill(dense, 0)).sum().item()
+                    found.append((damage, pick.masked_fill(dense, -1)))
+    return _best(found)
+
+
+def _random(searched: Searched, target: float) -> Plan | None:
+    """The best of many choices by lot, by forecast damage."""
+    task, best = searched.problem, None
+    for seed in range(RANDOM_DRAWS):
+        choice = random_choice(task, target, seed)
+        if choice.density <= target + 0.005 and (best is None or choice.damage < best.damage):
+            best = choice
+    return None if best is None else plan_of(searched, best)
+
+
+def least_damage_at_density(searched: Searched, target: float) -> Plan:
+    """Our own plan at a density: the least damage on the hull."""
+    task = searched.problem
+    low, high = -12.0, 12.0  # log10 of share of the pairs per damage
+    work = task.density * task.weight[:, None]
+    best = evaluate(task, work.argmin(1))
+    for _ in range(60):
+        middle = (low + high) / 2
+        choice = evaluate(task, (work + 10**middle * task.damage).argmin(1))
+        if choice.density <= target:
+            best, low = choice, middle
+        else:
+            high = middle
+    return plan_of(searched, best)
+
+
+RIVALS: dict[str, Callable[[_Case], _Picked | None]] = {
+    "window": _uniform("window"),
+    "two classes": _two_classes,
+    "sliding tile": _uniform("tile"),
+    "radial": _uniform("radial"),
+    "row-wise blocks": _blocks,
+    "epsilon-lambda": _epsilon_lambda,
+}
+METHODS = ("searched", *RIVALS, "random")
+SOURCES: dict[str, str] = {
+    "searched": "ours",
+    "window": "one window for all heads (NATTEN)",
+    "two classes": "spatial or temporal band for each head (Sparse VideoGen)",
+    "sliding tile": "one window of tiles for all heads (Sliding Tile Attention)",
+    "radial": "one radial mask for all heads (Radial Attention)",
+    "row-wise blocks": "top blocks of each row, chosen once (as AdaSpa)",
+    "epsilon-lambda": "five modes by loss and threshold (Sparse-vDiT)",
+    "random": f"the best of {RANDOM_DRAWS} choices by lot from our own candidates",
+}
+
+
+def plan_at(name: str, searched: Searched, scores: RivalScores, target: float) -> Plan | None:
+    """The plan of any of `METHODS` at a density."""
+    if name == "searched":
+        return least_damage_at_density(searched, target)
+    return rival_plan(name, searched, scores, target)

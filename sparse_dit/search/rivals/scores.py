@@ -1,0 +1,138 @@
+"""Errors of the rivals' patterns on sampled rows of a calibration prompt, for every head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...generation import Case, GenerationSettings
+from ...integrations.call import AttentionCall
+from ...integrations.diffusers import components
+from ...patterns import Pattern
+from ..candidates import DENSE, tilings
+from ..cells import cell_table, sample_rows, sampled_rows
+from ..profile import ComponentProfile, bounds_of
+from ..projection import projections
+from ..statistics import density, score
+from ..verify import dense_reference
+from .families import families, row_wise_blocks, vertical_stripes
+
+Unit = tuple[int, str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class RivalScores:
+    """What the rivals' patterns cost and spoil; S noise levels, L layers, H heads, K patterns.
+
+    Args:
+        places: For each family the numbers of its patterns.
+        patterns: For `(level, layer, head)` its K patterns; those of most families are the same for all.
+        error: float64 `[S, L, H, K]`, squared relative error behind the output projection.
+        density: float64 `[S, L, H, K]`.
+    """
+
+    places: dict[str, list[int]]
+    patterns: dict[Unit, list[Pattern]]
+    error: Tensor
+    density: Tensor
+
+
+class _Scorer:
+    """An intercept that adds up the squared errors of given patterns."""
+
+    def __init__(
+        self,
+        profile: ComponentProfile,
+        patterns: Mapping[Unit, list[Pattern]],
+        behind: Mapping[str, Tensor],
+        rows: int,
+        seed: int,
+    ) -> None:
+        self.profile, self.patterns, self.behind, self.rows = profile, patterns, behind, rows
+        self.generator = torch.Generator().manual_seed(seed)
+        count = len(next(iter(patterns.values())))
+        shape = (len(profile.sigmas), len(profile.layers), profile.num_heads)
+        self.error = torch.zeros(*shape, count, dtype=torch.float64)
+        self.norm = torch.zeros(shape, dtype=torch.float64)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        layout, sigma = call.context.layout, call.context.sigma
+        known = layout == self.profile.layout and call.layer in self.profile.layers
+        if known and sigma is not None and call.unsupported is None:
+            level = sum(bound >= sigma for bound in bounds_of(self.profile.sigmas)[1:-1])
+            self._add(call, level)
+        return call.stock()
+
+    def _add(self, call: AttentionCall, level: int) -> None:
+        layout, place = self.profile.known_layout, self.profile.layers.index(call.layer)
+        rows = sample_rows(layout, self.rows, self.generator)
+        scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
+        repeat = call.q.shape[2] // call.k.shape[2]
+        for batch in range(call.q.shape[0]):
+            valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
+            q, k, v = (x[batch].detach().to("cpu", torch.float32) for x in (call.q, call.k, call.v))
+            for head in range(q.shape[1]):
+                values = v[:, head // repeat]
+                if call.layer in self.behind:
+                    values = values @ self.behind[call.layer][head]
+                sampled = sampled_rows(q[:, head], k[:, head // repeat], values, rows, scale, valid)
+                patterns = self.patterns[level, call.layer, head]
+                sums = {t: sampled.by_cells(cell_table(layout, t)) for t in tilings(layout)}
+                error, _, _, norm = score(sums, (DENSE, *patterns), layout)
+                self.error[level, place, head] += error[1:]
+                self.norm[level, place, head] += norm
+
+
+def score_rivals(
+    pipe: Any,
+    component: str,
+    profile: ComponentProfile,
+    case: Case,
+    settings: GenerationSettings,
+    rows: int = 32,
+) -> RivalScores:
+    """Run the stock pipeline once and measure every rival's patterns.
+
+    Args:
+        pipe: Stock pipeline.
+        component: Its transformer's name.
+        profile: Of it; its statistics say which blocks and columns matter.
+        case: Calibration prompt and seed.
+        settings: Size of the profile; runs as many steps as there are noise levels.
+        rows: Sampled query rows for each head, layer, step.
+    """
+    layout = profile.known_layout
+    shared = families(layout)
+    places: dict[str, list[int]] = {}
+    together: list[Pattern] = []
+    for name, found in shared.items():
+        places[name] = list(range(len(together), len(together) + len(found)))
+        together += found
+    patterns = {}
+    for (level, layer), heads in profile.found.items():
+        for number, head in enumerate(heads):
+            statistics = head[tilings(layout)[0]]
+            own = {"vertical": vertical_stripes(statistics["column"], layout)}
+            if "block" in statistics:
+                own["blocks"] = row_wise_blocks(statistics["block"], layout)
+            patterns[level, layer, number] = [*together, *(p for f in own.values() for p in f)]
+    start = len(together)
+    for name, found in own.items():
+        places[name] = list(range(start, start + len(found)))
+        start += len(found)
+    behind = projections(components(pipe)[component], profile.num_heads)
+    scorer = _Scorer(profile, patterns, behind, rows, case.seed)
+    steps = replace(settings, steps=len(profile.sigmas))
+    dense_reference(pipe, case, steps, {component: scorer})
+    dens = torch.zeros_like(scorer.error)
+    for (level, layer, head), listed in patterns.items():
+        dens[level, profile.layers.index(layer), head] = torch.tensor(
+            [density(p, layout) for p in listed], dtype=torch.float64
+        )
+    return RivalScores(
+        places, patterns, scorer.error / scorer.norm[..., None].clamp_min(1e-20), dens
+    )
