@@ -10,19 +10,35 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .bench.command import app as bench
-from .tables import out, show_heads, show_plan, show_quality
+from .eval.cli import evaluation
+from .options import (
+    Device,
+    Dtype,
+    Force,
+    Frames,
+    Guidance,
+    Height,
+    Model,
+    Prompt,
+    Prompts,
+    Seed,
+    Steps,
+    Text,
+    Width,
+    err,
+    say,
+    settings_of,
+)
+from .tables import out, show_heads, show_plan
 
 if TYPE_CHECKING:
     from .doctor import Checkup
-    from .generation import GenerationSettings
-    from .plan import Plan
 
 app = typer.Typer(
     help="Faster video diffusion: search a plan of sparse attention, look at it, measure it.",
@@ -31,21 +47,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(bench, name="bench")
-err = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="Folder (or hub id) of a diffusers pipeline.")]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeatable.")]
-Prompts = Annotated[Path | None, typer.Option(help="File of prompts, one a line.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-Height = Annotated[int | None, typer.Option(help="Pixels.")]
-Width = Annotated[int | None, typer.Option(help="Pixels.")]
-Frames = Annotated[int | None, typer.Option(help="Frames of video.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
-Text = Annotated[int | None, typer.Option(help="Text tokens; the pipeline's own if left out.")]
-Seed = Annotated[int, typer.Option(help="Of the first prompt; the next ones count up.")]
+app.add_typer(evaluation, name="eval")
 
 
 @app.callback()
@@ -106,7 +108,7 @@ def search(
     from .inputs import check_device, check_model, load_pipeline, read_prompts
 
     texts = read_prompts(prompt or [], prompts)
-    settings = _settings({}, height, width, num_frames, steps, guidance, max_sequence_length)
+    settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
     dial = {"target_speedup": target_speedup, "max_error": max_error, "min_psnr": min_psnr}
     from .search import Objective
     from .search import search as find
@@ -130,7 +132,7 @@ def search(
             held_out=later or None,
             settings=settings,
             profile=kept,
-            report=_say,
+            report=say,
             **dial,
         )
     except KeyboardInterrupt:
@@ -168,58 +170,6 @@ def diff(
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     if lines:
         raise typer.Exit(1)
-
-
-@app.command("eval")
-def evaluate(
-    model: Model,
-    plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
-    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("out"),
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    max_sequence_length: Text = None,
-    drawn_clips: Annotated[
-        int, typer.Option(help="Drawn clips for the teacher-forced error (Wan only).", min=0)
-    ] = 0,
-    fps: Annotated[float, typer.Option(help="Of the written videos.")] = 8,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    force: Force = False,
-) -> None:
-    """Measure a plan against dense and write report.html, report.json and videos.
-
-    Prompts and settings that are left out are those that the plan was verified with.
-    """
-    from .eval.command import Request, evaluate_plan
-    from .generation import Case
-    from .inputs import check_device, check_model, load_pipeline, read_prompts
-    from .plan import Plan
-
-    loaded = Plan.from_pretrained(plan)
-    known = loaded.provenance.get("settings") or {}
-    settings = _settings(known, height, width, num_frames, steps, guidance, max_sequence_length)
-    if prompt or prompts:
-        texts = read_prompts(prompt or [], prompts)
-        cases = [Case(text, seed + i) for i, text in enumerate(texts)]
-    else:
-        cases = _held_out(loaded)
-    check_model(model)
-    check_device(device)
-    request = Request(folder, cases, settings, drawn_clips, fps, force)
-    request.check()
-    pipe = load_pipeline(model, device, dtype)
-    command = "sparse-dit " + " ".join(sys.argv[1:])
-    report, files = evaluate_plan(pipe, loaded, request, command, _say)
-    out.print(report.quality.summary, markup=False, highlight=False, soft_wrap=True)
-    show_quality(report)
-    for file in files:
-        out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -303,37 +253,7 @@ def _explain(error: Exception) -> int:
 
 def _resumable(profile: Path) -> None:
     if profile.exists():
-        _say(f"the same command goes on from {profile}")
-
-
-def _say(text: str) -> None:
-    err.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _settings(known: dict[str, Any], *given: Any) -> GenerationSettings:
-    """Settings of the options, filled up with known ones; ValueError if the size isn't known."""
-    from .generation import GenerationSettings
-
-    names = ("height", "width", "num_frames", "steps", "guidance", "max_sequence_length")
-    values = {name: v for name, v in zip(names, given, strict=True) if v is not None}
-    values = {**known, **values}
-    if missing := [f"--{name}" for name in ("height", "width") if name not in values]:
-        raise ValueError(f"give {' and '.join(missing)}: the size of what is generated")
-    return GenerationSettings.from_dict(values)
-
-
-def _held_out(plan: Plan) -> list[Any]:
-    """The cases that a plan was verified with; ValueError if it doesn't name any."""
-    from .generation import Case
-
-    cases = plan.provenance.get("cases")
-    listed = cases.get("held_out") if isinstance(cases, dict) else None
-    if not listed:
-        raise ValueError("the plan names no held-out prompts: give --prompt TEXT or --prompts FILE")
-    try:
-        return [Case(entry["prompt"], entry["seed"]) for entry in listed]
-    except (TypeError, KeyError):
-        raise ValueError("the plan's held-out prompts can't be read: give --prompt TEXT") from None
+        say(f"the same command goes on from {profile}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -79,3 +80,26 @@ def show_quality(report: Report) -> None:
 def _search_time(report: Report) -> str:
     generations = report.search_dense_generations
     return "-" if generations is None else f"{generations:.1f} dense runs"
+
+
+def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of a frontier as a table, best PSNR first at each wanted density."""
+    table = Table("wanted", "method", "density", "PSNR (worst)", "SSIM", "speed-up")
+    order = sorted(rows, key=lambda row: (row["target"], -row.get("psnr_db", -1.0)))
+    for row in order:
+        if "psnr_db" not in row:
+            table.add_row(f"{row['target']:g}", row["method"], row["none"], "", "", "")
+            continue
+        quality = f"{row['psnr_db']:.1f} dB ({row['psnr_min_db']:.1f})"
+        ssim = "-" if row["ssim"] is None else f"{row['ssim']:.3f}"
+        table.add_row(
+            f"{row['target']:g}", row["method"], f"{row['density']:.3f}", quality, ssim,
+            f"{row['speedup']:.2f}x",
+        )  # fmt: skip
+    out.print(table)
+    if measured := [row for row in rows if "psnr_db" in row]:
+        flat, floor = measured[0]["psnr_flat_db"], measured[0]["psnr_noise_floor_db"]
+        text = "" if floor is None else f", noise floor {floor:.0f} dB"
+        out.print(
+            f"{measured[0]['tokens']:,} tokens; flat image {flat:.1f} dB{text}", highlight=False
+        )

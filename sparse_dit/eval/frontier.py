@@ -20,6 +20,7 @@ from .quality import Quality, evaluate
 
 Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
+DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)

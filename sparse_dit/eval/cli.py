@@ -1,0 +1,166 @@
+"""`sparse-dit eval`: measure a plan, or compare methods over densities."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..options import (
+    Device,
+    Dtype,
+    Force,
+    Frames,
+    Guidance,
+    Height,
+    Model,
+    Prompt,
+    Prompts,
+    Seed,
+    Steps,
+    Text,
+    Width,
+    say,
+    settings_of,
+)
+from ..tables import out, show_frontier, show_quality
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+class _PlanIfNothingElse(TyperGroup):
+    """`eval MODEL PLAN` is `eval plan MODEL PLAN`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Options before MODEL are the command's, not the group's."""
+        own = {"plan", "frontier", "--help"}
+        return super().parse_args(ctx, args if not args or args[0] in own else ["plan", *args])
+
+
+evaluation = typer.Typer(
+    cls=_PlanIfNothingElse,
+    help="Measure plans: `eval MODEL PLAN`, or `eval frontier`.",
+    no_args_is_help=True,
+)
+
+
+@evaluation.command("plan")
+def evaluate(
+    model: Model,
+    plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("out"),
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    max_sequence_length: Text = None,
+    drawn_clips: Annotated[
+        int, typer.Option(help="Drawn clips for the teacher-forced error (Wan only).", min=0)
+    ] = 0,
+    fps: Annotated[float, typer.Option(help="Of the written videos.")] = 8,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    force: Force = False,
+) -> None:
+    """The default: measure a plan against dense and write report.html, report.json and videos.
+
+    Prompts and settings that are left out are those that the plan was verified with.
+    """
+    from ..generation import Case
+    from ..inputs import check_device, check_model, load_pipeline, read_prompts
+    from ..plan import Plan
+    from .command import Request, evaluate_plan
+
+    loaded = Plan.from_pretrained(plan)
+    known = loaded.provenance.get("settings") or {}
+    settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)
+    if prompt or prompts:
+        texts = read_prompts(prompt or [], prompts)
+        cases = [Case(text, seed + i) for i, text in enumerate(texts)]
+    else:
+        cases = _held_out(loaded)
+    check_model(model)
+    check_device(device)
+    request = Request(folder, cases, settings, drawn_clips, fps, force)
+    request.check()
+    pipe = load_pipeline(model, device, dtype)
+    command = "sparse-dit " + " ".join(sys.argv[1:])
+    report, files = evaluate_plan(pipe, loaded, request, command, say)
+    out.print(report.quality.summary, markup=False, highlight=False, soft_wrap=True)
+    show_quality(report)
+    for file in files:
+        out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@evaluation.command()
+def frontier(
+    file: Annotated[Path, typer.Option("--json", help="Rows; goes on with one that is there.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a pipeline; default the embedded model.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG to write.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable; default all.")] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    max_sequence_length: Text = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Quality over density: searched plans against the published methods, on held-out prompts."""
+    from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
+    from ..generation import Case
+    from ..inputs import check_device, check_model, load_pipeline, read_prompts
+    from ..resources import shipped
+    from .frontier import DENSITIES, METHODS, FrontierRequest, figure_of
+    from .frontier import frontier as measure
+
+    known = {} if model else SETTINGS.to_dict()
+    settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)
+    if prompt or prompts or model:
+        texts = read_prompts(prompt or [], prompts)
+        cases = [Case(text, seed + i) for i, text in enumerate(texts)]
+        later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
+    else:
+        cases, later = list(CALIBRATION), list(HELD_OUT)
+    request = FrontierRequest(cases, later, settings, density or DENSITIES, method or METHODS, file)
+    name = model or str(shipped("tiny_wan"))
+    check_model(name)
+    check_device(device)
+    rows = measure(
+        load_pipeline(name, device, dtype or (None if model else "float32")), request, say
+    )
+    show_frontier(rows)
+    if plot is not None:
+        figure_of(rows).savefig(plot, facecolor="white")
+        out.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _held_out(plan: Plan) -> list[Any]:
+    """The cases that a plan was verified with; ValueError if it doesn't name any."""
+    from ..generation import Case
+
+    cases = plan.provenance.get("cases")
+    listed = cases.get("held_out") if isinstance(cases, dict) else None
+    if not listed:
+        raise ValueError("the plan names no held-out prompts: give --prompt TEXT or --prompts FILE")
+    try:
+        return [Case(entry["prompt"], entry["seed"]) for entry in listed]
+    except (TypeError, KeyError):
+        raise ValueError("the plan's held-out prompts can't be read: give --prompt TEXT") from None
