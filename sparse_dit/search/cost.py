@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class CostTable:
         device, dtype: As text.
         dense_head: Seconds of a dense head beside sparse ones, which the sparse backend computes; as
             `dense` if None.
+        index_seconds: Building the index of one pattern, once a size; None if unknown.
+        source: Name of the device table that it is from; None if it was measured for the search.
     """
 
     layout: TokenLayout
@@ -46,6 +49,8 @@ class CostTable:
     device: str
     dtype: str
     dense_head: float | None = None
+    index_seconds: float | None = None
+    source: str | None = None
 
     def seconds(self, pattern: Pattern, density: float) -> float:
         """Of a head in a layer that isn't all dense; interpolated in density."""
@@ -69,6 +74,8 @@ class CostTable:
             "threads": self.threads,
             "device": self.device,
             "dtype": self.dtype,
+            "index_seconds": self.index_seconds,
+            "device_table": self.source,
         }
 
 
@@ -80,10 +87,17 @@ def measure_cost(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    budgets: Sequence[float] = BUDGETS,
 ) -> CostTable:
     """Time dense and sparse attention on random data, interleaved; the fastest of three of each.
 
-    Indices are built beforehand, as they are at run time.
+    Indices are built beforehand, as they are at run time; the slowest to build is timed.
+
+    Args:
+        layout: Size.
+        num_heads, head_dim: Of the calls.
+        device, dtype, backend: As `sparse_attention` takes them.
+        budgets: Densities, less the far field; a size has its own nearest ones.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1, layout.seq_len, num_heads, head_dim)  # as hosts hold it
@@ -95,9 +109,13 @@ def measure_cost(
         "stock": lambda: F.scaled_dot_product_attention(q, k, v),
         "dense": lambda: sparse_attention(q, k, v, dense, backend=backend),
     }
+    building = 0.0
     for far in (False, True):
-        for budget in BUDGETS:
-            index = build_index([nearest_tiles(layout, budget, far)] * num_heads, layout).to(device)
+        for budget in budgets:
+            pattern = nearest_tiles(layout, budget, far)
+            started = time.perf_counter()
+            index = build_index([pattern] * num_heads, layout).to(device)
+            building = max(building, time.perf_counter() - started)
             backend = backend_name(q, index, backend)  # so that the table names what was timed
             key = (far, index.density)
             runs[key] = lambda i=index, name=backend: sparse_attention(q, k, v, i, backend=name)
@@ -118,6 +136,7 @@ def measure_cost(
         str(q.device),
         str(dtype).removeprefix("torch."),
         best["dense"] / num_heads,
+        building,
     )
 
 
@@ -128,12 +147,26 @@ def rising(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]
     return tuple((d, float(s)) for (d, _), s in zip(points, seconds, strict=True))
 
 
-def break_even_tokens(table: CostTable, density: float, num_heads: int, head_dim: int) -> int:
+def break_even_tokens(
+    table: CostTable,
+    density: float,
+    num_heads: int,
+    head_dim: int,
+    measure: Callable[[TokenLayout], CostTable | None] | None = None,
+) -> int:
     """Tokens under which dense attention is faster than a pattern of this density, measured.
 
     Tried at a half and at a quarter of the calibration's rows and columns; the calibration's own size
     if sparse loses at a half.
+
+    Args:
+        table: At the calibration's size.
+        density: Of the pattern.
+        num_heads, head_dim: Of the calls.
+        measure: Gives the costs of another size, or None if they can't be known; measured here if
+            left out.
     """
+    measure = measure or _measuring(table, num_heads, head_dim)
     frames, height, width = table.layout.grid
     best = table.layout.seq_len
     for part in (2, 4):
@@ -141,18 +174,25 @@ def break_even_tokens(table: CostTable, density: float, num_heads: int, head_dim
         small = TokenLayout.video(frames, *sides, text_after=table.layout.num_text)
         if small.seq_len >= best:
             break
-        cost = measure_cost(
-            small,
-            num_heads,
-            head_dim,
-            device=table.device,
-            dtype=getattr(torch, table.dtype),
-            backend=table.backend,
-        )
-        if cost.seconds(nearest_tiles(small, density, True), density) >= cost.dense:
+        cost = measure(small)
+        if cost is None or cost.seconds(nearest_tiles(small, density, True), density) >= cost.dense:
             break
         best = small.seq_len
     return best
+
+
+def _measuring(
+    table: CostTable, num_heads: int, head_dim: int
+) -> Callable[[TokenLayout], CostTable]:
+    """Measures another size as `table` was."""
+    return lambda layout: measure_cost(
+        layout,
+        num_heads,
+        head_dim,
+        device=table.device,
+        dtype=getattr(torch, table.dtype),
+        backend=table.backend,
+    )
 
 
 @functools.lru_cache(maxsize=64)

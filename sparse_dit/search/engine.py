@@ -14,6 +14,7 @@ from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import attachment_of, components
 from ..plan import Plan
 from .cost import CostTable, break_even_tokens, measure_cost
+from .elsewhere import Elsewhere
 from .objective import Objective
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
@@ -67,6 +68,8 @@ def search_plan(
     rows: int = 64,
     max_generations: float = 3.0,
     backend: str = "auto",
+    device_table: str | Path | None = None,
+    dense_seconds: float | None = None,
     report: Report | None = None,
 ) -> Searched:
     """Profile a pipeline's heads on prompts and choose a pattern for each.
@@ -90,6 +93,9 @@ def search_plan(
         max_generations: With `min_psnr`: stop tightening when the search has taken the time of this
             many dense generations and the PSNR is reached.
         backend: Sparse backend to measure and verify with.
+        device_table: Table of another device to solve for, by name or path; see `DeviceTable`. What is
+            verified here is then the quality, not the speed-up.
+        dense_seconds: Of a dense generation on that device; measured if the table is of this one.
         report: Called with a line of text at each phase.
 
     Raises:
@@ -101,8 +107,11 @@ def search_plan(
     """
     say = report or (lambda text: None)
     objective = Objective(target_speedup, max_error, min_psnr)
+    elsewhere = Elsewhere.of(device_table, dense_seconds)
     calibration, held = _split(_cases("prompts", prompts), held_out, tune_on)
     name = _component(pipe)
+    if elsewhere is not None:
+        elsewhere.check(components(pipe)[name])
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
     clock = Clock()
@@ -118,7 +127,7 @@ def search_plan(
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
     )
     clock.lap("profile")
-    run = _Run(pipe, name, calibration, held, settings, backend, clock, say)
+    run = _Run(pipe, name, calibration, held, settings, backend, clock, say, elsewhere)
     return _solved(run, profiled, objective, max_generations)
 
 
@@ -134,14 +143,14 @@ class _Run:
     backend: str
     clock: Clock
     say: Report
+    elsewhere: Elsewhere | None = None
 
 
 def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
     clock, say, settings = run.clock, run.say, run.settings
     part = profiled.components[run.component]
-    say("measuring cost on this device")
-    table = _cost(components(run.pipe)[run.component], part, run.backend)
+    table = _cost(run, components(run.pipe)[run.component], part)
     clock.lap("cost")
     stages = stages_of(part.sigmas)
     say("measuring how much each noise level and layer matters")
@@ -150,22 +159,26 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("sensitivity")
     references = _references(run, profiled)
     clock.lap("references")
-    dense_seconds = sum(r.seconds for r in references) / len(references)
+    local_seconds = sum(r.seconds for r in references) / len(references)
     calls = references[0].calls(run.component, stages)
+    stock = table.dense * sum(calls) * len(part.layers) * part.num_heads
+    dense_seconds = (
+        run.elsewhere.generation(local_seconds, stock) if run.elsewhere else local_seconds
+    )
     task = problem(part, stages, weights, table, calls, dense_seconds)
     clock.lap("solve")
     session = Session(
         run.pipe, run.component, task, table, profiled, objective, settings, run.backend, calls
     )
-    choice, plan, verified = tune(session, references, max_generations * dense_seconds, clock, say)
+    choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
     clock.lap("verify")
-    plan = _with_break_even(session, plan, choice)
+    plan = _with_break_even(session, plan, choice, run.elsewhere)
     clock.lap("break-even")
     record = provenance(session, run.calibration, run.held_out, weights, clock.laps)
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
-        measured=_measured(objective, verified, len(run.held_out)),
+        measured=_measured(objective, verified, len(run.held_out), run.elsewhere),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
@@ -197,40 +210,55 @@ def _component(pipe: Any) -> str:
     return name
 
 
-def _cost(module: Any, part: ComponentProfile, backend: str) -> CostTable:
+def _cost(run: _Run, module: Any, part: ComponentProfile) -> CostTable:
+    """Of the device that is solved for: measured here, or from its table."""
+    if run.elsewhere is not None:
+        run.say(f"costs are those of the device table {run.elsewhere.table.name}")
+        return run.elsewhere.cost(part.known_layout, part.head_dim, module.dtype)
+    run.say("measuring cost on this device")
     return measure_cost(
         part.known_layout,
         part.num_heads,
         part.head_dim,
         device=module.device,
         dtype=module.dtype,
-        backend=backend,
+        backend=run.backend,
     )
 
 
-def _with_break_even(session: Session, plan: Plan, choice: Choice) -> Plan:
+def _with_break_even(
+    session: Session, plan: Plan, choice: Choice, elsewhere: Elsewhere | None
+) -> Plan:
     """The plan with the number of tokens under which dense attention is faster."""
     picked = session.problem.density.gather(1, choice.pick[:, None])[:, 0]
     sparse = picked[picked < 1]
     if not len(sparse):
         return plan
     component = plan.components[session.component]
+    head_dim, dtype = component.head_dim, session.table.dtype
+    others = elsewhere.smaller(head_dim, dtype) if elsewhere else None
     tokens = break_even_tokens(
-        session.table, sparse.mean().item(), component.num_heads, component.head_dim
+        session.table, sparse.mean().item(), component.num_heads, head_dim, others
     )
     return replace(
         plan, components={session.component: replace(component, valid_tokens=(tokens, None))}
     )
 
 
-def _measured(objective: Objective, verified: Verified, cases: int) -> dict[str, Any]:
+def _measured(
+    objective: Objective, verified: Verified, cases: int, elsewhere: Elsewhere | None
+) -> dict[str, Any]:
+    """What came out; whether a speed-up is met elsewhere isn't known here (None)."""
     psnr, speedup = objective.min_psnr, objective.target_speedup
+    foreign = elsewhere is not None and not elsewhere.table.here
+    met: bool | None = psnr is None or verified.psnr_db >= psnr
+    if speedup is not None:
+        met = None if foreign else verified.speedup >= speedup
     return {
         "psnr_db": round(verified.psnr_db, 3),
-        "speedup": round(verified.speedup, 4),
+        "speedup_on_another_device" if foreign else "speedup": round(verified.speedup, 4),
         "held_out_cases": cases,
-        "met": (psnr is None or verified.psnr_db >= psnr)
-        and (speedup is None or verified.speedup >= speedup),
+        "met": met,
     }
 
 
