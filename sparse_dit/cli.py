@@ -1,7 +1,8 @@
-"""The command line: demo, search, show, diff, eval, bench, doctor.
+"""The command line: demo, search, check, show, diff, eval, bench, doctor.
 
-Exit codes: 0 done, 1 something failed (and `diff`: plans differ; `doctor`: a backend is broken),
-2 bad input, 130 stopped by Ctrl-C. Heavy imports live inside the commands, so that help is fast.
+Exit codes: 0 done, 1 something failed (and `search`: the best plan misses what was asked for; `check`:
+heads left their error; `diff`: plans differ; `doctor`: a backend is broken), 2 bad input, 130 stopped by
+Ctrl-C. Heavy imports live inside the commands, so that help is fast.
 """
 
 from __future__ import annotations
@@ -98,12 +99,21 @@ def search(
     profile: Annotated[
         Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
     ] = None,
+    cost_table: Annotated[
+        str | None, typer.Option(help="Solve for another device: name or file of its table.")
+    ] = None,
+    dense_seconds: Annotated[
+        float | None, typer.Option(help="Of one dense generation on that device.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
     force: Force = False,
 ) -> None:
-    """Find a plan for a pipeline. One of --target-speedup, --max-error, --min-psnr is the dial."""
+    """Find a plan for a pipeline. One of --target-speedup, --max-error, --min-psnr is the dial.
+
+    If even the best plan misses it, that one is written, and the exit code is 1.
+    """
     from .generation import Case
     from .inputs import check_device, check_model, load_pipeline, read_prompts
 
@@ -112,8 +122,11 @@ def search(
     dial = {"target_speedup": target_speedup, "max_error": max_error, "min_psnr": min_psnr}
     from .search import Objective
     from .search import search as find
+    from .search.elsewhere import Elsewhere
+    from .search.objective import shortfall
 
     Objective(**dial)
+    Elsewhere.of(cost_table, dense_seconds)
     if plan_file.suffix != ".json":
         raise ValueError(f"a plan file must end in .json, got {plan_file.name!r}")
     if plan_file.exists() and not force:
@@ -133,6 +146,8 @@ def search(
             settings=settings,
             profile=kept,
             report=say,
+            device_table=cost_table,
+            dense_seconds=dense_seconds,
             **dial,
         )
     except KeyboardInterrupt:
@@ -141,6 +156,9 @@ def search(
     plan.save(plan_file, overwrite=force)
     show_plan(plan)
     out.print(f"wrote {plan_file}; the profile is kept in {kept}", soft_wrap=True)
+    if missed := shortfall(plan):
+        say(missed)
+        raise typer.Exit(1)
 
 
 @app.command()

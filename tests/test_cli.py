@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -82,6 +83,22 @@ BAD = {
         "max_error",
     ),
     "infinite dial": (["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "inf"], "finite"),
+    "more than equal": (
+        ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "120"],
+        "at most 100",
+    ),
+    "no such device table": (
+        ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--cost-table", "nowhere"],
+        "no device table 'nowhere'",
+    ),
+    "seconds without a table": (
+        ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--dense-seconds", "9"],
+        "device_table too",
+    ),
+    "plan for a table": (
+        ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--cost-table", "cut.json"],
+        "not valid JSON",
+    ),
     "plan exists": (
         ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--out", "taken.json"],
         "--force",
@@ -250,6 +267,24 @@ def test_an_interrupted_search_says_how_to_go_on(here, capsys, monkeypatch):
     assert "goes on from new.profile.safetensors" in capsys.readouterr().err
     assert not (here / "new.json").exists()
     (here / "new.profile.safetensors").unlink()
+
+
+def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
+    import sparse_dit.search
+
+    def missed(pipe, prompts, **options):
+        plan = Plan.load("plan.json")
+        measured = {"psnr_db": 21.04, "speedup": 1.4, "met": False}
+        return replace(plan, measured=measured, provenance={"objective": {"min_psnr": 30.0}})
+
+    monkeypatch.setattr(sparse_dit.search, "search", missed)
+    arguments = ["search", "model", "--prompts", "prompts.txt", *SIZE, "--min-psnr", "30"]
+    assert cli.run([*arguments, "--out", "new.json"]) == 1
+    said = capsys.readouterr().err
+    assert "not met: 30 dB were asked for" in said and "21.0 dB" in said
+    assert Plan.load("new.json").measured["met"] is False
+    for file in ("new.json", "new.profile.safetensors"):
+        (here / file).unlink(missing_ok=True)
 
 
 def test_ctrl_c_stops_a_process_at_once():

@@ -10,7 +10,7 @@ from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.plan import Stage
 from sparse_dit.search import Objective, tune
 from sparse_dit.search.solve import Problem
-from sparse_dit.search.tune import FIRST_SCALE, MARGIN_DB, RELAX_DB, Session
+from sparse_dit.search.tune import FIRST_SCALE, MARGIN_DB, MAX_ROUNDS, RELAX_DB, Session
 from sparse_dit.search.verify import Verified
 
 WANTED = 30.0
@@ -39,13 +39,17 @@ def _problem(units=400):
 
 @pytest.fixture
 def tuned(monkeypatch):
-    """Runs `tune` where a run's error is `scale` times the forecast: each round's PSNR, and the end."""
+    """Runs `tune` where a run's error is `scale` times the forecast: each round's PSNR, and the end.
+
+    A list of scales has one for each round.
+    """
 
     def run(scale, *, budget=math.inf):
         task, seen = _problem(), []
 
         def verified(pipe, plan, references, settings, backend):
-            mse = scale * plan.damage
+            factor = scale[len(seen)] if isinstance(scale, list) else scale
+            mse = factor * plan.damage
             seen.append(-10 * math.log10(mse))
             return Verified(mse, seen[-1], 1.3, 10.0)
 
@@ -80,3 +84,9 @@ def test_a_plan_that_is_good_enough_is_not_improved_beyond_the_budget(tuned):
 def test_a_plan_that_is_not_good_enough_is_improved_beyond_the_budget(tuned):
     rounds, (_, _, verified) = tuned(200.0, budget=5.0)
     assert len(rounds) == 2 and verified.psnr_db >= WANTED
+
+
+def test_if_no_round_reaches_the_goal_the_nearest_one_is_kept(tuned):
+    rounds, (_, _, verified) = tuned([50.0, 100.0, 800.0, 6400.0])
+    assert len(rounds) == MAX_ROUNDS and max(rounds) < WANTED
+    assert verified.psnr_db == max(rounds) == rounds[1]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..plan import Plan
 from .solve import Choice, Problem, at_price, cheapest, least_damage
 
 _ABOVE = {"target_speedup": 1.0, "max_error": 0.0, "min_psnr": 0.0}
+_MOST = {"min_psnr": 100.0}  # what videos that are equal count as
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Objective:
             raise ValueError(
                 f"{name} must be a finite number above {_ABOVE[name]:g}, got {value!r}"
             )
+        if value > _MOST.get(name, math.inf):
+            raise ValueError(
+                f"{name} must be at most {_MOST[name]:g}, what equal videos count as, got {value!r}"
+            )
 
     def to_dict(self) -> dict[str, float]:
         """The one that is set, by name."""
@@ -66,3 +72,27 @@ class Objective:
         if (limit := self.max_error) is not None:
             return cheapest(problem, lambda choice: choice.error <= limit)
         return cheapest(problem, lambda choice: choice.damage <= damage)
+
+
+def shortfall(plan: Plan) -> str | None:
+    """One line if a searched plan misses what was asked for: by how much, and what to do; else None.
+
+    Args:
+        plan: As `search` returns it.
+    """
+    measured, wanted = plan.measured, plan.provenance.get("objective", {})
+    if measured.get("met") is not False:
+        return None
+    if "min_psnr" in wanted:
+        return (
+            f"not met: {wanted['min_psnr']:g} dB were asked for, the best of the plans that were tried "
+            f"reaches {measured['psnr_db']:.1f} dB at a forecast of {plan.forecast['speedup']:.2f}x; it is "
+            "kept. Ask for less, or give more calibration prompts"
+        )
+    if "target_speedup" in wanted:
+        return (
+            f"not met: {wanted['target_speedup']:g}x was asked for, the plan forecasts "
+            f"{plan.forecast['speedup']:.2f}x, and {measured['speedup']:.2f}x was measured; it is kept. "
+            "Measure again on a quiet machine, or ask for more than you need"
+        )
+    return None

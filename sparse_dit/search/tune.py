@@ -87,6 +87,8 @@ def tune(
 ) -> tuple[Choice, Plan, Verified]:
     """The choice that answers the objective, and what it gave; for `min_psnr` in several rounds.
 
+    If no round reaches the PSNR, it is that of the highest one.
+
     Args:
         session: What to choose from.
         references: Dense generations to compare with.
@@ -99,8 +101,8 @@ def tune(
     """
     wanted = session.objective.min_psnr
     scale, floor = FIRST_SCALE, 0.0  # measured over forecast damage; dB to aim at
-    last: tuple[Choice, Plan, Verified] | None = None
-    best = None
+    best: tuple[Choice, Plan, Verified] | None = None  # the fastest that is good
+    closest: tuple[Choice, Plan, Verified] | None = None  # of the highest PSNR, if none is
     for number in range(MAX_ROUNDS):
         limit = math.inf
         if wanted is not None:
@@ -114,6 +116,8 @@ def tune(
         if wanted is None:
             return last
         good = verified.psnr_db >= wanted
+        if closest is None or verified.psnr_db > closest[2].psnr_db:
+            closest = last
         if good and (best is None or choice.seconds < best[0].seconds):
             best = last
         if choice.damage == 0:
@@ -124,8 +128,8 @@ def tune(
             break
         if not good:  # aim higher than last time
             floor = max(floor, wanted + MARGIN_DB * (number + 2) / 2)
-    assert last is not None, "there is at least one round"
-    return best or last
+    assert closest is not None, "there is at least one round"
+    return best or closest
 
 
 def _round(
