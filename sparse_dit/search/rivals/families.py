@@ -15,7 +15,12 @@ from ..cells import cell_table
 
 BLOCK_BUDGETS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 MODE_BUDGETS = (0.05, 0.1, 0.2, 0.3)
-BANDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+BANDS = tuple(0.025 * n for n in range(1, 21))
+
+
+def raster(layout: TokenLayout) -> Tile:
+    """About 64 tokens of whole rows of one frame: blocks of the order that models hand over."""
+    return (1, max(1, 64 // max(1, layout.grid[2])), None)
 
 
 def families(layout: TokenLayout) -> dict[str, list[Pattern]]:
@@ -32,15 +37,15 @@ def families(layout: TokenLayout) -> dict[str, list[Pattern]]:
 
 
 def windows(layout: TokenLayout) -> list[Pattern]:
-    """Windows in frames, rows and columns, in token orders of cubes and of single frames."""
+    """Windows in frames, rows and columns, in token orders of cubes, of single frames and of rows."""
     frames, height, width = layout.grid
     sides = sorted(
-        {max(1, round(max(height, width) * f)) for f in (0.06, 0.1, 0.17, 0.25, 0.35, 0.5)}
+        {max(1, round(max(height, width) * f)) for f in (0.06, 0.1, 0.17, 0.25, 0.33, 0.42, 0.5)}
     )
     near = sorted({0, 1, 2, max(1, frames // 4), max(1, frames // 2)})
     return [
         Pattern(Window(f, s, s), tile)
-        for tile in tilings(layout)[:2]
+        for tile in (*tilings(layout)[:2], raster(layout))
         for f in (*near, None)
         for s in (*sides, None)
         if f is not None or s is not None
@@ -74,7 +79,7 @@ def radials(layout: TokenLayout) -> list[Pattern]:
                 shapes.append(Window(min(2 * distance, frames - 1), band, None))
                 distance = 2 * distance + 1
             shape = Union(tuple(shapes)) if len(shapes) > 1 else shapes[0]
-            for tile in tilings(layout)[:2]:
+            for tile in (tilings(layout)[0], raster(layout)):
                 result += [Pattern(shape, tile), Pattern(shape, tile, sink_frames=1)]
     return result
 
@@ -83,8 +88,7 @@ def spatial_bands(layout: TokenLayout) -> list[Pattern]:
     """Bands around the diagonal of the frame-major order, as Sparse VideoGen's spatial heads: a number of
     whole frames, and the nearest rows of the next."""
     frames, height, _ = layout.grid
-    tile = tilings(layout)[min(1, len(tilings(layout)) - 1)]
-    result = []
+    tile, result = raster(layout), []
     for budget in BANDS:
         reach = budget * frames / 2  # frames to each side
         whole, part = int(reach), round((reach - int(reach)) * height)

@@ -54,6 +54,7 @@ class _Scorer:
     ) -> None:
         self.profile, self.patterns, self.behind, self.rows = profile, patterns, behind, rows
         self.generator = torch.Generator().manual_seed(seed)
+        self.tiles = {p.tile for listed in patterns.values() for p in listed}
         count = len(next(iter(patterns.values())))
         shape = (len(profile.sigmas), len(profile.layers), profile.num_heads)
         self.error = torch.zeros(*shape, count, dtype=torch.float64)
@@ -81,7 +82,7 @@ class _Scorer:
                     values = values @ self.behind[call.layer][head]
                 sampled = sampled_rows(q[:, head], k[:, head // repeat], values, rows, scale, valid)
                 patterns = self.patterns[level, call.layer, head]
-                sums = {t: sampled.by_cells(cell_table(layout, t)) for t in tilings(layout)}
+                sums = {t: sampled.by_cells(cell_table(layout, t)) for t in self.tiles}
                 error, _, _, norm = score(sums, (DENSE, *patterns), layout)
                 self.error[level, place, head] += error[1:]
                 self.norm[level, place, head] += norm
