@@ -13,6 +13,7 @@ import pytest
 from sparse_dit import cli
 from sparse_dit.layout import TokenLayout
 from sparse_dit.plan import Plan
+from sparse_dit.search.device_table import DeviceTable
 from tests.eval_cases import WINDOW, made_up_plan, uniform_plan
 from tests.tiny_pipelines import wan
 
@@ -301,3 +302,41 @@ def test_ctrl_c_stops_a_process_at_once():
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr == "stopped\n"
+
+
+def test_bench_cost_writes_a_table(here, capsys, tmp_path):
+    file = tmp_path / "new" / "table.json"
+    arguments = ["bench", "cost", "--tokens", "2x8x8,64", "--head-dim", "8", "--out", str(file)]
+    arguments += ["--density", "0.3", "--density", "0.1", "--heads", "1", "--threads", "1"]
+    assert cli.run(arguments) == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "SDPA" in said.out and "128 tokens, head_dim 8" in said.err
+    data = json.loads(file.read_text())
+    assert data["entries"][0]["grid"] == [2, 8, 8]
+    assert data["threads"] == 1 and data["name"].endswith("-1-thread")
+    assert all(entry["dense"] > 0 and entry["permute"] > 0 for entry in data["entries"])
+    assert DeviceTable.load(file).at(TokenLayout.video(2, 8, 8), 8, "float32").source
+    assert cli.run(arguments) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.run([*arguments, "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "many"], "tokens must be"),
+        (["--tokens", "64,,64"], "tokens must be"),
+        (["--density", "1.5"], "between 0 and 1"),
+        (["--dtype", "int8"], "dtype must be"),
+        (["--head-dim", "5000"], "1 to 1024"),
+        (["--device", "warp"], "unknown device"),
+        (["--backend", "warp", "--tokens", "64"], "unknown backend"),
+        (["--out", "table.txt"], ".json"),
+        (["--out", "taken.json"], "--force"),
+    ],
+)
+def test_bench_cost_says_what_is_wrong(options, message, here, capsys):
+    before = sorted(here.rglob("*"))
+    code = cli.run(["bench", "cost", *options])
+    assert message in one_line_error(code, capsys.readouterr().err)
+    assert sorted(here.rglob("*")) == before

@@ -96,6 +96,64 @@ def kernel(
         _say(f"wrote {plot_file}")
 
 
+@app.command()
+def cost(
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", help="Table to write; default profiles/devices/<this machine>.json."),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="1152,4608,9216 or 8x24x24 frames, rows, columns; repeatable."),
+    ] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, float16; repeatable.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Share of the pairs; repeatable.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Of a call; times are of one head.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="Name of a backend.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """What heads cost on this machine, as a table that plans can be searched with anywhere."""
+    import torch
+
+    from ..inputs import check_device
+    from ..search.cost import BUDGETS
+    from ..search.device_table import slug
+    from .cost import CostSweep, measure_device
+    from .measure import num_threads
+    from .results import cost_table, load_notes
+
+    check_device(device)
+    sweep = CostSweep(
+        CostSweep.sizes(tokens or ["1152,4608,9216"]), tuple(head_dim or [64]),
+        tuple(dtype or ["float32"]), tuple(sorted(density or BUDGETS)), heads, device, backend,
+        threads or torch.get_num_threads(),
+    )  # fmt: skip
+    with num_threads(sweep.threads):
+        name = slug(device.split(":")[0])
+    file = file or Path("profiles", "devices", f"{name}.json")
+    _check_table(file, force)
+    table = measure_device(sweep, _say)
+    out.print(cost_table(table))
+    for note in load_notes(table.foreign_cores, "stop them"):
+        out.print(note, markup=False, highlight=False, soft_wrap=True)
+    table.save(file)
+    _say(f"wrote {file}")
+
+
+def _check_table(file: Path, force: bool) -> None:
+    if file.suffix != ".json":
+        raise ValueError(f"--out must name a file that ends in .json, got {file.name!r}")
+    if file.exists() and not force:
+        raise FileExistsError(f"{file} exists already: pass --force to replace it")
+
+
 def _check_files(json_file: Path | None, plot_file: Path | None, force: bool) -> None:
     for option, file, ending in (("--json", json_file, ".json"), ("--plot", plot_file, ".png")):
         if file is None:

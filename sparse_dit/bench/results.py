@@ -8,11 +8,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from .quick import Value
 from .rows import Row, Skipped
+
+if TYPE_CHECKING:
+    from ..search.device_table import DeviceTable
 
 QUIET_CORES = 0.1  # other programs may use this much before a wall clock is worth little
 
@@ -64,13 +68,7 @@ class Results:
         ]
         if self.variant:
             lines.append(f"native kernel: {self.variant}")
-        if self.foreign_cores is not None and self.foreign_cores > QUIET_CORES:
-            advice = (
-                "" if self.clock == "cpu" else "; use --clock cpu, or repeat it when it is quiet"
-            )
-            lines.append(
-                f"others used {self.foreign_cores:.2f} cores of this machine meanwhile{advice}"
-            )
+        lines += load_notes(self.foreign_cores, "use --clock cpu" if self.clock != "cpu" else None)
         for backend, reason in dict.fromkeys((s.backend, s.reason) for s in self.skipped):
             what = dict.fromkeys(
                 f"{s.pattern} {s.dtype}"
@@ -79,6 +77,35 @@ class Results:
             )
             lines.append(f"skipped {backend} ({', '.join(what)}): {reason}")
         return lines
+
+
+def load_notes(foreign_cores: float | None, remedy: str | None) -> list[str]:
+    """A sentence if other programs disturbed the clock; a remedy of None: this clock doesn't mind."""
+    if foreign_cores is None or foreign_cores <= QUIET_CORES:
+        return []
+    advice = f"; {remedy}, or repeat it when it is quiet" if remedy else ""
+    return [f"others used {foreign_cores:.2f} cores of this machine meanwhile{advice}"]
+
+
+def cost_table(table: DeviceTable) -> Table:
+    """Every size of a device table, in milliseconds a head."""
+    densities = [d for d, _ in table.entries[0].masked]
+    columns = [f"{density:.0%}" for density in densities]
+    shown = Table(
+        "tokens", "dim", "dtype", "SDPA", "dense", *columns, "+ far", "index", "order",
+        title=f"{table.name}, backend {table.backend}: milliseconds of one head",
+    )  # fmt: skip
+    for entry in table.entries:
+        masked = [entry.seconds(False, density) for density in densities]
+        middle = densities[len(densities) // 2]
+        far = entry.seconds(True, middle) / entry.seconds(False, middle) - 1
+        times = [entry.dense, entry.dense_head, *masked]
+        shown.add_row(
+            f"{entry.tokens:,}", str(entry.head_dim), entry.dtype,
+            *(f"{1e3 * s:.2f}" for s in times), f"{far:+.0%}",
+            *("-" if s is None else f"{1e3 * s:.2f}" for s in (entry.index, entry.permute)),
+        )  # fmt: skip
+    return shown
 
 
 def rows_table(rows: Sequence[Row]) -> Table:

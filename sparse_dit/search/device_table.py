@@ -54,7 +54,7 @@ class Entry(_Form):
         head_dim, dtype: Of q, k and v.
         dense, dense_head: PyTorch's dense attention, and the sparse backend's.
         masked, far_field: Densities and seconds, ascending, without and with the far field.
-        index: Building the index of one pattern, which the first call of a head waits for; None if unknown.
+        index: What the first call of a pattern takes longer, as its index is built; None if unknown.
         permute: Bringing q, k and v into the order of tiles and the output back, on its own; it is
             contained in the seconds above. None if unknown.
     """
@@ -66,7 +66,7 @@ class Entry(_Form):
     dense_head: Seconds
     masked: Points
     far_field: Points
-    index: Seconds | None = None
+    index: Annotated[float, Field(ge=0, le=1e6)] | None = None
     permute: Seconds | None = None
 
     @field_validator("grid")
