@@ -1,0 +1,156 @@
+"""Our plans against the published methods: every rule, and the command as a person runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparse_dit.demo.run import CALIBRATION, HELD_OUT, QUICK
+from sparse_dit.eval.frontier import FrontierRequest, frontier
+from sparse_dit.inputs import load_pipeline
+from sparse_dit.layout import TokenLayout
+from sparse_dit.resources import shipped
+from sparse_dit.search import search_plan
+from sparse_dit.search.rivals import METHODS, SOURCES, plan_at, score_rivals
+from sparse_dit.search.rivals.families import families
+from sparse_dit.search.statistics import density
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def searched(pipe):
+    return search_plan(
+        pipe, CALIBRATION, settings=QUICK, max_error=0.5, tune_on="calibration", rows=16
+    )
+
+
+@pytest.fixture(scope="module")
+def scores(pipe, searched):
+    ((component, part),) = searched.profile.components.items()
+    return score_rivals(pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
+
+
+@pytest.mark.parametrize("grid", [(8, 12, 12), (21, 30, 52), (1, 16, 16)], ids=str)
+def test_every_family_has_patterns_on_every_side_of_a_quarter(grid):
+    layout = TokenLayout.video(*grid)
+    for name, patterns in families(layout).items():
+        assert len(set(patterns)) == len(patterns)
+        assert not any(p.far for p in patterns), "published methods have no far field"
+        if name != "skip" and grid[0] > 1 and layout.seq_len < 5000:
+            found = [density(p, layout) for p in patterns]
+            least = 0.6 if name == "radial" else 0.25  # a frame sees itself whole: an eighth here
+            assert min(found) < least < max(found), name
+
+
+@pytest.mark.parametrize("target", [0.15, 0.4])
+@pytest.mark.parametrize("method", METHODS)
+def test_plans_stay_below_the_density(searched, scores, method, target):
+    plan = plan_at(method, searched, scores, target)
+    if plan is None:
+        assert method in ("radial", "two classes") and target < 0.3  # tiles are large at this size
+        return
+    assert plan.density <= target + 0.0051
+    part = searched.profile.components["transformer"]
+    total, shares = 0.0, searched.plan.provenance["stage_shares"]["transformer"]
+    for stages in plan.components["transformer"].layers.values():
+        for share, heads in zip(shares, stages, strict=True):
+            mean = sum(density(h.pattern, part.known_layout) for h in heads) / len(heads)
+            total += share * mean / len(part.layers)
+    assert plan.density == pytest.approx(total, abs=1e-4)
+
+
+def test_ours_forecasts_less_damage_than_any_choice_by_lot(searched, scores):
+    from sparse_dit.search.baselines import random_choice
+    from sparse_dit.search.rivals.plans import least_damage_at_density
+
+    ours = least_damage_at_density(searched, 0.3).forecast["error"]
+    for seed in range(5):
+        choice = random_choice(searched.problem, 0.3, seed)
+        assert ours < choice.error
+
+
+def test_two_classes_takes_the_better_band_for_each_head(searched, scores):
+    plan = plan_at("two classes", searched, scores, 0.35)
+    part = searched.profile.components["transformer"]
+    names = {"stripe": "temporal", "window": "spatial", "union": "spatial"}
+    seen = set()
+    for layer, stages in plan.components["transformer"].layers.items():
+        for level, heads in enumerate(stages):
+            for head, choice in enumerate(heads):
+                if choice.pattern.is_dense:
+                    continue
+                patterns = scores.patterns[level, layer, head]
+                number = patterns.index(choice.pattern)
+                seen.add((names[choice.pattern.name], number))
+                error = scores.error[level, part.layers.index(layer), head]
+                used = {n for _, n in seen}
+                assert error[number] <= min(error[n] for n in used) + 1e-12 or len(used) > 2
+    assert len(seen) <= 2, "one spatial and one temporal band"
+
+
+def test_the_rivals_errors_are_those_of_whole_attention(searched, scores):
+    dense_like = scores.error[..., scores.places["skip"][0]]
+    assert torch.allclose(dense_like, torch.ones_like(dense_like), atol=1e-4)  # nothing seen
+    assert (scores.error >= 0).all() and (scores.density > 0).any()
+
+
+def test_rows_are_kept_and_gone_on_with(pipe, tmp_path):
+    file = tmp_path / "rows.json"
+    said = []
+
+    def request(methods, held=HELD_OUT[:1]):
+        return FrontierRequest(CALIBRATION, held, QUICK, [0.3], methods, file)
+
+    first = frontier(pipe, request(["searched"]), said.append)
+    assert [row["method"] for row in first] == ["searched"]
+    again = frontier(pipe, request(["searched", "row-wise blocks"]), said.append)
+    assert again[0] == first[0] and again[1]["method"] == "row-wise blocks"
+    assert set(first[0]) >= {"tokens", "density", "psnr_db", "ssim", "speedup", "psnr_flat_db"}
+    assert again[0]["psnr_db"] > again[1]["psnr_db"] > 0
+    assert frontier(pipe, request(["searched"]), said.append) == again  # nothing left to do
+    with pytest.raises(ValueError, match="other prompts or settings"):
+        frontier(pipe, request(["searched"], HELD_OUT), said.append)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="no frontier file"):
+        frontier(pipe, request(["searched"]), said.append)
+
+
+def test_the_command_prints_and_plots(tmp_path):
+    command = [sys.executable, "-m", "sparse_dit.cli", "eval", "frontier"]
+    size = ["--height", "64", "--width", "64", "--num-frames", "7", "--steps", "4"]
+    files = ["--json", tmp_path / "f.json", "--plot", tmp_path / "f.png"]
+    some = ["--density", "0.4", "--method", "searched", "--method", "two classes"]
+    done = subprocess.run([*command, *size, *files, *some], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "two classes" in done.stdout and "flat image" in done.stdout
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["source"] for row in rows] == [SOURCES["searched"], SOURCES["two classes"]]
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"densities": [0.0]}, "between 0 and 1"),
+        ({"methods": ["magic"]}, "methods must be among"),
+        ({"held_out": ()}, "at least one held-out"),
+        ({"held_out": CALIBRATION}, "must not be calibration"),
+    ],
+)
+def test_wrong_requests_are_refused(tmp_path, change, words):
+    good = {
+        "calibration": CALIBRATION,
+        "held_out": HELD_OUT,
+        "settings": QUICK,
+        "densities": [0.3],
+        "methods": METHODS,
+        "file": tmp_path / "f.json",
+    }
+    with pytest.raises(ValueError, match=words):
+        FrontierRequest(**{**good, **change})
