@@ -17,6 +17,7 @@ import typer
 from rich.table import Table
 
 from .bench.command import app as bench
+from .checking import check as check_command
 from .eval.cli import evaluation
 from .options import (
     Device,
@@ -48,6 +49,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(bench, name="bench")
+app.command("check")(check_command)
 app.add_typer(evaluation, name="eval")
 
 

@@ -45,6 +45,7 @@ def provenance(
         "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
         "profile_steps": session.profile.settings.steps,
         "profile_rows": session.profile.rows,
+        "errors_behind_projection": True,
         "sensitivity": {
             "stages": [float(f"{weight:.6g}") for weight in sensitivity.stages],
             "layers": [round(share, 6) for share in sensitivity.layers],
