@@ -37,7 +37,7 @@ from .options import (
     say,
     settings_of,
 )
-from .tables import out, show_heads, show_plan
+from .tables import out, show_front, show_heads, show_plan
 
 if TYPE_CHECKING:
     from .doctor import Checkup
@@ -123,8 +123,9 @@ def search(
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
     dial = {"target_speedup": target_speedup, "max_error": max_error, "min_psnr": min_psnr}
     from .search import Objective
-    from .search import search as find
+    from .search import search_plan as find
     from .search.elsewhere import Elsewhere
+    from .search.front import front_path, write_front
     from .search.objective import shortfall
 
     Objective(**dial)
@@ -141,7 +142,7 @@ def search(
     cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
     later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
     try:
-        plan = find(
+        searched = find(
             pipe,
             cases,
             held_out=later or None,
@@ -155,9 +156,15 @@ def search(
     except KeyboardInterrupt:
         _resumable(kept)
         raise
+    plan = searched.plan
     plan.save(plan_file, overwrite=force)
+    write_front(searched.front, front_path(plan_file))
     show_plan(plan)
-    out.print(f"wrote {plan_file}; the profile is kept in {kept}", soft_wrap=True)
+    out.print(
+        f"wrote {plan_file} and {front_path(plan_file).name} (other points: sparse-dit show --pick); "
+        f"the profile is kept in {kept}",
+        soft_wrap=True,
+    )
     if missed := shortfall(plan):
         say(missed)
         raise typer.Exit(1)
@@ -167,14 +174,57 @@ def search(
 def show(
     plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
     heads: Annotated[bool, typer.Option("--heads", help="Every head of every layer.")] = False,
+    front: Annotated[bool, typer.Option("--front", help="The other points of its search.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="With --front: PNG or SVG to write.")] = None,
+    pick: Annotated[
+        str | None, typer.Option(help="Take another point: speedup=2.0, density=0.3, error=0.05.")
+    ] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--out", help="With --pick: plan to write.")
+    ] = None,
+    force: Force = False,
 ) -> None:
-    """Show a plan as a table."""
+    """Show a plan as a table; or other points of the search that it comes from."""
     from .plan import Plan
 
+    if (pick is None) != (plan_file is None):
+        raise ValueError("--pick and --out go together: which point, and the plan file to write")
+    if pick or front:
+        _show_points(plan, front, picture, pick, plan_file, force)
+        return
     loaded = Plan.from_pretrained(plan)
     show_plan(loaded)
     if heads:
         show_heads(loaded)
+
+
+def _show_points(
+    plan: str,
+    front: bool,
+    picture: Path | None,
+    pick: str | None,
+    plan_file: Path | None,
+    force: bool,
+) -> None:
+    """`show --front` and `show --pick`."""
+    from .plan import Plan
+    from .search import front as fronts
+
+    loaded = Plan.from_pretrained(plan)
+    file = Path(plan) / "plan.json" if Path(plan).is_dir() else Path(plan)
+    found = fronts.read_front(fronts.front_path(file))
+    if pick and plan_file:
+        other = fronts.pick(loaded, found, *fronts.wish(pick))
+        other.save(plan_file, overwrite=force)
+        show_plan(other)
+        out.print(f"wrote {plan_file}", markup=False, highlight=False, soft_wrap=True)
+    if front:
+        show_front(found)
+        if picture is not None:
+            from .eval.front import figure_of
+
+            figure_of(found, loaded).savefig(picture, facecolor="white")
+            out.print(f"wrote {picture}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .eval.report import Report
     from .plan import Plan
+    from .search.front import Front
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -103,3 +104,16 @@ def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
         out.print(
             f"{measured[0]['tokens']:,} tokens; flat image {flat:.1f} dB{text}", highlight=False
         )
+
+
+def show_front(front: Front) -> None:
+    """Points of a search, from dense to the fastest."""
+    table = Table("forecast speed-up", "density", "error of heads", "seconds")
+    for point in front.points:
+        table.add_row(
+            f"{point.speedup:.2f}x",
+            f"{point.density:.3f}",
+            f"{point.error:.4f}",
+            f"{point.seconds:.2f}",
+        )
+    out.print(table)

@@ -20,6 +20,7 @@ from ..plan import Plan
 from ..resources import shipped
 from ..search import Searched, plan_of, search_plan
 from ..search.baselines import random_choice, uniform_plan
+from ..search.front import front_path, write_front
 
 Say = Callable[[str], None]
 
@@ -72,6 +73,7 @@ def run_demo(folder: Path, force: bool = False, quick: bool = False) -> Report:
         report=say,
     )
     searched.plan.save(folder / "plan.json", overwrite=force)
+    write_front(searched.front, front_path(folder / "plan.json"))
     report = measure(pipe, searched, settings, say)
     report.plan.save(folder / "plan.json", overwrite=True)  # with what was measured
     files = write_report(folder, report, overwrite=force)

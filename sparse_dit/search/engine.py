@@ -15,6 +15,7 @@ from ..integrations.diffusers import attachment_of, components
 from ..plan import Plan
 from .cost import CostTable, break_even_tokens, measure_cost
 from .elsewhere import Elsewhere
+from .front import Front, front_of
 from .objective import Objective
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
@@ -46,6 +47,12 @@ class Searched:
     choice: Choice
     references: list[Reference]
     seconds: dict[str, float]
+
+    @property
+    def front(self) -> Front:
+        """Other points of the same problem."""
+        ((_, part),) = self.profile.components.items()
+        return front_of(self.problem, part.config_hash, self.choice)
 
 
 def search(pipe: Any, prompts: Sequence[str | Case], **options: Any) -> Plan:

@@ -1,0 +1,238 @@
+"""The whole front of a search: every point between dense and the fastest, kept beside the plan.
+
+A search answers one wish; another speed or density is another point of the same problem, and takes no
+new search. The file holds the choices of a sweep over the price of damage, one for each bin of speed-up.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..patterns import Pattern
+from ..plan import HeadChoice, Plan, PlanError
+from .solve import Choice, Problem, at_price
+
+FORMAT = "sparse_dit front 1"
+BIN = 0.05  # speed-ups apart
+Measure = Literal["speedup", "density", "error"]
+
+
+class Point(BaseModel):
+    """One choice: its forecasts, and for each unit the number of its pattern and its error.
+
+    Units go by stage, layer and head, in the plan's order.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    speedup: float = Field(gt=0)
+    density: float = Field(ge=0, le=1)
+    error: float = Field(ge=0)
+    seconds: float = Field(gt=0)
+    patterns: list[int]
+    errors: list[float]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    format: Literal["sparse_dit front 1"]
+    config_hash: str
+    dense_seconds: float = Field(gt=0)
+    patterns: list[dict[str, Any]]
+    masks: dict[str, str]
+    points: list[Point] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Front:
+    """Points by rising speed-up, and the patterns that they number.
+
+    Args:
+        config_hash: Of the model that it was searched for.
+        dense_seconds: Of a dense generation.
+        patterns: Each once.
+        points: Choices.
+    """
+
+    config_hash: str
+    dense_seconds: float
+    patterns: tuple[Pattern, ...]
+    points: tuple[Point, ...]
+
+
+def front_of(task: Problem, config_hash: str, found: Choice) -> Front:
+    """Sweep the price of damage from 0 to where all is dense; `found` is kept in any case."""
+    best: dict[int, Choice] = {}
+    for step in range(-60, 121):
+        choice = at_price(task, 10 ** (step / 10))
+        place = round(choice.speedup / BIN)
+        if place not in best or choice.damage < best[place].damage:
+            best[place] = choice
+    choices = sorted([*best.values(), found], key=lambda choice: (choice.speedup, -choice.damage))
+    numbers: dict[Pattern, int] = {}
+    points: list[Point] = []
+    for choice in choices:
+        picks = choice.pick.tolist()
+        listed = [
+            numbers.setdefault(task.candidates[unit][pick], len(numbers))
+            for unit, pick in enumerate(picks)
+        ]
+        errors = task.error.gather(1, choice.pick[:, None])[:, 0].sqrt()
+        point = Point(
+            speedup=round(choice.speedup, 4),
+            density=round(choice.density, 6),
+            error=round(choice.error, 6),
+            seconds=round(choice.seconds, 4),
+            patterns=listed,
+            errors=[round(e, 5) for e in errors.tolist()],
+        )
+        if not points or point.patterns != points[-1].patterns:
+            points.append(point)
+    return Front(config_hash, task.dense_seconds, tuple(numbers), tuple(points))
+
+
+def front_path(plan_file: Path) -> Path:
+    """Where a plan's front lies: `plan.json` has `plan.front.json`."""
+    return plan_file.with_name(f"{plan_file.stem}.front.json")
+
+
+def write_front(front: Front, path: Path) -> None:
+    """Write as JSON; the file appears whole or not at all."""
+    masks: dict[str, str] = {}
+    for pattern in front.patterns:
+        for name, bits in pattern.tensors().items():
+            masks[name] = base64.b64encode(bytes(bits.tolist())).decode()
+    file = _File(
+        format=FORMAT,
+        config_hash=front.config_hash,
+        dense_seconds=front.dense_seconds,
+        patterns=[pattern.to_dict() for pattern in front.patterns],
+        masks=masks,
+        points=list(front.points),
+    )
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(file.model_dump_json())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_front(path: Path) -> Front:
+    """Inverse of `write_front`.
+
+    Raises:
+        PlanError: If the file is missing, damaged or of another kind; in one line.
+    """
+    if not path.is_file():
+        raise PlanError(f"{path}: no such file; a search writes it beside its plan")
+    try:
+        file = _File.model_validate(json.loads(path.read_text()))
+        tensors = {
+            name: torch.frombuffer(
+                bytearray(base64.b64decode(bits, validate=True)), dtype=torch.uint8
+            )
+            for name, bits in file.masks.items()
+        }
+        patterns = tuple(Pattern.from_dict(data, tensors) for data in file.patterns)
+        _check(file, len(patterns))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"{path}: {place}: {first['msg']}; search again") from None
+    except (ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PlanError(f"{path}: damaged ({reason:.200}); search again") from None
+    return Front(file.config_hash, file.dense_seconds, patterns, tuple(file.points))
+
+
+def _check(file: _File, count: int) -> None:
+    """Raise ValueError unless every point numbers patterns that are there, for equally many units."""
+    units = len(file.points[0].patterns)
+    for number, point in enumerate(file.points):
+        if len(point.patterns) != units or len(point.errors) != units or not units:
+            raise ValueError(f"point {number} must have patterns and errors of {units} heads")
+        if not all(0 <= n < count for n in point.patterns):
+            raise ValueError(f"point {number} names a pattern that isn't there")
+        if not all(e >= 0 for e in point.errors):
+            raise ValueError(f"point {number} has a negative error")
+
+
+def wish(text: str) -> tuple[Measure, float]:
+    """`"speedup=2.0"` as a pair.
+
+    Raises:
+        ValueError: If it has another form.
+    """
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if name not in get_args(Measure) or not 0 < value < float("inf"):
+        raise ValueError(
+            f"a pick must be one of {', '.join(f'{n}=NUMBER' for n in get_args(Measure))}, got {text!r}"
+        )
+    return name, value
+
+
+def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
+    """The point of least error with at least that speed-up or at most that density, or the fastest with
+    at most that error, as a plan. What was measured of the first plan is left out.
+
+    Raises:
+        ValueError: If the front belongs to another model or plan, or no point is like that.
+    """
+    ((name, component),) = plan.components.items()
+    units = len(component.stages) * len(component.layers) * component.num_heads
+    if component.config_hash != front.config_hash or len(front.points[0].patterns) != units:
+        raise ValueError("the front belongs to another model or plan; search again")
+    point = _chosen(front.points, measure, value)
+    rows: dict[str, list[tuple[HeadChoice, ...]]] = {layer: [] for layer in component.layers}
+    place = 0
+    for _ in component.stages:
+        for layer in component.layers:
+            span = slice(place, place + component.num_heads)
+            pairs = zip(point.patterns[span], point.errors[span], strict=True)
+            rows[layer].append(tuple(HeadChoice(front.patterns[n], error) for n, error in pairs))
+            place += component.num_heads
+    layers = {layer: tuple(stages) for layer, stages in rows.items()}
+    forecast = {
+        "speedup": point.speedup,
+        "error": point.error,
+        "seconds": point.seconds,
+        "dense_seconds": round(front.dense_seconds, 4),
+    }
+    return replace(
+        plan,
+        components={name: replace(component, layers=layers)},
+        density=point.density,
+        provenance={**plan.provenance, "objective": {measure: value}},
+        forecast=forecast,
+        measured={},
+    )
+
+
+def _chosen(points: Sequence[Point], measure: Measure, value: float) -> Point:
+    if measure == "error":
+        good = [p for p in points if p.error <= value]
+        best = max(good, key=lambda p: p.speedup, default=None)
+    else:
+        fast = measure == "speedup"
+        good = [p for p in points if (p.speedup >= value if fast else p.density <= value)]
+        best = min(good, key=lambda p: (p.error, -p.speedup), default=None)
+    if best is None:
+        low, high = (f([getattr(p, measure) for p in points]) for f in (min, max))
+        raise ValueError(
+            f"no point with {measure} {value:g}: the front goes from {low:g} to {high:g}"
+        )
+    return best

@@ -1,0 +1,149 @@
+"""The front of a search: other points without a new search, and files that lie."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparse_dit import cli
+from sparse_dit.demo.run import CALIBRATION, QUICK
+from sparse_dit.inputs import load_pipeline
+from sparse_dit.plan import Plan, PlanError
+from sparse_dit.resources import shipped
+from sparse_dit.search import search_plan
+from sparse_dit.search.front import front_path, pick, read_front, wish, write_front
+from sparse_dit.search.solve import at_price
+
+
+@pytest.fixture(scope="module")
+def searched():
+    pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
+    return search_plan(
+        pipe, CALIBRATION, settings=QUICK, max_error=0.3, tune_on="calibration", rows=16
+    )
+
+
+@pytest.fixture
+def plan_file(searched, tmp_path):
+    searched.plan.save(tmp_path / "plan.json")
+    write_front(searched.front, front_path(tmp_path / "plan.json"))
+    return tmp_path / "plan.json"
+
+
+def test_the_file_gives_back_the_front(searched, plan_file):
+    assert read_front(front_path(plan_file)) == searched.front
+    points = searched.front.points
+    assert [p.speedup for p in points] == sorted(p.speedup for p in points)
+    assert points[0].density == 1 and points[-1].density < 0.1
+    assert searched.choice.speedup == pytest.approx(
+        min((p.speedup for p in points), key=lambda s: abs(s - searched.choice.speedup)), abs=1e-4
+    )
+
+
+def test_no_point_is_worse_than_the_problems_own_at_that_speed(searched):
+    for step in range(-20, 80, 5):
+        choice = at_price(searched.problem, 10 ** (step / 10))
+        near = [p for p in searched.front.points if abs(p.speedup - choice.speedup) <= 0.05]
+        assert min(p.error for p in near) <= choice.error + 1e-6
+
+
+@pytest.mark.parametrize(("measure", "value"), [("speedup", 1.1), ("density", 0.4), ("error", 0.2)])
+def test_a_pick_is_a_plan_that_keeps_its_promise(searched, plan_file, measure, value):
+    front = read_front(front_path(plan_file))
+    plan = pick(Plan.load(plan_file), front, measure, value)
+    got = {**plan.forecast, "density": plan.density}[measure]
+    assert got >= value if measure == "speedup" else got <= value
+    assert plan.measured == {} and plan.provenance["objective"] == {measure: value}
+    again = Plan.from_dict(*plan.to_dict()) if isinstance(plan.to_dict(), tuple) else plan
+    assert again.components.keys() == searched.plan.components.keys()
+
+
+def test_picking_the_plans_own_point_gives_its_patterns(searched, plan_file):
+    own = searched.choice.error
+    plan = pick(searched.plan, read_front(front_path(plan_file)), "error", round(own, 6) + 1e-6)
+    if plan.forecast["speedup"] == searched.plan.forecast["speedup"]:
+        for layer, stages in searched.plan.components["transformer"].layers.items():
+            mine = plan.components["transformer"].layers[layer]
+            assert [[h.pattern for h in s] for s in mine] == [
+                [h.pattern for h in s] for s in stages
+            ]
+    else:
+        assert plan.forecast["speedup"] > searched.plan.forecast["speedup"]
+
+
+def test_what_no_point_has_is_said(searched, plan_file):
+    front = read_front(front_path(plan_file))
+    with pytest.raises(ValueError, match=r"no point with speedup 99: the front goes from 1 to"):
+        pick(searched.plan, front, "speedup", 99.0)
+    for text in ("fast=2", "speedup=", "speedup=nan", "speedup=-1", "2.0"):
+        with pytest.raises(ValueError, match="a pick must be one of"):
+            wish(text)
+
+
+def _spoil(data, change):
+    if change == "other model":
+        data["config_hash"] = "0" * 64
+    elif change == "pattern":
+        data["points"][0]["patterns"][0] = 10**6
+    elif change == "units":
+        data["points"][1]["patterns"] = data["points"][1]["patterns"][1:]
+    elif change == "infinite":
+        data["points"][0]["speedup"] = 1e999
+    elif change == "extra":
+        data["run"] = "rm"
+    elif change == "hostile pattern":
+        data["patterns"][0] = {"name": "import os"}
+    elif change == "no points":
+        data["points"] = []
+    return data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "pattern",
+        "units",
+        "infinite",
+        "extra",
+        "hostile pattern",
+        "no points",
+        "not json",
+        "missing",
+    ],
+)
+def test_damaged_files_are_named_in_one_line(plan_file, change):
+    path = front_path(plan_file)
+    if change == "missing":
+        path.unlink()
+    elif change == "not json":
+        path.write_text("[" * 100_000)
+    else:
+        path.write_text(json.dumps(_spoil(json.loads(path.read_text()), change)))
+    with pytest.raises(PlanError, match=r"search again|a search writes it") as caught:
+        read_front(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_another_models_front_is_refused(searched, plan_file):
+    path = front_path(plan_file)
+    path.write_text(json.dumps(_spoil(json.loads(path.read_text()), "other model")))
+    with pytest.raises(ValueError, match="another model or plan"):
+        pick(searched.plan, read_front(path), "density", 0.5)
+
+
+def test_the_commands(plan_file, capsys):
+    picture, other = plan_file.with_name("front.png"), plan_file.with_name("other.json")
+    assert cli.run(["show", str(plan_file), "--front", "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "forecast speed-up" in capsys.readouterr().out
+    command = ["show", str(plan_file), "--pick", "density=0.3", "--out", str(other)]
+    assert cli.run(command) == 0
+    assert Plan.load(other).density <= 0.3
+    assert cli.run(command) == 2  # the file is there
+    assert cli.run(["show", str(plan_file), "--pick", "density=0.3"]) == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_dit.cli", "show", "tiny-wan", "--front"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "a search writes it beside its plan" in done.stderr
