@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from ..eval.provenance import environment
 from ..layout import TokenLayout, tile_order
 from ..search.cost import BUDGETS, CostTable, measure_cost, timed
-from ..search.device_table import DeviceTable, Entry, processor, slug
+from ..search.device_table import DeviceTable, Dtype, Entry, processor, slug
 from .lists import layout_of
 from .measure import num_threads, watched
 
@@ -119,7 +120,7 @@ def _entry(table: CostTable, head_dim: int, permute: float) -> Entry:
     return Entry(
         grid=table.layout.grid,
         head_dim=head_dim,
-        dtype=table.dtype,
+        dtype=cast(Dtype, table.dtype),
         dense=table.dense,
         dense_head=table.dense if table.dense_head is None else table.dense_head,
         masked=table.sparse[False],
