@@ -17,6 +17,7 @@ from ..candidates import DENSE, tilings
 from ..cells import cell_table, sample_rows, sampled_rows
 from ..profile import ComponentProfile, bounds_of
 from ..projection import projections
+from ..recorder import one_thread
 from ..statistics import density, score
 from ..verify import dense_reference
 from .families import families, row_wise_blocks, vertical_stripes
@@ -65,7 +66,8 @@ class _Scorer:
         known = layout == self.profile.layout and call.layer in self.profile.layers
         if known and sigma is not None and call.unsupported is None:
             level = sum(bound >= sigma for bound in bounds_of(self.profile.sigmas)[1:-1])
-            self._add(call, level)
+            with one_thread():
+                self._add(call, level)
         return call.stock()
 
     def _add(self, call: AttentionCall, level: int) -> None:
