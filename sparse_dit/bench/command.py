@@ -125,9 +125,9 @@ def cost(
     from ..inputs import check_device
     from ..search.cost import BUDGETS
     from ..search.device_table import slug
-    from .cost import CostSweep, measure_device
+    from .cost import CostSweep, cost_table, measure_device
     from .measure import num_threads
-    from .results import cost_table, load_notes
+    from .results import load_notes
 
     check_device(device)
     sweep = CostSweep(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from rich.table import Table
 
 from ..eval.provenance import environment
 from ..layout import TokenLayout, tile_order
@@ -143,3 +144,24 @@ def _permute_seconds(sweep: CostSweep, layout: TokenLayout, head_dim: int, dtype
         back.index_copy_(2, order, x)
 
     return min(timed(there_and_back, x.device) for _ in range(REPEATS)) / sweep.heads
+
+
+def cost_table(table: DeviceTable) -> Table:
+    """Every size of a device table, in milliseconds a head."""
+    densities = [d for d, _ in table.entries[0].masked]
+    columns = [f"{density:.0%}" for density in densities]
+    shown = Table(
+        "tokens", "dim", "dtype", "SDPA", "dense", *columns, "+ far", "index", "order",
+        title=f"{table.name}, backend {table.backend}: milliseconds of one head",
+    )  # fmt: skip
+    for entry in table.entries:
+        masked = [entry.seconds(False, density) for density in densities]
+        middle = densities[len(densities) // 2]
+        far = entry.seconds(True, middle) / entry.seconds(False, middle) - 1
+        times = [entry.dense, entry.dense_head, *masked]
+        shown.add_row(
+            f"{entry.tokens:,}", str(entry.head_dim), entry.dtype,
+            *(f"{1e3 * s:.2f}" for s in times), f"{far:+.0%}",
+            *("-" if s is None else f"{1e3 * s:.2f}" for s in (entry.index, entry.permute)),
+        )  # fmt: skip
+    return shown

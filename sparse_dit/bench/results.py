@@ -8,15 +8,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from .quick import Value
 from .rows import Row, Skipped
-
-if TYPE_CHECKING:
-    from ..search.device_table import DeviceTable
 
 QUIET_CORES = 0.1  # other programs may use this much before a wall clock is worth little
 
@@ -85,27 +81,6 @@ def load_notes(foreign_cores: float | None, remedy: str | None) -> list[str]:
         return []
     advice = f"; {remedy}, or repeat it when it is quiet" if remedy else ""
     return [f"others used {foreign_cores:.2f} cores of this machine meanwhile{advice}"]
-
-
-def cost_table(table: DeviceTable) -> Table:
-    """Every size of a device table, in milliseconds a head."""
-    densities = [d for d, _ in table.entries[0].masked]
-    columns = [f"{density:.0%}" for density in densities]
-    shown = Table(
-        "tokens", "dim", "dtype", "SDPA", "dense", *columns, "+ far", "index", "order",
-        title=f"{table.name}, backend {table.backend}: milliseconds of one head",
-    )  # fmt: skip
-    for entry in table.entries:
-        masked = [entry.seconds(False, density) for density in densities]
-        middle = densities[len(densities) // 2]
-        far = entry.seconds(True, middle) / entry.seconds(False, middle) - 1
-        times = [entry.dense, entry.dense_head, *masked]
-        shown.add_row(
-            f"{entry.tokens:,}", str(entry.head_dim), entry.dtype,
-            *(f"{1e3 * s:.2f}" for s in times), f"{far:+.0%}",
-            *("-" if s is None else f"{1e3 * s:.2f}" for s in (entry.index, entry.permute)),
-        )  # fmt: skip
-    return shown
 
 
 def rows_table(rows: Sequence[Row]) -> Table:

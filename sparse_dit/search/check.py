@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench.measure import num_threads
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.call import AttentionCall
 from ..integrations.diffusers import attach, attachment_of, components, self_attention_layers
@@ -21,6 +20,7 @@ from ..patterns import Dense, Pattern
 from ..plan import ComponentPlan, Plan, PlanError, config_hash
 from .cells import cell_table, sample_rows, sampled_rows
 from .projection import projections
+from .recorder import one_thread
 from .statistics import score
 
 ROWS = 64
@@ -119,7 +119,7 @@ class _Watch:
         if patterns is not None and stage is not None and plain:
             assert context.layout is not None
             self.layout = context.layout
-            with num_threads(1):  # many small operations
+            with one_thread():
                 self._score(call, stage, patterns, context.layout)
         return call.stock()
 

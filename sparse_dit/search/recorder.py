@@ -20,7 +20,7 @@ PICTURE = 96
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Many small operations: waking other threads for each of them costs more than they bring."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,7 +72,7 @@ class Recorder:
             whole = layout.num_video and tokens == (layout.seq_len, layout.seq_len)
             if whole and self._has_turn(call.context):
                 started = time.perf_counter()
-                with _one_thread():
+                with one_thread():
                     self._record(call, layout, sigma)
                 self.seconds += time.perf_counter() - started
         return call.stock()
