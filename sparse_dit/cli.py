@@ -121,7 +121,11 @@ def search(
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
-    dial = {"target_speedup": target_speedup, "max_error": max_error, "min_psnr": min_psnr}
+    dial: dict[str, float | None] = {
+        "target_speedup": target_speedup,
+        "max_error": max_error,
+        "min_psnr": min_psnr,
+    }
     from .search import Objective
     from .search import search_plan as find
     from .search.elsewhere import Elsewhere

@@ -139,15 +139,16 @@ def _started(request: FrontierRequest) -> list[dict[str, Any]]:
         data = json.loads(request.file.read_text())
         known = data["format"] == FORMAT and isinstance(data["rows"], list)
         same = data["conditions"] == request.conditions
+        rows = data["rows"]
     except (ValueError, LookupError, TypeError):
-        known = same = False
+        known, same, rows = False, False, []
     if not known:
         raise ValueError(f"{request.file} is no frontier file; name another")
     if not same:
         raise ValueError(
             f"{request.file} holds rows of other prompts or settings; name another file"
         )
-    return data["rows"]
+    return rows
 
 
 def _write(request: FrontierRequest, rows: list[dict[str, Any]]) -> None:

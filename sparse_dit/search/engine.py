@@ -19,11 +19,11 @@ from .front import Front, front_of
 from .objective import Objective
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
-from .provenance import provenance
+from .provenance import measured_of, provenance
 from .sensitivity import reduced, sensitivity
 from .solve import Choice, Problem, problem, stages_of
 from .tune import Clock, Report, Session, tune
-from .verify import Reference, Verified, dense_reference
+from .verify import Reference, dense_reference
 
 TuneOn = Literal["held_out", "calibration"]
 
@@ -185,7 +185,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
-        measured=_measured(objective, verified, len(run.held_out), run.elsewhere),
+        measured=measured_of(objective, verified, len(run.held_out), run.elsewhere),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
@@ -250,23 +250,6 @@ def _with_break_even(
     return replace(
         plan, components={session.component: replace(component, valid_tokens=(tokens, None))}
     )
-
-
-def _measured(
-    objective: Objective, verified: Verified, cases: int, elsewhere: Elsewhere | None
-) -> dict[str, Any]:
-    """What came out; whether a speed-up is met elsewhere isn't known here (None)."""
-    psnr, speedup = objective.min_psnr, objective.target_speedup
-    foreign = elsewhere is not None and not elsewhere.table.here
-    met: bool | None = psnr is None or verified.psnr_db >= psnr
-    if speedup is not None:
-        met = None if foreign else verified.speedup >= speedup
-    return {
-        "psnr_db": round(verified.psnr_db, 3),
-        "speedup_on_another_device" if foreign else "speedup": round(verified.speedup, 4),
-        "held_out_cases": cases,
-        "met": met,
-    }
 
 
 def _cases(name: str, prompts: Sequence[str | Case]) -> list[Case]:

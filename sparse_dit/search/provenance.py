@@ -10,8 +10,11 @@ from typing import Any
 
 from ..generation import Case
 from ..version import VERSION
+from .elsewhere import Elsewhere
+from .objective import Objective
 from .sensitivity import Sensitivity
 from .tune import Session
+from .verify import Verified
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 
@@ -51,4 +54,28 @@ def provenance(
             "layers": [round(share, 6) for share in sensitivity.layers],
         },
         "search_seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+    }
+
+
+def measured_of(
+    objective: Objective, verified: Verified, cases: int, elsewhere: Elsewhere | None
+) -> dict[str, Any]:
+    """`measured` of a plan; whether a speed-up is met on another device isn't known here (None).
+
+    Args:
+        objective: What was asked for.
+        verified: What came out.
+        cases: Held-out cases among those it was verified on.
+        elsewhere: The device that was solved for, if it isn't this one.
+    """
+    psnr, speedup = objective.min_psnr, objective.target_speedup
+    foreign = elsewhere is not None and not elsewhere.table.here
+    met: bool | None = psnr is None or verified.psnr_db >= psnr
+    if speedup is not None:
+        met = None if foreign else verified.speedup >= speedup
+    return {
+        "psnr_db": round(verified.psnr_db, 3),
+        "speedup_on_another_device" if foreign else "speedup": round(verified.speedup, 4),
+        "held_out_cases": cases,
+        "met": met,
     }

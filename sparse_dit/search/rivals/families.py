@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -88,8 +89,8 @@ def spatial_bands(layout: TokenLayout) -> list[Pattern]:
     """Bands around the diagonal of the frame-major order, as Sparse VideoGen's spatial heads: a number of
     whole frames, and the nearest rows of the next."""
     frames, height, _ = layout.grid
-    tile, result = raster(layout), []
-    for budget in BANDS:
+    flat, result = tilings(layout)[min(1, len(tilings(layout)) - 1)], []
+    for budget, tile in itertools.product(BANDS, (raster(layout), flat)):
         reach = budget * frames / 2  # frames to each side
         whole, part = int(reach), round((reach - int(reach)) * height)
         shape = Window(whole, None, None)
