@@ -7,6 +7,7 @@ from .compare import diff, merge, summary_rows
 from .component import ComponentPlan, HeadChoice, Stage
 from .errors import PlanError
 from .hub import built_in
+from .merged import merged, merged_plan
 from .plan import Plan, config_hash
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "config_hash",
     "diff",
     "merge",
+    "merged",
+    "merged_plan",
     "summary_rows",
 ]
