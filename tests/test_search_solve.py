@@ -306,3 +306,21 @@ def test_a_wrong_dial_is_refused(dial):
     with pytest.raises(ValueError, match=r"^(give one of|\w+ must be a finite number above)") as e:
         Objective(**dial)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("speedup", [1.1, 1.5, 2.0, 3.0])
+def test_a_chosen_speedup_is_kept_with_no_more_damage_than_on_the_hull(speedup):
+    task = _problem(units=24, seed=3)
+    hull = least_damage(task, speedup)
+    if hull is None:
+        pytest.skip("out of reach")
+    choice = Objective(target_speedup=speedup).choose(task, 0.0)
+    assert choice.speedup >= speedup * (1 - 1e-9) and choice.damage <= hull.damage
+
+
+def test_a_chosen_error_is_kept_and_no_slower_than_on_the_hull():
+    task = _problem(units=24, seed=4)
+    for limit in (0.1, 0.3, 0.6):
+        hull = cheapest(task, lambda choice, limit=limit: choice.error <= limit)
+        choice = Objective(max_error=limit).choose(task, 0.0)
+        assert choice.error <= limit * (1 + 1e-9) and choice.seconds <= hull.seconds

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..plan import Plan
+from .local import improve
 from .solve import Choice, Problem, at_price, cheapest, least_damage
 
 _ABOVE = {"target_speedup": 1.0, "max_error": 0.0, "min_psnr": 0.0}
@@ -68,10 +69,13 @@ class Objective:
                     f"target_speedup {self.target_speedup:g} is out of reach on this device: the "
                     f"fastest plan forecasts {fastest.speedup:.2f}x; ask for less"
                 )
-            return choice
+            seconds = max(choice.seconds, problem.dense_seconds / self.target_speedup)
+            return improve(problem, choice, seconds=seconds)
         if (limit := self.max_error) is not None:
-            return cheapest(problem, lambda choice: choice.error <= limit)
-        return cheapest(problem, lambda choice: choice.damage <= damage)
+            damage = limit**2 * problem.importance.sum().item()
+        return improve(
+            problem, cheapest(problem, lambda choice: choice.damage <= damage), damage=damage
+        )
 
 
 def shortfall(plan: Plan) -> str | None:
