@@ -48,11 +48,8 @@ def improve(
             f"got {goal.spent(choice):g}; start from one that does"
         )
     price, found = _bisected(problem, goal)
-    search = _Search(problem, goal, price)
-    best = choice
-    for start in [choice] if found is None else [choice, found]:
-        best = min(best, search.descend(start), key=goal.rank)
-    return best
+    start = choice if found is None else min(choice, found, key=goal.rank)
+    return _Search(problem, goal, price).descend(start)
 
 
 def at_coupled_price(problem: Problem, price: float) -> Choice:
