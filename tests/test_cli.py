@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from sparse_dit import cli
 from sparse_dit.layout import TokenLayout
+from sparse_dit.patterns import Dense, Pattern
 from sparse_dit.plan import Plan
 from sparse_dit.search.device_table import DeviceTable
+from sparse_dit.search.front import Front, Point
 from tests.eval_cases import WINDOW, made_up_plan, uniform_plan
 from tests.tiny_pipelines import wan
 
@@ -262,7 +265,7 @@ def test_an_interrupted_search_says_how_to_go_on(here, capsys, monkeypatch):
         profile.write_text("half way")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sparse_dit.search, "search", interrupted)
+    monkeypatch.setattr(sparse_dit.search, "search_plan", interrupted)
     arguments = ["search", "model", "--prompts", "prompts.txt", *SIZE, "--min-psnr", "30"]
     assert cli.run([*arguments, "--out", "new.json"]) == 130
     assert "goes on from new.profile.safetensors" in capsys.readouterr().err
@@ -276,15 +279,19 @@ def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
     def missed(pipe, prompts, **options):
         plan = Plan.load("plan.json")
         measured = {"psnr_db": 21.04, "speedup": 1.4, "met": False}
-        return replace(plan, measured=measured, provenance={"objective": {"min_psnr": 30.0}})
+        plan = replace(plan, measured=measured, provenance={"objective": {"min_psnr": 30.0}})
+        dense = Point(speedup=1.0, density=1.0, error=0.0, seconds=1.0, patterns=[0], errors=[0.0])
+        front = Front("0" * 64, 1.0, (Pattern(Dense()),), (dense,))
+        return SimpleNamespace(plan=plan, front=front)
 
-    monkeypatch.setattr(sparse_dit.search, "search", missed)
+    monkeypatch.setattr(sparse_dit.search, "search_plan", missed)
     arguments = ["search", "model", "--prompts", "prompts.txt", *SIZE, "--min-psnr", "30"]
     assert cli.run([*arguments, "--out", "new.json"]) == 1
     said = capsys.readouterr().err
     assert "not met: 30 dB were asked for" in said and "21.0 dB" in said
     assert Plan.load("new.json").measured["met"] is False
-    for file in ("new.json", "new.profile.safetensors"):
+    assert (here / "new.front.json").exists()
+    for file in ("new.json", "new.front.json", "new.profile.safetensors"):
         (here / file).unlink(missing_ok=True)
 
 
