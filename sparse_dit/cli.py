@@ -181,7 +181,8 @@ def show(
     front: Annotated[bool, typer.Option("--front", help="The other points of its search.")] = False,
     picture: Annotated[Path | None, typer.Option(help="With --front: PNG or SVG to write.")] = None,
     pick: Annotated[
-        str | None, typer.Option(help="Take another point: speedup=2.0, density=0.3, error=0.05.")
+        str | None,
+        typer.Option(help="Take another point: speedup=2.0, density=0.3, error=0.05, psnr=30."),
     ] = None,
     plan_file: Annotated[
         Path | None, typer.Option("--out", help="With --pick: plan to write.")

@@ -108,12 +108,13 @@ def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
 
 def show_front(front: Front) -> None:
     """Points of a search, from dense to the fastest."""
-    table = Table("forecast speed-up", "density", "error of heads", "seconds")
+    table = Table("forecast speed-up", "density", "error of heads", "PSNR", "seconds")
     for point in front.points:
         table.add_row(
             f"{point.speedup:.2f}x",
             f"{point.density:.3f}",
             f"{point.error:.4f}",
+            "-" if point.psnr is None else f"{point.psnr:.1f} dB",
             f"{point.seconds:.2f}",
         )
     out.print(table)

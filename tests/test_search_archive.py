@@ -126,3 +126,10 @@ def test_a_problem_without_a_sparse_candidate_has_one_point():
     small = random_problem(candidates=1)
     (only,) = explore(small, mutations=10).front()
     assert only.pick.equal(torch.zeros(8, dtype=torch.int64)) and only.speedup == 1
+
+
+def test_all_heads_may_be_skipped():
+    small = random_problem(seed=4)
+    small.density[:, 1], small.seconds[:, 1] = 0.0, 0.01
+    front = explore(small).front()
+    assert front[-1].density == 0 and front[-1].pick.eq(1).all()

@@ -1,5 +1,6 @@
 """The front of a search: other points without a new search, and files that lie."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from sparse_dit.inputs import load_pipeline
 from sparse_dit.plan import Plan, PlanError
 from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
-from sparse_dit.search.front import front_path, pick, read_front, wish, write_front
+from sparse_dit.search.front import front_of, front_path, pick, read_front, wish, write_front
 from sparse_dit.search.solve import at_price
 
 
@@ -42,9 +43,10 @@ def test_the_file_gives_back_the_front(searched, plan_file):
 
 
 def test_no_point_is_worse_than_the_problems_own_at_that_speed(searched):
+    points = searched.front.points
     for step in range(-20, 80, 5):
         choice = at_price(searched.problem, 10 ** (step / 10))
-        near = [p for p in searched.front.points if abs(p.speedup - choice.speedup) <= 0.05]
+        near = [p for p in points if abs(p.speedup - choice.speedup) <= 0.05]
         assert min(p.error for p in near) <= choice.error + 1e-6
 
 
@@ -79,6 +81,24 @@ def test_what_no_point_has_is_said(searched, plan_file):
     for text in ("fast=2", "speedup=", "speedup=nan", "speedup=-1", "2.0"):
         with pytest.raises(ValueError, match="a pick must be one of"):
             wish(text)
+
+
+def test_psnr_is_forecast_from_what_was_measured(searched):
+    assert searched.choice.damage > 0
+    front = front_of(searched.problem, "0" * 64, searched.choice, psnr_db=30.0)
+    own = [p for p in front.points if p.error == round(searched.choice.error, 6)]
+    assert own[0].psnr == pytest.approx(30.0, abs=0.05) and front.points[0].psnr == 100
+    by_error = sorted(front.points, key=lambda p: p.error)
+    assert [p.psnr for p in by_error] == sorted((p.psnr for p in by_error), reverse=True)
+    front = dataclasses.replace(
+        front, config_hash=searched.plan.components["transformer"].config_hash
+    )
+    faster, better = (pick(searched.plan, front, "psnr", db).forecast for db in (25.0, 35.0))
+    assert faster["psnr_db"] >= 25 and better["psnr_db"] >= 35
+    assert faster["speedup"] > better["speedup"]
+    with pytest.raises(ValueError, match="must hold a forecast of the psnr"):
+        unknown = tuple(p.model_copy(update={"psnr": None}) for p in front.points)
+        pick(searched.plan, dataclasses.replace(front, points=unknown), "psnr", 30.0)
 
 
 def _spoil(data, change):

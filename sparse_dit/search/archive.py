@@ -143,7 +143,7 @@ def _in_density(problem: Problem) -> Problem:
         problem,
         seconds=problem.density * share[:, None],
         stock_seconds=problem.density[:, 0] * share,
-        other_seconds=0.0,
+        other_seconds=1e-3,  # not 0, as all heads may be skipped
     )
 
 

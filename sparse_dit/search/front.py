@@ -1,13 +1,14 @@
 """The whole front of a search: every point between dense and the fastest, kept beside the plan.
 
 A search answers one wish; another speed or density is another point of the same problem, and takes no
-new search. The file holds the choices of a sweep over the price of damage, one for each bin of speed-up.
+new search. The file holds the front of an archive: the best choice of each bin of latency and density.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..patterns import Pattern
 from ..plan import HeadChoice, Plan, PlanError
-from .solve import Choice, Problem, at_price
+from .archive import explore
+from .solve import Choice, Problem
 
 FORMAT = "sparse_dit front 1"
-BIN = 0.05  # speed-ups apart
-Measure = Literal["speedup", "density", "error"]
+MOST_PSNR = 100.0  # what videos that are equal count as
+Measure = Literal["speedup", "density", "error", "psnr"]
 
 
 class Point(BaseModel):
@@ -37,6 +39,7 @@ class Point(BaseModel):
     density: float = Field(ge=0, le=1)
     error: float = Field(ge=0)
     seconds: float = Field(gt=0)
+    psnr: float | None = None  # dB, forecast
     patterns: list[int]
     errors: list[float]
 
@@ -69,15 +72,18 @@ class Front:
     points: tuple[Point, ...]
 
 
-def front_of(task: Problem, config_hash: str, found: Choice) -> Front:
-    """Sweep the price of damage from 0 to where all is dense; `found` is kept in any case."""
-    best: dict[int, Choice] = {}
-    for step in range(-60, 121):
-        choice = at_price(task, 10 ** (step / 10))
-        place = round(choice.speedup / BIN)
-        if place not in best or choice.damage < best[place].damage:
-            best[place] = choice
-    choices = sorted([*best.values(), found], key=lambda choice: (choice.speedup, -choice.damage))
+def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | None = None) -> Front:
+    """The front of an archive of the problem; `found` is kept in any case.
+
+    Args:
+        task: What there is to choose from.
+        config_hash: Of the model.
+        found: What the search chose.
+        psnr_db: What `found` was measured to give; the PSNR of the others is forecast from it, as the
+            squared error of the video is in proportion to the damage.
+    """
+    choices = [*explore(task, [found]).front(), found]
+    choices.sort(key=lambda choice: (choice.speedup, -choice.damage))
     numbers: dict[Pattern, int] = {}
     points: list[Point] = []
     for choice in choices:
@@ -92,12 +98,23 @@ def front_of(task: Problem, config_hash: str, found: Choice) -> Front:
             density=round(choice.density, 6),
             error=round(choice.error, 6),
             seconds=round(choice.seconds, 4),
+            psnr=_psnr(choice, found, psnr_db),
             patterns=listed,
             errors=[round(e, 5) for e in errors.tolist()],
         )
         if not points or point.patterns != points[-1].patterns:
             points.append(point)
     return Front(config_hash, task.dense_seconds, tuple(numbers), tuple(points))
+
+
+def _psnr(choice: Choice, found: Choice, psnr_db: float | None) -> float | None:
+    """Forecast in dB; None if nothing was measured that tells."""
+    if psnr_db is None or found.damage <= 0:
+        return None
+    if choice.damage <= 0:
+        return MOST_PSNR
+    decibels = psnr_db - 10 * math.log10(choice.damage / found.damage)
+    return round(min(MOST_PSNR, decibels), 2)
 
 
 def front_path(plan_file: Path) -> Path:
@@ -187,7 +204,8 @@ def wish(text: str) -> tuple[Measure, float]:
 
 def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
     """The point of least error with at least that speed-up or at most that density, or the fastest with
-    at most that error, as a plan. What was measured of the first plan is left out.
+    at most that error or at least that forecast PSNR, as a plan. What was measured of the first plan is
+    left out.
 
     Raises:
         ValueError: If the front belongs to another model or plan, or no point is like that.
@@ -212,6 +230,8 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
         "seconds": point.seconds,
         "dense_seconds": round(front.dense_seconds, 4),
     }
+    if point.psnr is not None:
+        forecast["psnr_db"] = point.psnr
     return replace(
         plan,
         components={name: replace(component, layers=layers)},
@@ -223,15 +243,20 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
 
 
 def _chosen(points: Sequence[Point], measure: Measure, value: float) -> Point:
-    if measure == "error":
-        good = [p for p in points if p.error <= value]
+    known = [point for point in points if getattr(point, measure) is not None]
+    if not known:
+        raise ValueError(
+            f"the front must hold a forecast of the {measure} to pick by it, got none: its search measured "
+            "no sparse plan; pick by speedup, density or error"
+        )
+    sign = 1 if measure in ("speedup", "psnr") else -1
+    good = [p for p in known if sign * getattr(p, measure) >= sign * value]
+    if measure in ("error", "psnr"):
         best = max(good, key=lambda p: p.speedup, default=None)
     else:
-        fast = measure == "speedup"
-        good = [p for p in points if (p.speedup >= value if fast else p.density <= value)]
         best = min(good, key=lambda p: (p.error, -p.speedup), default=None)
     if best is None:
-        low, high = (f([getattr(p, measure) for p in points]) for f in (min, max))
+        low, high = (f([getattr(p, measure) for p in known]) for f in (min, max))
         raise ValueError(
             f"no point with {measure} {value:g}: the front goes from {low:g} to {high:g}"
         )
