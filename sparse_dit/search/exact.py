@@ -19,6 +19,8 @@ from torch import Tensor
 from .solve import Choice, Problem, evaluate, least_damage
 
 RELATIVE_GAP = 1e-7  # HiGHS stops when the best choice is proved to this
+_STOP = 1e-6  # and at this difference of what it makes small, which SciPy can't change
+_SCALE = 1e4  # so a known choice has this damage to HiGHS
 _TRIES = 4  # HiGHS keeps a limit to a tolerance: solved again, as much tighter as it went over
 
 
@@ -111,14 +113,19 @@ def _solved(
     problem: Problem, limit: float, time_limit: float, known: Choice | None = None
 ) -> Exact | None:
     """Least damage within `limit` seconds of a generation."""
-    program = _Program(problem)
+    lagrangian = least_damage(problem, problem.dense_seconds / limit)
+    if lagrangian is not None and (known is None or lagrangian.damage < known.damage):
+        known = lagrangian if lagrangian.seconds <= limit else known
+    if known is not None and known.damage <= 0:
+        return Exact(known, 0.0, 0.0, True)
+    program = _Program(problem, None if known is None else known.damage)
     bound, optimal, aim = 0.0, False, limit
     for attempt in range(_TRIES):
         result = program.run(aim, time_limit)
         if attempt == 0:
             if result.status == 2:  # infeasible, if not by a rounding
                 return None if known is None else Exact(known, known.damage, 0.0, True)
-            bound = max(0.0, (result.mip_dual_bound or 0.0) * program.damage_unit)
+            bound = max(0.0, ((result.mip_dual_bound or 0.0) - _STOP) * program.damage_unit)
             optimal = result.status == 0
         if result.x is None:
             break
@@ -128,9 +135,6 @@ def _solved(
                 known = choice
             break
         aim -= 2 * (choice.seconds - limit)
-    lagrangian = least_damage(problem, problem.dense_seconds / limit)
-    if lagrangian is not None and (known is None or lagrangian.damage < known.damage):
-        known = lagrangian
     if known is None:
         raise TimeoutError(
             f"HiGHS must find a choice, found none in {time_limit:g} s; give it more time_limit"
@@ -145,7 +149,8 @@ class _Program:
     A unit takes one of its candidates, or its layer is stock; a layer that isn't has a sparse head.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, known: float | None) -> None:
+        """With a known damage, what has more alone isn't taken."""
         self.problem = problem
         unit, candidate = worth_trying(problem).nonzero(as_tuple=True)
         layer = problem.layer_of
@@ -156,8 +161,10 @@ class _Program:
         self.unit, self.candidate, self.layers = unit, candidate, layers
         self.seconds = torch.cat([stock, problem.seconds[unit, candidate]]).numpy()
         damage = torch.cat([dense, problem.damage[unit, candidate]]).numpy()
-        self.damage_unit = float(damage.max()) or 1.0
-        self.damage = damage / self.damage_unit
+        most = float(damage.max()) or 1.0 if known is None else known
+        self.damage_unit = most / _SCALE
+        self.allowed = (damage <= most * (1 + 1e-9)).astype(float)
+        self.damage = np.where(self.allowed, damage, 0.0) / self.damage_unit
         variables = layers + len(unit)
         place = torch.arange(len(unit)) + layers
         rows = torch.cat([unit, torch.arange(units)])
@@ -180,7 +187,7 @@ class _Program:
         return milp(
             self.damage,
             integrality=np.ones(len(self.damage)),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, self.allowed),
             constraints=[*self.constraints, row],
             options={"time_limit": time_limit, "mip_rel_gap": RELATIVE_GAP},
         )
