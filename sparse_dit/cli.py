@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -121,7 +121,7 @@ def search(
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
-    dial: dict[str, float | None] = {
+    dial: dict[str, Any] = {
         "target_speedup": target_speedup,
         "max_error": max_error,
         "min_psnr": min_psnr,
