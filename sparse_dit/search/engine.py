@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,11 +49,13 @@ class Searched:
     references: list[Reference]
     seconds: dict[str, float]
 
-    @property
+    @functools.cached_property
     def front(self) -> Front:
-        """Other points of the same problem."""
+        """Other points of the same problem, with the PSNR that the verified plan lets expect."""
         ((_, part),) = self.profile.components.items()
-        return front_of(self.problem, part.config_hash, self.choice)
+        return front_of(
+            self.problem, part.config_hash, self.choice, self.plan.measured.get("psnr_db")
+        )
 
 
 def search(pipe: Any, prompts: Sequence[str | Case], **options: Any) -> Plan:
