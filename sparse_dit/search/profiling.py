@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components
 from ..plan import config_hash
+from .lock import only_writer
 from .profile import ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
 from .projection import projections
@@ -45,33 +47,34 @@ def profile_pipeline(
         report: Called with `(done, total, text)`.
 
     Raises:
-        ValueError: If there are no cases or rows, or `path` holds a profile of something else.
+        ValueError: If there are no cases or rows, `path` holds a profile of something else, or another
+            process is writing it.
         PlanError: If the file at `path` is damaged.
     """
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows must be a whole number >= 1, got {rows!r}")
-    phases = _phases(cases, reference_steps)
-    labels = [phase.label for phase in phases]
-    profile = _started(pipe, settings, rows)
-    if path is not None and Path(path).exists():
-        profile = _resumed(read_profile(path), profile, labels, path)
-    for number in range(len(profile.done), len(phases)):
-        phase = phases[number]
-        if report:
-            report(number, len(phases), f"{phase.kind}: {phase.case.prompt}")
-        _run(pipe, profile, phase)
-        profile.done.append(phase.label)
-        if path is not None:
-            write_profile(profile, path)
+    phases = phases_of(cases, reference_steps)
+    profile = started(pipe, settings, rows, phases, path)
+    lock = only_writer(path) if path is not None and len(profile.done) < len(phases) else None
+    with lock or contextlib.nullcontext():
+        if lock:  # another may have gone on in between
+            profile = started(pipe, settings, rows, phases, path)
+        for number in range(len(profile.done), len(phases)):
+            phase = phases[number]
+            if report:
+                report(number, len(phases), f"{phase.kind}: {phase.case.prompt}")
+            run_phase(pipe, profile, phase)
+            if path is not None:
+                write_profile(profile, path)
     if report:
         report(len(phases), len(phases), "profiled")
     return profile
 
 
 @dataclass(frozen=True)
-class _Phase:
+class Phase:
     """One profiling run: `"find"` or `"score"`, and the steps of one whose video is kept."""
 
     kind: str
@@ -84,22 +87,43 @@ class _Phase:
         return f"{self.kind}{steps}|{self.case.seed}|{self.case.prompt}"
 
 
-def _phases(cases: Sequence[Case], reference_steps: int | None) -> list[_Phase]:
+def profiling_steps(steps: int) -> int:
+    """Denoising steps of profiling runs for generations of so many: a third, at least 4."""
+    return max(4, steps // 3)
+
+
+def phases_of(cases: Sequence[Case], reference_steps: int | None = None) -> list[Phase]:
+    """The runs of a profile, in order: those that find, then those that score."""
     if len(cases) == 1:
         cases = [cases[0], Case(cases[0].prompt, cases[0].seed + 1)]
     half = len(cases) // 2
-    find = [_Phase("find", case) for case in cases[:half]]
-    score = [_Phase("score", case) for case in cases[half:-1]]
-    return [*find, *score, _Phase("score", cases[-1], reference_steps)]
+    find = [Phase("find", case) for case in cases[:half]]
+    score = [Phase("score", case) for case in cases[half:-1]]
+    return [*find, *score, Phase("score", cases[-1], reference_steps)]
 
 
-def _started(pipe: Any, settings: GenerationSettings, rows: int) -> Profile:
+def started(
+    pipe: Any,
+    settings: GenerationSettings,
+    rows: int,
+    phases: Sequence[Phase],
+    path: str | Path | None,
+) -> Profile:
+    """The profile at `path` if there is one, else an empty one.
+
+    Raises:
+        ValueError: If the one at `path` is of something else.
+        PlanError: If it is damaged.
+    """
     parts = {}
     for name, module in components(pipe).items():
         config: Any = module.config
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
         parts[name] = ComponentProfile(type(module).__name__, config_hash(config), heads, head_dim)
-    return Profile(parts, settings, rows)
+    profile = Profile(parts, settings, rows)
+    if path is None or not Path(path).exists():
+        return profile
+    return _resumed(read_profile(path), profile, [phase.label for phase in phases], path)
 
 
 def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Path) -> Profile:
@@ -120,8 +144,8 @@ def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Pa
     return profile
 
 
-def _run(pipe: Any, profile: Profile, phase: _Phase) -> None:
-    """One generation with a recorder on every transformer; all of it undone afterwards."""
+def run_phase(pipe: Any, profile: Profile, phase: Phase) -> None:
+    """One generation with a recorder on every transformer; the pipeline is then as it was."""
     settings, rows, steps = profile.settings, profile.rows, phase.reference_steps
     if steps is not None:
         rows = max(1, round(rows * settings.steps / steps))
@@ -144,3 +168,4 @@ def _run(pipe: Any, profile: Profile, phase: _Phase) -> None:
         profile.reference = replace(made, seconds=made.seconds - recording)
         for part in profile.components.values():
             part.drop_unscored()
+    profile.done.append(phase.label)

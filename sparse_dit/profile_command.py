@@ -1,0 +1,164 @@
+"""`sparse-dit profile`: profile a model in several processes, or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    Device,
+    Dtype,
+    Frames,
+    Guidance,
+    Height,
+    Model,
+    Prompt,
+    Prompts,
+    Seed,
+    Steps,
+    Text,
+    Width,
+    err,
+    say,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from .generation import Case, GenerationSettings
+
+PATIENCE = timedelta(days=7)  # processes wait for one another's generations
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process is told."""
+
+    model: str
+    device: str
+    dtype: str | None
+    cases: list[Case]
+    settings: GenerationSettings
+    rows: int
+    path: Path
+
+
+def profile(
+    model: Model,
+    file: Annotated[Path, typer.Option("--out", help="Profile to write, or to go on with.")] = Path(
+        "profile.safetensors"
+    ),
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    max_sequence_length: Text = None,
+    rows: Annotated[int, typer.Option(min=1, help="Sampled query rows of each call.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Profile a model's heads for later searches, over the prompts in parallel.
+
+    Under torchrun each process takes its share of the prompts. Search with the same options, all of the
+    prompts, other prompts as --held-out, and --profile. Steps are those of the generation: a third of them
+    is run, at least 4.
+    """
+    from .generation import Case
+    from .inputs import check_device, check_model, read_prompts
+    from .search.lock import only_writer
+    from .search.profiling import profiling_steps
+
+    texts = read_prompts(prompt or [], prompts)
+    settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
+    settings = replace(settings, steps=profiling_steps(settings.steps))
+    cases = [Case(text, seed + number) for number, text in enumerate(texts)]
+    check_model(model)
+    check_device(device)
+    job = _Job(model, device, dtype, cases, settings, rows, file)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
+        if workers != 1:
+            raise ValueError("under torchrun its processes are the workers; leave out --workers")
+        rank = int(os.environ["RANK"])
+        with only_writer(file, rank == 0):
+            _joined(rank, int(os.environ["WORLD_SIZE"]), "env://", job)
+        if rank:
+            return
+    else:
+        with only_writer(file):
+            _spawned(workers, job)
+    err.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _spawned(workers: int, job: _Job) -> None:
+    """Run the job in so many new processes; the first error that one of them meets, in one line."""
+    if workers == 1:
+        _share(0, 1, lambda: None, job)
+        return
+    from torch import multiprocessing
+
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/meeting"
+        try:
+            multiprocessing.spawn(_started, (workers, meeting, job), nprocs=workers)
+        except multiprocessing.ProcessRaisedException as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeError(f"process {error.error_index + 1} failed: {reason}") from error
+
+
+def _started(rank: int, world: int, meeting: str, job: _Job) -> None:
+    """A spawned process: its share of the threads, then the job."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    _joined(rank, world, meeting, job)
+
+
+def _joined(rank: int, world: int, meeting: str, job: _Job) -> None:
+    """Join the other processes and do this one's share."""
+    from torch import distributed
+
+    distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=PATIENCE
+    )
+    try:
+        _share(rank, world, distributed.barrier, job)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _share(rank: int, world: int, barrier: Callable[[], None], job: _Job) -> None:
+    from .inputs import load_pipeline
+    from .search.shares import profile_share
+
+    device = _device(job.device, int(os.environ.get("LOCAL_RANK", rank)))
+    profile_share(
+        load_pipeline(job.model, device, job.dtype),
+        job.cases,
+        job.settings,
+        job.path,
+        rank=rank,
+        world=world,
+        barrier=barrier,
+        rows=job.rows,
+        report=say,
+    )
+
+
+def _device(name: str, rank: int) -> str:
+    """Processes on "cuda" take one GPU each, in turn."""
+    if name != "cuda":
+        return name
+    import torch
+
+    return f"cuda:{rank % torch.cuda.device_count()}"
