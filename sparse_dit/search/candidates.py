@@ -22,7 +22,10 @@ from ..patterns import (
 )
 from .cells import CellTable, cell_table
 
-BUDGETS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.27, 0.35, 0.45, 0.6)
+BUDGETS = (
+    *(0.01, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125, 0.15, 0.175),
+    *(0.2, 0.235, 0.27, 0.31, 0.35, 0.4, 0.45, 0.52, 0.6, 0.7),
+)
 DROP_BUDGETS = (0.1, 0.2, 0.35)
 COLUMN_BUDGETS = (0.05, 0.15, 0.3)
 BLOCK_BUDGETS = (0.1, 0.2, 0.35)
@@ -33,14 +36,17 @@ DENSE = Pattern(Dense())
 
 
 def tilings(layout: TokenLayout) -> tuple[Tile, ...]:
-    """Token orders that are tried: cubes, flat tiles of one frame, and columns through all frames."""
+    """Token orders that are tried: cubes, flat tiles of one frame, and lines (of a column, of a row)
+    through all frames.
+
+    Squares through all frames (2 x 4 tokens of 8 frames, say) bring nothing beside the lines.
+    """
     frames = layout.grid[0]
-    cube = (4, 4, 4) if frames > 1 else (1, 8, 8)
-    flat = (1, 8, 8)
-    area = max(1, TILE_TOKENS // frames)
-    rows = 1 << (int(math.log2(area)) // 2)
-    through = (None, max(1, rows), max(1, area // rows))
-    return tuple(dict.fromkeys((cube, flat, through) if frames > 1 else (cube,)))
+    if frames == 1:
+        return ((1, 8, 8),)
+    length = max(1, TILE_TOKENS // frames)
+    lines: list[Tile] = [(None, length, 1), (None, 1, length)]
+    return tuple(dict.fromkeys([(4, 4, 4), (1, 8, 8), *lines]))
 
 
 def fixed(layout: TokenLayout) -> list[Pattern]:
@@ -48,21 +54,19 @@ def fixed(layout: TokenLayout) -> list[Pattern]:
     cube, *others = tilings(layout)
     _, height, width = layout.grid
     shapes: list[tuple[object, Tile]] = [(Skip(), cube)]
-    near = sorted({max(1, n // part) for n in (max(height, width),) for part in (12, 6, 3)})
     for frames in (0, 2, None):
-        for side in (*near, None):
+        for side in (max(1, max(height, width) // 6), None):
             shapes.append((Window(frames, side, side), cube))
     shapes += [(SlidingTile(1, 3, 3), cube), (SlidingTile(None, 3, 3), cube)]
     shapes += [(SlidingTile(1, None, None), cube), (SlidingTile(None, 1, None), cube)]
     shapes.append((SlidingTile(None, None, 1), cube))
     for tile in others:
         if tile[0] is None:
-            shapes += [(Stripe(space_width=(0, w)), tile) for w in (1, 4)]
-            shapes += [(Stripe(space_width=(r, 0)), tile) for r in (2, 4)]
-            shapes.append((Stripe(space_width=(0, 2), space_stride=(4, 0)), tile))
+            shapes += [(Stripe(space_width=width), tile) for width in ((0, 1), (2, 0))]
         else:
             shapes += [(Stripe(time_width=w), tile) for w in (1, 2)]
-            shapes.append((Stripe(time_width=1, time_stride=2), tile))
+            strides = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
+            shapes += [(Stripe(time_width=w, time_stride=s), tile) for w, s in strides]
     patterns = [Pattern(shape, tile, far=far) for shape, tile in shapes for far in (False, True)]
     return list(dict.fromkeys(p for p in patterns if p.shape != Window()))
 
@@ -80,13 +84,13 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
     result = []
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
-        for budget in BUDGETS if far else DROP_BUDGETS:
+        for budget in BUDGETS if far or tile[0] is None else DROP_BUDGETS:
             result.append(Pattern(_stencil(ranked, budget, table), tile, far=far))
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
     columns = [Vertical(lattice, _best(statistics["column"], budget)) for budget in COLUMN_BUDGETS]
-    result += [Pattern(shape, tile, far=far) for shape in columns for far in (False, True)]
+    result += [Pattern(shape, tile, far=True) for shape in columns]
     mixed = Union((_stencil(ranked, 0.1, table), columns[-1]))
     result.append(Pattern(mixed, tile, far=True))
     if "block" in statistics:
