@@ -88,7 +88,7 @@ def test_two_processes_give_the_profile_of_one(whole, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert {f"process {n} of 2" in ran.stderr for n in (1, 2)} == {True}
     _assert_equal(read_profile(path), read_profile(whole))
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
         "profile.safetensors",
         "prompts.txt",
     ]
@@ -178,7 +178,8 @@ def test_two_searches_cannot_write_one_profile(pipe, tmp_path):
         assert run(_command(path, "--prompt", PROMPTS[0])) == 2
         other.kill()
     with only_writer(path):  # a killed process leaves nothing locked
-        pass
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_whole_profile_is_read_by_any_number_of_searches(pipe, whole):

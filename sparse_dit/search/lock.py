@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from filelock import FileLock, Timeout
 
 @contextlib.contextmanager
 def only_writer(path: str | Path, wanted: bool = True) -> Iterator[None]:
-    """Hold the lock on a profile file; the lock is a hidden file beside it, which stays there empty.
+    """Hold the lock on a profile file; the lock is a hidden file beside it while it is held.
 
     Args:
         path: The profile file.
@@ -25,7 +26,8 @@ def only_writer(path: str | Path, wanted: bool = True) -> Iterator[None]:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -35,4 +37,6 @@ def only_writer(path: str | Path, wanted: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
+        if os.name == "posix":  # elsewhere an open file stays; who locks a removed one tries again
+            file.unlink(missing_ok=True)
         lock.release()
