@@ -229,7 +229,7 @@ def test_a_damaged_profile_is_one_clear_line(pipe, tmp_path):
         "empty": b"",
         "truncated": data[: len(data) // 2],
         "text": b"{}",
-        "other version": data.replace(b"sparse_dit profile 1", b"sparse_dit profile 9"),
+        "other version": data.replace(b"sparse_dit profile 2", b"sparse_dit profile 9"),
         "no components": data.replace(b'\\"components\\"', b'\\"companents\\"'),
         "a wrong key": data.replace(b'\\"head_dim\\"', b'\\"head_dum\\"'),
         "a missing layer": data.replace(b"blocks.0.attn1|norm", b"blocks.7.attn1|norm"),

@@ -108,6 +108,17 @@ def test_a_head_of_its_own_frame_gets_it():
     assert _cheapest_good(candidates, errors, layout) < 0.2  # 1/8 and the pooled rest
 
 
+@pytest.mark.parametrize("axis", [1, 2], ids=["column", "row"])
+def test_a_head_of_its_own_line_in_all_frames_gets_it(axis):
+    layout = TokenLayout.video(8, 16, 16)
+    tile = tilings(layout)[1 + axis]
+    assert tile[0] is None and tile[axis] == 8 and tile[3 - axis] == 1
+    place = cell_table(layout, tile).place[:, 3 - axis]
+    sees = place[:, None] == place[None]  # 1/16 of the tokens
+    _, candidates, errors = _searched(*_head(sees, layout, tile), layout)
+    assert _cheapest_good(candidates, errors, layout) < 0.1
+
+
 def test_a_head_of_its_own_place_in_all_frames_gets_it():
     layout = TokenLayout.video(8, 16, 16)
     tile = tilings(layout)[-1]

@@ -89,7 +89,9 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
-    columns = [Vertical(lattice, _best(statistics["column"], budget)) for budget in COLUMN_BUDGETS]
+    columns = [
+        Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
+    ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
     mixed = Union((_stencil(ranked, 0.1, table), columns[-1]))
     result.append(Pattern(mixed, tile, far=True))
@@ -102,7 +104,7 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
     return result
 
 
-def _best(columns: Tensor, budget: float) -> tuple[int, ...]:
+def best_columns(columns: Tensor, budget: float) -> tuple[int, ...]:
     """The share of columns with the greatest benefit, at least one, ascending."""
     count = max(1, round(budget * len(columns)))
     return tuple(columns.topk(count).indices.sort().values.tolist())
@@ -118,12 +120,30 @@ def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
     return torch.stack(torch.unravel_index(order, mean.shape), 1) - reach
 
 
-def _stencil(ranked: Tensor, budget: float, table: CellTable) -> Stencil:
-    """The best offsets whose density (over the whole video) stays within the budget."""
+def _within(ranked: Tensor, budget: float, table: CellTable) -> Tensor:
+    """The best offsets whose density (over the whole video) stays within the budget, at least one."""
     pairs = (table.counts - ranked.abs()).prod(1).double()
     density = pairs.cumsum(0) / table.counts.prod().double() ** 2
-    keep = max(1, int((density <= budget).sum()))
-    return Stencil.from_offsets(ranked[:keep])
+    return ranked[: max(1, int((density <= budget).sum()))]
+
+
+def _stencil(ranked: Tensor, budget: float, table: CellTable) -> Stencil:
+    return Stencil.from_offsets(_within(ranked, budget, table))
+
+
+def chosen_offsets(
+    statistics: dict[str, Tensor], benefit: str, budget: float, table: CellTable
+) -> Tensor:
+    """Offsets of the stencil within the budget of exact pairs, int64 `[n, 3]`, best first.
+
+    Args:
+        statistics: Of a head in one token order.
+        benefit: `"offset_far"` or `"offset_drop"`.
+        budget: Density over the whole video.
+        table: Cells of that order.
+    """
+    ranked = _rank_offsets(statistics[benefit], statistics["offset_count"], table)
+    return _within(ranked, budget, table)
 
 
 def single_stencil(
@@ -131,8 +151,8 @@ def single_stencil(
 ) -> Pattern:
     """The stencil with far field of the best offsets within the budget of exact pairs."""
     table = cell_table(layout, tile)
-    ranked = _rank_offsets(statistics["offset_far"], statistics["offset_count"], table)
-    return Pattern(_stencil(ranked, budget, table), tile, far=True)
+    offsets = chosen_offsets(statistics, "offset_far", budget, table)
+    return Pattern(Stencil.from_offsets(offsets), tile, far=True)
 
 
 def all_candidates(

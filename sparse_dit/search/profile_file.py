@@ -22,7 +22,7 @@ from .statistics import empty_statistics
 from .verify import Reference
 
 VIDEO = "reference|video"
-FORMAT = "sparse_dit profile 1"
+FORMAT = "sparse_dit profile 2"  # counts up when candidates change: scores go by their place
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
