@@ -11,6 +11,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .eval.report import Report
+    from .layout import TokenLayout
+    from .patterns import Pattern
     from .plan import Plan
     from .search.front import Front
 
@@ -19,8 +21,6 @@ out = Console(width=None if sys.stdout.isatty() else 120)
 
 def show_plan(plan: Plan) -> None:
     """What a plan is for, what it promises, and its stages."""
-    from .plan import summary_rows
-
     out.print(
         f"{plan.pipeline_class or 'transformer'}, density {plan.density:.3f}", highlight=False
     )
@@ -35,26 +35,74 @@ def show_plan(plan: Plan) -> None:
             f"made at {part.layout}; sparse from {low} tokens{f' to {high}' if high else ''}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    table = Table("component", "sigma", "branch", "heads", "patterns", "error", "largest")
+    out.print(_stage_table(plan))
+
+
+def _stage_table(plan: Plan) -> Table:
+    """One row for each component and stage."""
+    from .plan import summary_rows
+
+    table = Table(
+        "component", "sigma", "branch", "steps", "heads", "density", "patterns", "error", "largest"
+    )
+    densities = _Densities()
     for row in summary_rows(plan):
+        part = plan.components[row["component"]]
+        heads = [head for stages in part.layers.values() for head in stages[row["stage"]]]
+        density = [densities.of(head.pattern, part.layout) for head in heads]
         patterns = ", ".join(f"{name} {count}" for name, count in row["patterns"].items())
         errors = ["-" if row[k] is None else f"{row[k]:.3f}" for k in ("error", "max_error")]
         table.add_row(
-            row["component"], row["sigma"], row["branch"], str(row["heads"]), patterns, *errors
-        )
-    out.print(table)
+            row["component"], row["sigma"], row["branch"], _share_of_steps(plan, row),
+            str(row["heads"]), f"{sum(density) / len(density):.3f}" if density else "-", patterns,
+            *errors,
+        )  # fmt: skip
+    return table
+
+
+def _share_of_steps(plan: Plan, row: dict[str, Any]) -> str:
+    """How much of a generation falls into a stage, as the search counted; "-" if it isn't noted."""
+    shares = plan.provenance.get("stage_shares")
+    listed = shares.get(row["component"]) if isinstance(shares, dict) else None
+    if not isinstance(listed, list) or len(listed) != len(plan.components[row["component"]].stages):
+        return "-"
+    share = listed[row["stage"]]
+    return f"{share:.0%}" if isinstance(share, int | float) else "-"
+
+
+class _Densities:
+    """Share of the pairs that patterns compute, each pattern measured once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Pattern, TokenLayout], float] = {}
+
+    def of(self, pattern: Pattern, layout: TokenLayout) -> float:
+        from .index import pattern_index
+
+        key = (pattern, layout)
+        if key not in self._known:
+            self._known[key] = 1.0 if pattern.is_dense else pattern_index(pattern, layout).density
+        return self._known[key]
 
 
 def show_heads(plan: Plan) -> None:
-    """Every head of every layer and stage."""
-    table = Table("layer", "stage", "head", "pattern", "error", "runner-up")
+    """Every head of every layer and stage: its pattern, and the next best one."""
+    table = Table("layer", "stage", "head", "density", "pattern", "error", "runner-up", "its error")
+    densities = _Densities()
     for part in plan.components.values():
         for layer, stages in part.layers.items():
             for stage, heads in zip(part.stages, stages, strict=True):
                 for number, head in enumerate(heads):
-                    error = "-" if head.error is None else f"{head.error:.3f}"
+                    density = f"{densities.of(head.pattern, part.layout):.3f}"
                     second = "-" if head.runner_up is None else str(head.runner_up)
-                    table.add_row(layer, str(stage), str(number), str(head.pattern), error, second)
+                    errors = [
+                        "-" if error is None else f"{error:.3f}"
+                        for error in (head.error, head.runner_up_error)
+                    ]
+                    table.add_row(
+                        layer, str(stage), str(number), density, str(head.pattern), errors[0],
+                        second, errors[1],
+                    )  # fmt: skip
     out.print(table)
 
 

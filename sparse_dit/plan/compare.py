@@ -95,7 +95,7 @@ def merge(*plans: Plan) -> Plan:
 def summary_rows(plan: Plan) -> list[dict[str, Any]]:
     """One row for each component and stage.
 
-    Keys: `component`, `sigma`, `branch`, `layers`, `heads` (in all layers), `patterns` (shape
+    Keys: `component`, `stage` (its number), `sigma`, `branch`, `layers`, `heads` (in all layers), `patterns` (shape
     name, with "+far" where there is a far field, to number of heads, most frequent first), `error`
     and `max_error` (mean and largest expected error of the heads that have one, else None).
     """
@@ -108,6 +108,7 @@ def summary_rows(plan: Plan) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "component": name,
+                    "stage": i,
                     "sigma": f"{stage.sigma_max:g} to {stage.sigma_min:g}",
                     "branch": stage.branch,
                     "layers": len(component.layers),
