@@ -95,9 +95,9 @@ def merge(*plans: Plan) -> Plan:
 def summary_rows(plan: Plan) -> list[dict[str, Any]]:
     """One row for each component and stage.
 
-    Keys: `component`, `stage` (its number), `sigma`, `branch`, `layers`, `heads` (in all layers), `patterns` (shape
-    name, with "+far" where there is a far field, to number of heads, most frequent first), `error`
-    and `max_error` (mean and largest expected error of the heads that have one, else None).
+    Keys: `component`, `stage` (its number), `sigma`, `branch`, `layers`, `heads` (in all layers),
+    `patterns` (shape name, with "+far" where there is a far field, to number of heads, most frequent
+    first), `error` and `max_error` (mean and largest expected error of the heads that have one, else None).
     """
     rows = []
     for name, component in plan.components.items():
