@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from sparse_dit.eval.atlas import stage_atlas
+from sparse_dit.eval.differences import difference
 from sparse_dit.eval.quality import CaseQuality, Quality
 from sparse_dit.eval.report import Method, Report
 from sparse_dit.eval.runs import Recorded
+from sparse_dit.eval.sizes import SizeRow
 from sparse_dit.eval.teacher import TeacherForced
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.diffusers import components, self_attention_layers
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
+from sparse_dit.search.front import Front, Point
 
 WINDOW = Pattern(Window(frames=1, rows=1, columns=1), tile=(2, 2, 2), far=True)
 
@@ -108,6 +112,32 @@ def made_up_quality(**changes: Any) -> Quality:
     return Quality(**values)
 
 
+def made_up_front() -> Front:
+    """Points from dense to 3x; the PSNR falls with speed, one point is worse than its neighbours."""
+    rows = [(1.0, 1.0, 0.0, 100.0), (1.5, 0.5, 0.02, 35.0), (1.6, 0.45, 0.05, 27.0)]
+    rows += [(2.0, 0.3, 0.04, 29.0), (3.0, 0.1, 0.1, 21.0)]
+    points = [
+        Point(
+            speedup=speedup, density=density, error=error, seconds=12 / speedup, psnr=psnr,
+            patterns=[0], errors=[error],
+        )
+        for speedup, density, error, psnr in rows
+    ]  # fmt: skip
+    return Front("0" * 64, 12.0, (Pattern(Dense()),), tuple(points))
+
+
+def coarser(plan: Plan) -> Plan:
+    """The plan with one stage for all sigmas: in it the first head has another kind, the second one
+    other parameters, the others are equal."""
+    part = plan.components["transformer"]
+    layers = {}
+    for layer, (_, sparse) in part.layers.items():
+        heads = (HeadChoice(Pattern(SlidingTile())), HeadChoice(Pattern(Stripe(time_width=2))))
+        layers[layer] = ((*heads, *sparse[2:]),)
+    part = replace(part, stages=(Stage(1.0, 0.0),), layers=layers)
+    return replace(plan, components={"transformer": part}, density=0.25)
+
+
 def made_up_report(**changes: Any) -> Report:
     """A complete report; the numbers mean nothing."""
     plan = made_up_plan()
@@ -138,5 +168,12 @@ def made_up_report(**changes: Any) -> Report:
         "seam_overhead": 0.004,
         "provenance": {"sparse_dit": "0.1.0", "command": "sparse-dit demo"},
         "notes": ["A note of the measurer."],
+        "front": made_up_front(),
+        "expected_psnr_db": 31.0,
+        "difference": difference("other.json", coarser(plan), plan),
+        "sizes": [
+            SizeRow.of(plan, made_up_quality()),
+            SizeRow.of(plan, made_up_quality(layout=component.layout)),
+        ],
     }
     return Report(**{**values, **changes})

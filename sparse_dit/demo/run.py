@@ -11,6 +11,7 @@ from typing import Any
 
 from ..eval.atlas import StageAtlas, stage_atlas
 from ..eval.command import SEAM_STEPS, dense_on_drawn_clips, forced_on_drawn_clips
+from ..eval.forecasts import expected_psnr
 from ..eval.provenance import environment
 from ..eval.quality import Quality, evaluate
 from ..eval.report import FILES, Method, Report, check_free, write_report
@@ -114,6 +115,8 @@ def measure(pipe: Any, searched: Searched, settings: GenerationSettings, say: Sa
         seam_overhead=overhead,
         provenance={**environment("cpu"), "command": "sparse-dit demo"},
         notes=_notes(searched, quality),
+        front=searched.front,
+        expected_psnr_db=expected_psnr(plan),
     )
 
 

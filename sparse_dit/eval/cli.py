@@ -65,6 +65,12 @@ def evaluate(
         int, typer.Option(help="Drawn clips for the teacher-forced error (Wan only).", min=0)
     ] = 0,
     fps: Annotated[float, typer.Option(help="Of the written videos.")] = 8,
+    against: Annotated[
+        str | None, typer.Option(help="Another plan, to show the difference to.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Other sizes to measure at too: 192x192x15,256x256x15.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -78,6 +84,8 @@ def evaluate(
     from ..inputs import check_device, check_model, load_pipeline, read_prompts
     from ..plan import Plan
     from .command import Request, evaluate_plan
+    from .front import front_beside
+    from .sizes import parse_sizes
 
     loaded = Plan.from_pretrained(plan)
     known = loaded.provenance.get("settings") or {}
@@ -89,7 +97,17 @@ def evaluate(
         cases = _held_out(loaded)
     check_model(model)
     check_device(device)
-    request = Request(folder, cases, settings, drawn_clips, fps, force)
+    request = Request(
+        folder,
+        cases,
+        settings,
+        drawn_clips,
+        fps,
+        force,
+        front=front_beside(plan, loaded),
+        against=(against, Plan.from_pretrained(against)) if against else None,
+        sizes=parse_sizes(sizes) if sizes is not None else (),
+    )
     request.check()
     pipe = load_pipeline(model, device, dtype)
     command = "sparse-dit " + " ".join(sys.argv[1:])

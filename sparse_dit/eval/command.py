@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,12 +14,18 @@ from ..demo.draw import draw
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
 from .atlas import StageAtlas, stage_atlas
+from .differences import difference
+from .forecasts import expected_psnr
 from .heads import HeadQuality, head_quality
 from .provenance import environment
-from .quality import evaluate
+from .quality import Quality, evaluate
 from .report import FILES, Report, check_free, write_report
 from .runs import seam_overhead
+from .sizes import SizeRow, check_sizes, evaluate_sizes
 from .teacher import DensePredictions, TeacherForced, dense_predictions, teacher_forced
+
+if TYPE_CHECKING:
+    from ..search.front import Front
 
 SIGMAS = (0.3, 0.6, 0.9)
 HEAD_STEPS = 8
@@ -37,6 +43,9 @@ class Request:
         drawn_clips: Clips for the teacher-forced error; 0 leaves it out.
         fps: Of the videos.
         force: Whether files in `folder` may be replaced.
+        front: Of the plan's search.
+        against: Name of another plan, and the plan, to show the difference to.
+        sizes: Width, height and frames of other sizes to measure the plan at.
     """
 
     folder: Path
@@ -45,6 +54,9 @@ class Request:
     drawn_clips: int = 0
     fps: float = 8
     force: bool = False
+    front: Front | None = None
+    against: tuple[str, Plan] | None = None
+    sizes: Sequence[tuple[int, int, int]] = ()
 
     def check(self) -> None:
         """Raise before anything is loaded if the report couldn't be written in the end."""
@@ -68,6 +80,10 @@ def evaluate_plan(
         say: Called with progress.
     """
     request.check()
+    others = [
+        replace(request.settings, width=w, height=h, num_frames=f) for w, h, f in request.sizes
+    ]
+    check_sizes(pipe, request.cases[0], [request.settings, *others])
     quality = evaluate(pipe, plan, request.cases, request.settings, progress=say)
     say("what the patch itself costs")
     short = replace(request.settings, steps=min(SEAM_STEPS, request.settings.steps))
@@ -84,8 +100,25 @@ def evaluate_plan(
         provenance={**environment(pipe.device), "command": command},
         notes=[_held_out_error(heads)] if heads else [],
         fps=request.fps,
+        front=request.front,
+        expected_psnr_db=expected_psnr(plan),
+        difference=difference(*request.against, plan) if request.against else None,
+        sizes=_other_sizes(pipe, plan, quality, request, say),
     )
     return report, write_report(request.folder, report, overwrite=request.force)
+
+
+def _other_sizes(
+    pipe: Any, plan: Plan, quality: Quality, request: Request, say: Callable[[str], None]
+) -> list[SizeRow]:
+    """A row for the size of the report and for each other one; empty if no other is asked for."""
+    settings = request.settings
+    here = (settings.width, settings.height, settings.num_frames)
+    others = [size for size in request.sizes if size != here]
+    if not others:
+        return []
+    rows = evaluate_sizes(pipe, plan, request.cases, settings, others, say)
+    return [SizeRow.of(plan, quality), *rows]
 
 
 def plan_atlases(plan: Plan, heads: dict[str, HeadQuality]) -> list[StageAtlas]:

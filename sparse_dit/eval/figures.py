@@ -61,6 +61,61 @@ def quality_over_speed(points: Sequence[Point], *, floor_db: float | None = None
     return figure
 
 
+def front_curve(
+    forecasts: Sequence[tuple[float, float]],
+    *,
+    promised: Point | None = None,
+    measured: Sequence[Point] = (),
+    floor_db: float | None = None,
+    most_db: float = 60.0,
+) -> Figure:
+    """PSNR over speed-up: what a search forecasts of all its points, and what was measured.
+
+    Args:
+        forecasts: Speed-up and PSNR in dB of each point; those above `most_db` are left out.
+        promised: The plan's own forecast, joined with what was measured first.
+        measured: The plan, then others; those that aren't finite are left out.
+        floor_db: PSNR of the flat image, drawn as a line.
+        most_db: The dense end isn't of interest.
+    """
+    figure, axes = _axes("speed-up over dense", "PSNR against dense, dB")
+    shown = sorted(point for point in forecasts if point[1] <= most_db)
+    best = [p for p in shown if not any(o[0] > p[0] and o[1] >= p[1] for o in shown)]
+    axes.scatter(*_columns(shown), s=8, color=_INK, alpha=0.35)
+    axes.plot(*_columns(best), color=_INK, linewidth=1.2, label="forecast of the search")
+    known = [p for p in measured if np.isfinite([p.speedup, p.psnr_db]).all()]
+    for number, point in enumerate(known):
+        style = number % len(COLOURS)
+        axes.scatter(
+            point.speedup, point.psnr_db, s=60, color=COLOURS[style], marker=_MARKERS[style],
+            label=f"{point.name}, measured", zorder=3,
+        )  # fmt: skip
+    if promised is not None:
+        axes.scatter(
+            promised.speedup, promised.psnr_db, s=70, facecolors="none", edgecolors=_INK,
+            label=f"{promised.name}, forecast", zorder=4,
+        )  # fmt: skip
+        for point in known[:1]:
+            axes.plot(*_columns([promised, point]), color=_INK, linestyle="--", linewidth=0.9)
+    if floor_db is not None and np.isfinite(floor_db):
+        axes.axhline(floor_db, color=_INK, linestyle=":", linewidth=1, label="flat image")
+    _legend(axes)
+    return figure
+
+
+def error_front(points: Sequence[tuple[float, float]]) -> Figure:
+    """Forecast error of heads over forecast speed-up, where no PSNR is forecast."""
+    figure, axes = _axes("forecast speed-up over dense", "forecast error of heads")
+    axes.plot(*_columns(sorted(points)), color=COLOURS[0], marker="o", markersize=4)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def _columns(points: Sequence[tuple[float, float] | Point]) -> tuple[list[float], list[float]]:
+    pairs = [(p.speedup, p.psnr_db) if isinstance(p, Point) else p for p in points]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
 def drift_curve(drifts: Mapping[str, Sequence[float]]) -> Figure:
     """Relative L2 distance of the latents from the dense run's, after each step."""
     figure, axes = _axes("step", "relative distance of the latents")

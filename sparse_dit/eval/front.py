@@ -1,7 +1,8 @@
-"""A picture of a search's front."""
+"""A search's front: read from beside its plan, and as a picture."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,6 +11,27 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from ..plan import Plan
     from ..search.front import Front
+
+
+def front_beside(name: str, plan: Plan) -> Front | None:
+    """The front that a search wrote beside a plan's file; None if there is none, or another plan's.
+
+    Args:
+        name: The plan's file or folder; any other name of a plan has no front.
+        plan: What it holds.
+
+    Raises:
+        PlanError: If the front's file is damaged.
+    """
+    from ..search.front import front_path, read_front
+
+    place = Path(name)
+    path = front_path(place / "plan.json" if place.is_dir() else place)
+    if not path.is_file():
+        return None
+    front = read_front(path)
+    models = {part.config_hash for part in plan.components.values()}
+    return front if models == {front.config_hash} else None
 
 
 def figure_of(front: Front, plan: Plan) -> Figure:

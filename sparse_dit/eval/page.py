@@ -14,18 +14,22 @@ from .atlas import HeadCell, StageAtlas
 from .figures import (
     Point,
     drift_curve,
+    error_front,
     error_over_sigma,
     frames_strip,
+    front_curve,
     quality_over_speed,
     to_svg,
 )
 from .pictures import attention_image, data_uri, mask_image
+from .sizes import elsewhere
 from .video import enlarge, side_by_side, to_uint8
 
 if TYPE_CHECKING:
     from .report import Report
 
 MANY_HEADS = 200  # beyond it pictures are half the size, so that the page stays a few megabytes
+LINE_LIMIT = 300  # lines of a difference to another plan that are shown
 NONE = "not measured"
 
 
@@ -49,6 +53,7 @@ def render_page(
     environment.filters.update(
         db=decibels, seconds=seconds, times=times, share=share, number=number
     )
+    environment.filters["of_kind"] = of_kind
     return environment.get_template("report.html.j2").render(
         report=report,
         quality=report.quality,
@@ -57,7 +62,10 @@ def render_page(
         clips=_clips(report, videos),
         strips=_strips(report),
         scatter=_scatter(report),
+        front=_front(report),
         drift=_drift(report),
+        elsewhere=elsewhere(report.plan, report.quality.layout),
+        line_limit=LINE_LIMIT,
         forced=_forced(report),
         atlases=[_atlas(atlas, _thumb(report)) for atlas in report.atlases],
         opened=opened(report.atlases),
@@ -91,6 +99,12 @@ def number(value: float | None) -> str:
     return NONE if value is None else f"{value:.3g}"
 
 
+def of_kind(value: float | None, kind: str) -> str:
+    """A number as `Compared.kind` says; "-" for None."""
+    write = {"times": times, "seconds": seconds, "share": share, "decibels": decibels}[kind]
+    return "-" if value is None else write(value)
+
+
 def _clips(report: Report, names: Sequence[str]) -> list[dict[str, str]]:
     dense, sparse = report.quality.references[0].video, report.quality.sparse_videos[0]
     both = side_by_side(dense[:1], sparse[:1])
@@ -121,6 +135,30 @@ def _scatter(report: Report) -> Markup:
     figure = quality_over_speed(points, floor_db=report.quality.psnr_flat_db)
     return Markup(
         to_svg(figure, "scatter", "PSNR over measured speed-up, one mark for each method")
+    )
+
+
+def _front(report: Report) -> Markup | None:
+    """Forecasts of the whole search, with what was measured where both are PSNR."""
+    if report.front is None:
+        return None
+    points = report.front.points
+    known = [(p.speedup, p.psnr) for p in points if p.psnr is not None]
+    if not known:
+        figure = error_front([(p.speedup, p.error) for p in points])
+        return Markup(to_svg(figure, "frontier", "Forecast error of heads over forecast speed-up"))
+    quality, expected = report.quality, report.expected_psnr_db
+    promised = None
+    if expected is not None and quality.forecast_speedup is not None:
+        promised = Point("searched", quality.forecast_speedup, expected)
+    figure = front_curve(
+        known,
+        promised=promised,
+        measured=[Point(m.name, m.speedup, m.psnr_db) for m in report.methods],
+        floor_db=quality.psnr_flat_db,
+    )
+    return Markup(
+        to_svg(figure, "frontier", "PSNR over speed-up: forecast of the search, and measured")
     )
 
 

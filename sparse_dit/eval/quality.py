@@ -10,6 +10,7 @@ import numpy as np
 
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.diffusers import attach, attachment_of, components
+from ..layout import TokenLayout
 from ..patch import patch
 from ..plan import Plan
 from ..summary import Summary
@@ -60,6 +61,7 @@ class Quality:
         summary: What ran where, as text.
         references: The dense generations, to compare other plans with.
         sparse_videos: `[T, H, W, 3]`, one for each case.
+        layout: Where the tokens lie; None if it wasn't noted.
     """
 
     settings: GenerationSettings
@@ -71,6 +73,7 @@ class Quality:
     summary: str
     references: list[Recorded] = field(repr=False)
     sparse_videos: list[np.ndarray] = field(repr=False)
+    layout: TokenLayout | None = None
 
     @property
     def dense_seconds(self) -> float:
@@ -160,7 +163,7 @@ def evaluate(
     cases = list(cases)
     _check(pipe, cases, references)
     say = progress or (lambda text: None)
-    tokens = _tokens(pipe, plan if warm_up else None, cases[0], settings, backend, say)
+    layout = _layout(pipe, plan if warm_up else None, cases[0], settings, backend, say)
     run = _Runs(pipe, plan, settings, backend, say)
     measured: list[CaseQuality] = []
     dense_runs: list[Recorded] = []
@@ -180,7 +183,7 @@ def evaluate(
     assert run.summary is not None and run.summary.density is not None
     return Quality(
         settings=settings,
-        tokens=tokens,
+        tokens=layout.seq_len,
         density=run.summary.density,
         forecast_speedup=forecast_speedup(plan),
         cases=measured,
@@ -188,6 +191,7 @@ def evaluate(
         summary=str(run.summary),
         references=dense_runs,
         sparse_videos=videos,
+        layout=layout,
     )
 
 
@@ -239,15 +243,15 @@ def _compare(dense: Recorded, sparse: Recorded, floor: float | None) -> CaseQual
     )
 
 
-def _tokens(
+def _layout(
     pipe: Any,
     plan: Plan | None,
     case: Case,
     settings: GenerationSettings,
     backend: str,
     say: Progress,
-) -> int:
-    """Length of the attention's sequence, seen in a short dense run; a sparse one warms up a plan."""
+) -> TokenLayout:
+    """Where the tokens lie, seen in a short dense run; a sparse one warms up a plan."""
     short = replace(settings, steps=min(2, settings.steps))
     say("warm-up")
     (name, part), *_ = components(pipe).items()
@@ -262,7 +266,7 @@ def _tokens(
     if plan is not None:
         with patch(pipe, plan, backend=backend):
             generate(pipe, case, short)
-    return layout.seq_len
+    return layout
 
 
 def _check(pipe: Any, cases: list[Case], references: Sequence[Recorded] | None) -> None:

@@ -8,17 +8,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..plan import Plan
 from .atlas import StageAtlas
+from .differences import Difference
 from .figures import atlas_figure, save_png
+from .forecasts import Compared, compared
 from .page import opened, render_page
 from .quality import Quality
 from .runs import NOISE_FLOOR
 from .sentences import findings, limits
+from .sizes import SizeRow, calibrated_at
 from .teacher import TeacherForced
 from .video import save_video, side_by_side
+
+if TYPE_CHECKING:
+    from ..search.front import Front
 
 VIDEOS = ("dense.mp4", "sparse.mp4", "side_by_side.mp4")
 FILES = ("report.html", "report.json", "atlas.png", *VIDEOS)
@@ -80,6 +86,10 @@ class Report:
         provenance: `environment()` and the command, as text by name.
         notes: Sentences of whoever measured.
         fps: Of the videos.
+        front: Other points of the search that found the plan.
+        expected_psnr_db: What the search let expect, see `forecasts.expected_psnr`.
+        difference: To another plan.
+        sizes: The same plan at other sizes.
     """
 
     title: str
@@ -93,6 +103,15 @@ class Report:
     provenance: dict[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     fps: float = 8
+    front: Front | None = None
+    expected_psnr_db: float | None = None
+    difference: Difference | None = None
+    sizes: Sequence[SizeRow] = ()
+
+    @property
+    def forecasts(self) -> list[Compared]:
+        """Forecasts beside what was measured."""
+        return compared(self.plan, self.quality, self.expected_psnr_db)
 
     @property
     def search_dense_generations(self) -> float | None:
@@ -178,6 +197,12 @@ def to_json(report: Report) -> dict[str, Any]:
         "nonfinite_values": quality.nonfinite,
         "drift": quality.drift,
         "teacher_forced": [asdict(entry) for entry in report.teacher_forced],
+        "layout": str(quality.layout) if quality.layout else None,
+        "calibrated_layouts": [str(layout) for layout in calibrated_at(report.plan)],
+        "forecasts": [entry.to_dict() for entry in report.forecasts],
+        "front": _front(report),
+        "difference": report.difference.to_dict() if report.difference else None,
+        "sizes": [row.to_dict() for row in report.sizes],
         "methods": [asdict(method) for method in report.methods],
         "cases": [asdict(case) for case in quality.cases],
         "settings": quality.settings.to_dict(),
@@ -188,6 +213,12 @@ def to_json(report: Report) -> dict[str, Any]:
     }
     notes = [*report.notes, *findings(report), *limits(report)]
     return {**_finite(data, "", notes), "notes": notes}
+
+
+def _front(report: Report) -> list[dict[str, float | None]]:
+    names = ("speedup", "density", "error", "seconds", "psnr")
+    points = report.front.points if report.front else ()
+    return [{name: getattr(point, name) for name in names} for point in points]
 
 
 def _cells(atlas: StageAtlas) -> list[Any]:

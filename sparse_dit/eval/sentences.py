@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from .sizes import elsewhere
+
 if TYPE_CHECKING:
     from .report import Method, Report
 
@@ -15,7 +17,8 @@ PROMISED_DB = 0.5  # an advantage in dB that is worth naming
 def findings(report: Report) -> list[str]:
     """What the numbers say, the unwelcome things first."""
     quality = report.quality
-    found = []
+    other_size = elsewhere(report.plan, quality.layout)
+    found = [other_size] if other_size else []
     if quality.nonfinite:
         found.append(
             f"The sparse videos hold {quality.nonfinite} values that are NaN or infinite: "
@@ -85,6 +88,7 @@ def _absent(report: Report) -> list[str]:
         "the seam's overhead": report.seam_overhead is not None,
         "error per head": any(cell.error is not None for cell in heads),
         "recall per head": any(cell.recall is not None for cell in heads),
+        "the search's front": report.front is not None,
         "SSIM (frames are under 11 pixels)": report.quality.ssim is not None,
     }
     return [name for name, present in checks.items() if not present]
