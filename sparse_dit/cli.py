@@ -38,6 +38,7 @@ from .options import (
     settings_of,
 )
 from .profile_command import profile as profile_command
+from .stability import stability as stability_command
 from .tables import out, show_front, show_heads, show_plan
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command("check")(check_command)
+app.command("stability")(stability_command)
 app.command("profile")(profile_command)
 app.add_typer(evaluation, name="eval")
 

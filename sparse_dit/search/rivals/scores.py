@@ -127,15 +127,40 @@ def score_rivals(
     for name, found in own.items():
         places[name] = list(range(start, start + len(found)))
         start += len(found)
-    behind = projections(components(pipe)[component], profile.num_heads)
-    scorer = _Scorer(profile, patterns, behind, rows, case.seed)
-    steps = replace(settings, steps=len(profile.sigmas))
-    dense_reference(pipe, case, steps, {component: scorer})
-    dens = torch.zeros_like(scorer.error)
+    error = score_patterns(pipe, component, profile, patterns, case, settings, rows)
+    dens = torch.zeros_like(error)
     for (level, layer, head), listed in patterns.items():
         dens[level, profile.layers.index(layer), head] = torch.tensor(
             [density(p, layout) for p in listed], dtype=torch.float64
         )
-    return RivalScores(
-        places, patterns, scorer.error / scorer.norm[..., None].clamp_min(1e-20), dens
-    )
+    return RivalScores(places, patterns, error, dens)
+
+
+def score_patterns(
+    pipe: Any,
+    component: str,
+    profile: ComponentProfile,
+    patterns: Mapping[Unit, list[Pattern]],
+    case: Case,
+    settings: GenerationSettings,
+    rows: int,
+) -> Tensor:
+    """Run the stock pipeline once and measure given patterns on the same sampled rows.
+
+    Args:
+        pipe: Stock pipeline.
+        component: Its transformer's name.
+        profile: Of it.
+        patterns: For each `(level, layer, head)` equally many, none of them dense.
+        case: Prompt and seed.
+        settings: Size of the profile; runs as many steps as there are noise levels.
+        rows: Sampled query rows for each head, layer, step.
+
+    Returns:
+        float64 `[S, L, H, K]`, squared relative error behind the output projection.
+    """
+    behind = projections(components(pipe)[component], profile.num_heads)
+    scorer = _Scorer(profile, patterns, behind, rows, case.seed)
+    steps = replace(settings, steps=len(profile.sigmas))
+    dense_reference(pipe, case, steps, {component: scorer})
+    return scorer.error / scorer.norm[..., None].clamp_min(1e-20)

@@ -1,0 +1,189 @@
+"""How much a plan depends on the prompts it is calibrated with: plans from few prompts against one from more.
+
+Every plan is solved for the same density, so that no clock is read; a noise level counts as much as any
+other. What they cost is measured on prompts that none of them has seen, on the same sampled rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrations.diffusers import components
+from ..patterns import Pattern, Skip
+from ..plan import Plan, config_hash
+from .assemble import first_plan
+from .candidates import tilings
+from .cost import CostTable
+from .profile import ComponentProfile
+from .profiling import profile_pipeline
+from .rivals.scores import score_patterns
+from .sensitivity import Sensitivity, reduced, sensitivity
+from .solve import Choice, Problem, least_damage, problem, stages_of
+from .stability_file import StabilityRequest, StabilityRow, StabilityState
+from .verify import dense_reference, verify
+
+Say = Callable[[str], None]
+NEAR = 1.25  # densities within this factor count as near
+_REST = 1e-3  # of a dense generation, outside of attention; not 0, as all heads may be skipped
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    part: ComponentProfile
+    problem: Problem
+    choice: Choice
+    plan: Plan
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """Of each unit."""
+        picks = self.choice.pick.tolist()
+        return [listed[pick] for listed, pick in zip(self.problem.candidates, picks, strict=True)]
+
+
+def stability(pipe: Any, request: StabilityRequest, say: Say) -> list[StabilityRow]:
+    """Profile with few and with more prompts, solve, compare the plans, and judge them held-out.
+
+    Profiles are kept in a folder beside the file, and the file is written after each measurement: the
+    same call goes on where it stopped.
+
+    Args:
+        pipe: A diffusers pipeline with one transformer, not patched.
+        request: What to compare.
+        say: Called with progress.
+
+    Returns:
+        One row for each count.
+
+    Raises:
+        ValueError: If the file holds something else, the density is out of reach, or the pipeline has
+            several transformers or gives NaN.
+        PlanError: If a profile file is damaged.
+    """
+    found = components(pipe)
+    if len(found) != 1:
+        raise ValueError(
+            f"the pipeline must have one transformer, got {len(found)} ({', '.join(found)})"
+        )
+    ((name, module),) = found.items()
+    state = StabilityState.started(request, config_hash(module.config))
+    solved = _solve_all(pipe, name, request, state, say)
+    if not state.rows:
+        say(f"judging {len(solved)} plans on {len(request.held_out)} held-out prompts")
+        errors = _held_out_errors(pipe, name, request, solved)
+        state.rows = [_row(n, solved, k, errors) for k, n in enumerate(request.counts)]
+        state.write()
+    if request.generate and any(row.psnr_db is None for row in state.rows):
+        _generate(pipe, request, solved, state, say)
+    return state.rows
+
+
+def _solve_all(
+    pipe: Any, name: str, request: StabilityRequest, state: StabilityState, say: Say
+) -> list[_Solved]:
+    """A plan for each count."""
+    settings = replace(request.settings, steps=request.profile_steps)
+    parts = []
+    for count in request.counts:
+        say(f"profiling {count} prompt{'s' * (count > 1)}")
+        profile = profile_pipeline(
+            pipe,
+            request.calibration[:count],
+            settings,
+            rows=request.rows,
+            path=request.profiles / f"{count}-prompts.safetensors",
+        )
+        parts.append(profile.components[name])
+    stages = stages_of(parts[0].sigmas)
+    if state.sensitivity is None:
+        say("measuring how much each noise level and layer matters")
+        small = reduced(request.settings, len(stages))
+        case = request.calibration[0]
+        state.sensitivity = sensitivity(pipe, name, stages, parts[0].layers, case, small)
+        state.write()
+    return [_solved(pipe, name, part, state.sensitivity, request.density) for part in parts]
+
+
+def _solved(
+    pipe: Any, name: str, part: ComponentProfile, weights: Sensitivity, density: float
+) -> _Solved:
+    """The plan of least damage with at most that density."""
+    stages = stages_of(part.sigmas)
+    total = len(stages) * len(part.layers) * part.num_heads
+    line = ((1e-6, 1e-6), (1.0, 1.0))
+    table = CostTable(part.known_layout, 1.0, {False: line, True: line}, "none", 1, "none", "none")
+    rest = _REST * total
+    task = problem(part, stages, weights, table, [1] * len(stages), total + rest)
+    choice = least_damage(task, (1 + _REST) / (density + _REST))
+    if choice is None:
+        least = (task.density.amin(1) * task.weight).sum().item()
+        raise ValueError(f"density must be at least {least:.3f} at this size, got {density}")
+    plan = first_plan(type(pipe).__name__, name, part, task, choice, table)
+    return _Solved(part, task, choice, replace(plan, cost={}, forecast={}))
+
+
+def _held_out_errors(
+    pipe: Any, name: str, request: StabilityRequest, solved: Sequence[_Solved]
+) -> Tensor:
+    """Squared relative error of each unit's pattern in each plan, float64 `[U, K]`, mean over cases."""
+    part, units = solved[-1].part, solved[-1].problem.units
+    chosen = list(zip(*(plan.patterns for plan in solved), strict=True))
+    stand_in = Pattern(Skip(), tile=tilings(part.known_layout)[0])
+    patterns = {
+        unit: [stand_in if p.is_dense else p for p in listed]
+        for unit, listed in zip(units, chosen, strict=True)
+    }
+    settings = replace(request.settings, steps=request.profile_steps)
+    total = torch.zeros(len(units), len(solved), dtype=torch.float64)
+    for case in request.held_out:
+        error = score_patterns(pipe, name, part, patterns, case, settings, request.rows)
+        for number, (stage, layer, head) in enumerate(units):
+            total[number] += error[stage, part.layers.index(layer), head]
+    dense = torch.tensor([[p.is_dense for p in listed] for listed in chosen])
+    return (total / len(request.held_out)).masked_fill(dense, 0.0)
+
+
+def _row(count: int, solved: Sequence[_Solved], number: int, errors: Tensor) -> StabilityRow:
+    mine, most = solved[number], solved[-1]
+    weight = most.problem.importance
+    damage = (errors * weight[:, None]).sum(0)
+    pairs = list(zip(mine.patterns, most.patterns, strict=True))
+    density = [
+        one.problem.density.gather(1, one.choice.pick[:, None])[:, 0].clamp_min(1e-6)
+        for one in (mine, most)
+    ]
+    near = (density[0] / density[1]).log().abs() <= math.log(NEAR) + 1e-9
+    return StabilityRow(
+        prompts=count,
+        density=round(mine.choice.density, 5),
+        expected_error=round(mine.choice.error, 6),
+        held_out_error=round(math.sqrt((damage[number] / weight.sum()).item()), 6),
+        damage=round((damage[number] / damage[-1].clamp_min(1e-30)).item(), 4),
+        same_pattern=round(sum(a == b for a, b in pairs) / len(pairs), 4),
+        same_kind=round(sum(_kind(a) == _kind(b) for a, b in pairs) / len(pairs), 4),
+        near_density=round(near.double().mean().item(), 4),
+    )
+
+
+def _kind(pattern: Pattern) -> tuple[Any, ...]:
+    return pattern.name, pattern.tile, pattern.far
+
+
+def _generate(
+    pipe: Any, request: StabilityRequest, solved: Sequence[_Solved], state: StabilityState, say: Say
+) -> None:
+    """PSNR of every plan that has none yet; written after each."""
+    say(f"dense references of {len(request.held_out)} held-out prompts")
+    references = [dense_reference(pipe, case, request.settings) for case in request.held_out]
+    for number, row in enumerate(state.rows):
+        if row.psnr_db is None:
+            say(f"held-out prompts with the plan from {row.prompts}")
+            verified = verify(pipe, solved[number].plan, references, request.settings)
+            state.rows[number] = replace(row, psnr_db=round(verified.psnr_db, 3))
+            state.write()

@@ -1,0 +1,163 @@
+"""What a comparison of calibration prompts asks for and finds, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..generation import Case, GenerationSettings
+from .sensitivity import Sensitivity
+
+FORMAT = "sparse_dit stability 1"
+COUNTS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class StabilityRequest:
+    """What to compare.
+
+    Args:
+        calibration: Cases; plans are made from the first ones of them.
+        held_out: Cases that plans are judged on.
+        settings: Size, steps and guidance.
+        file: JSON of the result; one that is there is gone on with.
+        counts: Of calibration cases, rising; all are compared with the last.
+        density: Of every plan, in (0, 1).
+        profile_steps: Noise levels.
+        rows: Sampled query rows for each head, layer, step and case.
+        generate: Also generate the held-out cases with every plan.
+
+    Raises:
+        ValueError: If anything is out of range, or a prompt is in both lists.
+    """
+
+    calibration: Sequence[Case]
+    held_out: Sequence[Case]
+    settings: GenerationSettings
+    file: Path
+    counts: Sequence[int] = COUNTS
+    density: float = 0.3
+    profile_steps: int = 4
+    rows: int = 64
+    generate: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density < 1:
+            raise ValueError(f"density must be between 0 and 1, got {self.density}; try 0.3")
+        if list(self.counts) != sorted(set(self.counts)) or not self.counts or self.counts[0] < 1:
+            raise ValueError(f"counts must be whole numbers >= 1 that rise, got {self.counts}")
+        if len(self.calibration) < self.counts[-1]:
+            raise ValueError(
+                f"calibration must hold {self.counts[-1]} prompts, got {len(self.calibration)}; "
+                "give more"
+            )
+        if not self.held_out:
+            raise ValueError("judging needs at least one held-out prompt, got none; give one")
+        if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
+            raise ValueError(
+                f"held-out prompts must not be calibration prompts, got both: {sorted(shared)[:3]}"
+            )
+
+    @property
+    def profiles(self) -> Path:
+        """Folder of the profile files."""
+        return self.file.with_name(f"{self.file.stem}.profiles")
+
+    def conditions(self, part_hash: str) -> dict[str, Any]:
+        """What a file's rows depend on."""
+        return {
+            "model": part_hash,
+            "settings": self.settings.to_dict(),
+            "calibration": [[c.prompt, c.seed] for c in self.calibration[: self.counts[-1]]],
+            "held_out": [[c.prompt, c.seed] for c in self.held_out],
+            "counts": list(self.counts),
+            "density": self.density,
+            "profile_steps": self.profile_steps,
+            "rows": self.rows,
+        }
+
+
+@dataclass(frozen=True)
+class StabilityRow:
+    """A plan from some prompts, against the one from the most.
+
+    Attributes:
+        prompts: It was calibrated with.
+        density: Mean over heads and noise levels.
+        expected_error: Of heads (see `Choice.error`), by its own profile.
+        held_out_error: The same on the held-out prompts; their mean square.
+        damage: Forecast mean squared change of held-out videos, before a run corrects it; in units of
+            that of the plan from the most prompts.
+        same_pattern: Share of the heads that have the very pattern of the plan from the most prompts.
+        same_kind: Share whose pattern is of the same shape and token order, with the far field or not.
+        near_density: Share whose density is within a factor of 1.25.
+        psnr_db: Of the held-out videos against dense, mean; None if they weren't generated.
+    """
+
+    prompts: int
+    density: float
+    expected_error: float
+    held_out_error: float
+    damage: float
+    same_pattern: float
+    same_kind: float
+    near_density: float
+    psnr_db: float | None = None
+
+
+@dataclass
+class StabilityState:
+    """What has been measured so far, and its file.
+
+    Args:
+        file: JSON.
+        conditions: See `StabilityRequest.conditions`.
+        sensitivity: None before it was measured.
+        rows: Empty before the plans were judged.
+    """
+
+    file: Path
+    conditions: dict[str, Any]
+    sensitivity: Sensitivity | None
+    rows: list[StabilityRow]
+
+    @staticmethod
+    def started(request: StabilityRequest, part_hash: str) -> StabilityState:
+        """What the file holds; empty if it isn't there. ValueError if it is of something else."""
+        state = StabilityState(request.file, request.conditions(part_hash), None, [])
+        if not request.file.exists():
+            return state
+        try:
+            data = json.loads(request.file.read_text())
+            known, same = data["format"] == FORMAT, data["conditions"] == state.conditions
+            if known and same:
+                weights = data["sensitivity"]
+                state.sensitivity = Sensitivity(**weights) if weights else None
+                state.rows = [StabilityRow(**row) for row in data["rows"]]
+        except (ValueError, LookupError, TypeError):
+            known, same = False, False
+        if not known:
+            raise ValueError(f"{request.file} is no stability file; name another")
+        if not same:
+            raise ValueError(
+                f"{request.file} holds rows of another model, other prompts or settings; "
+                "name another file"
+            )
+        return state
+
+    def write(self) -> None:
+        """The file appears whole or not at all."""
+        data = {
+            "format": FORMAT,
+            "conditions": self.conditions,
+            "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_name(f".{self.file.name}.tmp")
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, self.file)

@@ -1,0 +1,129 @@
+"""`sparse-dit stability`: how much a plan depends on the prompts that it is calibrated with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    Device,
+    Dtype,
+    Frames,
+    Guidance,
+    Height,
+    Model,
+    Prompt,
+    Prompts,
+    Seed,
+    Steps,
+    Text,
+    Width,
+    say,
+    settings_of,
+)
+from .tables import out
+
+if TYPE_CHECKING:
+    from .generation import Case
+    from .search.stability_file import StabilityRow
+
+DRAWN = 2  # held-out prompts, if none are given
+
+
+def stability(
+    model: Model,
+    file: Annotated[
+        Path, typer.Option("--json", help="Result; goes on with one that is there.")
+    ] = Path("stability.json"),
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="A prompt to judge on; repeatable.")
+    ] = None,
+    count: Annotated[
+        list[int] | None, typer.Option(min=1, help="Calibration prompts; repeatable: 1, 2, 4.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Of every plan.")] = 0.3,
+    rows: Annotated[int, typer.Option(min=1, help="Sampled query rows of each call.")] = 64,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Also generate the held-out prompts with each plan.")
+    ] = False,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    max_sequence_length: Text = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Plans from 1, 2 and 4 prompts: how many heads keep their choice, and what it costs held-out.
+
+    Prompts that are left out are drawn from those of the embedded model.
+    """
+    from .inputs import check_device, check_model, load_pipeline
+    from .search.stability import stability as compare
+    from .search.stability_file import COUNTS, StabilityRequest
+
+    counts = sorted(set(count)) if count else list(COUNTS)
+    settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
+    calibration, judged = _cases(prompt or [], prompts, held_out or [], counts[-1], seed)
+    request = StabilityRequest(
+        calibration,
+        judged,
+        settings,
+        file,
+        counts,
+        density,
+        profile_steps=max(4, settings.steps // 3),
+        rows=rows,
+        generate=generate,
+    )
+    check_model(model)
+    check_device(device)
+    _show(compare(load_pipeline(model, device, dtype), request, say), density)
+    out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _cases(
+    prompt: list[str], prompts: Path | None, held_out: list[str], count: int, seed: int
+) -> tuple[list[Case], list[Case]]:
+    """Calibration and held-out cases: the first ones given, and the others if none are named."""
+    from .demo.draw import all_prompts
+    from .generation import Case
+    from .inputs import read_prompts
+
+    if prompt or prompts:
+        texts = read_prompts(prompt, prompts)
+        later = held_out or texts[count:]
+    else:
+        texts = Random(seed).sample(all_prompts(), count + DRAWN)
+        later = held_out or texts[count:]
+        say("prompts are drawn from the embedded model's vocabulary")
+    calibration = [Case(text, seed + i) for i, text in enumerate(texts[:count])]
+    return calibration, [Case(text, seed + count + i) for i, text in enumerate(later)]
+
+
+def _show(rows: list[StabilityRow], density: float) -> None:
+    from rich.table import Table
+
+    from .eval.page import decibels
+
+    table = Table(
+        "prompts", "same pattern", "same kind", "near density", "error expected", "held out",
+        "damage", "PSNR",
+    )  # fmt: skip
+    for row in rows:
+        shares = [f"{s:.0%}" for s in (row.same_pattern, row.same_kind, row.near_density)]
+        errors = [f"{row.expected_error:.4f}", f"{row.held_out_error:.4f}", f"{row.damage:.2f}x"]
+        table.add_row(str(row.prompts), *shares, *errors, decibels(row.psnr_db))
+    out.print(table)
+    out.print(
+        f"Heads that choose as with {rows[-1].prompts} prompts, all plans at density {density:g}; damage on "
+        "held-out prompts, relative to that plan's.",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
