@@ -53,7 +53,7 @@ class SizeRow:
             settings.width,
             settings.height,
             settings.num_frames,
-            str(quality.layout or f"{quality.tokens} tokens"),
+            str(quality.layout or "unknown"),
             calibrated=quality.layout in calibrated_at(plan),
             **{name: getattr(quality, name) for name in names},
         )
