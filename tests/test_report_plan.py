@@ -305,3 +305,14 @@ def test_bad_options_are_refused_before_anything_runs(model, tmp_path, more, mes
     assert cli.run([*arguments, *more]) == 2
     said = capsys.readouterr().err
     assert message in said and "warm-up" not in said and not (tmp_path / "out").exists()
+
+
+def test_the_atlas_shows_each_heads_attention_mask_error_and_runner_up():
+    report = made_up_report()
+    text = render_page(report, [], [], ("a.mp4", "b.mp4", "c.mp4"))
+    cards = [card.split("</li>")[0] for card in text.split('<ul class="heads">')[-1].split("<li>")]
+    third = cards[3]  # the last layer's head 2 in the last stage
+    assert 'alt="attention of blocks.1.attn1 head 2"' in third
+    assert 'alt="mask of blocks.1.attn1 head 2: window' in third
+    assert "error 0.1, recall" in third and "next best: stripe, error 0.14" in third
+    assert "attention of" not in cards[4]  # it wasn't recorded
