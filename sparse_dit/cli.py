@@ -1,4 +1,4 @@
-"""The command line: demo, profile, search, check, show, diff, eval, bench, doctor.
+"""The command line: demo, profile, search, check, stability, show, diff, eval, bench, doctor.
 
 Exit codes: 0 done, 1 something failed (and `search`: the best plan misses what was asked for; `check`:
 heads left their error; `diff`: plans differ; `doctor`: a backend is broken), 2 bad input, 130 stopped by

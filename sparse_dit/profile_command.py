@@ -105,13 +105,13 @@ def _spawned(workers: int, job: _Job) -> None:
     if workers == 1:
         _share(0, 1, lambda: None, job)
         return
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         try:
-            multiprocessing.spawn(_started, (workers, meeting, job), nprocs=workers)
-        except multiprocessing.ProcessRaisedException as error:
+            spawn(_started, (workers, meeting, job), nprocs=workers)
+        except ProcessRaisedException as error:
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeError(f"process {error.error_index + 1} failed: {reason}") from error
 
@@ -137,7 +137,7 @@ def _joined(rank: int, world: int, meeting: str, job: _Job) -> None:
         distributed.destroy_process_group()
 
 
-def _share(rank: int, world: int, barrier: Callable[[], None], job: _Job) -> None:
+def _share(rank: int, world: int, barrier: Callable[[], object], job: _Job) -> None:
     from .inputs import load_pipeline
     from .search.shares import profile_share
 

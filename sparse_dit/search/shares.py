@@ -32,7 +32,7 @@ def profile_share(
     *,
     rank: int,
     world: int,
-    barrier: Callable[[], None],
+    barrier: Callable[[], object],
     rows: int = 64,
     report: Report | None = None,
 ) -> None:
