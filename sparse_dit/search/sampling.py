@@ -1,0 +1,53 @@
+"""Sampled rows of every head of an attention call, on one thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..integrations.call import AttentionCall
+from ..layout import TokenLayout
+from .cells import SampledRows, sampled_rows
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Many small operations: waking other threads for each of them costs more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sampled_heads(
+    call: AttentionCall,
+    layout: TokenLayout,
+    rows: Tensor,
+    behind: Tensor | None,
+    heads: Sequence[int] | None = None,
+) -> Iterator[tuple[int, SampledRows]]:
+    """The exact attention of sampled rows for each batch item and head: `(head, rows)`.
+
+    Args:
+        call: What the host computes.
+        layout: Its sequence.
+        rows: int64 `[R]`, sampled tokens.
+        behind: `[H, D, D]` that values are multiplied by, see `projections`; None for heads' own outputs.
+        heads: Which; None for all.
+    """
+    scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
+    repeat = call.q.shape[2] // call.k.shape[2]
+    for batch in range(call.q.shape[0]):
+        valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
+        q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
+        for head in range(q.shape[1]) if heads is None else heads:
+            values = v[:, head // repeat]
+            if behind is not None:
+                values = values.float() @ behind[head]
+            keys = k[:, head // repeat]
+            yield head, sampled_rows(q[:, head], keys, values, rows, scale, valid)
