@@ -66,6 +66,7 @@ def stability(
     Prompts that are left out are drawn from those of the embedded model.
     """
     from .inputs import check_device, check_model, load_pipeline
+    from .search.profiling import profiling_steps
     from .search.stability import stability as compare
     from .search.stability_file import COUNTS, StabilityRequest
 
@@ -79,7 +80,7 @@ def stability(
         file,
         counts,
         density,
-        profile_steps=max(4, settings.steps // 3),
+        profile_steps=profiling_steps(settings.steps),
         rows=rows,
         generate=generate,
     )

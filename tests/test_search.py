@@ -327,13 +327,13 @@ def test_weights_with_nan_give_an_error_and_no_plan(fast, part):
 
 @pytest.mark.parametrize("phase", ["profile_pipeline", "sensitivity", "dense_reference", "tune"])
 def test_a_failure_in_any_phase_leaves_the_pipeline_as_it_was(pipe, fast, monkeypatch, phase):
-    from sparse_dit.search import recorder, sensitivity, tune
+    from sparse_dit.search import sampling, sensitivity, tune
 
     def fail(*args, **kwargs):
         raise RuntimeError("broken on purpose")
 
     place, name = {
-        "profile_pipeline": (recorder, "sampled_rows"),
+        "profile_pipeline": (sampling, "sampled_rows"),
         "sensitivity": (sensitivity, "sparse_attention"),
         "dense_reference": (engine, "dense_reference"),
         "tune": (tune, "verify"),

@@ -16,18 +16,18 @@ from ..generation import Case, GenerationSettings, generate
 from ..integrations.call import AttentionCall
 from ..integrations.diffusers import attach, attachment_of, components, self_attention_layers
 from ..layout import TokenLayout
-from ..patterns import Dense, Pattern
+from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan, PlanError, config_hash
-from .cells import cell_table, sample_rows, sampled_rows
+from .candidates import DENSE
+from .cells import cell_table, sample_rows
 from .projection import projections
-from .recorder import one_thread
+from .sampling import one_thread, sampled_heads
 from .statistics import score
 
 ROWS = 64
 GROWTH = 1.5  # times the planned error that a head may have
 FLOOR = 0.02  # and this much more, as small errors vary most
 SURE = 2.0  # standard errors that it must be beyond that
-DENSE = Pattern(Dense())
 
 
 @dataclass(frozen=True)
@@ -130,25 +130,16 @@ class _Watch:
         fresh = _Totals(*(torch.zeros(heads, dtype=torch.float64) for _ in range(3)))
         totals = self.found.setdefault((stage, call.layer), fresh)
         rows = sample_rows(layout, self.rows, self.generator)
-        scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
-        repeat = heads // call.k.shape[2]
+        totals.rows += len(rows) * call.q.shape[0]
+        sparse = [head for head, pattern in enumerate(patterns) if not pattern.is_dense]
         behind = self.behind.get(call.layer)
-        for batch in range(call.q.shape[0]):
-            valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
-            q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
-            totals.rows += len(rows)
-            for head, pattern in enumerate(patterns):
-                if pattern.is_dense:
-                    continue
-                values = v[:, head // repeat]
-                if behind is not None:
-                    values = values.float() @ behind[head]
-                sampled = sampled_rows(q[:, head], k[:, head // repeat], values, rows, scale, valid)
-                sums = {pattern.tile: sampled.by_cells(cell_table(layout, pattern.tile))}
-                error, square, _, norm = score(sums, (DENSE, pattern), layout)
-                totals.error[head] += error[1]
-                totals.square[head] += square[1]
-                totals.norm[head] += norm
+        for head, sampled in sampled_heads(call, layout, rows, behind, sparse):
+            tile = patterns[head].tile
+            sums = {tile: sampled.by_cells(cell_table(layout, tile))}
+            error, square, _, norm = score(sums, (DENSE, patterns[head]), layout)
+            totals.error[head] += error[1]
+            totals.square[head] += square[1]
+            totals.norm[head] += norm
 
 
 def check_plan(

@@ -19,7 +19,7 @@ from .elsewhere import Elsewhere
 from .front import Front, front_of
 from .objective import Objective
 from .profile import ComponentProfile, Profile
-from .profiling import profile_pipeline
+from .profiling import profile_pipeline, profiling_steps
 from .provenance import measured_of, provenance
 from .sensitivity import reduced, sensitivity
 from .solve import Choice, Problem, problem, stages_of
@@ -125,7 +125,7 @@ def search_plan(
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
     clock = Clock()
-    steps = max(4, settings.steps // 3) if profile_steps is None else profile_steps
+    steps = profiling_steps(settings.steps) if profile_steps is None else profile_steps
     say(f"profiling {len(calibration)} prompts at {steps} noise levels")
     profiled = profile_pipeline(
         pipe,

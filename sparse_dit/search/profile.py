@@ -61,6 +61,10 @@ class ComponentProfile:
             )
         return self.layout
 
+    def nearest_level(self, sigma: float) -> int:
+        """Number of the recorded noise level whose range holds sigma."""
+        return sum(bound >= sigma for bound in bounds_of(self.sigmas)[1:-1])
+
     def candidates(self, level: int, layer: str) -> list[tuple[Pattern, ...]]:
         """Candidates of each head of a layer at a noise level: `[H][K]` patterns."""
         key = (level, layer)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,22 +11,12 @@ from torch import Tensor
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
-from .cells import CellSums, cell_table, sample_rows, sampled_rows
-from .profile import ComponentProfile, bounds_of
+from .cells import CellSums, cell_table, sample_rows
+from .profile import ComponentProfile
+from .sampling import one_thread, sampled_heads
 from .statistics import HeadStatistics, discover, empty_statistics, score
 
 PICTURE = 96
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Many small operations: waking other threads for each of them costs more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Recorder:
@@ -91,34 +80,22 @@ class Recorder:
         if call.layer not in profile.layers:
             profile.layers.append(call.layer)
         rows = sample_rows(layout, self.rows, self.generator)
-        scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
-        repeat = call.q.shape[2] // call.k.shape[2]
         record = self._find if self.phase == "find" else self._score
         behind = self.projections.get(call.layer)
-        for batch in range(call.q.shape[0]):
-            valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
-            q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
-            for head in range(q.shape[1]):
-                values = v[:, head // repeat]
-                if behind is not None:
-                    values = values.float() @ behind[head]
-                parts = (q[:, head], k[:, head // repeat], values)
-                sampled = sampled_rows(*parts, rows, scale, valid)
-                sums = {
-                    tile: sampled.by_cells(cell_table(layout, tile)) for tile in tilings(layout)
-                }
-                if not torch.isfinite(next(iter(sums.values())).out).all():
-                    raise ValueError(
-                        f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
-                        "the stock pipeline is broken at this size or dtype"
-                    )
-                record(level, call.layer, head, sums)
+        for head, sampled in sampled_heads(call, layout, rows, behind):
+            sums = {tile: sampled.by_cells(cell_table(layout, tile)) for tile in tilings(layout)}
+            if not torch.isfinite(next(iter(sums.values())).out).all():
+                raise ValueError(
+                    f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
+                    "the stock pipeline is broken at this size or dtype"
+                )
+            record(level, call.layer, head, sums)
 
     def _level(self, sigma: float) -> int:
         """Place of a noise level among the recorded ones; while finding, new ones are added."""
         sigmas = self.profile.sigmas
         if self.phase == "score":
-            return sum(bound >= sigma for bound in bounds_of(sigmas)[1:-1])
+            return self.profile.nearest_level(sigma)
         for level, known in enumerate(sigmas):
             if abs(known - sigma) < 1e-4:
                 return level

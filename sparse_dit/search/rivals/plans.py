@@ -97,12 +97,12 @@ def _best(found: list[_Picked]) -> _Picked | None:
 
 def _uniform(family: str) -> Callable[[_Case], _Picked | None]:
     def choose(case: _Case) -> _Picked | None:
-        """One pattern of the family for all heads."""
+        """One place in the family for all heads: one pattern, or for blocks as many of a row."""
         error, dens = case.scores.error, case.scores.density
         found = []
         for warm, left in case.levels():
-            for number in case.scores.places[family]:
-                if dens[0, 0, 0, number] <= left:
+            for number in case.scores.places.get(family, []):  # large videos have no blocks
+                if dens[..., number].max() <= left:
                     pick = torch.full(case.importance.shape, number)
                     pick[:warm] = -1
                     damage = (case.importance * error[..., number])[warm:].sum().item()
@@ -125,18 +125,6 @@ def _two_classes(case: _Case) -> _Picked | None:
                 pick[:warm] = -1
                 least = torch.minimum(error[..., spatial], error[..., temporal])
                 found.append(((case.importance * least)[warm:].sum().item(), pick))
-    return _best(found)
-
-
-def _blocks(case: _Case) -> _Picked | None:
-    """The same number of blocks for each row of each head."""
-    error, found = case.scores.error, []
-    for warm, left in case.levels():
-        for number in case.scores.places.get("blocks", []):
-            if case.scores.density[..., number].max() <= left:
-                pick = torch.full(case.importance.shape, number)
-                pick[:warm] = -1
-                found.append(((case.importance * error[..., number])[warm:].sum().item(), pick))
     return _best(found)
 
 
@@ -200,7 +188,7 @@ RIVALS: dict[str, Callable[[_Case], _Picked | None]] = {
     "two classes": _two_classes,
     "sliding tile": _uniform("tile"),
     "radial": _uniform("radial"),
-    "row-wise blocks": _blocks,
+    "row-wise blocks": _uniform("blocks"),
     "epsilon-lambda": _epsilon_lambda,
 }
 METHODS = ("searched", *RIVALS, "random")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,10 @@ from ...integrations.call import AttentionCall
 from ...integrations.diffusers import components
 from ...patterns import Pattern
 from ..candidates import DENSE, tilings
-from ..cells import cell_table, sample_rows, sampled_rows
-from ..profile import ComponentProfile, bounds_of
+from ..cells import cell_table, sample_rows
+from ..profile import ComponentProfile
 from ..projection import projections
-from ..recorder import one_thread
+from ..sampling import one_thread, sampled_heads
 from ..statistics import density, score
 from ..verify import dense_reference
 from .families import families, row_wise_blocks, vertical_stripes
@@ -65,29 +66,19 @@ class _Scorer:
         layout, sigma = call.context.layout, call.context.sigma
         known = layout == self.profile.layout and call.layer in self.profile.layers
         if known and sigma is not None and call.unsupported is None:
-            level = sum(bound >= sigma for bound in bounds_of(self.profile.sigmas)[1:-1])
             with one_thread():
-                self._add(call, level)
+                self._add(call, self.profile.nearest_level(sigma))
         return call.stock()
 
     def _add(self, call: AttentionCall, level: int) -> None:
         layout, place = self.profile.known_layout, self.profile.layers.index(call.layer)
         rows = sample_rows(layout, self.rows, self.generator)
-        scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
-        repeat = call.q.shape[2] // call.k.shape[2]
-        for batch in range(call.q.shape[0]):
-            valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
-            q, k, v = (x[batch].detach().to("cpu", torch.float32) for x in (call.q, call.k, call.v))
-            for head in range(q.shape[1]):
-                values = v[:, head // repeat]
-                if call.layer in self.behind:
-                    values = values @ self.behind[call.layer][head]
-                sampled = sampled_rows(q[:, head], k[:, head // repeat], values, rows, scale, valid)
-                patterns = self.patterns[level, call.layer, head]
-                sums = {t: sampled.by_cells(cell_table(layout, t)) for t in self.tiles}
-                error, _, _, norm = score(sums, (DENSE, *patterns), layout)
-                self.error[level, place, head] += error[1:]
-                self.norm[level, place, head] += norm
+        for head, sampled in sampled_heads(call, layout, rows, self.behind.get(call.layer)):
+            patterns = self.patterns[level, call.layer, head]
+            sums = {t: sampled.by_cells(cell_table(layout, t)) for t in self.tiles}
+            error, _, _, norm = score(sums, (DENSE, *patterns), layout)
+            self.error[level, place, head] += error[1:]
+            self.norm[level, place, head] += norm
 
 
 def score_rivals(
@@ -111,22 +102,15 @@ def score_rivals(
     layout = profile.known_layout
     shared = families(layout)
     places: dict[str, list[int]] = {}
-    together: list[Pattern] = []
-    for name, found in shared.items():
-        places[name] = list(range(len(together), len(together) + len(found)))
-        together += found
     patterns = {}
     for (level, layer), heads in profile.found.items():
         for number, head in enumerate(heads):
             statistics = head[tilings(layout)[0]]
-            own = {"vertical": vertical_stripes(statistics["column"], layout)}
+            every = {**shared, "vertical": vertical_stripes(statistics["column"], layout)}
             if "block" in statistics:
-                own["blocks"] = row_wise_blocks(statistics["block"], layout)
-            patterns[level, layer, number] = [*together, *(p for f in own.values() for p in f)]
-    start = len(together)
-    for name, found in own.items():
-        places[name] = list(range(start, start + len(found)))
-        start += len(found)
+                every["blocks"] = row_wise_blocks(statistics["block"], layout)
+            patterns[level, layer, number] = [p for family in every.values() for p in family]
+            places = places or _numbered(every)
     error = score_patterns(pipe, component, profile, patterns, case, settings, rows)
     dens = torch.zeros_like(error)
     for (level, layer, head), listed in patterns.items():
@@ -134,6 +118,12 @@ def score_rivals(
             [density(p, layout) for p in listed], dtype=torch.float64
         )
     return RivalScores(places, patterns, error, dens)
+
+
+def _numbered(every: Mapping[str, list[Pattern]]) -> dict[str, list[int]]:
+    """For each family the numbers of its patterns, as all families follow one another."""
+    numbers = itertools.count()
+    return {name: list(itertools.islice(numbers, len(found))) for name, found in every.items()}
 
 
 def score_patterns(
