@@ -227,9 +227,9 @@ def test_what_only_the_host_computes_runs_stock_with_one_logged_reason(caplog):
 
 def test_no_grid_no_sparse(caplog, monkeypatch):
     pipe, call, stock = _built("flux")
-    from sparse_dit.integrations import families
+    from sparse_dit.integrations.families import flux
 
-    monkeypatch.setattr(families, "_raster", lambda *_: (0, 0))
+    monkeypatch.setattr(flux, "raster", lambda *_: (0, 0))
     with patch(pipe, plan_for(pipe, NARROW)):
         assert torch.equal(generate(pipe, call), stock)
     (record,) = caplog.records

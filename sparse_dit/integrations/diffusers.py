@@ -12,14 +12,7 @@ import torch
 from torch import nn
 
 from .call import AttentionCall, Branch, Intercept, StepContext
-from .families import (
-    BRANCHES,
-    FAMILIES,
-    Family,
-    family_of,
-    forward_arguments,
-    sigma_of,
-)
+from .families import BRANCHES, FAMILIES, Family, family_of, forward_arguments, sigma_of
 from .processors import Seam, Tap, wrap
 
 __all__ = [
@@ -29,6 +22,7 @@ __all__ = [
     "attach",
     "attachment_of",
     "components",
+    "heads_of",
     "self_attention_layers",
 ]
 
@@ -73,6 +67,16 @@ def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     (transformer,) = components(transformer).values()
     pattern = re.compile(_family(transformer).layers)
     return {name: module for name, module in transformer.named_modules() if pattern.fullmatch(name)}
+
+
+def heads_of(transformer: nn.Module) -> tuple[int, int]:
+    """`(num_heads, head_dim)` of a transformer's self-attention.
+
+    Raises:
+        NotImplementedError: If the transformer's class is not supported.
+    """
+    (transformer,) = components(transformer).values()
+    return _family(transformer).heads(transformer.config)
 
 
 def attach(transformer: nn.Module, intercept: Intercept) -> Attachment:
@@ -180,7 +184,7 @@ class Attachment:
         self._report_lost()
         family = _family(transformer)
         arguments = forward_arguments(transformer, args, kwargs)
-        sigma = sigma_of(family, arguments["timestep"])
+        sigma = sigma_of(family, arguments)
         run, step = self._advance(sigma, self._branch)
         layout = family.layout(transformer.config, arguments)
         self._tap.context = StepContext(layout, sigma, self._branch, run, step)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.call import AttentionCall
-from ..integrations.diffusers import attach, attachment_of, components, self_attention_layers
+from ..integrations.diffusers import (
+    attach,
+    attachment_of,
+    components,
+    heads_of,
+    self_attention_layers,
+)
 from ..layout import TokenLayout
 from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan, PlanError, config_hash
@@ -223,13 +229,14 @@ def _notes(name: str, part: ComponentPlan, transformer: Any) -> list[str]:
     if any(pattern.cell is not None for pattern in part.distinct_patterns):
         raise NotImplementedError("a plan is checked for patterns of whole tiles only")
     config = transformer.config
+    num_heads, head_dim = heads_of(transformer)
     kinds = [kind.__name__ for kind in type(transformer).__mro__]
     Plan("", {name: part}, 0.0).check_model(
         name,
         model_class=part.model_class if part.model_class in kinds else kinds[0],
         config_hash=part.config_hash,
-        num_heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
+        num_heads=num_heads,
+        head_dim=head_dim,
         layer_names=self_attention_layers(transformer),
     )
     if config_hash(config) == part.config_hash:

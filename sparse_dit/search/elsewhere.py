@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..integrations.diffusers import heads_of
 from ..layout import TokenLayout
 from .cost import CostTable
 from .device_table import DeviceTable, slug
@@ -59,7 +60,7 @@ class Elsewhere:
     def check(self, transformer: Any) -> None:
         """Raise ValueError unless the table has a transformer's head_dim and dtype."""
         dtype = str(transformer.dtype).removeprefix("torch.")
-        self.table.check(transformer.config.attention_head_dim, dtype)
+        self.table.check(heads_of(transformer)[1], dtype)
 
     def cost(self, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> CostTable:
         """Costs of heads there."""

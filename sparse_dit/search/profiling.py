@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
-from ..integrations.diffusers import components
+from ..integrations.diffusers import components, heads_of
 from ..plan import config_hash
 from .lock import only_writer
 from .profile import ComponentProfile, Profile
@@ -118,7 +118,7 @@ def started(
     parts = {}
     for name, module in components(pipe).items():
         config: Any = module.config
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        heads, head_dim = heads_of(module)
         parts[name] = ComponentProfile(type(module).__name__, config_hash(config), heads, head_dim)
     profile = Profile(parts, settings, rows)
     if path is None or not Path(path).exists():

@@ -1,0 +1,35 @@
+"""Which transformers of diffusers 0.42.1 are known; their forwards were read at
+https://github.com/huggingface/diffusers. One file for each group of models with the same sequence.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..call import Branch
+from . import cogvideox, flux, hunyuan, ltx, wan
+from .family import Family, forward_arguments, sigma_of
+
+__all__ = ["BRANCHES", "FAMILIES", "Family", "family_of", "forward_arguments", "sigma_of"]
+
+FAMILIES: dict[str, Family] = {
+    **wan.FAMILIES,
+    **cogvideox.FAMILIES,
+    **hunyuan.FAMILIES,
+    **ltx.FAMILIES,
+    **flux.FAMILIES,
+}
+
+# names that pipelines give to `transformer.cache_context`; "cond_uncond" is both in one batch
+BRANCHES: dict[str, Branch] = {
+    "cond": "cond",
+    "pred_cond": "cond",
+    "uncond": "uncond",
+    "pred_uncond": "uncond",
+}
+
+
+def family_of(transformer: nn.Module) -> Family | None:
+    """The family of a transformer's class or of a class that it derives from."""
+    names = (cls.__name__ for cls in type(transformer).__mro__)
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)

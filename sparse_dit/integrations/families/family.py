@@ -1,0 +1,58 @@
+"""How a transformer's forward arguments tell token layout, noise level and guidance branch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ...layout import TokenLayout
+
+Arguments = Mapping[str, Any]
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    return config.num_attention_heads, config.attention_head_dim
+
+
+@dataclass(frozen=True)
+class Family:
+    """What must be known of one transformer class.
+
+    Args:
+        layers: Regular expression of the module paths of the attention layers whose queries and
+            keys are the layout's tokens: no cross-attention, no text refiner.
+        layout: Function of (config, forward arguments) -> layout, or None if they don't tell it.
+        max_timestep: Value of the forward's `timestep` that is sigma 1.
+        timestep: Name of the forward's argument that holds the noise level.
+        heads: Function of config -> (num_heads, head_dim) of these layers.
+        tested: What the tests run with the patch on: a whole `"pipeline"`, or the `"transformer"` alone.
+    """
+
+    layers: str
+    layout: Callable[[Any, Arguments], TokenLayout | None]
+    max_timestep: float = 1000.0
+    timestep: str = "timestep"
+    heads: Callable[[Any], tuple[int, int]] = _heads
+    tested: Literal["pipeline", "transformer"] = "pipeline"
+
+
+def forward_arguments(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+    """Arguments of a forward call by name, however they were passed."""
+    return _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
+
+
+def sigma_of(family: Family, arguments: Arguments) -> float:
+    """Noise level of a forward; reads the timestep back from its device."""
+    timestep = arguments[family.timestep]
+    value = timestep.max().item() if isinstance(timestep, Tensor) else timestep
+    return float(value) / family.max_timestep
+
+
+@functools.cache
+def _signature(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)
