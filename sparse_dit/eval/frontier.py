@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from ..generation import Case, GenerationSettings
 from ..search.engine import search_plan
 from ..search.rivals import METHODS, SOURCES, plan_at, score_rivals
+from ..whole_file import whole_file
 from .provenance import environment
 from .quality import Quality, evaluate
 
@@ -95,6 +95,7 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
     ((component, part),) = searched.profile.components.items()
     say("scoring the rivals' patterns")
     scores = score_rivals(pipe, component, part, request.calibration[-1], request.settings)
+    provenance = environment(getattr(pipe, "device", "cpu"))
     before: Quality | None = None
     for number, (target, method) in enumerate(todo, 1):
         say(f"{number}/{len(todo)}: {method} at density {target:g}")
@@ -113,7 +114,7 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
                 warm_up=before is None,
             )
             rows.append({**row, **_measured(before)})
-        _write(request, rows)
+        _write(request, rows, provenance)
     return rows
 
 
@@ -151,17 +152,17 @@ def _started(request: FrontierRequest) -> list[dict[str, Any]]:
     return rows
 
 
-def _write(request: FrontierRequest, rows: list[dict[str, Any]]) -> None:
+def _write(
+    request: FrontierRequest, rows: list[dict[str, Any]], provenance: dict[str, str]
+) -> None:
     data = {
         "format": FORMAT,
         "conditions": request.conditions,
-        "provenance": environment("cpu"),
+        "provenance": provenance,
         "rows": rows,
     }
-    request.file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = request.file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, request.file)
+    with whole_file(request.file) as partial:
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:

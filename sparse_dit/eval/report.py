@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..plan import Plan
+from ..whole_file import whole_file
 from .atlas import StageAtlas
 from .differences import Difference
 from .figures import atlas_figure, save_png
@@ -149,8 +149,10 @@ def write_report(folder: str | Path, report: Report, *, overwrite: bool = False)
     for name, clip in zip(VIDEOS, clips, strict=True):
         save_video(folder / name, clip, report.fps)
     page = render_page(report, findings(report), limits(report), VIDEOS)
-    _write(folder / "report.json", json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
-    _write(folder / "report.html", page)
+    data = json.dumps(to_json(report), indent=1, allow_nan=False) + "\n"
+    for name, text in (("report.json", data), ("report.html", page)):
+        with whole_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
     if report.atlases:
         save_png(atlas_figure(report.atlases[opened(report.atlases)]), folder / "atlas.png")
     else:
@@ -253,13 +255,3 @@ def _finite(value: Any, place: str, notes: list[str]) -> Any:
         notes.append(f"{place} is null because it is {meaning}")
         return None
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file at once, so that nobody reads half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

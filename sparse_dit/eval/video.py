@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..whole_file import whole_file
 from .metrics import Video, as_video
 
 MIN_SIDE = 256  # pixels; smaller videos are enlarged so that a person sees something
@@ -36,10 +35,9 @@ def save_video(path: str | Path, video: Video, fps: float = 8, *, min_side: int 
     if not fps > 0:
         raise ValueError(f"fps must be > 0, got {fps}")
     frames = to_uint8(even(enlarge(video, min_side)))
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".mp4")
-    os.close(handle)
-    try:
-        with imageio.get_writer(
+    with (
+        whole_file(path) as partial,
+        imageio.get_writer(
             partial,
             format="FFMPEG",  # pyright: ignore[reportArgumentType]
             fps=fps,
@@ -48,13 +46,10 @@ def save_video(path: str | Path, video: Video, fps: float = 8, *, min_side: int 
             macro_block_size=2,
             quality=None,
             output_params=["-crf", "16", "-movflags", "+faststart"],
-        ) as writer:
-            for frame in frames:
-                writer.append_data(frame)  # pyright: ignore[reportAttributeAccessIssue]
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        ) as writer,
+    ):
+        for frame in frames:
+            writer.append_data(frame)  # pyright: ignore[reportAttributeAccessIssue]
     return path
 
 

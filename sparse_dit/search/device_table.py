@@ -24,6 +24,7 @@ from ..plan.errors import PlanError, short
 from ..plan.schema import MAX_HEAD_DIM, MAX_HEADS, MAX_TOKENS
 from ..plan.storage import read
 from ..resources import shipped
+from ..whole_file import whole_file
 from .cost import CostTable, rising
 
 MAX_BYTES = 4 << 20
@@ -130,13 +131,8 @@ class DeviceTable(_Form):
 
     def save(self, path: Path) -> None:
         """Write JSON, making the folder; the file appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole_file(path) as partial:
             partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(name: str | os.PathLike[str]) -> DeviceTable:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..patterns import Pattern
 from ..plan import HeadChoice, Plan, PlanError
+from ..whole_file import whole_file
 from .archive import explore
 from .solve import Choice, Problem
 
@@ -136,12 +137,8 @@ def write_front(front: Front, path: Path) -> None:
         masks=masks,
         points=list(front.points),
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(file.model_dump_json())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(file.model_dump_json(), encoding="utf-8")
 
 
 def read_front(path: Path) -> Front:

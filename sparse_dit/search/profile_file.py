@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from ..generation import Case, GenerationSettings
 from ..layout import Tile, TokenLayout
 from ..plan.errors import PlanError
+from ..whole_file import whole_file
 from .candidates import tilings
 from .profile import ComponentProfile, Profile
 from .statistics import empty_statistics
@@ -55,15 +54,9 @@ def write_profile(profile: Profile, path: str | Path) -> None:
             "seconds": reference.seconds,
             "forwards": reference.forwards,
         }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
+    with whole_file(Path(path)) as partial:
         metadata = {"format": FORMAT, "header": json.dumps(header)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
 
 
 def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
+from ..whole_file import whole_file
 from .sensitivity import Sensitivity
 
 FORMAT = "sparse_dit stability 1"
@@ -157,7 +157,5 @@ class StabilityState:
             "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
             "rows": [asdict(row) for row in self.rows],
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, self.file)
+        with whole_file(self.file) as partial:
+            partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")

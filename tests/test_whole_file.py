@@ -1,0 +1,24 @@
+import pytest
+
+from sparse_dit.whole_file import whole_file
+
+
+def test_a_file_appears_whole_with_its_folder(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    with whole_file(path) as partial:
+        partial.write_text("half")
+        assert not path.exists() and partial.suffix == ".json"
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_was_there_stays_if_writing_fails(tmp_path, error):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(error), whole_file(path) as partial:
+        partial.write_text("new")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
