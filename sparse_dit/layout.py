@@ -111,6 +111,14 @@ class TokenLayout:
             max(s.width for s in video),
         )
 
+    def without_text(self) -> TokenLayout:
+        """The video segments alone.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        return TokenLayout(tuple(s for s in self.segments if s.kind == "video"))
+
     def to_dict(self) -> dict[str, Any]:
         """`{"segments": [["text", 226], ["video", 11, 30, 45]]}`."""
         return {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import backend_name, sparse_attention
 from .index import PatternIndex, SparseIndex, build_index
+from .integrations.arrangement import with_bias
 from .integrations.call import AttentionCall
 from .layout import TokenLayout
 from .plan import ComponentPlan
@@ -76,11 +77,15 @@ class Runtime:
         index = None if reason else self._index(call, stage)
         if index is None or index.is_dense:
             return self._dense(call, stage, reason or ALL_DENSE)
-        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+        q, k, v = call.q, call.k, call.v
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        if call.bias is not None:
+            q, k, v = with_bias(q, k, v, call.bias, scale)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         name = backend_name(q, index, self.backend)
-        out = sparse_attention(q, k, v, index, kv_len=call.kv_len, scale=call.scale, backend=name)
+        out = sparse_attention(q, k, v, index, kv_len=call.kv_len, scale=scale, backend=name)
         self._count(call, (call.layer, stage, None, name), index.density)
-        return out.transpose(1, 2)
+        return out[..., : call.v.shape[-1]].transpose(1, 2)
 
     def __reduce__(self):
         return Runtime, (self.component, self.plan, self.backend)

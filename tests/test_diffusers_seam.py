@@ -88,9 +88,9 @@ FORWARDS = {
 }
 
 
-def test_every_family_has_a_tiny_pipeline():
+def test_every_tiny_pipeline_is_of_a_known_family():
     built = {type(_built(family)[0].transformer).__name__ for family in BUILDERS}
-    assert built == set(FAMILIES)
+    assert built <= set(FAMILIES)
 
 
 @FAMILY

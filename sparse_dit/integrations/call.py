@@ -48,6 +48,7 @@ class AttentionCall:
         unsupported: Why only `stock` computes what the host asked for (dropout, a dense mask,
             context parallelism, ...); None if attention over the first `kv_len` keys is all.
         stock: Computes exactly what the unpatched layer would: `[B, N, H, D]`.
+        bias: float `[B, N]` whose outer product is added to an item's logits; None for nothing.
     """
 
     layer: str
@@ -60,6 +61,7 @@ class AttentionCall:
     context: StepContext
     unsupported: str | None
     stock: Callable[[], Tensor]
+    bias: Tensor | None = None
 
 
 Intercept = Callable[[AttentionCall], Tensor]

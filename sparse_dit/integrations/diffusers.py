@@ -125,7 +125,11 @@ class Attachment:
         self._transformer: Any = transformer
         self.layers: dict[str, Any] = dict(self_attention_layers(transformer))
         self._stock = {n: m.processor for n, m in self.layers.items()}
-        self._patched = {n: wrap(p, Seam(n, self._tap)) for n, p in self._stock.items()}
+        image_only = re.compile(_family(transformer).image_only or r"(?!)").fullmatch
+        self._patched = {
+            n: wrap(p, Seam(n, self._tap, image_only(n) is not None))
+            for n, p in self._stock.items()
+        }
         self._branch: Branch = "any"
         self._seen: set[Branch] = set()
         self._first_sigma = 0.0
@@ -186,8 +190,10 @@ class Attachment:
         arguments = forward_arguments(transformer, args, kwargs)
         sigma = sigma_of(family, arguments)
         run, step = self._advance(sigma, self._branch)
-        layout = family.layout(transformer.config, arguments)
+        told = family.arrange(transformer.config, arguments) if family.arrange else None
+        layout = told.layout if told else family.layout(transformer.config, arguments)
         self._tap.context = StepContext(layout, sigma, self._branch, run, step)
+        self._tap.arrangement = told
 
     def _advance(self, sigma: float, branch: Branch) -> tuple[int, int]:
         """Run and step of a forward, from the noise level's course and the branches seen at it."""

@@ -11,13 +11,14 @@ import inspect
 import threading
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arrangement import Arrangement
 from .call import AttentionCall, Intercept, StepContext
 
 DISPATCH = "dispatch_attention_fn"
@@ -44,11 +45,13 @@ class Tap:
     Args:
         intercept: Gets every self-attention call; None once detached: layers run stock.
         context: Where the present forward stands.
+        arrangement: What the forward's arguments say of its layers' mask; None: read the mask.
         mask: The last mask that was read: the tensor, its version, valid keys, and why not.
     """
 
     intercept: Intercept | None
     context: StepContext = field(default_factory=StepContext)
+    arrangement: Arrangement | None = None
     mask: tuple[Tensor, int, Tensor | None, str | None] | None = None
 
     def read_mask(self, mask: Tensor | None, num_keys: int) -> tuple[Tensor | None, str | None]:
@@ -62,10 +65,19 @@ class Tap:
 
 @dataclass(slots=True)
 class Seam:
-    """One layer's entry to the tap."""
+    """One layer's entry to the tap; `image_only` if it sees the layout's image without the text."""
 
     layer: str
     tap: Tap
+    image_only: bool = False
+
+    @property
+    def context(self) -> StepContext:
+        """Where the present forward stands, with the layout of this layer."""
+        context = self.tap.context
+        if not self.image_only or context.layout is None:
+            return context
+        return replace(context, layout=context.layout.without_text())
 
 
 class _Active(threading.local):
@@ -164,20 +176,34 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
     if tap.intercept is None or q.shape[1] != k.shape[1]:  # keys of an image adapter, say
         return host(*args, **kwargs)
 
-    def stock() -> Tensor:
-        out = host(*args, **kwargs)
-        return out.transpose(1, 2) if heads_first else out
-
     mask = options.get("attn_mask")
     unsupported = _unsupported(options)
-    kv_len = None
-    if unsupported is None:
+    kv_len = bias = None
+    told = tap.arrangement
+    if told is not None:
+        q, k, v = told.arrange(q), told.arrange(k), told.arrange(v)
+        kv_len, bias = (told.kv_len, told.bias) if mask is not None else (None, None)
+    elif unsupported is None:
         kv_len, unsupported = tap.read_mask(mask, k.shape[1])
-    scale = options.get("scale")
+    stock = functools.partial(_stock, host, args, kwargs, heads_first, told)
+    scale, context = options.get("scale"), seam.context
     out = tap.intercept(
-        AttentionCall(seam.layer, q, k, v, mask, kv_len, scale, tap.context, unsupported, stock)
+        AttentionCall(seam.layer, q, k, v, mask, kv_len, scale, context, unsupported, stock, bias)
     )
+    out = told.restore(out) if told else out
     return out.transpose(1, 2) if heads_first else out
+
+
+def _stock(
+    host: Callable[..., Tensor],
+    args: tuple,
+    kwargs: dict,
+    heads_first: bool,
+    told: Arrangement | None,
+) -> Tensor:
+    out = host(*args, **kwargs)
+    out = out.transpose(1, 2) if heads_first else out
+    return told.arrange(out) if told else out
 
 
 # a compiled block breaks its graph here: plans, counters and caches are Python that isn't traced

@@ -7,7 +7,21 @@ from __future__ import annotations
 from torch import nn
 
 from ..call import Branch
-from . import cogvideox, flux, hunyuan, ltx, wan
+from . import (
+    cogvideox,
+    cogview,
+    flux,
+    hidream,
+    hunyuan,
+    hunyuan_image,
+    ltx,
+    lumina,
+    pixart,
+    qwen,
+    sd3,
+    wan,
+    zimage,
+)
 from .family import Family, forward_arguments, sigma_of
 
 __all__ = ["BRANCHES", "FAMILIES", "Family", "family_of", "forward_arguments", "sigma_of"]
@@ -18,6 +32,14 @@ FAMILIES: dict[str, Family] = {
     **hunyuan.FAMILIES,
     **ltx.FAMILIES,
     **flux.FAMILIES,
+    **qwen.FAMILIES,
+    **sd3.FAMILIES,
+    **pixart.FAMILIES,
+    **zimage.FAMILIES,
+    **hunyuan_image.FAMILIES,
+    **lumina.FAMILIES,
+    **cogview.FAMILIES,
+    **hidream.FAMILIES,
 }
 
 # names that pipelines give to `transformer.cache_context`; "cond_uncond" is both in one batch

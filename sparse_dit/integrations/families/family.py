@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ...layout import TokenLayout
+from ..arrangement import Arrangement
 
 Arguments = Mapping[str, Any]
 
@@ -28,16 +29,23 @@ class Family:
             keys are the layout's tokens: no cross-attention, no text refiner.
         layout: Function of (config, forward arguments) -> layout, or None if they don't tell it.
         max_timestep: Value of the forward's `timestep` that is sigma 1.
+        clean_timestep: Value of the forward's `timestep` that is sigma 0.
         timestep: Name of the forward's argument that holds the noise level.
         heads: Function of config -> (num_heads, head_dim) of these layers.
+        image_only: Regular expression of those `layers` that see the video or image without the text.
+        arrange: Function of (config, forward arguments) -> what they say of the tokens where layers
+            have a mask, instead of `layout`; None if there is no such mask.
         tested: What the tests run with the patch on: a whole `"pipeline"`, or the `"transformer"` alone.
     """
 
     layers: str
     layout: Callable[[Any, Arguments], TokenLayout | None]
     max_timestep: float = 1000.0
+    clean_timestep: float = 0.0
     timestep: str = "timestep"
     heads: Callable[[Any], tuple[int, int]] = _heads
+    image_only: str | None = None
+    arrange: Callable[[Any, Arguments], Arrangement | None] | None = None
     tested: Literal["pipeline", "transformer"] = "pipeline"
 
 
@@ -49,8 +57,10 @@ def forward_arguments(transformer: nn.Module, args: tuple, kwargs: dict[str, Any
 def sigma_of(family: Family, arguments: Arguments) -> float:
     """Noise level of a forward; reads the timestep back from its device."""
     timestep = arguments[family.timestep]
-    value = timestep.max().item() if isinstance(timestep, Tensor) else timestep
-    return float(value) / family.max_timestep
+    span = family.max_timestep - family.clean_timestep
+    if isinstance(timestep, Tensor):
+        timestep = (timestep.max() if span > 0 else timestep.min()).item()
+    return (float(timestep) - family.clean_timestep) / span
 
 
 @functools.cache

@@ -1,0 +1,85 @@
+"""Token orders in which one layout describes all items of a batch, and what a mask says of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import Segment, TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """What a forward's arguments say of its tokens where the layers have a mask.
+
+    Layers build the mask themselves, each anew, so it isn't read back from every one of them.
+
+    Args:
+        layout: The sequence as `arrange` puts it.
+        order: int64 `[B, N]`, for each token of `layout` its place in the host's sequence; None if
+            the host's order is the layout's.
+        kv_len: int64 `[B]`, keys of `layout` from here on are padding; None if there is none.
+        bias: float `[B, N]`, whose outer product an item's mask adds to the logits; None if it
+            adds nothing.
+    """
+
+    layout: TokenLayout
+    order: Tensor | None = None
+    kv_len: Tensor | None = None
+    bias: Tensor | None = None
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """The host's tokens `[B, N, H, D]` in the layout's order."""
+        return x if self.order is None else _take(x, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `arrange`."""
+        return x if self._back is None else _take(x, self._back)
+
+    @functools.cached_property
+    def _back(self) -> Tensor | None:
+        return None if self.order is None else self.order.argsort(1)
+
+
+def image_first(valid: Tensor, start: Tensor | int, grid: TokenLayout) -> Arrangement:
+    """Each item's image tokens first, then its valid other tokens, then its padding.
+
+    Args:
+        valid: bool `[B, N]`, keys that the host's mask lets be seen; all of the image is.
+        start: Place of the first image token, int64 `[B]` where the items differ.
+        grid: Layout of the image alone.
+    """
+    place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    first = torch.as_tensor(start, device=valid.device).reshape(-1, 1)
+    image = (place >= first) & (place < first + grid.seq_len)
+    rank = torch.where(image, 0, torch.where(valid, 1, 2))
+    others = Segment.text(valid.shape[1] - grid.seq_len)
+    return Arrangement(
+        TokenLayout((*grid.segments, others)),
+        rank.argsort(dim=1, stable=True),
+        (image | valid).sum(1),
+    )
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """q, k, v whose logits at `scale` are those of the given ones plus the bias' outer product.
+
+    Eight channels are appended, so that kernels' vectors stay whole; those of v are 0.
+
+    Args:
+        q, k, v: `[B, N, H, D]`.
+        bias: `[B, N]`.
+        scale: Factor of the logits.
+    """
+    extra = q.new_zeros(*q.shape[:3], 8)
+    query, key = extra.clone(), extra.clone()
+    query[..., 0] = (bias / scale).to(q.dtype)[:, :, None]
+    key[..., 0] = bias.to(q.dtype)[:, :, None]
+    return torch.cat([q, query], -1), torch.cat([k, key], -1), torch.cat([v, extra], -1)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
