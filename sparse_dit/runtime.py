@@ -77,6 +77,10 @@ class Runtime:
         index = None if reason else self._index(call, stage)
         if index is None or index.is_dense:
             return self._dense(call, stage, reason or ALL_DENSE)
+        if call.split is not None:
+            out, name = call.split.attend(call.q, call.k, call.v, index, call.scale, self.backend)
+            self._count(call, (call.layer, stage, None, name), index.density)
+            return out
         q, k, v = call.q, call.k, call.v
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         if call.bias is not None:
@@ -108,9 +112,9 @@ class Runtime:
 
     def _forced_dense(self, call: AttentionCall) -> str | None:
         """Why the plan can't be followed in this call; None if it can."""
-        layout, tokens = call.context.layout, call.q.shape[1]
+        layout, tokens = call.context.layout, _tokens(call)
         least, most = self.plan.valid_tokens
-        if call.unsupported:
+        if call.unsupported and call.split is None:
             return f"the host asked for {call.unsupported}"
         if layout is None:
             return "the forward's arguments don't tell the token grid"
@@ -135,7 +139,7 @@ class Runtime:
         return out
 
     def _count(self, call: AttentionCall, key: _Way, density: float) -> None:
-        pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * call.k.shape[1]
+        pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * _tokens(call)
         self._calls[key] += 1
         self._computed[key] += density * pairs
         self._pairs[key] += pairs
@@ -164,3 +168,8 @@ class Runtime:
             if (entry, device) not in self._moved:
                 self._moved[entry, device] = entry.to(device)
         return replace(index, entries=tuple(self._moved[e, device] for e in index.entries))
+
+
+def _tokens(call: AttentionCall) -> int:
+    """Tokens that attention runs over, on all processes."""
+    return call.q.shape[1] if call.split is None else call.split.num_tokens

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from ..layout import TokenLayout
+
+if TYPE_CHECKING:
+    from .parallel import Split
 
 Branch = Literal["any", "cond", "uncond"]
 
@@ -49,6 +52,8 @@ class AttentionCall:
             context parallelism, ...); None if attention over the first `kv_len` keys is all.
         stock: Computes exactly what the unpatched layer would: `[B, N, H, D]`.
         bias: float `[B, N]` whose outer product is added to an item's logits; None for nothing.
+        split: How tokens and heads lie on several processes, if context parallelism is all that is
+            unsupported; q, k, v then hold this process' tokens.
     """
 
     layer: str
@@ -62,6 +67,7 @@ class AttentionCall:
     unsupported: str | None
     stock: Callable[[], Tensor]
     bias: Tensor | None = None
+    split: Split | None = None
 
 
 Intercept = Callable[[AttentionCall], Tensor]

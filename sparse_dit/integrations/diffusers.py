@@ -13,6 +13,7 @@ from torch import nn
 
 from .call import AttentionCall, Branch, Intercept, StepContext
 from .families import BRANCHES, FAMILIES, Family, family_of, forward_arguments, sigma_of
+from .parallel import check_split
 from .processors import Seam, Tap, wrap
 
 __all__ = [
@@ -192,6 +193,7 @@ class Attachment:
         run, step = self._advance(sigma, self._branch)
         told = family.arrange(transformer.config, arguments) if family.arrange else None
         layout = told.layout if told else family.layout(transformer.config, arguments)
+        check_split(transformer, layout, family.heads(transformer.config)[0])
         self._tap.context = StepContext(layout, sigma, self._branch, run, step)
         self._tap.arrangement = told
 

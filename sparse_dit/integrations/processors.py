@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .arrangement import Arrangement
 from .call import AttentionCall, Intercept, StepContext
+from .parallel import CONTEXT_PARALLELISM, split_of
 
 DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
@@ -178,17 +179,22 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
 
     mask = options.get("attn_mask")
     unsupported = _unsupported(options)
-    kv_len = bias = None
-    told = tap.arrangement
-    if told is not None:
+    kv_len = bias = split = None
+    scale, context, told = options.get("scale"), seam.context, tap.arrangement
+    if unsupported == CONTEXT_PARALLELISM:
+        if told is None:
+            split, unsupported = split_of(options["parallel_config"], context.layout, q, k, mask)
+        told = None
+    elif told is not None:
         q, k, v = told.arrange(q), told.arrange(k), told.arrange(v)
         kv_len, bias = (told.kv_len, told.bias) if mask is not None else (None, None)
     elif unsupported is None:
         kv_len, unsupported = tap.read_mask(mask, k.shape[1])
     stock = functools.partial(_stock, host, args, kwargs, heads_first, told)
-    scale, context = options.get("scale"), seam.context
     out = tap.intercept(
-        AttentionCall(seam.layer, q, k, v, mask, kv_len, scale, context, unsupported, stock, bias)
+        AttentionCall(
+            seam.layer, q, k, v, mask, kv_len, scale, context, unsupported, stock, bias, split
+        )
     )
     out = told.restore(out) if told else out
     return out.transpose(1, 2) if heads_first else out
@@ -215,12 +221,12 @@ def _unsupported(options: dict[str, Any]) -> str | None:
         return f"attention dropout ({options['dropout_p']})"
     if options.get("is_causal"):
         return "a causal mask"
-    if options.get("parallel_config") is not None:
-        return "context parallelism"
     if options.get("attention_kwargs"):
         return f"attention_kwargs {sorted(options['attention_kwargs'])}"
     unknown = options.keys() - HONOURED - set(PARAMETERS) - {"parallel_config"}
-    return f"arguments {sorted(unknown)} of the host" if unknown else None
+    if unknown:
+        return f"arguments {sorted(unknown)} of the host"
+    return None if options.get("parallel_config") is None else CONTEXT_PARALLELISM
 
 
 def _valid_prefix(mask: Tensor, num_keys: int) -> tuple[Tensor | None, str | None]:
