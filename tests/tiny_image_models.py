@@ -13,7 +13,7 @@ import torch
 
 from tests.tiny_pipelines import generate, tokenizer
 
-__all__ = ["BUILDERS", "generate"]
+__all__ = ["BUILDERS", "SEVERAL", "generate"]
 
 Built = tuple[Any, dict[str, Any]]
 
@@ -359,6 +359,80 @@ def hidream() -> Built:
     }
     return _finish(pipe, {**call, "height": 128, "width": 128})
 
+
+def _lengths(*lengths: int, of: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """A mask whose first tokens are valid, as many as an item has."""
+    return (torch.arange(of) < torch.tensor(lengths)[:, None]).to(dtype)
+
+
+# two prompts of different lengths where the model is told lengths, two images of each
+SEVERAL: dict[str, dict[str, Any]] = {
+    "flux2": {
+        "prompt_embeds": _random(2, 16, 32),
+        "negative_prompt_embeds": _random(2, 16, 32, seed=2),
+    },
+    "chroma": {
+        "prompt_embeds": _random(2, 16, 32),
+        "prompt_attention_mask": _lengths(9, 13, of=16, dtype=torch.float32),
+        "negative_prompt_embeds": _random(2, 16, 32, seed=2),
+        "negative_prompt_attention_mask": _lengths(5, 16, of=16, dtype=torch.float32),
+    },
+    "qwen": {
+        "prompt_embeds": _random(2, 7, 32),
+        "prompt_embeds_mask": _lengths(7, 4, of=7),
+        "negative_prompt_embeds": _random(2, 5, 32, seed=2),
+        "negative_prompt_embeds_mask": _lengths(2, 5, of=5),
+    },
+    "sd3": {
+        "prompt_embeds": _random(2, 12, 32),
+        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
+        "pooled_prompt_embeds": _random(2, 16),
+        "negative_pooled_prompt_embeds": _random(2, 16, seed=2),
+    },
+    "pixart": {
+        "prompt_embeds": _random(2, 12, 32),
+        "prompt_attention_mask": _lengths(12, 5, of=12),
+        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
+        "negative_prompt_attention_mask": _lengths(12, 3, of=12),
+    },
+    "zimage": {
+        "prompt_embeds": [_random(9, 32), _random(70, 32, seed=3)],
+        "negative_prompt_embeds": [_random(40, 32, seed=2), _random(3, 32, seed=4)],
+    },
+    "hunyuan_image": {
+        "prompt_embeds": _random(2, 10, 32),
+        "prompt_embeds_mask": _lengths(7, 10, of=10),
+        "negative_prompt_embeds": _random(2, 10, 32, seed=2),
+        "negative_prompt_embeds_mask": _lengths(3, 2, of=10),
+        "prompt_embeds_2": _random(2, 6, 32),
+        "prompt_embeds_mask_2": _lengths(2, 5, of=6),
+        "negative_prompt_embeds_2": _random(2, 6, 32, seed=2),
+        "negative_prompt_embeds_mask_2": _lengths(1, 1, of=6),
+    },
+    "lumina": {
+        "prompt_embeds": _random(2, 12, 32),
+        "prompt_attention_mask": _lengths(9, 5, of=12),
+        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
+        "negative_prompt_attention_mask": _lengths(4, 11, of=12),
+    },
+    "cogview": {
+        "prompt_embeds": _random(2, 16, 32),
+        "negative_prompt_embeds": _random(2, 16, 32, seed=2),
+    },
+    "hidream": {
+        "prompt_embeds_t5": _random(2, 6, 32),
+        "negative_prompt_embeds_t5": _random(2, 6, 32, seed=2),
+        "prompt_embeds_llama3": _random(2, 2, 6, 32),
+        "negative_prompt_embeds_llama3": _random(2, 2, 6, 32, seed=2),
+        "pooled_prompt_embeds": _random(2, 16),
+        "negative_pooled_prompt_embeds": _random(2, 16, seed=2),
+    },
+}
+for _name, _call in SEVERAL.items():
+    if _name in ("chroma", "sd3", "lumina", "cogview"):  # these don't repeat all that is given
+        _call.update({key: value.repeat_interleave(2, 0) for key, value in _call.items()})
+    else:
+        _call["num_images_per_prompt"] = 2
 
 BUILDERS = {
     "flux2": flux2,
