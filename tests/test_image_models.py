@@ -2,6 +2,11 @@ import functools
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+)
+from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 
 from sparse_dit.index import SparseIndex
 from sparse_dit.integrations.arrangement import Arrangement, image_first, with_bias
@@ -12,10 +17,12 @@ from sparse_dit.integrations.diffusers import (
     self_attention_layers,
 )
 from sparse_dit.integrations.families import FAMILIES
+from sparse_dit.integrations.families.family import warn_of_other_keys
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
+from tests import tiny_image_transformers
 from tests.tiny_image_models import BUILDERS, SEVERAL, generate
 
 # the host's own Chroma imports it from there
@@ -436,3 +443,135 @@ def test_one_text_encoder_of_hunyuan_image_is_enough():
         encoder_attention_mask=torch.ones(1, 5),
     )
     assert {c.context.layout for c in calls} == {TokenLayout.video(1, 4, 6, text_after=5)}
+
+
+BARE = pytest.mark.parametrize("bare", tiny_image_transformers.BUILDERS)
+BARE_LAYERS = dict.fromkeys(("longcat", "ovis", "bria", "bria_fibo"), JOINT) | {
+    "krea2": ["transformer_blocks.0.attn", "transformer_blocks.1.attn"],
+    "auraflow": ["joint_transformer_blocks.0.attn", "single_transformer_blocks.0.attn"],
+    "cogview3": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
+    "glm": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
+    "ernie": ["layers.0.self_attention", "layers.1.self_attention"],
+}
+_IMAGE = Segment.video(1, 4, 6)
+_TEXT_FIRST, _IMAGE_FIRST = (
+    TokenLayout((Segment.text(7), _IMAGE)),
+    TokenLayout((_IMAGE, Segment.text(7))),
+)
+BARE_LAYOUT = {
+    "longcat": TokenLayout((Segment.text(7), _IMAGE, Segment.text(10))),
+    "ovis": _TEXT_FIRST,
+    "bria": _TEXT_FIRST,
+    "bria_fibo": _IMAGE_FIRST,
+    "krea2": _IMAGE_FIRST,
+    "auraflow": TokenLayout((Segment.text(15), _IMAGE)),
+    "cogview3": _TEXT_FIRST,
+    "glm": _TEXT_FIRST,
+    "ernie": _IMAGE_FIRST,
+}
+
+
+@functools.cache
+def _bare(bare):
+    transformer, inputs = tiny_image_transformers.BUILDERS[bare]()
+    with torch.no_grad():
+        return transformer, inputs, transformer(return_dict=False, **inputs)[0]
+
+
+@BARE
+def test_bare_transformers_are_told_so_and_bit_equal_through_the_seam(bare):
+    transformer, inputs, stock = _bare(bare)
+    assert FAMILIES[type(transformer).__name__].tested == "transformer"
+    out, calls = forward(transformer, **inputs)
+    assert torch.equal(out, stock)
+    assert list(self_attention_layers(transformer)) == BARE_LAYERS[bare]
+    assert [c.layer for c in calls] == BARE_LAYERS[bare]
+    for c in calls:
+        assert c.context.layout == BARE_LAYOUT[bare]
+        assert c.context.sigma == 0.25
+        assert c.q.shape[1:] == (BARE_LAYOUT[bare].seq_len, *heads_of(transformer))
+        assert c.unsupported is None
+    padded = bare in ("bria_fibo", "krea2", "ernie")
+    assert {tuple(c.kv_len.tolist()) if padded else c.kv_len for c in calls} == {
+        (31, 28) if padded else None
+    }
+    with torch.no_grad():
+        assert torch.equal(transformer(return_dict=False, **inputs)[0], stock)
+
+
+@BARE
+def test_bare_transformers_run_sparse(bare, monkeypatch):
+    transformer, inputs, stock = _bare(bare)
+    for pattern, all_sparse in ((NARROW, False), (WIDE, True)):
+        if all_sparse:
+            monkeypatch.setattr(SparseIndex, "is_dense", False)
+        with patch(transformer, plan_for(transformer, pattern)) as handle, torch.no_grad():
+            out = transformer(return_dict=False, **inputs)[0]
+        ran = handle.ran["transformer"]
+        assert {(r.layer, r.dense_because) for r in ran} == {(n, None) for n in BARE_LAYERS[bare]}
+        if all_sparse:
+            torch.testing.assert_close(out, stock, rtol=2e-4, atol=2e-4)
+        else:
+            assert out.isfinite().all()
+            assert 0 < drift(out, stock) < 0.5
+
+
+def test_cached_keys_of_reference_images_are_told(caplog):
+    warn_of_other_keys.cache_clear()
+    pipe, _, _ = _built("flux2")
+    transformer = pipe.transformer
+    before = {n: m.processor for n, m in self_attention_layers(transformer).items()}
+    for name, layer in self_attention_layers(transformer).items():
+        single = name.startswith("single")
+        layer.set_processor(
+            Flux2KVParallelSelfAttnProcessor() if single else Flux2KVAttnProcessor()
+        )
+    inputs = _flux2_inputs([(2, 3)])
+    for key in ("img_ids", "hidden_states"):
+        inputs[key] = inputs[key].roll(6, 1)  # this variant puts reference images first
+    inputs |= {"kv_cache_mode": "extract", "num_ref_tokens": 6}
+    _, calls = forward(transformer, **inputs)
+    forward(transformer, **inputs)
+    assert not calls
+    for name, layer in self_attention_layers(transformer).items():
+        layer.set_processor(before[name])
+    (record,) = (r for r in caplog.records if r.name == "sparse_dit")
+    assert record.message.startswith("Flux2 with kv_cache_mode attends to cached keys")
+
+
+@pytest.mark.parametrize("mode", ["write", "read"])
+def test_glm_image_with_keys_of_images_that_it_edits(mode):
+    warn_of_other_keys.cache_clear()
+    transformer, inputs, _ = _bare("glm")
+    caches = GlmImageKVCache(2)
+    caches.set_mode("write")
+    inputs = {**inputs, "kv_caches": caches, "attention_mask": None}
+    written, calls = forward(transformer, **inputs)
+    assert {c.context.layout for c in calls} == {BARE_LAYOUT["glm"]}
+    if mode == "read":
+        caches.set_mode("read")
+        out, calls = forward(transformer, **inputs)
+        assert not calls
+        assert not torch.allclose(out, written)
+
+
+def test_a_text_mask_of_cogview_is_added_to_the_logits(monkeypatch):
+    pipe, _, _ = _built("cogview")
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(1, 5, 32),
+        "timestep": torch.tensor([250]),
+        "original_size": torch.tensor([[64.0, 96.0]]),
+        "target_size": torch.tensor([[64.0, 96.0]]),
+        "crop_coords": torch.zeros(1, 2),
+        "attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+    }
+    stock, calls = forward(pipe.transformer, **inputs)
+    assert {tuple(c.bias[0, :6].tolist()) for c in calls} == {(1, 1, 1, 0, 0, 1)}
+    monkeypatch.setattr(SparseIndex, "is_dense", False)
+    with patch(pipe.transformer, plan_for(pipe.transformer, WIDE)) as handle, torch.no_grad():
+        out = pipe.transformer(return_dict=False, **inputs)[0]
+    assert {r.dense_because for r in handle.ran["transformer"]} == {None}
+    torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4)
+    _, calls = forward(pipe.transformer, **{**inputs, "attention_mask": torch.ones(1, 5)})
+    assert {(c.bias, c.unsupported) for c in calls} == {(None, None)}

@@ -64,6 +64,30 @@ def image_first(valid: Tensor, start: Tensor | int, grid: TokenLayout) -> Arrang
     )
 
 
+@functools.lru_cache(maxsize=4)
+def padding_last(mask: Tensor, _version: int, layout: TokenLayout) -> Arrangement:
+    """Where text comes first and some of it is padding: the image first, then the rest, padding last.
+
+    Cached by the mask's identity and version: a pipeline passes one tensor to all steps.
+
+    Args:
+        mask: `[B, text]` or any shape of `[B, N]`, true or not 0 where a token is valid.
+        layout: Text, image, and other tokens that are all valid.
+    """
+    text, image = layout.segments[:2]
+    valid = mask.reshape(len(mask), -1)[:, : text.length].bool()
+    others = valid.new_ones(len(mask), layout.seq_len - text.length)
+    return image_first(torch.cat([valid, others], 1), text.length, TokenLayout((image,)))
+
+
+@functools.lru_cache(maxsize=4)
+def text_bias(mask: Tensor, _version: int, layout: TokenLayout) -> Arrangement:
+    """For layers that add 1 to a logit where a text mask `[B, text]` allows both tokens; see above."""
+    bias = mask.new_ones(len(mask), layout.seq_len, dtype=torch.float32)
+    bias[:, : mask.shape[1]] = mask > 0
+    return Arrangement(layout, bias=None if (bias == 1).all() else bias)
+
+
 def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, ...]:
     """q, k, v whose logits at `scale` are those of the given ones plus the bias' outer product.
 

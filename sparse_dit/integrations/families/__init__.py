@@ -8,12 +8,15 @@ from torch import nn
 
 from ..call import Branch
 from . import (
+    auraflow,
     cogvideox,
     cogview,
+    ernie,
     flux,
     hidream,
     hunyuan,
     hunyuan_image,
+    krea,
     ltx,
     lumina,
     pixart,
@@ -40,6 +43,9 @@ FAMILIES: dict[str, Family] = {
     **lumina.FAMILIES,
     **cogview.FAMILIES,
     **hidream.FAMILIES,
+    **krea.FAMILIES,
+    **auraflow.FAMILIES,
+    **ernie.FAMILIES,
 }
 
 # names that pipelines give to `transformer.cache_context`; "cond_uncond" is both in one batch

@@ -1,11 +1,12 @@
-"""CogView 4: text tokens, then image tokens."""
+"""CogView 3 and 4, GLM-Image: text tokens, then image tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ...layout import TokenLayout
-from .family import Arguments, Family
+from ..arrangement import Arrangement, text_bias
+from .family import Arguments, Family, warn_of_other_keys
 
 
 def _cogview4(config: Any, arguments: Arguments) -> TokenLayout:
@@ -18,6 +19,23 @@ def _cogview4(config: Any, arguments: Arguments) -> TokenLayout:
     )
 
 
+def _glm(config: Any, arguments: Arguments) -> TokenLayout | None:
+    caches = arguments.get("kv_caches")
+    if caches is not None and caches[0].mode == "read":
+        warn_of_other_keys("GLM-Image that edits images")
+        return None
+    return _cogview4(config, arguments)
+
+
+def _biased(config: Any, arguments: Arguments) -> Arrangement | None:
+    mask, layout = arguments.get("attention_mask"), _glm(config, arguments)
+    return None if mask is None or layout is None else text_bias(mask, mask._version, layout)
+
+
+LAYERS = r"transformer_blocks\.\d+\.attn1"
+
 FAMILIES = {
-    "CogView4Transformer2DModel": Family(r"transformer_blocks\.\d+\.attn1", _cogview4),
+    "CogView3PlusTransformer2DModel": Family(LAYERS, _cogview4, tested="transformer"),
+    "CogView4Transformer2DModel": Family(LAYERS, _cogview4, arrange=_biased),
+    "GlmImageTransformer2DModel": Family(LAYERS, _glm, arrange=_biased, tested="transformer"),
 }

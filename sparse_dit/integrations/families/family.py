@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from ...layout import TokenLayout
 from ..arrangement import Arrangement
+
+logger = logging.getLogger("sparse_dit")
 
 Arguments = Mapping[str, Any]
 
@@ -61,6 +64,15 @@ def sigma_of(family: Family, arguments: Arguments) -> float:
     if isinstance(timestep, Tensor):
         timestep = (timestep.max() if span > 0 else timestep.min()).item()
     return (float(timestep) - family.clean_timestep) / span
+
+
+@functools.cache
+def warn_of_other_keys(host: str) -> None:
+    """Say once that a model attends to keys that are no queries: such calls bypass the plan."""
+    logger.warning(
+        "%s attends to cached keys of reference images: these calls run dense and aren't counted",
+        host,
+    )
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""Flux, Flux2, Chroma: text tokens, then image tokens, then those of reference images."""
+"""Flux, Flux2, Chroma, Bria, LongCat-Image, Ovis-Image: text, then image tokens, then those of
+reference images.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...layout import Segment, TokenLayout
-from ..arrangement import Arrangement
-from .family import Arguments, Family
+from ..arrangement import Arrangement, padding_last
+from .family import Arguments, Family, warn_of_other_keys
 
 
 def _flux(config: Any, arguments: Arguments) -> TokenLayout | None:
@@ -25,13 +27,14 @@ def _flux(config: Any, arguments: Arguments) -> TokenLayout | None:
 
 
 def _flux2(config: Any, arguments: Arguments) -> TokenLayout | None:
-    if arguments.get("kv_cache_mode") is not None:  # keys and queries of reference images differ
+    if arguments.get("kv_cache_mode") is not None:
+        warn_of_other_keys("Flux2 with kv_cache_mode")
         return None
     return _flux(config, arguments)
 
 
 @functools.lru_cache(maxsize=2)
-def raster(ids: Tensor, _version: int) -> tuple[int, int]:
+def raster(ids: Tensor, _version: int, start: int = 0) -> tuple[int, int]:
     """Rows and columns of the image that comes first in position ids; zeros if none does.
 
     Cached by the tensor's identity and version: a pipeline passes one tensor to all steps, and it
@@ -39,15 +42,17 @@ def raster(ids: Tensor, _version: int) -> tuple[int, int]:
 
     Args:
         ids: `[N, A]` or `[B, N, A]` with image number, row and column in the first three axes.
-            Tokens whose image number differs from the first one's may follow: reference images.
+            Tokens of higher image numbers may follow: reference images.
+        start: Place of the first image token.
     """
-    table = ids.detach().reshape(-1, *ids.shape[-2:])[0].cpu().double()
-    same = table[:, 0] == table[0, 0]
-    image = table[same]
-    rows, columns = (int(n) + 1 for n in image.amax(0)[1:3])
+    table = ids.detach().reshape(-1, *ids.shape[-2:])[0, start:].cpu().double()
+    first = table[:, 0] == table[:, 0].min()
+    places = table[first, 1:3]
+    places -= places[0].clone()
+    rows, columns = (int(n) + 1 for n in places.amax(0))
     whole = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
-    ordered = bool(same[: len(image)].all()) and not table[0, 0]
-    return (rows, columns) if ordered and torch.equal(image[:, 1:3], whole) else (0, 0)
+    leads = bool(first[: len(places)].all())
+    return (rows, columns) if leads and torch.equal(places, whole) else (0, 0)
 
 
 def _chroma(config: Any, arguments: Arguments) -> Arrangement | None:
@@ -64,10 +69,22 @@ def _all_ones(mask: Tensor, _version: int) -> bool:
     return bool((mask == 1).all())
 
 
+def _fibo(config: Any, arguments: Arguments) -> Arrangement | None:
+    mask = (arguments.get("joint_attention_kwargs") or {}).get("attention_mask")
+    layout = _flux(config, arguments)
+    if mask is None or layout is None:
+        return None
+    return padding_last(mask, mask._version, layout)
+
+
 LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"
 
 FAMILIES = {
     "FluxTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0),
     "Flux2Transformer2DModel": Family(LAYERS, _flux2, max_timestep=1.0),
     "ChromaTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, arrange=_chroma),
+    "LongCatImageTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, tested="transformer"),
+    "OvisImageTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, tested="transformer"),
+    "BriaTransformer2DModel": Family(LAYERS, _flux, tested="transformer"),
+    "BriaFiboTransformer2DModel": Family(LAYERS, _flux, arrange=_fibo, tested="transformer"),
 }

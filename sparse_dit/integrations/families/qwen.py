@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...layout import Segment, TokenLayout
-from ..arrangement import Arrangement, image_first
+from ..arrangement import Arrangement, padding_last
 from .family import Arguments, Family
 
 
@@ -28,16 +24,7 @@ def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
     mask, layout = arguments.get("encoder_hidden_states_mask"), _qwen(config, arguments)
     if mask is None or layout is None:
         return None
-    return _image_first(mask, mask._version, layout)
-
-
-@functools.lru_cache(maxsize=4)
-def _image_first(mask: Tensor, _version: int, layout: TokenLayout) -> Arrangement:
-    """Cached by the tensor's identity and version: a pipeline passes one tensor to all steps."""
-    others = mask.new_ones(len(mask), layout.seq_len - mask.shape[1], dtype=torch.bool)
-    return image_first(
-        torch.cat([mask.bool(), others], 1), mask.shape[1], TokenLayout(layout.segments[1:2])
-    )
+    return padding_last(mask, mask._version, layout)
 
 
 FAMILIES = {

@@ -1,0 +1,201 @@
+"""Tiny random image transformers whose pipelines are not built here, and the arguments of a forward.
+
+Every builder returns `(transformer, arguments)`: two items with a 4 x 6 image each, texts of different
+lengths where the model is told lengths, and noise level 0.25.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+Built = tuple[Any, dict[str, Any]]
+
+
+def _ids(start: int = 0, image: int = 0) -> Tensor:
+    """Image number, row and column of a 4 x 6 image."""
+    ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 4, 6)))
+    return (ids + torch.tensor([image, start, start])).float()
+
+
+def _flux_like(kind: str, timestep: float, ids: Tensor, **config: Any) -> Built:
+    torch.manual_seed(0)
+    transformer = getattr(diffusers, kind)(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        **config,
+    )
+    return transformer.eval(), {
+        "hidden_states": torch.randn(2, len(ids), 16),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.full((2,), timestep),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(7, 3),
+    }
+
+
+def longcat() -> Built:
+    """LongCat-Image: image 1 starts at row and column 512; image 2 is what is edited."""
+    ids = torch.cat([_ids(512, 1), _ids(512, 2)[:10]])
+    return _flux_like("LongCatImageTransformer2DModel", 0.25, ids, pooled_projection_dim=32)
+
+
+def ovis() -> Built:
+    """Ovis-Image."""
+    return _flux_like("OvisImageTransformer2DModel", 0.25, _ids(), out_channels=16)
+
+
+def bria() -> Built:
+    """Bria."""
+    return _flux_like("BriaTransformer2DModel", 250.0, _ids())
+
+
+def bria_fibo() -> Built:
+    """Bria Fibo: text that is masked, before the image."""
+    transformer, inputs = _flux_like(
+        "BriaFiboTransformer2DModel", 250.0, _ids(), text_encoder_dim=16
+    )
+    mask = torch.ones(2, 7 + 24, dtype=torch.bool)
+    mask[1, 4:7] = False
+    inputs["text_encoder_layers"] = [torch.randn(2, 7, 16) for _ in range(2)]
+    inputs["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None, :]}
+    return transformer, inputs
+
+
+def krea2() -> Built:
+    """Krea 2: text that is masked, before the image."""
+    torch.manual_seed(0)
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=32,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return transformer.eval(), {
+        "hidden_states": torch.randn(2, 24, 16),
+        "encoder_hidden_states": torch.randn(2, 7, 2, 32),
+        "timestep": torch.full((2,), 0.25),
+        "position_ids": torch.cat([torch.zeros(7, 3), _ids()]),
+        "encoder_attention_mask": torch.arange(7) < torch.tensor([[7], [4]]),
+    }
+
+
+def auraflow() -> Built:
+    """AuraFlow: eight registers and the text, then the image."""
+    torch.manual_seed(0)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pos_embed_max_size=64,
+    )
+    return transformer.eval(), {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.full((2,), 0.25),
+    }
+
+
+_SIZES = {"target_size": torch.tensor([[64.0, 96.0]] * 2), "crop_coords": torch.zeros(2, 2)}
+_COGVIEW = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "text_embed_dim": 32,
+    "time_embed_dim": 16,
+    "condition_dim": 8,
+}
+
+
+def cogview3() -> Built:
+    """CogView 3 Plus."""
+    torch.manual_seed(0)
+    transformer = diffusers.CogView3PlusTransformer2DModel(
+        **_COGVIEW, sample_size=16, pos_embed_max_size=16
+    )
+    return transformer.eval(), {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.full((2,), 250),
+        "original_size": _SIZES["target_size"],
+        **_SIZES,
+    }
+
+
+def glm() -> Built:
+    """GLM-Image, with a mask that it adds to the logits."""
+    torch.manual_seed(0)
+    transformer = diffusers.GlmImageTransformer2DModel(
+        **_COGVIEW, prior_vq_quantizer_codebook_size=16
+    )
+    return transformer.eval(), {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "prior_token_id": torch.randint(0, 16, (2, 24)),
+        "prior_token_drop": torch.tensor([False, True]),
+        "timestep": torch.full((2,), 250),
+        "attention_mask": (torch.arange(7) < torch.tensor([[7], [4]])).float(),
+        **_SIZES,
+    }
+
+
+def ernie() -> Built:
+    """ERNIE-Image: padding of the text last."""
+    torch.manual_seed(0)
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=32,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=24,
+        rope_axes_dim=(4, 4, 8),
+    )
+    with torch.no_grad():  # the host starts these at zero, and everything after them
+        transformer.adaLN_modulation[-1].weight.normal_(std=0.3)
+        transformer.final_linear.weight.normal_()
+    return transformer.eval(), {
+        "hidden_states": torch.randn(2, 16, 4, 6),
+        "timestep": torch.full((2,), 250),
+        "text_bth": torch.randn(2, 7, 24),
+        "text_lens": torch.tensor([7, 4]),
+    }
+
+
+BUILDERS = {
+    "longcat": longcat,
+    "ovis": ovis,
+    "bria": bria,
+    "bria_fibo": bria_fibo,
+    "krea2": krea2,
+    "auraflow": auraflow,
+    "cogview3": cogview3,
+    "glm": glm,
+    "ernie": ernie,
+}
