@@ -1,5 +1,8 @@
+import copy
 import functools
+import pickle
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux2 import (
@@ -19,11 +22,12 @@ from sparse_dit.integrations.diffusers import (
 from sparse_dit.integrations.families import FAMILIES
 from sparse_dit.integrations.families.family import warn_of_other_keys
 from sparse_dit.layout import Segment, TokenLayout
-from sparse_dit.patch import patch
+from sparse_dit.patch import patch, unpatch
 from sparse_dit.patterns import Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from tests import tiny_image_transformers
 from tests.tiny_image_models import BUILDERS, SEVERAL, generate
+from tests.tiny_pipelines import _t5, tokenizer
 
 # the host's own Chroma imports it from there
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
@@ -443,6 +447,63 @@ def test_one_text_encoder_of_hunyuan_image_is_enough():
         encoder_attention_mask=torch.ones(1, 5),
     )
     assert {c.context.layout for c in calls} == {TokenLayout.video(1, 4, 6, text_after=5)}
+
+
+@pytest.mark.parametrize("name", ["chroma", "qwen", "lumina", "sd3"])
+def test_copies_and_pickles_keep_what_is_known_of_masks(name):
+    pipe, call, stock = _several(name)
+    with patch(pipe, plan_for(pipe.transformer, NARROW)):
+        sparse = generate(pipe, call)
+        twin = copy.deepcopy(pipe)
+        pickled = pickle.loads(pickle.dumps(pipe.transformer))
+    assert torch.equal(generate(pipe, call), stock)
+    assert torch.equal(generate(twin, call), sparse)
+    twin.transformer = pickled
+    assert torch.equal(generate(twin, call), sparse)
+    unpatch(twin)
+    assert torch.equal(generate(twin, call), stock)
+
+
+def test_chroma_with_prompts_and_their_encoder(monkeypatch):
+    """The pipeline itself makes the masks, one more token than the prompt has."""
+    pipe, call, _ = _built("chroma")
+    whole = diffusers.ChromaPipeline(
+        pipe.scheduler, None, _t5(), tokenizer(), pipe.transformer.eval()
+    )
+    whole.set_progress_bar_config(disable=True)
+    call = {key: call[key] for key in ("height", "width", "num_inference_steps", "output_type")}
+    call |= {"prompt": ["a cat", "a red circle moves left"], "negative_prompt": ["", "gray"]}
+    call |= {"max_sequence_length": 16, "num_images_per_prompt": 1, "guidance_scale": 3.0}
+    stock = generate(whole, call)
+    assert len(stock) == 2
+    sparse, _ = run_sparse(whole, call, NARROW)
+    assert 0 < drift(sparse, stock) < 0.3
+    monkeypatch.setattr(SparseIndex, "is_dense", False)
+    wide, _ = run_sparse(whole, call, WIDE)
+    torch.testing.assert_close(wide, stock, rtol=2e-4, atol=2e-4)
+
+
+def test_frames_of_hunyuan_image_refiners_are_frames():
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 2, 2),
+        text_embed_dim=32,
+        rope_axes_dim=(4, 4, 8),
+    )
+    _, calls = forward(
+        transformer,
+        hidden_states=torch.randn(1, 4, 3, 8, 12),
+        timestep=torch.tensor([250.0]),
+        encoder_hidden_states=torch.randn(1, 5, 32),
+        encoder_attention_mask=torch.ones(1, 5),
+    )
+    assert {c.context.layout for c in calls} == {TokenLayout.video(3, 4, 6, text_after=5)}
 
 
 BARE = pytest.mark.parametrize("bare", tiny_image_transformers.BUILDERS)

@@ -203,7 +203,7 @@ def zimage() -> Built:
         axes_dims=[4, 4, 8],
         axes_lens=[256, 32, 32],
     ).eval()
-    with torch.no_grad():  # zeros, and the host leaves the first one unset
+    with torch.no_grad():  # zeros at first, as if there were nothing to be seen
         transformer.x_pad_token.normal_()
         transformer.cap_pad_token.normal_()
     pipe = diffusers.ZImagePipeline(

@@ -172,7 +172,7 @@ class Attachment:
         vars(self._transformer).pop("cache_context", None)
         delattr(self._transformer, self.KEY)
         self._tap.intercept = None  # a processor that the host kept runs stock from now on
-        self._tap.mask = None
+        self._tap.mask = self._tap.arrangement = None
 
     @contextlib.contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:

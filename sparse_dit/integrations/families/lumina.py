@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...layout import Segment, TokenLayout
 from ..arrangement import Arrangement, image_first
@@ -12,21 +14,32 @@ from .family import Arguments, Family
 
 
 def _lumina2(config: Any, arguments: Arguments) -> TokenLayout:
-    return TokenLayout((Segment.text(_longest(arguments)), *_image(config, arguments).segments))
+    mask = arguments["encoder_attention_mask"]
+    text = Segment.text(max(_lengths(mask, mask._version)))
+    return TokenLayout((text, *_image(config, arguments).segments))
 
 
 def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
     """Images start at different places if texts differ in length: move them to the front."""
-    lengths = arguments["encoder_attention_mask"].sum(1)
-    longest, image = _longest(arguments), _image(config, arguments)
-    if (lengths == longest).all():
+    mask = arguments["encoder_attention_mask"]
+    return _image_first(mask, mask._version, _image(config, arguments))
+
+
+@functools.lru_cache(maxsize=4)
+def _image_first(mask: Tensor, _version: int, image: TokenLayout) -> Arrangement | None:
+    """Cached by the mask's identity and version, as `_lengths`: a run has one mask a branch."""
+    lengths = torch.tensor(_lengths(mask, _version), device=mask.device)
+    longest = max(_lengths(mask, _version))
+    if min(_lengths(mask, _version)) == longest:
         return None
-    place = torch.arange(longest + image.seq_len, device=lengths.device)
+    place = torch.arange(longest + image.seq_len, device=mask.device)
     return image_first(place < lengths[:, None] + image.seq_len, lengths, image)
 
 
-def _longest(arguments: Arguments) -> int:
-    return int(arguments["encoder_attention_mask"].sum(1).max())
+@functools.lru_cache(maxsize=4)
+def _lengths(mask: Tensor, _version: int) -> tuple[int, ...]:
+    """Valid text tokens of each item."""
+    return tuple(int(n) for n in mask.sum(1).tolist())
 
 
 def _image(config: Any, arguments: Arguments) -> TokenLayout:
