@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 
 from sparse_dit.index import SparseIndex
+from sparse_dit.integrations import processors
 from sparse_dit.integrations.arrangement import Arrangement, image_first, with_bias
 from sparse_dit.integrations.diffusers import (
     attach,
@@ -27,7 +28,7 @@ from sparse_dit.patterns import Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from tests import tiny_image_transformers
 from tests.tiny_image_models import BUILDERS, SEVERAL, generate
-from tests.tiny_pipelines import _t5, tokenizer
+from tests.tiny_pipelines import _t5, flux, hunyuan_video, tokenizer
 
 # the host's own Chroma imports it from there
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
@@ -204,6 +205,30 @@ def test_a_sparse_plan_runs_in_every_layer_and_changes_the_output(name):
     assert 0 < drift(sparse, stock) < 0.3
     assert density < 0.9
     assert torch.equal(generate(pipe, call), stock)
+
+
+@MODEL
+def test_several_prompts_in_inference_mode(name):
+    pipe, call, stock = _several(name)
+    with patch(pipe, plan_for(pipe.transformer, NARROW)):
+        sparse = generate(pipe, call)
+        with torch.inference_mode():
+            assert torch.equal(generate(pipe, call), sparse)
+    assert torch.equal(generate(pipe, call), stock)
+
+
+@pytest.mark.parametrize("build", [flux, hunyuan_video])
+def test_inference_mode_reads_ids_and_masks_once_a_forward(build, monkeypatch):
+    reads = []
+    original = processors._valid_prefix
+    monkeypatch.setattr(processors, "_valid_prefix", lambda *a: reads.append(a) or original(*a))
+    pipe, call = build()
+    with patch(pipe, plan_for(pipe.transformer, NARROW)):
+        sparse = generate(pipe, call)
+        reads.clear()
+        with torch.inference_mode():
+            assert torch.equal(generate(pipe, call), sparse)
+    assert len(reads) == (2 if build is hunyuan_video else 0)
 
 
 @MODEL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,14 @@ class Arrangement:
     @functools.cached_property
     def _back(self) -> Tensor | None:
         return None if self.order is None else self.order.argsort(1)
+
+
+_NEW = itertools.count(-1, -1)
+
+
+def version_of(x: Tensor) -> int:
+    """A number that changes when a tensor is written to; another each time if torch doesn't tell."""
+    return next(_NEW) if x.is_inference() else x._version
 
 
 def image_first(valid: Tensor, start: Tensor | int, grid: TokenLayout) -> Arrangement:

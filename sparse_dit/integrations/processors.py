@@ -47,20 +47,22 @@ class Tap:
         intercept: Gets every self-attention call; None once detached: layers run stock.
         context: Where the present forward stands.
         arrangement: What the forward's arguments say of its layers' mask; None: read the mask.
-        mask: The last mask that was read: the tensor, its version, valid keys, and why not.
+        mask: The last mask that was read: the tensor, its version (the forward if torch tells none),
+            valid keys, and why not.
     """
 
     intercept: Intercept | None
     context: StepContext = field(default_factory=StepContext)
     arrangement: Arrangement | None = None
-    mask: tuple[Tensor, int, Tensor | None, str | None] | None = None
+    mask: tuple[Tensor, int | StepContext, Tensor | None, str | None] | None = None
 
     def read_mask(self, mask: Tensor | None, num_keys: int) -> tuple[Tensor | None, str | None]:
         """`(kv_len, why it is no prefix)`; read back from the device once a mask, not a layer."""
         if mask is None:
             return None, None
-        if not (self.mask and self.mask[0] is mask and self.mask[1] == mask._version):
-            self.mask = (mask, mask._version, *_valid_prefix(mask, num_keys))
+        version = self.context if mask.is_inference() else mask._version
+        if not (self.mask and self.mask[0] is mask and self.mask[1] == version):
+            self.mask = (mask, version, *_valid_prefix(mask, num_keys))
         return self.mask[2], self.mask[3]
 
 

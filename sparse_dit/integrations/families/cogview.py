@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...layout import TokenLayout
-from ..arrangement import Arrangement, text_bias
+from ..arrangement import Arrangement, text_bias, version_of
 from .family import Arguments, Family, warn_of_other_keys
 
 
@@ -29,7 +29,7 @@ def _glm(config: Any, arguments: Arguments) -> TokenLayout | None:
 
 def _biased(config: Any, arguments: Arguments) -> Arrangement | None:
     mask, layout = arguments.get("attention_mask"), _glm(config, arguments)
-    return None if mask is None or layout is None else text_bias(mask, mask._version, layout)
+    return None if mask is None or layout is None else text_bias(mask, version_of(mask), layout)
 
 
 LAYERS = r"transformer_blocks\.\d+\.attn1"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...layout import Segment, TokenLayout
-from ..arrangement import Arrangement, padding_last
+from ..arrangement import Arrangement, padding_last, version_of
 from .family import Arguments, Family, warn_of_other_keys
 
 
 def _flux(config: Any, arguments: Arguments) -> TokenLayout | None:
     ids = arguments["img_ids"]
-    rows, columns = raster(ids, ids._version)
+    rows, columns = raster(ids, version_of(ids))
     if not rows:
         return None
     others = ids.shape[-2] - rows * columns
@@ -60,7 +60,7 @@ def _chroma(config: Any, arguments: Arguments) -> Arrangement | None:
     mask, layout = arguments.get("attention_mask"), _flux(config, arguments)
     if mask is None or layout is None or not mask.is_floating_point():
         return None
-    return Arrangement(layout, bias=None if _all_ones(mask, mask._version) else mask)
+    return Arrangement(layout, bias=None if _all_ones(mask, version_of(mask)) else mask)
 
 
 @functools.lru_cache(maxsize=4)
@@ -74,7 +74,7 @@ def _fibo(config: Any, arguments: Arguments) -> Arrangement | None:
     layout = _flux(config, arguments)
     if mask is None or layout is None:
         return None
-    return padding_last(mask, mask._version, layout)
+    return padding_last(mask, version_of(mask), layout)
 
 
 LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ...layout import Segment, TokenLayout
-from ..arrangement import Arrangement, padding_last
+from ..arrangement import Arrangement, padding_last, version_of
 from .family import Arguments, Family
 from .flux import raster
 
 
 def _krea2(config: Any, arguments: Arguments) -> TokenLayout | None:
     ids, text = arguments["position_ids"], arguments["encoder_hidden_states"].shape[1]
-    rows, columns = raster(ids, ids._version, text)
+    rows, columns = raster(ids, version_of(ids), text)
     if rows * columns != len(ids) - text:
         return None
     return TokenLayout((Segment.text(text), Segment.video(1, rows, columns)))
@@ -20,7 +20,7 @@ def _krea2(config: Any, arguments: Arguments) -> TokenLayout | None:
 
 def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
     mask, layout = arguments.get("encoder_attention_mask"), _krea2(config, arguments)
-    return None if mask is None or layout is None else padding_last(mask, mask._version, layout)
+    return None if mask is None or layout is None else padding_last(mask, version_of(mask), layout)
 
 
 FAMILIES = {

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from ...layout import Segment, TokenLayout
-from ..arrangement import Arrangement, image_first
+from ..arrangement import Arrangement, image_first, version_of
 from .family import Arguments, Family
 
 
 def _lumina2(config: Any, arguments: Arguments) -> TokenLayout:
     mask = arguments["encoder_attention_mask"]
-    text = Segment.text(max(_lengths(mask, mask._version)))
+    text = Segment.text(max(_lengths(mask, version_of(mask))))
     return TokenLayout((text, *_image(config, arguments).segments))
 
 
 def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
     """Images start at different places if texts differ in length: move them to the front."""
     mask = arguments["encoder_attention_mask"]
-    return _image_first(mask, mask._version, _image(config, arguments))
+    return _image_first(mask, version_of(mask), _image(config, arguments))
 
 
 @functools.lru_cache(maxsize=4)

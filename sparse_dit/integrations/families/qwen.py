@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...layout import Segment, TokenLayout
-from ..arrangement import Arrangement, padding_last
+from ..arrangement import Arrangement, padding_last, version_of
 from .family import Arguments, Family
 
 
@@ -24,7 +24,7 @@ def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
     mask, layout = arguments.get("encoder_hidden_states_mask"), _qwen(config, arguments)
     if mask is None or layout is None:
         return None
-    return padding_last(mask, mask._version, layout)
+    return padding_last(mask, version_of(mask), layout)
 
 
 FAMILIES = {
