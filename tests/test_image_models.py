@@ -1,6 +1,7 @@
 import copy
 import functools
 import pickle
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -10,6 +11,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2KVParallelSelfAttnProcessor,
 )
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from PIL import Image
 
 from sparse_dit.index import SparseIndex
 from sparse_dit.integrations import processors
@@ -34,6 +36,7 @@ from tests.tiny_pipelines import _t5, flux, hunyuan_video, tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 MODEL = pytest.mark.parametrize("name", BUILDERS)
 NARROW = Pattern(Window(frames=0, rows=1, columns=1), tile=(1, 2, 2))
+FAR = replace(NARROW, far=True)
 WIDE = Pattern(Window(frames=99, rows=99, columns=99), tile=(1, 2, 2))
 
 JOINT = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
@@ -208,6 +211,18 @@ def test_a_sparse_plan_runs_in_every_layer_and_changes_the_output(name):
 
 
 @MODEL
+def test_backends_agree_on_several_prompts_with_a_far_field(name):
+    pipe, call, stock = _several(name)
+    outs = []
+    for backend in ("reference", "gather", "auto"):
+        with patch(pipe, plan_for(pipe.transformer, FAR), backend=backend):
+            outs.append(generate(pipe, call))
+    assert not torch.equal(outs[0], stock)
+    torch.testing.assert_close(outs[1], outs[0], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(outs[2], outs[0], rtol=2e-4, atol=2e-4)
+
+
+@MODEL
 def test_several_prompts_in_inference_mode(name):
     pipe, call, stock = _several(name)
     with patch(pipe, plan_for(pipe.transformer, NARROW)):
@@ -277,6 +292,25 @@ def test_reference_images_of_flux2_are_tokens_that_all_see():
     }
     assert {c.q.shape[1] for c in calls} == {16 + 24 + 22}
     assert {c.context.sigma for c in calls} == {0.25}
+
+
+def test_flux2_with_an_image_to_edit_in_its_pipeline(monkeypatch):
+    pipe, call, plain = _built("flux2")
+    image = Image.linear_gradient("L").resize((128, 96)).convert("RGB")
+    stock = generate(pipe, call, image=image)
+    assert not torch.equal(stock, plain)
+    recorder = Recorder()
+    attachment = attach(pipe.transformer, recorder)
+    assert torch.equal(generate(pipe, call, image=image), stock)
+    attachment.detach()
+    text, others = Segment.text(16), Segment.text(8 * 6)
+    want = TokenLayout((text, Segment.video(1, 8, 8), others))
+    assert {c.context.layout for c in recorder.calls} == {want}
+    sparse, _ = run_sparse(pipe, {**call, "image": image}, NARROW)
+    assert 0 < drift(sparse, stock) < 0.3
+    monkeypatch.setattr(SparseIndex, "is_dense", False)
+    wide, _ = run_sparse(pipe, {**call, "image": image}, WIDE)
+    torch.testing.assert_close(wide, stock, rtol=2e-4, atol=2e-4)
 
 
 def test_ids_of_flux2_that_do_not_start_with_an_image_give_no_layout():
