@@ -422,6 +422,27 @@ def test_valid_text_of_qwen_need_not_come_first():
     torch.testing.assert_close(call.stock(), want)
 
 
+@pytest.mark.parametrize("items", [1, 2])
+def test_a_layer_called_on_part_of_the_batch_runs_dense_with_a_reason(items):
+    pipe, _, _ = _built("qwen")
+    inputs = _qwen_inputs([[(1, 4, 6)]] * 2, torch.arange(5) < torch.tensor([[5], [2]]))
+    layer = pipe.transformer.transformer_blocks[0].attn
+    part = {
+        "hidden_states": torch.randn(items, 24, 32),
+        "encoder_hidden_states": torch.randn(items, 5, 32),
+        "encoder_hidden_states_mask": inputs["encoder_hidden_states_mask"][:items],
+    }
+    with torch.no_grad():
+        stock = layer(**part)
+        with patch(pipe.transformer, plan_for(pipe.transformer, NARROW)) as handle:
+            pipe.transformer(return_dict=False, **inputs)
+            out = layer(**part)
+    reason = "the host asked for a mask of other tokens than the forward's"
+    reasons = {r.dense_because for r in handle.ran["transformer"]}
+    assert reasons == ({None} if items == 2 else {None, reason})
+    assert torch.equal(out[0], stock[0]) == (items == 1)
+
+
 def test_tokens_are_put_image_first_and_back():
     """Items with 1 and 3 valid tokens before an image of 4, and padding after it."""
     valid = torch.arange(8) < torch.tensor([[5], [7]])

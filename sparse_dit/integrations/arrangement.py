@@ -32,6 +32,11 @@ class Arrangement:
     kv_len: Tensor | None = None
     bias: Tensor | None = None
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether a layer's tokens `[B, N, H, D]` are those of the forward."""
+        known = (self.order, self.bias)
+        return all(y is None or y.shape == x.shape[:2] for y in known)
+
     def arrange(self, x: Tensor) -> Tensor:
         """The host's tokens `[B, N, H, D]` in the layout's order."""
         return x if self.order is None else _take(x, self.order)

@@ -187,6 +187,8 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
         if told is None:
             split, unsupported = split_of(options["parallel_config"], context.layout, q, k, mask)
         told = None
+    elif told is not None and not told.fits(q):
+        told, unsupported = None, unsupported or "a mask of other tokens than the forward's"
     elif told is not None:
         q, k, v = told.arrange(q), told.arrange(k), told.arrange(v)
         kv_len, bias = (told.kv_len, told.bias) if mask is not None else (None, None)
