@@ -8,14 +8,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends import cpu, gather, reference
+from .backends import cpu, gather, reference, triton
 from .backends.attended import Attended
 from .index import SparseIndex
 
 logger = logging.getLogger("sparse_dit")
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "gather": gather, "reference": reference}
-AUTO = ("cpu", "gather")  # the first that can
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "gather": gather,
+    "reference": reference,
+}
+AUTO = ("cpu", "triton", "gather")  # the first that can
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

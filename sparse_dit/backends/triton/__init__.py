@@ -1,0 +1,113 @@
+"""Block-sparse attention in Triton, for NVIDIA GPUs from sm_80 on and AMD's CDNA.
+
+`kernel.py` is the kernels, `tables.py` and `work.py` write an index as they read it, `config.py` has the
+block sizes of each architecture, `launch.py` calls. Nothing here imports triton before a kernel runs. It
+was never run on a GPU: what was checked without one is in `docs/gpu.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ...index import SparseIndex
+from ..attended import Attended
+from .config import CAPABILITIES, CDNA, Config, configs_for
+
+HEAD_DIMS = range(16, 145, 8)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INTERPRETED = "sm80"  # whose blocks the interpreter takes
+
+
+def unsupported(q: Tensor, index: SparseIndex) -> str | None:
+    """Why the kernels can't run this; None if they can."""
+    if _absent():
+        return "the package triton isn't installed"
+    if q.dtype not in DTYPES:
+        return f"it takes float16, bfloat16 and float32, but q is {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head_dim must be a multiple of 8 from 16 to 144, got {q.shape[-1]}"
+    if torch.compiler.is_compiling():
+        return "it can't be traced into a compiled graph"
+    if q.is_cpu and interpreted():
+        return None
+    if not q.is_cuda:
+        return f"it runs on CUDA and ROCm GPUs, but q is on {q.device}"
+    if _architecture(q.device) is None:
+        return f"it needs CUDA sm_80 or later, or {' or '.join(CDNA)}, but {q.device} is another"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: SparseIndex,
+    kv_len: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    mass_block: int | None,
+) -> Attended:
+    """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
+    from . import launch
+
+    with _on(q):
+        got = launch.forward(q, k, v, index, kv_len, scale, _configs(q))
+    mass = None
+    if mass_block is not None:
+        assert got.lse is not None, "the kernel always writes it"
+        mass = block_mass(q, k, index, got.lse, kv_len, scale, mass_block)
+    return Attended(got.out, got.lse if return_lse else None, mass)
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    index: SparseIndex,
+    lse: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    mass_block: int,
+) -> Tensor:
+    """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
+    from . import launch
+
+    with _on(q):
+        return launch.block_mass(q, k, index, lse, kv_len, scale, mass_block, _configs(q)[0])
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret kernels, which works on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def _absent() -> bool:
+    return importlib.util.find_spec("triton") is None
+
+
+def _on(q: Tensor):
+    """Launches go to the current device, which must be that of `q`."""
+    return torch.cuda.device(q.device if q.is_cuda else -1)
+
+
+def _configs(q: Tensor) -> tuple[Config, Config]:
+    architecture = INTERPRETED if q.is_cpu else _architecture(q.device)
+    assert architecture is not None, "`unsupported` says so"
+    small, large = configs_for(architecture, q.shape[-1])
+    if q.dtype == torch.float32:  # twice the bytes
+        small = large = Config(64, 32, 4, 2)
+    return small, large
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str | None:
+    """The device's name in `CONFIGS`, None if it has none."""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return "gfx9" if name in CDNA else None
+    return CAPABILITIES.get(torch.cuda.get_device_capability(device))

@@ -1,0 +1,78 @@
+"""Block sizes, warps and stages for each architecture: a table, so that no first call searches for them.
+
+Chosen by what the kernels compile to (no spills, tensor cores, shared memory within bounds), which
+`tests/test_triton_compiled.py` checks; none of it has been timed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """How a kernel is launched.
+
+    Args:
+        block_m: Query rows of a tile.
+        block_n: Keys of a step.
+        warps, stages: Of Triton.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# architecture -> head_dim up to -> (for small tiles, for large tiles)
+CONFIGS: dict[str, dict[int, tuple[Config, Config]]] = {
+    "sm80": {
+        64: (Config(64, 64, 4, 3), Config(128, 64, 4, 3)),
+        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
+    },
+    "sm86": {
+        64: (Config(64, 64, 4, 3), Config(128, 64, 4, 3)),
+        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+    },
+    "sm90": {
+        64: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+        144: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+    },
+    "sm100": {
+        64: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+        144: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+    },
+    "sm120": {
+        64: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+    },
+    "gfx9": {
+        64: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+    },
+}
+CAPABILITIES = {
+    (8, 0): "sm80",
+    (8, 6): "sm86",
+    (8, 7): "sm86",
+    (8, 9): "sm86",
+    (9, 0): "sm90",
+    (10, 0): "sm100",
+    (10, 3): "sm100",
+    (12, 0): "sm120",
+    (12, 1): "sm120",
+}
+CDNA = ("gfx942", "gfx950")
+
+
+def configs_for(architecture: str, head_dim: int) -> tuple[Config, Config]:
+    """Configurations for small and for large tiles.
+
+    Raises:
+        KeyError: If the architecture isn't in the table.
+        ValueError: If the head_dim is larger than the table's.
+    """
+    for largest, configs in CONFIGS[architecture].items():
+        if head_dim <= largest:
+            return configs
+    raise ValueError(f"head_dim must be at most {largest}, got {head_dim}")

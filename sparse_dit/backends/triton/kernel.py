@@ -1,0 +1,294 @@
+"""The Triton kernels: attention over lists of steps, pooled keys, and block mass.
+
+Only `launch.py` imports this file, and only when a kernel is about to run: it needs triton.
+
+A step is a block of places in a table of key tokens; its keys are fetched row by row, so that sorting
+costs no copy and columns fill whole steps. What the next step fetches is carried in registers: were the
+table read in the step that needs it, Triton would not fetch keys ahead (measured on what it compiles to:
+shared memory then no longer grows with the number of stages).
+
+Channels come as D0, a power of two, and D1, what is left of head_dim; strides in units of 8 elements.
+`CellLast` and `KvLen` are read only where causal order or padding asks for them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tables import HEAD_FIELDS, SLOT_FIELDS, TILE_BITS, TILE_FIELDS
+
+HEAD: tl.constexpr = tl.constexpr(HEAD_FIELDS)
+SLOT: tl.constexpr = tl.constexpr(SLOT_FIELDS)
+TILE: tl.constexpr = tl.constexpr(TILE_FIELDS)
+BITS: tl.constexpr = tl.constexpr(TILE_BITS)
+LOW: tl.constexpr = tl.constexpr((1 << TILE_BITS) - 1)
+INTEGERS = [  # never specialised on their values: another resolution must not compile anew
+    "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son",
+    "heads", "kv_group", "num_queries", "num_keys", "causal_offset", "pooled_rows", "groups",
+    "mass_block", "mass_blocks",
+]  # fmt: skip
+
+
+@triton.jit
+def _table(Heads, head, field: tl.constexpr):
+    """A table's address, as a pointer to int32."""
+    return tl.load(Heads + head * HEAD + field).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _load(base, row, stride, mask, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows `[rows, WIDTH]` of channels from FIRST on; `mask` of rows, or None."""
+    column = FIRST + tl.arange(0, WIDTH)
+    where = base + row.to(tl.int64)[:, None] * (stride * 8) + column[None, :]
+    if FIRST + WIDTH > D:
+        inside = column[None, :] < D
+        if mask is not None:
+            inside = inside & mask[:, None]
+        return tl.load(where, mask=inside, other=0.0)
+    if mask is not None:
+        return tl.load(where, mask=mask[:, None], other=0.0)
+    return tl.load(where)
+
+
+@triton.jit
+def _logits(q0, q1, K, row, stride, mask, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """Products of queries and the keys in `row`, float32 `[BLOCK_M, BLOCK_N]`."""
+    k0 = _load(K, row, stride, mask, D, 0, D0)
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1 > 0:
+        k1 = _load(K, row, stride, mask, D, D0, D1)
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _accumulate(p, acc0, acc1, alpha, V, row, stride, mask, D: tl.constexpr, D0: tl.constexpr,
+                D1: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Add weighted values to what was rescaled."""
+    v0 = _load(V, row, stride, mask, D, 0, D0)
+    acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * alpha[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        v1 = _load(V, row, stride, mask, D, D0, D1)
+        acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * alpha[:, None], input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def _masked_weights(s, seen, m):
+    """Online softmax where rows may see nothing yet; `s` in units of log 2."""
+    s = tl.where(seen, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    floor = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return tl.math.exp2(s - floor[:, None]), tl.math.exp2(m - floor), m_new
+
+
+@triton.jit
+def _seen(token, q_token, length, causal_offset, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr):
+    """Which keys are there at all, `[BLOCK_N]`, and which each row sees, `[BLOCK_M, BLOCK_N]`."""
+    there = token >= 0
+    if HAS_LEN:
+        there = there & (token < length)
+    seen = there[None, :] & (q_token >= 0)[:, None]
+    if CAUSAL:
+        seen = seen & (token[None, :] <= q_token[:, None] + causal_offset)
+    return there, seen
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attend(
+    Q, K, V, Out, Lse, PooledK, PooledV, CellBias, CellLast, KvLen, Work, Heads,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
+    heads, kv_group, num_queries, causal_offset, pooled_rows, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr, HAS_FAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one head. `scale` is positive, and carries log2(e)."""
+    item = tl.load(Work + tl.program_id(0))
+    b = tl.program_id(1).to(tl.int64)
+    head = item >> BITS
+    tile = _table(Heads, head, 0) + (item & LOW) * TILE
+    first, rows = tl.load(tile), tl.load(tile + 1)
+    low, middle, high = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    kv_head = (head // kv_group).to(tl.int64)
+    K += b * (skb * 8) + kv_head * (skh * 8)
+    V += b * (svb * 8) + kv_head * (svh * 8)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    real = offs_m < rows
+    q_token = tl.load(_table(Heads, head, 1) + first + offs_m, mask=real, other=0)
+    Q += b * (sqb * 8) + head.to(tl.int64) * (sqh * 8)
+    q0 = _load(Q, q_token, sqn, real, D, 0, D0)
+    q1 = q0
+    if D1 > 0:
+        q1 = _load(Q, q_token, sqn, real, D, D0, D1)
+    length = 0
+    if HAS_LEN:
+        length = tl.load(KvLen + b).to(tl.int32)
+        middle = low  # what is padding is known only here: every step is masked
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    acc1 = acc0
+    if D1 > 0:
+        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+
+    keys, steps = _table(Heads, head, 2), _table(Heads, head, 3)
+    if not HAS_LEN:
+        place = tl.load(steps + low, mask=low < middle, other=0)
+        token = tl.load(keys + place + offs_n)
+        place = tl.load(steps + low + 1, mask=low + 1 < middle, other=0)
+        for j in tl.range(low, middle):
+            row = token
+            token = tl.load(keys + place + offs_n)
+            place = tl.load(steps + j + 2, mask=j + 2 < middle, other=0)
+            s = _logits(q0, q1, K, row, skn, None, D, D0, D1, PRECISION)
+            m_new = tl.maximum(m, tl.max(s, 1) * scale)
+            p = tl.math.exp2(s * scale - m_new[:, None])
+            alpha = tl.math.exp2(m - m_new)
+            total = total * alpha + tl.sum(p, 1)
+            acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, None, D, D0, D1, PRECISION)
+            m = m_new
+
+    place = tl.load(steps + middle, mask=middle < high, other=0)
+    token = tl.load(keys + place + offs_n)
+    place = tl.load(steps + middle + 1, mask=middle + 1 < high, other=0)
+    for j in tl.range(middle, high):
+        row = token
+        token = tl.load(keys + place + offs_n)
+        place = tl.load(steps + j + 2, mask=j + 2 < high, other=0)
+        there, seen = _seen(row, q_token, length, causal_offset, CAUSAL, HAS_LEN)
+        s = _logits(q0, q1, K, row, skn, there, D, D0, D1, PRECISION) * scale
+        p, alpha, m = _masked_weights(s, seen, m)
+        total = total * alpha + tl.sum(p, 1)
+        acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, there, D, D0, D1, PRECISION)
+
+    if HAS_FAR:
+        base = b * pooled_rows + tl.load(Heads + head * HEAD + 6)
+        PooledK += base * D
+        PooledV += base * D
+        CellBias += base
+        CellLast += base
+        cells, steps = _table(Heads, head, 4), _table(Heads, head, 5)
+        low, high = tl.load(tile + 5), tl.load(tile + 6)
+        for j in tl.range(low, high):
+            cell = tl.load(cells + tl.load(steps + j) + offs_n)
+            there = cell >= 0
+            bias = tl.load(CellBias + cell, mask=there, other=float("-inf"))
+            seen = (bias > float("-inf"))[None, :] & real[:, None]
+            if CAUSAL:
+                last = tl.load(CellLast + cell, mask=there, other=0)
+                seen = seen & (last[None, :] <= q_token[:, None] + causal_offset)
+            s = _logits(q0, q1, PooledK, cell, D // 8, there, D, D0, D1, PRECISION)
+            p, alpha, m = _masked_weights(s * scale + bias[None, :], seen, m)
+            total = total * alpha + tl.sum(p, 1)
+            acc0, acc1 = _accumulate(
+                p, acc0, acc1, alpha, PooledV, cell, D // 8, there, D, D0, D1, PRECISION
+            )
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (m + tl.math.log2(total)) * 0.6931471805599453)
+    tl.store(Lse + (b * heads + head) * num_queries + q_token, lse, mask=real)
+    Out += b * (sob * 8) + head.to(tl.int64) * (soh * 8)
+    where = Out + q_token.to(tl.int64)[:, None] * (son * 8)
+    column = tl.arange(0, D0)
+    tl.store(where + column[None, :], (acc0 / total[:, None]).to(Out.dtype.element_ty),
+             mask=real[:, None])  # fmt: skip
+    if D1 > 0:
+        column = D0 + tl.arange(0, D1)
+        tl.store(where + column[None, :], (acc1 / total[:, None]).to(Out.dtype.element_ty),
+                 mask=real[:, None] & (column < D)[None, :])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def pool(
+    K, V, PooledK, PooledV, CellBias, CellLast, KvLen, Slots,
+    skb, skh, skn, svb, svh, svn, pooled_rows,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HAS_LEN: tl.constexpr,
+):  # fmt: skip
+    """Mean key and value of one cell, log2 of its size (-inf if it is empty), its last token."""
+    cell = tl.program_id(0)
+    slot = Slots + tl.program_id(1) * SLOT
+    b = tl.program_id(2).to(tl.int64)
+    if cell < tl.load(slot + 2):
+        keys = tl.load(slot).to(tl.pointer_type(tl.int32))
+        offsets = tl.load(slot + 1).to(tl.pointer_type(tl.int32))
+        kv_head = tl.load(slot + 4)
+        K += b * (skb * 8) + kv_head * (skh * 8)
+        V += b * (svb * 8) + kv_head * (svh * 8)
+        length = 0
+        if HAS_LEN:
+            length = tl.load(KvLen + b).to(tl.int32)
+        start, stop = tl.load(offsets + cell), tl.load(offsets + cell + 1)
+        sum_k = tl.zeros([WIDTH], tl.float32)
+        sum_v = tl.zeros([WIDTH], tl.float32)
+        count = tl.zeros([ROWS], tl.int32)
+        last = tl.full([ROWS], -1, tl.int32)
+        for i in tl.range(start, stop, ROWS):
+            offs = i + tl.arange(0, ROWS)
+            token = tl.load(keys + offs, mask=offs < stop, other=-1)
+            there = token >= 0
+            if HAS_LEN:
+                there = there & (token < length)
+            sum_k += tl.sum(_load(K, token, skn, there, D, 0, WIDTH).to(tl.float32), 0)
+            sum_v += tl.sum(_load(V, token, svn, there, D, 0, WIDTH).to(tl.float32), 0)
+            count += there.to(tl.int32)
+            last = tl.maximum(last, tl.where(there, token, -1))
+        size = tl.sum(count, 0).to(tl.float32)
+        some = tl.maximum(size, 1.0)
+        row = b * pooled_rows + tl.load(slot + 3) + cell
+        column = tl.arange(0, WIDTH)
+        mean_k = (sum_k / some).to(PooledK.dtype.element_ty)
+        mean_v = (sum_v / some).to(PooledV.dtype.element_ty)
+        tl.store(PooledK + row * D + column, mean_k, mask=column < D)
+        tl.store(PooledV + row * D + column, mean_v, mask=column < D)
+        tl.store(CellBias + row, tl.where(size > 0, tl.math.log2(some), float("-inf")))
+        tl.store(CellLast + row, tl.max(last, 0))
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def mass(
+    Q, K, Lse, Mass, KvLen, Work, Heads,
+    sqb, sqh, sqn, skb, skh, skn,
+    heads, kv_group, num_queries, causal_offset, groups, mass_block, mass_blocks, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Probability of the keys seen exactly, from an LSE, added up by group and block of keys."""
+    item = tl.load(Work + tl.program_id(0))
+    b = tl.program_id(1).to(tl.int64)
+    head = item >> BITS
+    tile = _table(Heads, head, 0) + (item & LOW) * TILE
+    first, rows = tl.load(tile), tl.load(tile + 1)
+    low, high, group = tl.load(tile + 2), tl.load(tile + 4), tl.load(tile + 7)
+    K += b * (skb * 8) + (head // kv_group).to(tl.int64) * (skh * 8)
+    Q += b * (sqb * 8) + head.to(tl.int64) * (sqh * 8)
+    offs_m = tl.arange(0, BLOCK_M)
+    real = offs_m < rows
+    q_token = tl.load(_table(Heads, head, 1) + first + offs_m, mask=real, other=0)
+    q0 = _load(Q, q_token, sqn, real, D, 0, D0)
+    q1 = q0
+    if D1 > 0:
+        q1 = _load(Q, q_token, sqn, real, D, D0, D1)
+    where = Lse + (b * heads + head) * num_queries + q_token
+    lse = tl.load(where, mask=real, other=float("-inf"))
+    real = lse > float("-inf")
+    floor = tl.where(real, lse * 1.4426950408889634, 0.0)
+    length = 0
+    if HAS_LEN:
+        length = tl.load(KvLen + b).to(tl.int32)
+    keys, steps = _table(Heads, head, 2), _table(Heads, head, 3)
+    positions = _table(Heads, head, 7)
+    Mass += ((b * heads + head) * groups + group) * mass_blocks
+    for j in tl.range(low, high):
+        place = tl.load(steps + j) + tl.arange(0, BLOCK_N)
+        token = tl.load(keys + place)
+        there, seen = _seen(token, q_token, length, causal_offset, CAUSAL, HAS_LEN)
+        s = _logits(q0, q1, K, token, skn, there, D, D0, D1, PRECISION) * scale
+        p = tl.math.exp2(s - floor[:, None])
+        p = tl.where(seen & real[:, None], p, 0.0)
+        block = tl.load(positions + place, mask=there, other=0) // mass_block
+        tl.atomic_add(Mass + block, tl.sum(p, 0), mask=there)

@@ -1,0 +1,140 @@
+"""From tensors to launches. Needs triton; `__init__.py` imports it when a kernel is about to run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...index import SparseIndex
+from ..attended import Attended
+from . import kernel
+from .config import Config
+from .work import Work, work_of
+
+POOL_ROWS = 32
+UNIT = 8  # strides are passed in units of so many elements
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: SparseIndex,
+    kv_len: Tensor | None,
+    scale: float,
+    configs: tuple[Config, Config],
+) -> Attended:
+    """Attention and its LSE, `[B, H, N, D]` and float32 `[B, H, N]`."""
+    batch, heads, queries, dim = q.shape
+    work = work_of(index, k.shape[1], *configs)
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, scale = _positive(q, scale)
+    out = torch.empty_like(q)
+    if _strides(out) is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    pooled = _pooled(k, v, work, kv_len)
+    config = work.config
+    kernel.attend[(len(work.order), batch)](
+        q, k, v, out, lse, *pooled, lse if kv_len is None else kv_len, work.order, work.heads,
+        *_units(q), *_units(k), *_units(v), *_units(out),
+        heads, heads // k.shape[1], queries, index.causal_offset, work.pooled_rows,
+        scale / math.log(2),
+        D=dim, **_widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        CAUSAL=index.causal, HAS_LEN=kv_len is not None, HAS_FAR=work.pooled_rows > 0,
+        PRECISION=precision(q.dtype), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return Attended(out, lse)
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    index: SparseIndex,
+    lse: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    mass_block: int,
+    config: Config,
+) -> Tensor:
+    """Mass from an LSE, float32 `[B, H, G, ceil(M / mass_block)]`."""
+    batch, heads, queries, dim = q.shape
+    work = work_of(index, k.shape[1], config, config, by_group=True)
+    q, k, lse = _readable(q), _readable(k), lse.contiguous()
+    q, scale = _positive(q, scale)
+    groups, blocks = index.max_groups, -(-k.shape[2] // mass_block)
+    mass = torch.zeros(batch, heads, groups, blocks, dtype=torch.float32, device=q.device)
+    kernel.mass[(len(work.order), batch)](
+        q, k, lse, mass, lse if kv_len is None else kv_len, work.order, work.heads,
+        *_units(q), *_units(k),
+        heads, heads // k.shape[1], queries, index.causal_offset, groups, mass_block, blocks,
+        scale / math.log(2),
+        D=dim, **_widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        CAUSAL=index.causal, HAS_LEN=kv_len is not None, PRECISION=precision(q.dtype),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return mass
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are made; others don't ask."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _pooled(k: Tensor, v: Tensor, work: Work, kv_len: Tensor | None) -> tuple[Tensor, ...]:
+    """Pooled keys and values `[B, rows, D]`, log2 of sizes and last tokens `[B, rows]`."""
+    shape = (k.shape[0], work.pooled_rows)
+    means = k.new_empty(*shape, k.shape[3])
+    values = torch.empty_like(means)
+    bias = torch.empty(shape, dtype=torch.float32, device=k.device)
+    last = torch.empty(shape, dtype=torch.int32, device=k.device)
+    if work.pooled_rows:
+        kernel.pool[(work.cells, len(work.slots), k.shape[0])](
+            k, v, means, values, bias, last, bias if kv_len is None else kv_len, work.slots,
+            *_units(k), *_units(v), work.pooled_rows,
+            D=k.shape[3], WIDTH=_power(k.shape[3]), ROWS=POOL_ROWS, HAS_LEN=kv_len is not None,
+            num_warps=1,
+        )  # fmt: skip
+    return means, values, bias, last
+
+
+def _widths(dim: int) -> dict[str, int]:
+    """Channels as a power of two and what is left."""
+    first = 1 << (dim.bit_length() - 1)
+    return {"D0": first, "D1": _power(max(16, dim - first)) if dim > first else 0}
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Itself if its rows can be loaded 16 bytes at a time, else a copy."""
+    return (
+        x
+        if _strides(x) is not None and x.data_ptr() % 16 == 0
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _strides(x: Tensor) -> tuple[int, int, int] | None:
+    """Strides of batch, heads and tokens in units; None if they aren't whole."""
+    b, h, n, d = x.stride()
+    if d != 1 or b % UNIT or h % UNIT or n % UNIT:
+        return None
+    return b // UNIT, h // UNIT, n // UNIT
+
+
+def _units(x: Tensor) -> tuple[int, int, int]:
+    units = _strides(x)
+    assert units is not None, "what is read was made readable"
+    return units
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernel takes the largest product before it scales: the scale must be positive."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)

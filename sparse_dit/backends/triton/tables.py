@@ -1,0 +1,248 @@
+"""A pattern index as the Triton kernels read it: tiles of query rows, and the steps each works through.
+
+A tile is up to `block_m` sorted rows that see the same keys: a query group, or neighbouring groups with
+equal lists together. So no step needs a mask by row, except for causal order. A step is `block_n` places
+in a table of key tokens: first the sorted keys themselves, where whole pieces of runs lie, then what
+remains of each list's runs, packed together; -1 fills the last step of a list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...index import PatternIndex
+
+TILE_FIELDS = 8  # first row, rows, first step, first masked step, end; first cell step, end; group
+HEAD_FIELDS = 8  # addresses: tiles, queries, keys, steps, cells, cell steps; pooled row; positions
+SLOT_FIELDS = 5  # addresses: keys, cell offsets; cells, first pooled row, key head
+TILE_BITS = 20
+TILE_STEPS = 2  # what a tile costs besides its steps, in steps: loading queries, writing the output
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """One pattern's tables, int32 on one device. Letters: T tiles, S steps, P places.
+
+    Args:
+        tiles: `[T, TILE_FIELDS]`.
+        q_tokens: `[N]`, the token at each sorted position.
+        keys: `[P]`, key tokens, -1 where there is none.
+        positions: `[P]`, the sorted positions of these keys.
+        steps: `[S]`, first places in `keys`.
+        cells: Cell numbers, like `keys`.
+        cell_steps: First places in `cells`.
+        cell_offsets: The far field's, or empty.
+        cost: float64 `[T]` on the CPU: steps of each tile, and `TILE_STEPS`.
+    """
+
+    tiles: Tensor
+    q_tokens: Tensor
+    keys: Tensor
+    positions: Tensor
+    steps: Tensor
+    cells: Tensor
+    cell_steps: Tensor
+    cell_offsets: Tensor
+    cost: Tensor
+
+
+def tables_of(
+    entry: PatternIndex,
+    block_m: int,
+    block_n: int,
+    *,
+    offset: int | None = None,
+    by_group: bool = False,
+) -> Tables:
+    """Tables of `entry` on its device, made once.
+
+    Args:
+        entry: The pattern index.
+        block_m, block_n: Rows of a tile and keys of a step.
+        offset: `causal_offset`, None without causal order.
+        by_group: Don't join groups: block mass is counted by group.
+    """
+    name = ("triton", block_m, block_n, offset, by_group)
+    tables = entry.cache.get(name)
+    if not isinstance(tables, Tables):
+        tables = _build(entry.to("cpu"), block_m, block_n, offset, by_group)
+        device = entry.q_offsets.device
+        moved = {k: v.to(device) for k, v in vars(tables).items() if k != "cost"}
+        entry.cache[name] = tables = Tables(**moved, cost=tables.cost)
+    return tables
+
+
+class _Steps(NamedTuple):
+    """Steps of lists: first places `[S]`, more positions `[X]` behind the first, bounds `[L, 3]`."""
+
+    places: Tensor
+    extra: Tensor
+    bounds: Tensor
+
+
+def _build(
+    entry: PatternIndex, block_m: int, block_n: int, offset: int | None, by_group: bool
+) -> Tables:
+    first = torch.arange(entry.num_groups) if by_group else _bands(entry)
+    start = entry.q_offsets.long()[first]
+    end = torch.cat([start[1:], entry.q_offsets.long()[-1:]])
+    parts = (end - start + block_m - 1) // block_m
+    owner = torch.repeat_interleave(torch.arange(len(first)), parts)
+    rank = torch.arange(len(owner)) - (parts.cumsum(0) - parts)[owner]
+    row = start[owner] + rank * block_m
+    rows = torch.minimum(end[owner] - row, torch.tensor(block_m))
+    exact = _steps(*_lists(entry.runs, entry.run_offsets, first), entry.num_keys, block_n)
+    positions = _table(entry.num_keys, exact, block_n)
+    keys = torch.where(positions < 0, -1, entry.key_tokens[positions.clamp_min(0)])
+    far, cells, cell_offsets = _far_steps(entry, first, block_n)
+    places, bounds = exact.places, exact.bounds[owner]
+    if offset is not None:
+        queries = _extent(entry.query_tokens, row, rows)
+        places, bounds = _causal(places, bounds, keys, queries, offset, block_n)
+    tiles = torch.cat(
+        [row[:, None], rows[:, None], bounds, far.bounds[owner][:, ::2], first[owner][:, None]], 1
+    )
+    cost = bounds[:, 2] - bounds[:, 0] + far.bounds[owner][:, 2] - far.bounds[owner][:, 0]
+    return Tables(
+        tiles.int(),
+        entry.query_tokens.int(),
+        keys.int(),
+        positions.int(),
+        _some(places).int(),
+        cells.int(),
+        _some(far.places).int(),
+        cell_offsets.int(),
+        cost.double() + TILE_STEPS,
+    )
+
+
+def _bands(entry: PatternIndex) -> Tensor:
+    """First groups of neighbours that see the same, exactly and pooled."""
+    fresh = _differs(entry.runs, entry.run_offsets)
+    if entry.far is not None:
+        fresh |= _differs(entry.far.runs, entry.far.run_offsets)
+    return fresh.nonzero()[:, 0]
+
+
+def _differs(runs: Tensor, offsets: Tensor) -> Tensor:
+    """bool `[G]`: whether a group's runs aren't those of the group before it."""
+    counts = offsets.long().diff()
+    fresh = torch.ones(len(counts), dtype=torch.bool)
+    fresh[1:] = counts[1:] != counts[:-1]
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    place = torch.arange(len(runs))
+    other = (runs != runs[(place - counts[owner]).clamp_min(0)]).any(1)
+    fresh[owner[other]] = True
+    return fresh
+
+
+def _lists(runs: Tensor, offsets: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The runs of some groups, int64, and how many each has."""
+    offsets = offsets.long()
+    counts = offsets.diff()[groups]
+    rank = torch.arange(int(counts.sum())) - torch.repeat_interleave(
+        counts.cumsum(0) - counts, counts
+    )
+    return runs.long()[torch.repeat_interleave(offsets[groups], counts) + rank], counts
+
+
+def _steps(runs: Tensor, counts: Tensor, length: int, block: int) -> _Steps:
+    """Steps of lists of runs over a table that begins with `length` sorted positions."""
+    size = _padded(length, block)
+    lists = torch.arange(len(counts))
+    owner = torch.repeat_interleave(lists, counts)
+    start, whole, rest = runs[:, 0], runs[:, 1] // block, runs[:, 1] % block
+    direct = torch.zeros(len(counts), dtype=torch.int64).index_add_(0, owner, whole)
+    left = torch.zeros(len(counts), dtype=torch.int64).index_add_(0, owner, rest)
+    packed = (left + block - 1) // block
+    total = direct + packed
+    low = total.cumsum(0) - total
+    begin = packed.cumsum(0) - packed
+    places = torch.empty(int(total.sum()), dtype=torch.int64)
+    of, rank = _ranks(whole)
+    places[low[owner[of]] + _rank_in(direct, owner[of])] = start[of] + rank * block
+    of, rank = _ranks(packed)
+    places[low[of] + direct[of] + rank] = size + (begin[of] + rank) * block
+    extra = torch.full((int(packed.sum()) * block,), -1)
+    of, rank = _ranks(rest)
+    extra[begin[owner[of]] * block + _rank_in(left, owner[of])] = (
+        start[of] + whole[of] * block + rank
+    )
+    return _Steps(places, extra, torch.stack([low, low + direct + left // block, low + total], 1))
+
+
+def _ranks(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For `counts[i]` items of each i: i, and the item's rank."""
+    of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return of, torch.arange(len(of)) - (counts.cumsum(0) - counts)[of]
+
+
+def _rank_in(counts: Tensor, owner: Tensor) -> Tensor:
+    """Ranks of items in their lists; items come in the order of lists."""
+    return torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+
+
+def _padded(length: int, block: int) -> int:
+    return -(-length // block) * block
+
+
+def _table(length: int, steps: _Steps, block: int) -> Tensor:
+    """Positions at each place: all sorted ones, and the packed ones; -1 where there is none."""
+    direct = torch.full((_padded(max(1, length), block),), -1)
+    direct[:length] = torch.arange(length)
+    return torch.cat([direct, steps.extra])
+
+
+def _far_steps(entry: PatternIndex, first: Tensor, block: int) -> tuple[_Steps, Tensor, Tensor]:
+    """Steps over cells, the table of cells, and the offsets of cells."""
+    if entry.far is None:
+        none = torch.zeros(1, dtype=torch.int64)
+        return _Steps(none, none, torch.zeros(len(first), 3, dtype=torch.int64)), none, none[:0]
+    far = entry.far
+    count = len(far.cell_offsets) - 1
+    steps = _steps(*_lists(far.runs, far.run_offsets, first), count, block)
+    return steps, _table(count, steps, block), far.cell_offsets
+
+
+def _extent(tokens: Tensor, row: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest token of each tile."""
+    of, rank = _ranks(rows)
+    mine = tokens[row[of] + rank]
+    low = torch.full((len(row),), len(tokens)).scatter_reduce_(0, of, mine, "amin")
+    return low, torch.zeros(len(row), dtype=torch.int64).scatter_reduce_(0, of, mine, "amax")
+
+
+def _causal(
+    places: Tensor,
+    bounds: Tensor,
+    keys: Tensor,
+    queries: tuple[Tensor, Tensor],
+    offset: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Lists for each tile: steps that all rows see wholly, then those seen in part; no others."""
+    mine = keys[places[:, None] + torch.arange(block)]
+    largest = mine.amax(1)
+    smallest = torch.where(mine < 0, len(keys), mine).amin(1)
+    low, masked, high = bounds.unbind(1)
+    tile, rank = _ranks(high - low)
+    step = low[tile] + rank
+    first, last = queries[0] + offset, queries[1] + offset
+    whole = (step < masked[tile]) & (largest[step] <= first[tile])
+    part = ~whole & (smallest[step] <= last[tile])
+    kept = whole | part
+    tile, step, part = tile[kept], step[kept], part[kept]
+    order = (tile * 2 + part).argsort(stable=True)
+    full = torch.bincount(tile[~part], minlength=len(low))
+    count = torch.bincount(tile, minlength=len(low))
+    begin = count.cumsum(0) - count
+    return places[step[order]], torch.stack([begin, begin + full, begin + count], 1)
+
+
+def _some(places: Tensor) -> Tensor:
+    """At least one: a kernel has no use for the address of nothing."""
+    return places if len(places) else places.new_zeros(1)

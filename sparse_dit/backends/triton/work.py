@@ -1,0 +1,130 @@
+"""What one launch does: the order of its tiles, and where each head's tables lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...index import SparseIndex
+from .config import Config
+from .tables import HEAD_FIELDS, SLOT_FIELDS, TILE_BITS, Tables, tables_of
+
+SMALL_TILE = 1.15  # cost of two tiles of 64 rows over one of 128: keys are fetched twice
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """An index, a number of key heads and a configuration, ready to launch.
+
+    Args:
+        config: Block sizes, warps and stages.
+        order: int32 `[items]`: `head << TILE_BITS | tile`, in the order of launching.
+        heads: int64 `[H, HEAD_FIELDS]`, addresses of tables.
+        slots: int64 `[S, SLOT_FIELDS]`: pairs of a pattern with a far field and a key head.
+        cells: Most cells of a pattern.
+        pooled_rows: Pooled keys of all slots.
+        tables: Keeps what is pointed to.
+    """
+
+    config: Config
+    order: Tensor
+    heads: Tensor
+    slots: Tensor
+    cells: int
+    pooled_rows: int
+    tables: tuple[Tables, ...]
+
+
+def work_of(
+    index: SparseIndex, kv_heads: int, small: Config, large: Config, *, by_group: bool = False
+) -> Work:
+    """The work of an index, made once.
+
+    Args:
+        index: The index, on the device of the launch.
+        kv_heads: Number of key heads.
+        small, large: Configurations for tiles of fewer and of more rows; what costs less is taken.
+        by_group: As in `tables_of`.
+    """
+    name = ("triton", kv_heads, small, large, by_group)
+    work = index.cache.get(name)
+    if not isinstance(work, Work):
+        work = _work(index, kv_heads, (small, large), by_group)
+        index.cache[name] = work
+    return work
+
+
+def launch_order(costs: list[Tensor]) -> Tensor:
+    """Items `head << TILE_BITS | tile` in the order of launching, int64.
+
+    Heads with most work come first, whole, so that one head's keys stay in the cache; in a head, tiles
+    come by half octaves of cost, and neighbours stay together.
+
+    Args:
+        costs: For each head the cost of its tiles.
+
+    Raises:
+        ValueError: If a head has too many tiles to number.
+    """
+    if max(len(cost) for cost in costs) >= 1 << TILE_BITS:
+        raise ValueError(f"a head must have fewer than {1 << TILE_BITS} tiles; got more tokens")
+    heaviest = sorted(range(len(costs)), key=lambda h: -costs[h].sum().item())
+    ranked = ((-(costs[h].log2() * 2).floor()).argsort(stable=True) for h in heaviest)
+    return torch.cat([(h << TILE_BITS) + r for h, r in zip(heaviest, ranked, strict=True)])
+
+
+def _work(
+    index: SparseIndex, kv_heads: int, configs: tuple[Config, Config], by_group: bool
+) -> Work:
+    device = index.entries[0].q_offsets.device
+    config, tables = _cheapest(index, configs, by_group)
+    order = launch_order([tables[p].cost for p in index.head_to_pattern])
+    slots, base, row = [], {}, 0
+    repeat = index.num_heads // kv_heads
+    for head, p in enumerate(index.head_to_pattern):
+        cells = len(tables[p].cell_offsets) - 1
+        pair = (p, head // repeat)
+        if cells > 0 and pair not in base:
+            base[pair] = row
+            keys, offsets = tables[p].keys.data_ptr(), tables[p].cell_offsets.data_ptr()
+            slots.append([keys, offsets, cells, row, pair[1]])
+            row += cells
+    heads = []
+    for head, p in enumerate(index.head_to_pattern):
+        fields = _addresses(tables[p])
+        heads.append([*fields[:6], base.get((p, head // repeat), 0), fields[6]])
+    return Work(
+        config,
+        order.int().to(device),
+        torch.tensor(heads).view(-1, HEAD_FIELDS).to(device),
+        torch.tensor(slots, dtype=torch.int64).view(-1, SLOT_FIELDS).to(device),
+        max((len(t.cell_offsets) - 1 for t in tables), default=0),
+        row,
+        tables,
+    )
+
+
+def _cheapest(
+    index: SparseIndex, configs: tuple[Config, Config], by_group: bool
+) -> tuple[Config, tuple[Tables, ...]]:
+    """The configuration with the least work, and tables for it."""
+    offset = index.causal_offset if index.causal else None
+    best = None
+    for config, factor in zip(configs, (SMALL_TILE, 1.0), strict=True):
+        tables = tuple(
+            tables_of(e, config.block_m, config.block_n, offset=offset, by_group=by_group)
+            for e in index.entries
+        )
+        steps = sum(float(tables[p].cost.sum()) for p in index.head_to_pattern)
+        cost = steps * config.block_m * config.block_n * factor
+        if best is None or cost < best[0]:
+            best = (cost, config, tables)
+    assert best is not None, "there are configurations to choose from"
+    return best[1], best[2]
+
+
+def _addresses(t: Tables) -> list[int]:
+    arrays = (t.tiles, t.q_tokens, t.keys, t.steps, t.cells, t.cell_steps, t.positions)
+    return [x.data_ptr() for x in arrays]
