@@ -8,9 +8,10 @@ from .component import ComponentPlan, HeadChoice, Stage
 from .errors import PlanError
 from .hub import built_in
 from .merged import merged, merged_plan
-from .plan import Plan, config_hash
+from .plan import ANY_CONFIG, Plan, config_hash
 
 __all__ = [
+    "ANY_CONFIG",
     "ComponentPlan",
     "HeadChoice",
     "Plan",

@@ -17,6 +17,8 @@ from .document import parse, place, plain, render
 from .errors import PlanError, short
 from .schema import CLASS_NAME, COMPONENT_NAME, VERSION, checked
 
+ANY_CONFIG = "0" * 64  # config_hash of a plan for every configuration with its heads and layers
+
 _NOTES = ("forecast", "measured", "cost", "provenance")
 
 
@@ -257,7 +259,7 @@ class Plan:
                 f"{component}: the plan's layers must be in the model, "
                 f"{len(missing)} are not, first {missing[0]!r}; use a plan made for this model"
             )
-        if part.config_hash != config_hash:
+        if part.config_hash not in (ANY_CONFIG, config_hash):
             raise PlanError(
                 f"{component}: the model's config_hash must be {part.config_hash[:12]}... as in "
                 f"the plan, got {config_hash}; use a plan made for this checkpoint, or set it in the plan "

@@ -23,7 +23,7 @@ from ..integrations.diffusers import (
 )
 from ..layout import TokenLayout
 from ..patterns import Pattern
-from ..plan import ComponentPlan, Plan, PlanError, config_hash
+from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
 from .candidates import DENSE
 from .cells import cell_table, sample_rows
 from .projection import projections
@@ -239,7 +239,7 @@ def _notes(name: str, part: ComponentPlan, transformer: Any) -> list[str]:
         head_dim=head_dim,
         layer_names=self_attention_layers(transformer),
     )
-    if config_hash(config) == part.config_hash:
+    if part.config_hash in (ANY_CONFIG, config_hash(config)):
         return []
     return [
         f"{name}: its configuration isn't the one that the plan was made for, but layers and heads fit; "

@@ -1,0 +1,161 @@
+"""The plans that ship for models which nothing was measured on: they say so, and they fit."""
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from sparse_dit.index import pattern_index
+from sparse_dit.patch import patch
+from sparse_dit.plan import ANY_CONFIG, Plan, PlanError, built_in
+from sparse_dit.search.geometry import NOTE, card, geometric_plan, write
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    "wan2.1-t2v-1.3b-geometry": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "wan2.1-t2v-14b-geometry": {},
+    "hunyuanvideo-geometry": {},
+    "cogvideox1.5-5b-geometry": {
+        "num_attention_heads": 48, "num_layers": 42, "patch_size_t": 2, "sample_frames": 81,
+        "sample_height": 96, "sample_width": 170, "use_rotary_positional_embeddings": True,
+        "patch_bias": False,
+    },
+    "ltx-video-2b-geometry": {},
+}  # fmt: skip
+EACH = pytest.mark.parametrize("name", CONFIGS)
+
+
+def published(name):
+    """What the recipe of a plan knows of its model."""
+    path = ROOT / "search" / f"{name.replace('.', '_').replace('-', '_')}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.MODEL.recipe == f"search/{path.name}"
+    return module.MODEL
+
+
+def model(name, **changes):
+    """The model at its published size, without memory for its weights."""
+    kind = getattr(diffusers, Plan.from_pretrained(name).components["transformer"].model_class)
+    with torch.device("meta"):
+        return kind(**{**CONFIGS[name], **changes})
+
+
+def test_every_geometric_plan_is_tested():
+    assert {name for name in built_in() if name.endswith("-geometry")} == CONFIGS.keys()
+
+
+@EACH
+def test_the_files_are_what_the_recipe_writes(name, tmp_path):
+    facts = published(name)
+    write(facts, tmp_path / "plan")
+    for file in ("plan.json", "card.md"):
+        shipped = ROOT / "profiles" / name / file
+        assert (tmp_path / "plan" / file).read_bytes() == shipped.read_bytes()
+    with pytest.raises(PlanError, match="exists"):
+        write(facts, tmp_path / "plan")
+
+
+@EACH
+def test_it_patches_the_whole_model_and_says_what_it_is(name):
+    transformer = model(name)
+    plan = Plan.from_pretrained(name)
+    part = plan.components["transformer"]
+    assert (transformer.config.num_attention_heads, transformer.config.attention_head_dim) == (
+        part.num_heads,
+        part.head_dim,
+    )
+    with patch(transformer, name) as handle:
+        layers = [n for n, m in transformer.named_modules() if hasattr(m, "processor")]
+        patched = [
+            n
+            for n in layers
+            if "SparseDiT" in type(transformer.get_submodule(n).processor).__name__
+        ]
+        assert patched == list(published(name).layers)
+        assert set(part.layers) == set(patched[1:]), "the first layer is dense"
+        assert NOTE in str(handle.summary())
+
+
+@EACH
+def test_its_density_is_that_of_its_geometry(name):
+    """Counted anew, from the file alone."""
+    plan = Plan.from_pretrained(name)
+    part = plan.components["transformer"]
+    (share,) = plan.provenance["stage_shares"]["transformer"]
+    heads = [head for (stage,) in part.layers.values() for head in stage]
+    sparse = sum(pattern_index(head.pattern, part.layout).density for head in heads)
+    every = part.num_heads * (len(part.layers) + 1)
+    density = 1 - share + share * (sparse + part.num_heads) / every
+    assert plan.density == pytest.approx(density, abs=1e-6)
+    assert 0.4 < plan.density < 0.7, "conservative"
+
+
+@EACH
+def test_dense_noise_levels_are_a_quarter_of_the_schedule(name):
+    """On the host's own scheduler, at the published shift; one step more or less by rounding."""
+    facts = published(name)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=facts.shift, shift_terminal=facts.terminal
+    )
+    scheduler.set_timesteps(sigmas=[1 - i / facts.steps for i in range(facts.steps)])
+    dense = (scheduler.timesteps / 1000 > facts.sigma_max).sum().item()
+    assert dense / facts.steps == pytest.approx(0.25, abs=1.5 / facts.steps)
+
+
+@EACH
+def test_it_promises_nothing(name):
+    plan = Plan.from_pretrained(name)
+    assert plan.forecast == {"note": NOTE}
+    assert plan.measured == plan.cost == {}
+    text = card(published(name))
+    assert "**Uncalibrated: geometry only.**" in text
+    assert "dB" not in text
+    assert "speed-up" not in text.replace("it is no speed-up", "")
+
+
+@EACH
+def test_the_calibrating_command_is_one(name):
+    """Its options are the command line's; the model itself is on the hub."""
+    words = shlex.split(Plan.from_pretrained(name).provenance["calibrate"])
+    assert words[:2] == ["sparse-dit", "search"]
+    words[2] = "no-such-folder/model"
+    words[words.index("--prompts") + 1] = "no-such-file.txt"
+    run = [sys.executable, "-m", "sparse_dit", *words[1:]]
+    got = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert got.returncode != 0
+    assert "no-such-file.txt" in got.stderr + got.stdout
+    assert "No such option" not in got.stderr
+
+
+def test_show_says_what_it_is():
+    run = [sys.executable, "-m", "sparse_dit", "show", "wan2.1-t2v-1.3b-geometry"]
+    got = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert NOTE in got.stdout
+
+
+def test_any_configuration_with_these_heads_and_layers_fits():
+    name = "wan2.1-t2v-1.3b-geometry"
+    patch(model(name, in_channels=36, image_dim=1280), name).remove()
+    with pytest.raises(PlanError, match="number of heads must be 12 as in the plan, got 40"):
+        patch(model(name, num_attention_heads=40), name)
+    with pytest.raises(PlanError, match="layers must be in the model, 1 are not"):
+        patch(model(name, num_layers=29), name)
+
+
+def test_a_plan_with_a_hash_still_needs_its_configuration():
+    name = "wan2.1-t2v-1.3b-geometry"
+    plan = geometric_plan(published(name))
+    part = replace(plan.components["transformer"], config_hash="1" * 64)
+    assert plan.components["transformer"].config_hash == ANY_CONFIG
+    with pytest.raises(PlanError, match="config_hash must be 111111111111"):
+        patch(model(name), replace(plan, components={"transformer": part}))
