@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -15,12 +16,13 @@ from torch import distributed
 from sparse_dit.attention import attend
 from sparse_dit.cut import cut
 from sparse_dit.index import build_index, pattern_index
-from sparse_dit.integrations.parallel import busiest, head_order, shards
+from sparse_dit.integrations import parallel
+from sparse_dit.integrations.parallel import busiest, head_order, shards, split_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Dense, Pattern, Skip, SlidingTile, Stripe, Window
 from tests.test_patch import plan_for
-from tests.tiny_pipelines import flux
+from tests.tiny_pipelines import cogvideox, flux, hunyuan_video
 
 LAYOUT = TokenLayout.video(4, 4, 6, text_before=8)
 DENSE = Pattern(Dense())
@@ -244,6 +246,9 @@ def in_two():
     got = {}
     got["ulysses"], summary = sparse(enable(tiny_wan(), **ulysses), forward_wan, *UNEVEN)
     got["ulysses calls"] = calls(summary)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parallel, "head_order", lambda *_: None)
+        got["heads in place"] = sparse(enable(tiny_wan(), **ulysses), forward_wan, *UNEVEN)[0]
     got["ring"], summary = sparse(enable(tiny_wan(), **ring), forward_wan, *UNEVEN)
     got["ring calls"] = calls(summary)
     got["lonely ring"] = sparse(enable(tiny_wan(), **ring), forward_wan, *LONELY)[0]
@@ -255,6 +260,13 @@ def in_two():
         got["odd ulysses"] = sparse(odd, forward_wan, *UNEVEN, **ODD)[0]
         odd = enable(tiny_wan(), **ring, ring_anything=True)
         got["odd ring"] = sparse(odd, forward_wan, *THIN, **ODD)[0]
+    return got | refusals_of_two()
+
+
+def refusals_of_two():
+    """What runs stock, and what is refused."""
+    ulysses, ring = {"ulysses_degree": 2}, {"ring_degree": 2}
+    got = {}
     stock = enable(tiny_wan(), **ulysses)
     got["stock"] = forward_wan(stock)
     got["dense plan"], summary = sparse(stock, forward_wan, DENSE)
@@ -266,6 +278,8 @@ def in_two():
     with patch(late, plan_for(late, *UNEVEN)):
         got["patched first"] = forward_wan(enable(late, **ulysses))
     got["stock again"] = forward_wan(late)
+    for build in (hunyuan_video, cogvideox):
+        got[build.__name__] = error(enable, build()[0].transformer, **ulysses)
     got["stock ring"] = error(forward_wan, enable(tiny_wan(), **ring))
     return got
 
@@ -344,6 +358,36 @@ def test_a_dense_plan_is_stock_in_parallel(two):
         assert (got["dense plan"] == got["stock"]).all()
         assert (got["stock again"] == got["stock"]).all()
         assert got["dense calls"] == (0, 2, 1.0)
+
+
+def test_exchanging_heads_changes_no_bit(two):
+    for got in two:
+        assert (got["ulysses"] == got["heads in place"]).all()
+
+
+def test_the_host_says_what_it_cannot_split(two):
+    """Models without a `_cp_plan`: `enable_parallelism` itself refuses, before anything runs."""
+    for got in two:
+        assert "`cp_plan` must be provided" in got["hunyuan_video"]
+        assert "`cp_plan` must be provided" in got["cogvideox"]
+
+
+def test_why_stock_runs_is_told():
+    degrees = {"ring_degree": 1, "ulysses_degree": 2}
+    context = SimpleNamespace(**degrees, _ring_local_rank=0, _ulysses_local_rank=0)
+    config = SimpleNamespace(context_parallel_config=context)
+    half = torch.zeros(1, LAYOUT.seq_len // 2, 4, 8)
+    split, reason = split_of(config, LAYOUT, half, half, None)
+    assert split is not None
+    assert reason == "context parallelism"
+    for why, arguments in {
+        "context parallelism with a mask": (LAYOUT, half, half, torch.ones(1, 1, 1, 4).bool()),
+        "context parallelism that gives this process 51": (LAYOUT, half[:, 1:], half[:, 1:], None),
+        "context parallelism": (None, half, half, None),
+    }.items():
+        split, reason = split_of(config, *arguments)
+        assert split is None
+        assert reason.startswith(why)
 
 
 def test_the_account_counts_what_a_process_computes(two):

@@ -398,7 +398,7 @@ def _other(pipe, **fields):
         ({"head_dim": 32}, "head_dim must be 32 as in the plan, got 24"),
         ({"layers": ["blocks.30.attn1"]}, "layers must be in the model.*'blocks.30.attn1'"),
         ({"layers": ["blocks.0.attn2"]}, "layers must be in the model.*'blocks.0.attn2'"),
-        ({"config_hash": "0" * 64}, "config_hash must be 000000000000.* as in the plan, got"),
+        ({"config_hash": "1" * 64}, "config_hash must be 111111111111.* as in the plan, got"),
     ],
 )
 def test_a_plan_for_another_model_is_an_error(fields, message):

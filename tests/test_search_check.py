@@ -84,7 +84,7 @@ def test_a_head_leaves_only_beyond_what_sampling_explains():
 def test_what_differs_is_said_and_the_check_goes_on(made):
     pipe, plan = made
     ((name, part),) = plan.components.items()
-    other = replace(part, config_hash="0" * 64, layout=TokenLayout.video(5, 8, 8))
+    other = replace(part, config_hash="1" * 64, layout=TokenLayout.video(5, 8, 8))
     found = check_plan(pipe, replace(plan, components={name: other}), CASE, SETTINGS)
     assert found.heads and "configuration isn't the one" in found.notes[0]
     assert "the plan was made at" in found.notes[1]

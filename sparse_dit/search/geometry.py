@@ -96,13 +96,7 @@ def geometric_plan(model: Published) -> Plan:
 
     The density is counted from the geometry at the usual size, dense steps and layer included.
     """
-    near = (0.0, NEARBY)
-    pattern = Pattern(
-        Union((Window(frames=NEIGHBOURS), Window(rows=near, columns=near))),
-        tile=model.tile,
-        far=True,
-        sink_frames=1,
-    )
+    pattern = _pattern(model.tile)
     heads = (HeadChoice(pattern),) * model.num_heads
     part = ComponentPlan(
         model_class=model.model_class,
@@ -134,6 +128,12 @@ def geometric_plan(model: Published) -> Plan:
             "calibrate": model.command,
         },
     )
+
+
+def _pattern(tile: Tile) -> Pattern:
+    near = (0.0, NEARBY)
+    shape = Union((Window(frames=NEIGHBOURS), Window(rows=near, columns=near)))
+    return Pattern(shape, tile=tile, far=True, sink_frames=1)
 
 
 def card(model: Published) -> str:
