@@ -119,6 +119,14 @@ class TokenLayout:
         """
         return TokenLayout(tuple(s for s in self.segments if s.kind == "video"))
 
+    def cut(self, seq_len: int) -> TokenLayout:
+        """The first `seq_len` tokens, if no more than text at the end is lost; else all of them."""
+        *others, last = self.segments
+        length = seq_len - self.seq_len + last.length
+        if last.kind != "text" or not others or not 0 <= length < last.length:
+            return self
+        return TokenLayout((*others, Segment.text(length)) if length else tuple(others))
+
     def to_dict(self) -> dict[str, Any]:
         """`{"segments": [["text", 226], ["video", 11, 30, 45]]}`."""
         return {

@@ -122,7 +122,7 @@ class Attachment:
     KEY = "_sparse_dit"
 
     def __init__(self, transformer: nn.Module, intercept: Intercept) -> None:
-        self._tap = Tap(intercept)
+        self._tap = Tap(intercept, unpadded=_family(transformer).unpadded)
         self._transformer: Any = transformer
         self.layers: dict[str, Any] = dict(self_attention_layers(transformer))
         self._stock = {n: m.processor for n, m in self.layers.items()}

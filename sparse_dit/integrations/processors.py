@@ -49,12 +49,14 @@ class Tap:
         arrangement: What the forward's arguments say of its layers' mask; None: read the mask.
         mask: The last mask that was read: the tensor, its version (the forward if torch tells none),
             valid keys, and why not.
+        unpadded: Whether layers attend item by item, without the padding at the layout's end.
     """
 
     intercept: Intercept | None
     context: StepContext = field(default_factory=StepContext)
     arrangement: Arrangement | None = None
     mask: tuple[Tensor, int | StepContext, Tensor | None, str | None] | None = None
+    unpadded: bool = False
 
     def read_mask(self, mask: Tensor | None, num_keys: int) -> tuple[Tensor | None, str | None]:
         """`(kv_len, why it is no prefix)`; read back from the device once a mask, not a layer."""
@@ -183,6 +185,8 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
     unsupported = _unsupported(options)
     kv_len = bias = split = None
     scale, context, told = options.get("scale"), seam.context, tap.arrangement
+    if tap.unpadded and context.layout is not None:
+        context = replace(context, layout=context.layout.cut(q.shape[1]))
     if unsupported == CONTEXT_PARALLELISM:
         if told is None:
             split, unsupported = split_of(options["parallel_config"], context.layout, q, k, mask)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..call import Branch
 from . import (
+    allegro,
     auraflow,
     cogvideox,
     cogview,
@@ -19,6 +20,7 @@ from . import (
     krea,
     ltx,
     lumina,
+    mochi,
     pixart,
     qwen,
     sd3,
@@ -46,6 +48,8 @@ FAMILIES: dict[str, Family] = {
     **krea.FAMILIES,
     **auraflow.FAMILIES,
     **ernie.FAMILIES,
+    **mochi.FAMILIES,
+    **allegro.FAMILIES,
 }
 
 # names that pipelines give to `transformer.cache_context`; "cond_uncond" is both in one batch

@@ -1,4 +1,4 @@
-"""CogVideoX: text tokens, then video tokens."""
+"""CogVideoX and ConsisID: text tokens, then video tokens."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from .family import Arguments, Family
 def _cogvideox(config: Any, arguments: Arguments) -> TokenLayout:
     _, frames, _, height, width = arguments["hidden_states"].shape
     return TokenLayout.video(
-        frames // (config.patch_size_t or 1),
+        frames // (config.get("patch_size_t") or 1),  # version 1.5 alone has it
         height // config.patch_size,
         width // config.patch_size,
         text_before=arguments["encoder_hidden_states"].shape[1],
     )
 
 
+LAYERS = r"transformer_blocks\.\d+\.attn1"
+
 FAMILIES = {
-    "CogVideoXTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", _cogvideox),
+    "CogVideoXTransformer3DModel": Family(LAYERS, _cogvideox),
+    "ConsisIDTransformer3DModel": Family(LAYERS, _cogvideox, tested="transformer"),
 }

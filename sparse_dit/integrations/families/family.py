@@ -38,6 +38,7 @@ class Family:
         image_only: Regular expression of those `layers` that see the video or image without the text.
         arrange: Function of (config, forward arguments) -> what they say of the tokens where layers
             have a mask, instead of `layout`; None if there is no such mask.
+        unpadded: Whether layers attend item by item, without the padding at the layout's end.
         tested: What the tests run with the patch on: a whole `"pipeline"`, or the `"transformer"` alone.
     """
 
@@ -49,6 +50,7 @@ class Family:
     heads: Callable[[Any], tuple[int, int]] = _heads
     image_only: str | None = None
     arrange: Callable[[Any, Arguments], Arrangement | None] | None = None
+    unpadded: bool = False
     tested: Literal["pipeline", "transformer"] = "pipeline"
 
 

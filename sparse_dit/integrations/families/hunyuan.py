@@ -1,25 +1,98 @@
-"""HunyuanVideo: video tokens, then padded text tokens."""
+"""HunyuanVideo and its relatives: video tokens, then text tokens whose padding comes last.
+
+FramePack's history comes before the video. It is no part of the video's grid (two of its three
+stretches are coarser), so it counts as text does: all see it, and it sees all.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from ...layout import TokenLayout
+from torch import Tensor
+
+from ...layout import Segment, TokenLayout
+from ..arrangement import Arrangement, version_of
 from .family import Arguments, Family
 
+# kernels of the host's `HunyuanVideoHistoryPatchEmbed`, which pads latents to their multiple
+HISTORY = {
+    "latents_clean": (1, 2, 2),
+    "latents_history_2x": (2, 4, 4),
+    "latents_history_4x": (4, 8, 8),
+}
 
-def _hunyuan_video(config: Any, arguments: Arguments) -> TokenLayout:
+
+def _video(config: Any, arguments: Arguments) -> Segment:
     _, _, frames, height, width = arguments["hidden_states"].shape
-    return TokenLayout.video(
-        frames // config.patch_size_t,
-        height // config.patch_size,
-        width // config.patch_size,
-        text_after=arguments["encoder_hidden_states"].shape[1],
+    return Segment.video(
+        frames // config.patch_size_t, height // config.patch_size, width // config.patch_size
     )
 
 
+def _hunyuan_video(config: Any, arguments: Arguments) -> TokenLayout:
+    text = Segment.text(arguments["encoder_hidden_states"].shape[1])
+    return TokenLayout((_video(config, arguments), text))
+
+
+def _framepack(config: Any, arguments: Arguments) -> TokenLayout:
+    mask = arguments["encoder_attention_mask"]
+    text = arguments["image_embeds"].shape[1]
+    text += mask.shape[1] if len(mask) > 1 else _num_valid(mask, version_of(mask))
+    parts = [_video(config, arguments), Segment.text(text)]
+    history = sum(_history(arguments.get(name), kernel) for name, kernel in HISTORY.items())
+    return TokenLayout((Segment.text(history), *parts) if history else tuple(parts))
+
+
+def _history(latents: Tensor | None, kernel: tuple[int, int, int]) -> int:
+    if latents is None:
+        return 0
+    frames, height, width = (-(-n // k) for n, k in zip(latents.shape[2:], kernel, strict=True))
+    return frames * height * width
+
+
+@functools.lru_cache(maxsize=4)
+def _num_valid(mask: Tensor, _version: int) -> int:
+    """Cached by the tensor's identity and version: a pipeline passes one tensor to all steps."""
+    return int(mask.sum())
+
+
+def _hunyuan_video15(config: Any, arguments: Arguments) -> TokenLayout:
+    names = ("image_embeds", "encoder_hidden_states_2", "encoder_hidden_states")
+    text = Segment.text(sum(arguments[name].shape[1] for name in names))
+    return TokenLayout((_video(config, arguments), text))
+
+
+def _padded(config: Any, arguments: Arguments) -> Arrangement:
+    """Each layer makes the outer product of one validity: it is never read back from there."""
+    image, first, second = (
+        arguments[name]
+        for name in ("image_embeds", "encoder_attention_mask", "encoder_attention_mask_2")
+    )
+    layout = _hunyuan_video15(config, arguments)
+    versions = (version_of(image), version_of(first), version_of(second))
+    return _valid_first(image, first, second, versions, layout)
+
+
+@functools.lru_cache(maxsize=4)
+def _valid_first(
+    image: Tensor, first: Tensor, second: Tensor, _versions: tuple[int, ...], layout: TokenLayout
+) -> Arrangement:
+    """Cached as `_num_valid` is. The host puts all valid text before all padding itself.
+
+    Image embeddings that are 0 throughout the batch are padding too: text to video.
+    """
+    valid = first.bool().sum(1) + second.bool().sum(1)
+    valid = valid + image.ne(0).any() * image.shape[1]
+    return Arrangement(layout, kv_len=valid + layout.num_video)
+
+
+LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"
+
 FAMILIES = {
-    "HunyuanVideoTransformer3DModel": Family(
-        r"(single_)?transformer_blocks\.\d+\.attn", _hunyuan_video
+    "HunyuanVideoTransformer3DModel": Family(LAYERS, _hunyuan_video),
+    "HunyuanVideoFramepackTransformer3DModel": Family(LAYERS, _framepack, tested="transformer"),
+    "HunyuanVideo15Transformer3DModel": Family(
+        r"transformer_blocks\.\d+\.attn", _hunyuan_video15, arrange=_padded, tested="transformer"
     ),
 }

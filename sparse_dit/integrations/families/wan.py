@@ -1,4 +1,7 @@
-"""Wan: video tokens alone, text by cross-attention."""
+"""Wan and its relatives: video tokens alone, text (and images) by cross-attention.
+
+Frames of reference images that VACE and Animate put before the video are frames of the grid.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ def _wan(config: Any, arguments: Arguments) -> TokenLayout:
     return TokenLayout.video(*(n // p for n, p in zip(grid, config.patch_size, strict=True)))
 
 
+LAYERS = r"blocks\.\d+\.attn1"
+
 FAMILIES = {
-    "WanTransformer3DModel": Family(r"blocks\.\d+\.attn1", _wan),
+    "WanTransformer3DModel": Family(LAYERS, _wan),
+    "WanVACETransformer3DModel": Family(rf"(vace_)?{LAYERS}", _wan, tested="transformer"),
+    "WanAnimateTransformer3DModel": Family(LAYERS, _wan, tested="transformer"),
+    "SkyReelsV2Transformer3DModel": Family(LAYERS, _wan, tested="transformer"),
+    "ChronoEditTransformer3DModel": Family(LAYERS, _wan, tested="transformer"),
 }
