@@ -356,7 +356,9 @@ def _attend(unit, *args, **kwargs):
     seam = processors.Seam("layer", processors.Tap(intercept))
     previous, processors._ACTIVE.seam = processors._ACTIVE.seam, seam
     try:
-        processors._redirect(lambda: host, heads_first=False)(unit, unit, unit, *args, **kwargs)
+        processors._redirect(processors.Host(lambda: host, False))(
+            unit, unit, unit, *args, **kwargs
+        )
     finally:
         processors._ACTIVE.seam = previous
     assert seen == [(args, kwargs)]
@@ -415,7 +417,7 @@ def test_keys_of_another_length_are_not_self_attention():
     seam = processors.Seam("layer", processors.Tap(lambda call: 1 / 0))
     previous, processors._ACTIVE.seam = processors._ACTIVE.seam, seam
     try:
-        stand_in = processors._redirect(lambda: lambda q, k, v: v, heads_first=False)
+        stand_in = processors._redirect(processors.Host(lambda: lambda q, k, v: v, False))
         out = stand_in(unit, unit[:, :2], unit[:, :2])
     finally:
         processors._ACTIVE.seam = previous

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from torch import Tensor
 
 from .arrangement import Arrangement
 from .call import AttentionCall, Intercept, StepContext
 from .parallel import CONTEXT_PARALLELISM, split_of
+from .traced import attend_traced, handle_of, traceable
 
 DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
@@ -68,13 +71,28 @@ class Tap:
         return self.mask[2], self.mask[3]
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Seam:
-    """One layer's entry to the tap; `image_only` if it sees the layout's image without the text."""
+    """One layer's entry to the tap; `image_only` if it sees the layout's image without the text.
+
+    Compiled code knows it by its `handle`; `host` is set by `wrap`. A copy has its own of both.
+    """
 
     layer: str
     tap: Tap
     image_only: bool = False
+
+    def __post_init__(self) -> None:
+        self.handle = handle_of(self)
+        self.host: Host | None = None
+
+    def __reduce__(self):
+        return Seam, (self.layer, self.tap, self.image_only)
+
+    def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """What the host's attention function is replaced by."""
+        assert self.host is not None, "wrap() sets it"
+        return _attend(self, self.host, args, kwargs)
 
     @property
     def context(self) -> StepContext:
@@ -83,6 +101,14 @@ class Seam:
         if not self.image_only or context.layout is None:
             return context
         return replace(context, layout=context.layout.without_text())
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host's attention function, looked up when it is called, and its order of dimensions."""
+
+    find: Callable[[], Callable[..., Tensor]]
+    heads_first: bool
 
 
 class _Active(threading.local):
@@ -104,6 +130,7 @@ def wrap(stock: Any, seam: Seam) -> Any:
         TypeError: If `stock` calls no attention function that is known here.
     """
     processor = object.__new__(patched_class(type(stock)))
+    seam.host = type(processor)._sparse_dit_host
     object.__setattr__(processor, "__dict__", vars(stock))
     object.__setattr__(processor, "_sparse_dit_stock", stock)
     object.__setattr__(processor, "_sparse_dit_seam", seam)
@@ -113,7 +140,8 @@ def wrap(stock: Any, seam: Seam) -> Any:
 @functools.cache
 def patched_class(stock: type) -> type:
     """The subclass of a stock processor class that runs its code with attention redirected."""
-    run = _rebound(stock)
+    host = _host_of(stock)
+    run = _rebound(stock, host)
 
     @functools.wraps(stock.__call__)  # hosts drop keyword arguments that the signature lacks
     def __call__(self, *args, **kwargs):
@@ -130,56 +158,77 @@ def patched_class(stock: type) -> type:
         "__slots__": ("_sparse_dit_seam", "_sparse_dit_stock"),
         "__call__": __call__,
         "__reduce__": __reduce__,
+        "_sparse_dit_host": host,
         "__doc__": stock.__doc__,
         "__module__": __name__,
     }
-    return type(f"SparseDiT{stock.__name__}", (stock,), body)
+    patched = type(f"SparseDiT{stock.__name__}", (stock,), body)
+    registry = AttentionProcessorRegistry
+    registry._register()
+    if stock in registry._registry:  # which the host asks by the very class
+        registry.register(patched, registry.get(stock))
+    return patched
 
 
-def _rebound(stock: type) -> Callable[..., Any]:
+def _host_of(stock: type) -> Host:
     call: Any = stock.__call__
     names = call.__code__.co_names if inspect.isfunction(call) else ()
     scope = getattr(call, "__globals__", {})
     if DISPATCH in names and DISPATCH in scope:
-        ours = {DISPATCH: _redirect(lambda: scope[DISPATCH], heads_first=False)}
-    elif SDPA in names and scope.get("F") is F:
+        return Host(lambda: scope[DISPATCH], heads_first=False)
+    if SDPA in names and scope.get("F") is F:
+        return Host(lambda: F.scaled_dot_product_attention, heads_first=True)
+    raise TypeError(
+        f"{stock.__name__} calls no attention function that sparse_dit knows "
+        f"({DISPATCH} or F.{SDPA})"
+    )
+
+
+def _rebound(stock: type, host: Host) -> Callable[..., Any]:
+    call: Any = stock.__call__
+    attention = _redirect(host)
+    if host.heads_first:
         module = types.ModuleType(F.__name__, "torch.nn.functional with attention redirected")
         vars(module).update(vars(F))
-        vars(module)[SDPA] = _redirect(lambda: F.scaled_dot_product_attention, heads_first=True)
+        vars(module)[SDPA] = attention
         ours = {"F": module}
     else:
-        raise TypeError(
-            f"{stock.__name__} calls no attention function that sparse_dit knows "
-            f"({DISPATCH} or F.{SDPA})"
-        )
+        ours = {DISPATCH: attention}
+    scope = {**call.__globals__, **ours}
+    # torch.compile would take a named scope for the module of that name, and guard the host's function
+    scope.pop("__name__", None)
     run = types.FunctionType(
-        call.__code__, {**scope, **ours}, call.__name__, call.__defaults__, call.__closure__
+        call.__code__, scope, call.__name__, call.__defaults__, call.__closure__
     )
     run.__kwdefaults__ = call.__kwdefaults__
     return run
 
 
-def _redirect(host: Callable[[], Callable[..., Tensor]], *, heads_first: bool) -> Callable:
-    """A stand-in for the attention function that `host` looks up when it is called."""
+def _redirect(host: Host) -> Callable[..., Tensor]:
+    """A stand-in for the host's attention function."""
 
     def attention(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            return _attend_untraced(host(), args, kwargs, heads_first)
-        return _attend(host(), args, kwargs, heads_first)
+        seam = _ACTIVE.seam
+        assert seam is not None, "a patched processor sets its seam before it runs"
+        if not torch.compiler.is_compiling():
+            return _attend(seam, host, args, kwargs)
+        options = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
+        q, k, v = options.pop("query"), options.pop("key"), options.pop("value")
+        if traceable(options):
+            return attend_traced(seam.handle, q, k, v, options, host.heads_first)
+        return _attend_untraced(seam, host, args, kwargs)
 
     return attention
 
 
-def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first: bool) -> Tensor:
-    seam = _ACTIVE.seam
-    assert seam is not None, "a patched processor sets its seam before it runs"
-    tap = seam.tap
+def _attend(seam: Seam, host: Host, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    tap, heads_first = seam.tap, host.heads_first
     options: dict[str, Any] = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
     q, k, v = (options.pop(name) for name in PARAMETERS[:3])
     if heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if tap.intercept is None or q.shape[1] != k.shape[1]:  # keys of an image adapter, say
-        return host(*args, **kwargs)
+        return host.find()(*args, **kwargs)
 
     mask = options.get("attn_mask")
     unsupported = _unsupported(options)
@@ -198,7 +247,7 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
         kv_len, bias = (told.kv_len, told.bias) if mask is not None else (None, None)
     elif unsupported is None:
         kv_len, unsupported = tap.read_mask(mask, k.shape[1])
-    stock = functools.partial(_stock, host, args, kwargs, heads_first, told)
+    stock = functools.partial(_stock, host, args, kwargs, told)
     out = tap.intercept(
         AttentionCall(
             seam.layer, q, k, v, mask, kv_len, scale, context, unsupported, stock, bias, split
@@ -208,19 +257,13 @@ def _attend(host: Callable[..., Tensor], args: tuple, kwargs: dict, heads_first:
     return out.transpose(1, 2) if heads_first else out
 
 
-def _stock(
-    host: Callable[..., Tensor],
-    args: tuple,
-    kwargs: dict,
-    heads_first: bool,
-    told: Arrangement | None,
-) -> Tensor:
-    out = host(*args, **kwargs)
-    out = out.transpose(1, 2) if heads_first else out
+def _stock(host: Host, args: tuple, kwargs: dict[str, Any], told: Arrangement | None) -> Tensor:
+    out = host.find()(*args, **kwargs)
+    out = out.transpose(1, 2) if host.heads_first else out
     return told.arrange(out) if told else out
 
 
-# a compiled block breaks its graph here: plans, counters and caches are Python that isn't traced
+# a compiled block breaks its graph here, if the host asks for what the operator can't hand on
 _attend_untraced: Any = torch.compiler.disable(_attend)
 
 
@@ -231,6 +274,11 @@ def _unsupported(options: dict[str, Any]) -> str | None:
         return "a causal mask"
     if options.get("attention_kwargs"):
         return f"attention_kwargs {sorted(options['attention_kwargs'])}"
+    if torch._C._len_torch_function_stack() and any(
+        isinstance(mode, AttentionScoreSkipFunctionMode)
+        for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "skipped attention scores"
     unknown = options.keys() - HONOURED - set(PARAMETERS) - {"parallel_config"}
     if unknown:
         return f"arguments {sorted(unknown)} of the host"
