@@ -136,7 +136,7 @@ class Attachment:
         self._first_sigma = 0.0
         self._lost: set[str] = set()
         for name, processor in self._patched.items():
-            self.layers[name].set_processor(processor)
+            _set(self.layers[name], processor)
         hook = self._before_forward  # pyright: ignore[reportAttributeAccessIssue]
         self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
         if hasattr(transformer, "cache_context"):
@@ -167,7 +167,7 @@ class Attachment:
         self._lost = set(self.lost)
         for name, processor in self._stock.items():
             if name not in self._lost:
-                self.layers[name].set_processor(processor)
+                _set(self.layers[name], processor)
         self._hook.remove()
         vars(self._transformer).pop("cache_context", None)
         delattr(self._transformer, self.KEY)
@@ -225,6 +225,13 @@ class Attachment:
                 sorted(lost),
             )
         self._lost = lost
+
+
+def _set(layer: Any, processor: Any) -> None:
+    if hasattr(layer, "set_processor"):
+        layer.set_processor(processor)
+    else:  # Mochi's attention has no setter
+        layer.processor = processor
 
 
 def _family(transformer: nn.Module) -> Family:

@@ -1,0 +1,371 @@
+"""Tiny random video transformers, and the arguments that their pipelines give to a forward.
+
+Every builder returns `(transformer, [arguments of a forward, ...])`, two prompts in each. Forwards
+of two guidance branches have texts of different lengths where their models allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+Built = tuple[Any, list[dict[str, Any]]]
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+HUNYUAN = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "text_embed_dim": 32,
+    "rope_axes_dim": (4, 6, 6),
+}
+COG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 2,
+    "text_embed_dim": 32,
+    "num_layers": 2,
+    "sample_width": 16,
+    "sample_height": 16,
+    "sample_frames": 9,
+    "patch_size": 2,
+    "temporal_compression_ratio": 4,
+    "max_text_seq_length": 12,
+    "use_rotary_positional_embeddings": True,
+}
+
+
+def _random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _mask(*lengths: int, size: int) -> Tensor:
+    return (torch.arange(size) < torch.tensor(lengths)[:, None]).long()
+
+
+def _branches(call: dict[str, Any], texts: int = 12) -> list[dict[str, Any]]:
+    """One forward a branch: the same but for its text."""
+    return [{**call, "encoder_hidden_states": _random(2, texts, 32, seed=s)} for s in (2, 3)]
+
+
+def _wan(kind: str, channels: int = 16, texts: int = 12, **options: Any) -> Built:
+    torch.manual_seed(0)
+    transformer = getattr(diffusers, kind)(**{**WAN, **options}).eval()
+    call = {"hidden_states": _random(2, channels, 3, 16, 16), "timestep": torch.full((2,), 700)}
+    return transformer, _branches(call, texts)
+
+
+def wan_i2v() -> Built:
+    """Wan image to video: keys of an image in cross-attention."""
+    transformer, calls = _wan(
+        "WanTransformer3DModel", 36, 512, in_channels=36, image_dim=16, added_kv_proj_dim=48
+    )
+    return transformer, [{**c, "encoder_hidden_states_image": _random(2, 5, 16)} for c in calls]
+
+
+def wan_ti2v() -> Built:
+    """Wan 2.2 TI2V: a timestep for each token, 0 in the first frame."""
+    transformer, calls = _wan("WanTransformer3DModel")
+    timestep = torch.full((2, 3 * 8 * 8), 700)
+    timestep[:, : 8 * 8] = 0
+    return transformer, [{**c, "timestep": timestep} for c in calls]
+
+
+def wan_vace() -> Built:
+    """Wan VACE: blocks of their own for the control video."""
+    transformer, calls = _wan("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=8)
+    return transformer, [{**c, "control_hidden_states": _random(2, 8, 3, 16, 16)} for c in calls]
+
+
+def wan_animate() -> Built:
+    """Wan Animate: pose added to the tokens, a face by adapters of another attention."""
+    transformer, calls = _wan(
+        "WanAnimateTransformer3DModel",
+        36,
+        512,
+        in_channels=36,
+        latent_channels=16,
+        image_dim=16,
+        added_kv_proj_dim=48,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=8,
+        face_encoder_hidden_dim=8,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+    extra = {
+        "encoder_hidden_states_image": _random(2, 5, 16),
+        "pose_hidden_states": _random(2, 16, 2, 16, 16),
+        "face_pixel_values": _random(2, 3, 5, 16, 16),
+    }
+    return transformer, [{**c, **extra} for c in calls]
+
+
+def skyreels() -> Built:
+    """SkyReels-V2 with diffusion forcing: a timestep for each frame."""
+    transformer, calls = _wan("SkyReelsV2Transformer3DModel")
+    forcing = {
+        "timestep": torch.tensor([[0, 300, 700]] * 2),
+        "enable_diffusion_forcing": True,
+    }
+    return transformer, [calls[0], {**calls[1], **forcing}]
+
+
+def chronoedit() -> Built:
+    """ChronoEdit: two frames of which the last is far in time."""
+    transformer, calls = _wan(
+        "ChronoEditTransformer3DModel", 36, 512, in_channels=36, image_dim=16, added_kv_proj_dim=48
+    )
+    return transformer, [
+        {
+            **c,
+            "hidden_states": c["hidden_states"][:, :, :2],
+            "encoder_hidden_states_image": _random(2, 5, 16),
+        }
+        for c in calls
+    ]
+
+
+def _rotary(tokens: int) -> tuple[Tensor, Tensor]:
+    angle = _random(tokens, 8, seed=5).repeat_interleave(2, -1)
+    return angle.cos(), angle.sin()
+
+
+def cogvideox15() -> Built:
+    """CogVideoX 1.5: 12 text tokens, then pairs of latent frames; guidance batched."""
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        **{**COG, "patch_size_t": 2, "patch_bias": False}
+    ).eval()
+    call = {
+        "hidden_states": _random(4, 4, 4, 16, 16),
+        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "timestep": torch.full((4,), 700),
+        "image_rotary_emb": _rotary(2 * 8 * 8),
+    }
+    return transformer, [call]
+
+
+def consisid() -> Built:
+    """ConsisID: 12 text tokens, then 3 x 8 x 8; an attention of its own for the face."""
+    torch.manual_seed(0)
+    face = {
+        "is_train_face": True,
+        "cross_attn_interval": 1,
+        "cross_attn_dim_head": 8,
+        "cross_attn_num_heads": 2,
+        "LFE_id_dim": 2,
+        "LFE_vit_dim": 2,
+        "LFE_depth": 5,
+        "LFE_dim_head": 8,
+        "LFE_num_heads": 2,
+        "LFE_num_id_token": 1,
+        "LFE_num_querie": 1,
+        "LFE_output_dim": 42,
+        "LFE_ff_mult": 1,
+        "LFE_num_scale": 1,
+    }
+    transformer = diffusers.ConsisIDTransformer3DModel(**COG, **face).eval()
+    call = {
+        "hidden_states": _random(4, 3, 4, 16, 16),
+        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "timestep": torch.full((4,), 700),
+        "image_rotary_emb": _rotary(3 * 8 * 8),
+        "id_cond": _random(4, 2),
+        "id_vit_hidden": [_random(4, 2, 2)],
+    }
+    return transformer, [call]
+
+
+def _hunyuan_call(frames: int = 3) -> dict[str, Any]:
+    return {
+        "hidden_states": _random(2, 4, frames, 16, 16),
+        "timestep": torch.full((2,), 700.0),
+        "encoder_hidden_states": _random(2, 12, 32, seed=2),
+        "encoder_attention_mask": _mask(12, 7, size=12),
+    }
+
+
+def hunyuan_i2v() -> Built:
+    """HunyuanVideo image to video: the first frame's tokens are modulated by another timestep."""
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        **HUNYUAN,
+        num_single_layers=1,
+        pooled_projection_dim=32,
+        guidance_embeds=False,
+        image_condition_type="token_replace",
+    ).eval()
+    return transformer, [{**_hunyuan_call(), "pooled_projections": _random(2, 32)}]
+
+
+def framepack() -> Built:
+    """FramePack: history of 4 + 16 + 128 tokens, 3 x 8 x 8, then 5 + 12 of image and text."""
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        **HUNYUAN,
+        num_single_layers=1,
+        pooled_projection_dim=32,
+        guidance_embeds=False,
+        has_image_proj=True,
+        image_proj_dim=16,
+        has_clean_x_embedder=True,
+    ).eval()
+    several = {
+        **_hunyuan_call(),
+        "pooled_projections": _random(2, 32),
+        "image_embeds": _random(2, 5, 16),
+        "indices_latents": torch.arange(8, 11),
+        "latents_clean": _random(2, 4, 2, 16, 16, seed=3),
+        "indices_latents_clean": torch.tensor([0, 11]),
+        "latents_history_2x": _random(2, 4, 2, 16, 16, seed=4),
+        "indices_latents_history_2x": torch.arange(12, 14),
+        "latents_history_4x": _random(2, 4, 4, 16, 16, seed=5),
+        "indices_latents_history_4x": torch.arange(14, 18),
+    }
+    one = {  # whose padding is cut off
+        name: value if name.startswith("indices") else value[1:] for name, value in several.items()
+    }
+    return transformer, [several, one]
+
+
+def hunyuan15() -> Built:
+    """HunyuanVideo 1.5: 3 x 8 x 8, then 4 + 6 + 12 of image, glyphs and text; two branches."""
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        **{**HUNYUAN, "num_layers": 2}, text_embed_2_dim=16, image_embed_dim=16
+    ).eval()
+    call = {
+        **_hunyuan_call(),
+        "encoder_hidden_states_2": _random(2, 6, 16),
+        "encoder_attention_mask_2": _mask(0, 4, size=6),
+        "image_embeds": torch.zeros(2, 4, 16),
+    }
+    return transformer, [call, {**call, "image_embeds": _random(2, 4, 16)}]
+
+
+def ltx2() -> Built:
+    """LTX 2: 3 x 8 x 8 beside sound, which has attention of its own; guidance batched."""
+    torch.manual_seed(0)
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=32,
+        rope_double_precision=False,
+    ).eval()
+    call = {
+        "hidden_states": _random(4, 3 * 8 * 8, 4),
+        "audio_hidden_states": _random(4, 9, 4),
+        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "audio_encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "encoder_attention_mask": _mask(12, 7, 1, 3, size=12),
+        "audio_encoder_attention_mask": _mask(12, 7, 1, 3, size=12),
+        "timestep": torch.full((4,), 700),
+        "num_frames": 3,
+        "height": 8,
+        "width": 8,
+        "audio_num_frames": 9,
+    }
+    return transformer, [call]
+
+
+def mochi() -> Built:
+    """Mochi: 3 x 8 x 8, then each item's valid text tokens (of one: none); guidance batched."""
+    torch.manual_seed(0)
+    transformer = diffusers.MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=32,
+        time_embed_dim=4,
+        max_sequence_length=12,
+    ).eval()
+    call = {
+        "hidden_states": _random(4, 4, 3, 16, 16),
+        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "timestep": torch.full((4,), 300),
+        "encoder_attention_mask": _mask(0, 2, 12, 7, size=12).bool(),
+    }
+    return transformer, [call]
+
+
+def allegro() -> Built:
+    """Allegro: 3 x 8 x 8; guidance batched."""
+    torch.manual_seed(0)
+    transformer = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        cross_attention_dim=48,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=3,
+        caption_channels=32,
+    ).eval()
+    call = {
+        "hidden_states": _random(4, 4, 3, 16, 16),
+        "encoder_hidden_states": _random(4, 1, 12, 32, seed=2),
+        "timestep": torch.full((4,), 700),
+        "encoder_attention_mask": _mask(12, 7, 1, 3, size=12),
+    }
+    return transformer, [call]
+
+
+BUILDERS: dict[str, Callable[[], Built]] = {
+    "wan_i2v": wan_i2v,
+    "wan_ti2v": wan_ti2v,
+    "wan_vace": wan_vace,
+    "wan_animate": wan_animate,
+    "skyreels": skyreels,
+    "chronoedit": chronoedit,
+    "cogvideox15": cogvideox15,
+    "consisid": consisid,
+    "hunyuan_i2v": hunyuan_i2v,
+    "framepack": framepack,
+    "hunyuan15": hunyuan15,
+    "ltx2": ltx2,
+    "mochi": mochi,
+    "allegro": allegro,
+}
+
+
+def run(transformer: Any, calls: list[dict[str, Any]]) -> list[Tensor]:
+    """The video output of each forward."""
+    with torch.no_grad():
+        return [transformer(return_dict=False, **call)[0] for call in calls]
