@@ -18,8 +18,8 @@ from ...index import SparseIndex
 from ..attended import Attended
 from .config import CAPABILITIES, CDNA, Config, configs_for
 
-HEAD_DIMS = range(16, 145, 8)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(16, 129, 8)
+DTYPES = (torch.float16, torch.bfloat16)
 INTERPRETED = "sm80"  # whose blocks the interpreter takes
 
 
@@ -27,13 +27,14 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
     """Why the kernels can't run this; None if they can."""
     if _absent():
         return "the package triton isn't installed"
-    if q.dtype not in DTYPES:
-        return f"it takes float16, bfloat16 and float32, but q is {q.dtype}"
+    on_cpu = q.is_cpu and interpreted()
+    if q.dtype not in DTYPES and not (on_cpu and q.dtype == torch.float32):
+        return f"it takes float16 and bfloat16, but q is {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
-        return f"head_dim must be a multiple of 8 from 16 to 144, got {q.shape[-1]}"
+        return f"head_dim must be a multiple of 8 from 16 to 128, got {q.shape[-1]}"
     if torch.compiler.is_compiling():
         return "it can't be traced into a compiled graph"
-    if q.is_cpu and interpreted():
+    if on_cpu:
         return None
     if not q.is_cuda:
         return f"it runs on CUDA and ROCm GPUs, but q is on {q.device}"
@@ -98,10 +99,7 @@ def _on(q: Tensor):
 def _configs(q: Tensor) -> tuple[Config, Config]:
     architecture = INTERPRETED if q.is_cpu else _architecture(q.device)
     assert architecture is not None, "`unsupported` says so"
-    small, large = configs_for(architecture, q.shape[-1])
-    if q.dtype == torch.float32:  # twice the bytes
-        small = large = Config(64, 32, 4, 2)
-    return small, large
+    return configs_for(architecture, q.shape[-1])
 
 
 @functools.cache

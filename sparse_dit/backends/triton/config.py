@@ -24,31 +24,38 @@ class Config(NamedTuple):
     stages: int
 
 
-# architecture -> head_dim up to -> (for small tiles, for large tiles)
+# architecture -> head_dim up to -> (for small tiles, for large tiles); the same twice where tiles of 128
+# rows spill
 CONFIGS: dict[str, dict[int, tuple[Config, Config]]] = {
     "sm80": {
-        64: (Config(64, 64, 4, 3), Config(128, 64, 4, 3)),
-        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
+        64: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+        96: (Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        128: (Config(64, 64, 8, 2), Config(128, 32, 8, 3)),
     },
-    "sm86": {
-        64: (Config(64, 64, 4, 3), Config(128, 64, 4, 3)),
-        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+    "sm86": {  # and sm_89
+        64: (Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+        96: (Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        128: (Config(64, 32, 4, 3), Config(64, 32, 4, 3)),
     },
     "sm90": {
         64: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
-        144: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+        96: (Config(64, 64, 8, 3), Config(128, 64, 8, 3)),
+        128: (Config(64, 64, 8, 3), Config(128, 64, 8, 3)),
     },
     "sm100": {
         64: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
-        144: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+        96: (Config(64, 128, 8, 2), Config(128, 64, 8, 3)),
+        128: (Config(64, 128, 8, 2), Config(128, 64, 8, 3)),
     },
     "sm120": {
-        64: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
-        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+        64: (Config(64, 64, 8, 3), Config(128, 64, 8, 2)),
+        96: (Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        128: (Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
     },
     "gfx9": {
-        64: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
-        144: (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+        64: (Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
+        96: (Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        128: (Config(64, 64, 4, 2), Config(128, 32, 8, 3)),
     },
 }
 CAPABILITIES = {
@@ -75,4 +82,4 @@ def configs_for(architecture: str, head_dim: int) -> tuple[Config, Config]:
     for largest, configs in CONFIGS[architecture].items():
         if head_dim <= largest:
             return configs
-    raise ValueError(f"head_dim must be at most {largest}, got {head_dim}")
+    raise ValueError(f"head_dim must be at most {max(CONFIGS[architecture])}, got {head_dim}")

@@ -40,7 +40,7 @@ def _table(Heads, head, field: tl.constexpr):
 def _load(base, row, stride, mask, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Rows `[rows, WIDTH]` of channels from FIRST on; `mask` of rows, or None."""
     column = FIRST + tl.arange(0, WIDTH)
-    where = base + row.to(tl.int64)[:, None] * (stride * 8) + column[None, :]
+    where = base + (row * (stride * 8))[:, None] + column[None, :]
     if FIRST + WIDTH > D:
         inside = column[None, :] < D
         if mask is not None:
@@ -52,26 +52,26 @@ def _load(base, row, stride, mask, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _logits(q0, q1, K, row, stride, mask, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+def _logits(q0, q1, K, row, stride, mask, D: tl.constexpr, D0: tl.constexpr,
+            D1: tl.constexpr):  # fmt: skip
     """Products of queries and the keys in `row`, float32 `[BLOCK_M, BLOCK_N]`."""
     k0 = _load(K, row, stride, mask, D, 0, D0)
-    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
     if D1 > 0:
         k1 = _load(K, row, stride, mask, D, D0, D1)
-        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
     return s
 
 
 @triton.jit
 def _accumulate(p, acc0, acc1, alpha, V, row, stride, mask, D: tl.constexpr, D0: tl.constexpr,
-                D1: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                D1: tl.constexpr):  # fmt: skip
     """Add weighted values to what was rescaled."""
     v0 = _load(V, row, stride, mask, D, 0, D0)
-    acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * alpha[:, None], input_precision=PRECISION)
+    acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * alpha[:, None], input_precision="ieee")
     if D1 > 0:
         v1 = _load(V, row, stride, mask, D, D0, D1)
-        acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * alpha[:, None], input_precision=PRECISION)
+        acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * alpha[:, None], input_precision="ieee")
     return acc0, acc1
 
 
@@ -103,7 +103,6 @@ def attend(
     heads, kv_group, num_queries, causal_offset, pooled_rows, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr, HAS_FAR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head. `scale` is positive, and carries log2(e)."""
     item = tl.load(Work + tl.program_id(0))
@@ -124,6 +123,7 @@ def attend(
     q1 = q0
     if D1 > 0:
         q1 = _load(Q, q_token, sqn, real, D, D0, D1)
+    MASKED_STAGES: tl.constexpr = None if HAS_LEN else 1  # else there are few such steps
     length = 0
     if HAS_LEN:
         length = tl.load(KvLen + b).to(tl.int32)
@@ -144,26 +144,26 @@ def attend(
             row = token
             token = tl.load(keys + place + offs_n)
             place = tl.load(steps + j + 2, mask=j + 2 < middle, other=0)
-            s = _logits(q0, q1, K, row, skn, None, D, D0, D1, PRECISION)
+            s = _logits(q0, q1, K, row, skn, None, D, D0, D1)
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
             p = tl.math.exp2(s * scale - m_new[:, None])
             alpha = tl.math.exp2(m - m_new)
             total = total * alpha + tl.sum(p, 1)
-            acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, None, D, D0, D1, PRECISION)
+            acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, None, D, D0, D1)
             m = m_new
 
     place = tl.load(steps + middle, mask=middle < high, other=0)
     token = tl.load(keys + place + offs_n)
     place = tl.load(steps + middle + 1, mask=middle + 1 < high, other=0)
-    for j in tl.range(middle, high):
+    for j in tl.range(middle, high, num_stages=MASKED_STAGES):
         row = token
         token = tl.load(keys + place + offs_n)
         place = tl.load(steps + j + 2, mask=j + 2 < high, other=0)
         there, seen = _seen(row, q_token, length, causal_offset, CAUSAL, HAS_LEN)
-        s = _logits(q0, q1, K, row, skn, there, D, D0, D1, PRECISION) * scale
+        s = _logits(q0, q1, K, row, skn, there, D, D0, D1) * scale
         p, alpha, m = _masked_weights(s, seen, m)
         total = total * alpha + tl.sum(p, 1)
-        acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, there, D, D0, D1, PRECISION)
+        acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, there, D, D0, D1)
 
     if HAS_FAR:
         base = b * pooled_rows + tl.load(Heads + head * HEAD + 6)
@@ -173,7 +173,7 @@ def attend(
         CellLast += base
         cells, steps = _table(Heads, head, 4), _table(Heads, head, 5)
         low, high = tl.load(tile + 5), tl.load(tile + 6)
-        for j in tl.range(low, high):
+        for j in tl.range(low, high, num_stages=1):
             cell = tl.load(cells + tl.load(steps + j) + offs_n)
             there = cell >= 0
             bias = tl.load(CellBias + cell, mask=there, other=float("-inf"))
@@ -181,19 +181,17 @@ def attend(
             if CAUSAL:
                 last = tl.load(CellLast + cell, mask=there, other=0)
                 seen = seen & (last[None, :] <= q_token[:, None] + causal_offset)
-            s = _logits(q0, q1, PooledK, cell, D // 8, there, D, D0, D1, PRECISION)
+            s = _logits(q0, q1, PooledK, cell, D // 8, there, D, D0, D1)
             p, alpha, m = _masked_weights(s * scale + bias[None, :], seen, m)
             total = total * alpha + tl.sum(p, 1)
-            acc0, acc1 = _accumulate(
-                p, acc0, acc1, alpha, PooledV, cell, D // 8, there, D, D0, D1, PRECISION
-            )
+            acc0, acc1 = _accumulate(p, acc0, acc1, alpha, PooledV, cell, D // 8, there, D, D0, D1)
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), (m + tl.math.log2(total)) * 0.6931471805599453)
     tl.store(Lse + (b * heads + head) * num_queries + q_token, lse, mask=real)
     Out += b * (sob * 8) + head.to(tl.int64) * (soh * 8)
-    where = Out + q_token.to(tl.int64)[:, None] * (son * 8)
+    where = Out + (q_token * (son * 8))[:, None]
     column = tl.arange(0, D0)
     tl.store(where + column[None, :], (acc0 / total[:, None]).to(Out.dtype.element_ty),
              mask=real[:, None])  # fmt: skip
@@ -255,7 +253,7 @@ def mass(
     sqb, sqh, sqn, skb, skh, skn,
     heads, kv_group, num_queries, causal_offset, groups, mass_block, mass_blocks, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr,
 ):  # fmt: skip
     """Probability of the keys seen exactly, from an LSE, added up by group and block of keys."""
     item = tl.load(Work + tl.program_id(0))
@@ -287,7 +285,7 @@ def mass(
         place = tl.load(steps + j) + tl.arange(0, BLOCK_N)
         token = tl.load(keys + place)
         there, seen = _seen(token, q_token, length, causal_offset, CAUSAL, HAS_LEN)
-        s = _logits(q0, q1, K, token, skn, there, D, D0, D1, PRECISION) * scale
+        s = _logits(q0, q1, K, token, skn, there, D, D0, D1) * scale
         p = tl.math.exp2(s - floor[:, None])
         p = tl.where(seen & real[:, None], p, 0.0)
         block = tl.load(positions + place, mask=there, other=0) // mass_block

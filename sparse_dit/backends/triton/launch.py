@@ -42,9 +42,9 @@ def forward(
         *_units(q), *_units(k), *_units(v), *_units(out),
         heads, heads // k.shape[1], queries, index.causal_offset, work.pooled_rows,
         scale / math.log(2),
-        D=dim, **_widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        D=dim, **widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=index.causal, HAS_LEN=kv_len is not None, HAS_FAR=work.pooled_rows > 0,
-        PRECISION=precision(q.dtype), num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return Attended(out, lse)
 
@@ -71,16 +71,11 @@ def block_mass(
         *_units(q), *_units(k),
         heads, heads // k.shape[1], queries, index.causal_offset, groups, mass_block, blocks,
         scale / math.log(2),
-        D=dim, **_widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        CAUSAL=index.causal, HAS_LEN=kv_len is not None, PRECISION=precision(q.dtype),
+        D=dim, **widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        CAUSAL=index.causal, HAS_LEN=kv_len is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return mass
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made; others don't ask."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def _pooled(k: Tensor, v: Tensor, work: Work, kv_len: Tensor | None) -> tuple[Tensor, ...]:
@@ -100,7 +95,7 @@ def _pooled(k: Tensor, v: Tensor, work: Work, kv_len: Tensor | None) -> tuple[Te
     return means, values, bias, last
 
 
-def _widths(dim: int) -> dict[str, int]:
+def widths(dim: int) -> dict[str, int]:
     """Channels as a power of two and what is left."""
     first = 1 << (dim.bit_length() - 1)
     return {"D0": first, "D1": _power(max(16, dim - first)) if dim > first else 0}
@@ -111,18 +106,16 @@ def _power(n: int) -> int:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Itself if its rows can be loaded 16 bytes at a time, else a copy."""
-    return (
-        x
-        if _strides(x) is not None and x.data_ptr() % 16 == 0
-        else x.clone(memory_format=torch.contiguous_format)
-    )
+    """Itself if the kernels can address it, 16 bytes at a time, else a copy."""
+    if _strides(x) is not None and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Strides of batch, heads and tokens in units; None if they aren't whole."""
+    """Strides of batch, heads and tokens in units; None if they aren't whole, or a head is too long."""
     b, h, n, d = x.stride()
-    if d != 1 or b % UNIT or h % UNIT or n % UNIT:
+    if d != 1 or b % UNIT or h % UNIT or n % UNIT or n * x.shape[2] >= 1 << 31:
         return None
     return b // UNIT, h // UNIT, n // UNIT
 
