@@ -1,7 +1,8 @@
 """Tiny random video transformers, and the arguments that their pipelines give to a forward.
 
-Every builder returns `(transformer, [arguments of a forward, ...])`, two prompts in each. Forwards
-of two guidance branches have texts of different lengths where their models allow it.
+Every one of `BUILDERS` returns `(transformer, [arguments of a forward, ...])`, two prompts in each;
+forwards of two guidance branches differ in their text. Those of `PIPELINES` return `(pipe, call)` as
+in `tests.tiny_pipelines`, with embeddings in place of text encoders.
 """
 
 from __future__ import annotations
@@ -369,3 +370,113 @@ def run(transformer: Any, calls: list[dict[str, Any]]) -> list[Tensor]:
     """The video output of each forward."""
     with torch.no_grad():
         return [transformer(return_dict=False, **call)[0] for call in calls]
+
+
+def _finish(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 128, "width": 128, "num_inference_steps": 2, "output_type": "latent"}
+    return pipe, {**size, **call}
+
+
+def mochi_pipeline() -> tuple[Any, dict[str, Any]]:
+    """Mochi with the scheduler of its checkpoint, which inverts noise levels."""
+    transformer, _ = mochi()
+    pipe = diffusers.MochiPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    call = {
+        "prompt_embeds": _random(2, 12, 32),
+        "prompt_attention_mask": _mask(7, 12, size=12).bool(),
+        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
+        "negative_prompt_attention_mask": _mask(0, 0, size=12).bool(),
+        "num_frames": 13,
+    }
+    return _finish(pipe, call)
+
+
+def allegro_pipeline() -> tuple[Any, dict[str, Any]]:
+    """Allegro, guidance batched."""
+    transformer, _ = allegro()
+    pipe = diffusers.AllegroPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=transformer,
+        scheduler=diffusers.DDIMScheduler(),
+    )
+    call = {
+        "prompt_embeds": _random(2, 12, 32),
+        "prompt_attention_mask": _mask(7, 12, size=12),
+        "negative_prompt": None,
+        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
+        "negative_prompt_attention_mask": _mask(3, 3, size=12),
+        "num_frames": 12,
+    }
+    return _finish(pipe, call)
+
+
+def skyreels_pipeline() -> tuple[Any, dict[str, Any]]:
+    """SkyReels-V2, cond and uncond in two calls."""
+    transformer, _ = skyreels()
+    pipe = diffusers.SkyReelsV2Pipeline(
+        tokenizer=None,
+        text_encoder=None,
+        transformer=transformer,
+        vae=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+    )
+    call = {
+        "prompt_embeds": _random(2, 12, 32),
+        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
+        "num_frames": 9,
+    }
+    return _finish(pipe, call)
+
+
+def hunyuan15_pipeline() -> tuple[Any, dict[str, Any]]:
+    """HunyuanVideo 1.5, text to video: cond and uncond in two calls by a guider."""
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        **{**HUNYUAN, "num_layers": 2, "in_channels": 9}, text_embed_2_dim=16, image_embed_dim=16
+    ).eval()
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(16, 16, 16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+    ).eval()
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+    call = {
+        "prompt_embeds": _random(2, 12, 32),
+        "prompt_embeds_mask": _mask(7, 12, size=12),
+        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
+        "negative_prompt_embeds_mask": _mask(3, 3, size=12),
+        "prompt_embeds_2": _random(2, 6, 16),
+        "prompt_embeds_mask_2": _mask(0, 4, size=6),
+        "negative_prompt_embeds_2": _random(2, 6, 16, seed=2),
+        "negative_prompt_embeds_mask_2": _mask(0, 0, size=6),
+        "num_frames": 9,
+    }
+    return _finish(pipe, call)
+
+
+PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "mochi": mochi_pipeline,
+    "allegro": allegro_pipeline,
+    "skyreels": skyreels_pipeline,
+    "hunyuan15": hunyuan15_pipeline,
+}

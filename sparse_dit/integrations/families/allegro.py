@@ -16,7 +16,5 @@ def _allegro(config: Any, arguments: Arguments) -> TokenLayout:
 
 
 FAMILIES = {
-    "AllegroTransformer3DModel": Family(
-        r"transformer_blocks\.\d+\.attn1", _allegro, tested="transformer"
-    ),
+    "AllegroTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", _allegro),
 }

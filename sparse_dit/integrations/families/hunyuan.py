@@ -93,6 +93,6 @@ FAMILIES = {
     "HunyuanVideoTransformer3DModel": Family(LAYERS, _hunyuan_video),
     "HunyuanVideoFramepackTransformer3DModel": Family(LAYERS, _framepack, tested="transformer"),
     "HunyuanVideo15Transformer3DModel": Family(
-        r"transformer_blocks\.\d+\.attn", _hunyuan_video15, arrange=_padded, tested="transformer"
+        r"transformer_blocks\.\d+\.attn", _hunyuan_video15, arrange=_padded
     ),
 }

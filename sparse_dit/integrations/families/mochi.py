@@ -25,6 +25,5 @@ FAMILIES = {
         max_timestep=0.0,  # its scheduler inverts noise levels
         clean_timestep=1000.0,
         unpadded=True,
-        tested="transformer",
     ),
 }

@@ -22,6 +22,6 @@ FAMILIES = {
     "WanTransformer3DModel": Family(LAYERS, _wan),
     "WanVACETransformer3DModel": Family(rf"(vace_)?{LAYERS}", _wan, tested="transformer"),
     "WanAnimateTransformer3DModel": Family(LAYERS, _wan, tested="transformer"),
-    "SkyReelsV2Transformer3DModel": Family(LAYERS, _wan, tested="transformer"),
+    "SkyReelsV2Transformer3DModel": Family(LAYERS, _wan),
     "ChronoEditTransformer3DModel": Family(LAYERS, _wan, tested="transformer"),
 }
