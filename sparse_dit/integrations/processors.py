@@ -123,8 +123,7 @@ _ACTIVE = _Active()
 def wrap(stock: Any, seam: Seam) -> Any:
     """A processor that is `stock` but for its attention call, which goes to `seam.tap.intercept`.
 
-    Both share their attributes, so that what the host sets on one (`_attention_backend`,
-    `_parallel_config`, weights) holds for the other.
+    Both share their attributes: what the host sets on one (`_attention_backend`, weights) holds for both.
 
     Raises:
         TypeError: If `stock` calls no attention function that is known here.
@@ -151,11 +150,15 @@ def patched_class(stock: type) -> type:
         finally:
             _ACTIVE.seam = previous
 
+    def __new__(cls, *args, **kwargs):  # hosts reset a processor by calling its class
+        return stock(*args, **kwargs)
+
     def __reduce__(self):
         return wrap, (self._sparse_dit_stock, self._sparse_dit_seam)
 
     body = {
         "__slots__": ("_sparse_dit_seam", "_sparse_dit_stock"),
+        "__new__": __new__,
         "__call__": __call__,
         "__reduce__": __reduce__,
         "_sparse_dit_host": host,
@@ -163,9 +166,9 @@ def patched_class(stock: type) -> type:
         "__module__": __name__,
     }
     patched = type(f"SparseDiT{stock.__name__}", (stock,), body)
-    registry = AttentionProcessorRegistry
+    registry = AttentionProcessorRegistry  # the host asks it by the very class
     registry._register()
-    if stock in registry._registry:  # which the host asks by the very class
+    if stock in registry._registry:
         registry.register(patched, registry.get(stock))
     return patched
 
