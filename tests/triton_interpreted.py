@@ -1,0 +1,184 @@
+"""The Triton kernels in Triton's interpreter, on the CPU, against the reference in float64.
+
+`test_triton.py` runs this in a process of its own: the interpreter must be chosen before the kernels are
+imported. Everything, in some minutes: `TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py`.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from sparse_dit.attention import attend, block_mass
+from sparse_dit.backends.triton import interpreted
+from sparse_dit.index import SparseIndex, build_index
+from sparse_dit.layout import TokenLayout
+from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
+from tests import triton_bfloat16
+from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.kernel_cases import assert_close, dense, entry, logit_bound, one_head, qkv, truth_of
+
+if not interpreted():
+    pytest.skip("TRITON_INTERPRET=1 must be set", allow_module_level=True)
+triton_bfloat16.install()
+torch.use_deterministic_algorithms(True)  # fills what isn't written with NaN
+LOCAL = Pattern(Window(0, 1, 1), (1, 2, 2), far=True)
+SINKS = Pattern(Union((Window(0, 1, 1), Vertical((1, 3, 3), (4,)))), (2, 2, 2), sink_frames=1)
+FIRSTS = range(0, len(PATTERN_CASES), 6)
+
+
+def check(index, inputs, kv_len=None, mass_block=16, **keywords):
+    ours = attend(
+        *inputs, index, kv_len=kv_len, backend="triton", return_lse=True, mass_block=mass_block,
+        **keywords,
+    )  # fmt: skip
+    assert_close(ours, inputs, index, kv_len=kv_len, mass_block=mass_block, **keywords)
+    return ours
+
+
+def run_patterns(layout, first, causal, padded, mass_block=16):
+    patterns = (PATTERN_CASES[first : first + 6] * 6)[:6]
+    index = build_index(patterns, layout, group=32, causal=causal, causal_offset=2 * causal)
+    n = layout.seq_len
+    kv_len = torch.tensor([n, max(0, n - 5)]) if padded else None
+    inputs = qkv(index, 16, batch=1 + padded, kv_heads=3, seed=first)
+    check(index, inputs, kv_len, mass_block)
+
+
+@pytest.mark.parametrize("first", FIRSTS)
+def test_every_pattern(first):
+    """Each pattern once; layouts, causal order and padding in turn."""
+    turn = first // 6
+    layout = LAYOUTS[turn * 3 % len(LAYOUTS)]
+    run_patterns(layout, first, turn % 3 == 1, turn % 2 == 1, 16 if turn % 3 == 2 else None)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("causal", "padded"), [*itertools.product((False, True), repeat=2)], ids=str
+)
+def test_every_pattern_everywhere(layout, causal, padded):
+    for first in FIRSTS:
+        run_patterns(layout, first, causal, padded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 40])
+def test_low_precision(dim, dtype):
+    """Sums are those of float32; weights are rounded once."""
+    layout = TokenLayout.video(2, 7, 9, text_after=5)
+    index = build_index([SINKS, Pattern(Stripe(space_width=(0, 2)), (None, 2, 4))], layout)
+    inputs = qkv(index, dim, kv_heads=1, dtype=dtype)
+    ours = attend(*inputs, index, backend="triton", return_lse=True)
+    assert_close(ours, inputs, index, rounds_weights=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pooled_keys_in_low_precision(dtype):
+    """Means of keys are rounded too, once: a logit may be wrong by as much as that."""
+    layout = TokenLayout.video(2, 6, 8)
+    index = build_index([LOCAL, Pattern(Dense())], layout)
+    inputs = qkv(index, 64, dtype=dtype, size=0.5)
+    ours = attend(*inputs, index, backend="triton", return_lse=True)
+    want, mean = truth_of(*inputs, index)
+    rounding = torch.finfo(dtype).eps / 2 * (1 + logit_bound(*inputs[:2]))
+    assert ((ours.lse - want.lse).abs() <= rounding).all()
+    assert ((ours.out.double() - want.out).abs() <= 3 * rounding[..., None] * (mean + 0.1)).all()
+
+
+def test_hand_made_lists():
+    """More keys than queries, columns, ragged groups, groups and heads that see nothing, cells."""
+    n, m = 150, 211
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(0))
+    columns = entry(m, [128, 22], [range(3, m, 7), range(0, m, 2)], k_order=order)
+    holes = entry(m, [10, 100, 40], [[], range(5, 170), [210]])
+    cells = list(range(0, 208, 16))
+    pooled = entry(
+        m, [50, 50, 50], [[], range(16), []], k_order=order, cells=cells,
+        pooled=[range(12), range(1, 12), []],
+    )  # fmt: skip
+    nothing = entry(m, [128, 22], [[], []])
+    everything = (columns, holes, pooled, nothing, dense(n, m), dense(n, m, 30))
+    index = SparseIndex(everything, (0, 1, 2, 3, 4, 5), causal=False)
+    ours = check(index, qkv(index, 32, batch=2, kv_heads=2))
+    assert (ours.out[:, 3] == 0).all() and ours.lse[:, 1, :10].isneginf().all()
+    late = SparseIndex(everything, (0, 1, 2, 3, 4, 5), causal=True, causal_offset=m - n)
+    check(late, qkv(late, 32, kv_heads=2), torch.tensor([170]))
+    early = SparseIndex(everything, (0, 2, 4), causal=True, causal_offset=-20)
+    ours = check(early, qkv(early, 32))
+    assert ours.lse[:, :, :20].isneginf().all()
+
+
+def test_nothing_outside_is_touched():
+    """Inputs lie in tensors of NaN, and so do padding keys; rows of NaN would show."""
+    layout = TokenLayout.video(1, 6, 8, text_after=3)
+    index = build_index([LOCAL, Pattern(Dense()), SINKS, Pattern(Skip())], layout)
+    n = layout.seq_len
+    inputs = []
+    for x in qkv(index, 40, batch=2, kv_heads=2):
+        around = torch.full([s + 16 for s in x.shape], torch.nan)
+        around[8:-8, 8:-8, 8:-8, 8:-8] = x
+        inputs.append(around[8:-8, 8:-8, 8:-8, 8:-8])
+    want = attend(*[x.contiguous() for x in inputs], index, backend="triton").out
+    ours = check(index, inputs).out
+    assert ours.isfinite().all() and torch.equal(ours, want)
+    kv_len = torch.tensor([n, n - 30])
+    clean = attend(*inputs, index, kv_len=kv_len, backend="triton").out
+    for x in inputs[1:]:
+        x[1, :, n - 30 :] = torch.nan
+    assert torch.equal(attend(*inputs, index, kv_len=kv_len, backend="triton").out, clean)
+    assert clean.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's
+def test_nan_shows_where_it_is_seen():
+    layout = TokenLayout.video(1, 8, 8)
+    index = build_index([Pattern(Window(0, 0, 0), (1, 4, 4))], layout)
+    q, k, v = qkv(index, 16)
+    v[0, 0, 0] = torch.nan
+    out = attend(q, k, v, index, backend="triton").out[0, 0].view(8, 8, -1)
+    assert out[:4, :4].isnan().all() and not out[4:].isnan().any() and not out[:, 4:].isnan().any()
+    q[0, 0, 63] = torch.inf
+    assert attend(q, k, v, index, backend="triton").out[0, 0, 63].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.25, 0.0])
+def test_any_scale(scale):
+    index = build_index([LOCAL, SINKS], TokenLayout.video(2, 4, 6))
+    check(index, qkv(index, 16), scale=scale)
+
+
+def test_any_strides():
+    """Tokens before heads, channels that aren't neighbours, and an address that isn't aligned."""
+    index = build_index([LOCAL, SINKS], TokenLayout.video(2, 4, 6))
+    inputs = qkv(index, 32)
+    want = attend(*inputs, index, backend="triton").out
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    assert torch.equal(attend(*turned, index, backend="triton").out, want)
+    spread = [x.repeat_interleave(2, 3)[..., ::2] for x in inputs]
+    assert torch.equal(attend(*spread, index, backend="triton").out, want)
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in inputs]
+    assert torch.equal(attend(*shifted, index, backend="triton").out, want)
+
+
+def test_mass_from_a_cached_lse():
+    index = build_index([LOCAL, SINKS], TokenLayout.video(2, 4, 6))
+    q, k, v = qkv(index, 16)
+    got = attend(q, k, v, index, backend="triton", return_lse=True, mass_block=8)
+    assert torch.equal(block_mass(q, k, index, got.lse, mass_block=8, backend="triton"), got.mass)
+    want = block_mass(q, k, index, got.lse - 1, mass_block=8, backend="reference")
+    mine = block_mass(q, k, index, got.lse - 1, mass_block=8, backend="triton")
+    torch.testing.assert_close(mine, want, atol=1e-5, rtol=1e-5)
+
+
+def test_large_logits_stay_finite():
+    index = one_head(dense(70, 200))
+    inputs = [x * 30 for x in qkv(index, 16)]
+    check(index, inputs)
+
+
+def test_float64_is_declined():
+    index = one_head(dense(8, 8))
+    with pytest.raises(NotImplementedError, match="takes float16 and bfloat16, but q is"):
+        attend(*(x.double() for x in qkv(index, 16)), index, backend="triton")
