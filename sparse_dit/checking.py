@@ -111,6 +111,11 @@ def _load_lora(pipe: Any, file: Path) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise NotImplementedError(f"{type(pipe).__name__} takes no LoRA weights")
     pipe.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)
+    if not any(name.startswith("transformer") for name in pipe.get_list_adapters()):
+        raise ValueError(
+            f"--lora: {file} must hold weights for {type(pipe).__name__}'s transformer, none of its "
+            "names fit; save it with the pipeline's own save_lora_weights"
+        )
     pipe.fuse_lora()
 
 

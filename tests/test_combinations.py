@@ -61,11 +61,10 @@ def sequential_offload(pipe):
     accelerate.cpu_offload(pipe.transformer, CPU)
 
 
-def lora(pipe):
+def lora(pipe, names=("to_q", "to_k", "to_v", "to_out.0")):
     torch.manual_seed(1)
-    names = ["to_q", "to_k", "to_v", "to_out.0"]
     pipe.transformer.add_adapter(
-        peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False), "style"
+        peft.LoraConfig(r=4, target_modules=list(names), init_lora_weights=False), "style"
     )
 
 

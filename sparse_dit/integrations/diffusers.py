@@ -135,8 +135,14 @@ class Attachment:
         self._seen: set[Branch] = set()
         self._first_sigma = 0.0
         self._lost: set[str] = set()
-        for name, processor in self._patched.items():
-            _set(self.layers[name], processor)
+        try:
+            for name, processor in self._patched.items():
+                _set(self.layers[name], processor)
+        except BaseException:
+            for name, processor in self._stock.items():
+                if self.layers[name].processor is not processor:
+                    _set(self.layers[name], processor)
+            raise
         hook = self._before_forward  # pyright: ignore[reportAttributeAccessIssue]
         self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
         if hasattr(transformer, "cache_context"):
@@ -158,7 +164,7 @@ class Attachment:
         """Layers whose processor the host replaced while attached: they run stock attention."""
         if self._tap.intercept is None:
             return sorted(self._lost)
-        return [n for n, p in self._patched.items() if self.layers[n].processor is not p]
+        return sorted(n for n, p in self._patched.items() if self.layers[n].processor is not p)
 
     def detach(self) -> None:
         """Restore the very stock processors and take the hook off; twice is harmless."""
