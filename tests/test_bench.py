@@ -1,6 +1,7 @@
 """`sparse-dit bench kernel`: what it times is right, what it writes adds up, what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -314,3 +315,11 @@ def test_flex_attention_that_does_not_compile_says_what_to_do():
     q, k, v = tensors(layout)
     with pytest.raises(NotImplementedError, match="RuntimeError: no compiler; pass --no-flex"):
         flex_call(broken, q, k, v, lists.dense(layout, 1))
+
+
+def test_the_seam_copies_nothing_and_its_cost_is_told(capsys):
+    assert cli.run(["bench", "seam", "--tokens", "512", "--heads", "1", "--head-dim", "16"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"the seam adds \d+\.\d us to an attention call", said), said
+    assert "512 tokens, 1 heads of 16" in said
+    assert said.rstrip().endswith("; 0 copies of q, k and v")

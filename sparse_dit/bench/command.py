@@ -147,6 +147,26 @@ def cost(
     _say(f"wrote {file}")
 
 
+@app.command()
+def seam(
+    tokens: Annotated[int, typer.Option(min=1, help="Of the attention to compare with.")] = 4096,
+    heads: Annotated[int, typer.Option(min=1, help="Of the attention to compare with.")] = 2,
+    head_dim: Annotated[int, typer.Option(min=1, help="Of the attention to compare with.")] = 64,
+) -> None:
+    """What a patch with a dense plan adds to an attention call, and whether it copies anything."""
+    from .measure import num_threads
+    from .seam import measure_seam
+
+    with num_threads(1):
+        cost = measure_seam(tokens, heads, head_dim)
+    out.print(
+        f"the seam adds {1e6 * cost.call:.1f} us to an attention call, {100 * cost.share:.3f} % of "
+        f"{tokens} tokens, {heads} heads of {head_dim} ({1e3 * cost.attention:.1f} ms on one thread); "
+        f"{1e6 * cost.forward:.1f} us to a forward of 30 layers; {cost.copies} copies of q, k and v",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 def _check_table(file: Path, force: bool) -> None:
     if file.suffix != ".json":
         raise ValueError(f"--out must name a file that ends in .json, got {file.name!r}")

@@ -1,0 +1,156 @@
+"""What a patch costs where nothing is skipped: the seam itself, with a dense plan.
+
+The call is timed around an attention function that does nothing, so that microseconds show; attention at the
+given size is timed by itself, to say what share of it they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import TokenLayout
+from ..patterns import Dense, Pattern
+from ..plan import ComponentPlan, HeadChoice, Stage
+from ..runtime import Runtime
+from .measure import interleaved
+
+LAYER = "blocks.0.attn1"
+REPEATED = 500  # calls in one sample: a clock can't see one
+
+
+@dataclass(frozen=True)
+class SeamCost:
+    """What the seam takes; times in seconds.
+
+    Args:
+        tokens, heads, head_dim: Of the attention that the call is compared with.
+        call: Added to an attention call by a dense plan.
+        forward: Added to a transformer's forward, whatever its layers.
+        attention: The attention call itself.
+        copies: How many of q, k, v reached the attention function as other memory than they came.
+    """
+
+    tokens: int
+    heads: int
+    head_dim: int
+    call: float
+    forward: float
+    attention: float
+    copies: int
+
+    @property
+    def share(self) -> float:
+        """Of the attention call, what the seam adds."""
+        return self.call / self.attention
+
+
+def dispatch_attention_fn(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """An attention function of the host's name that does nothing."""
+    _SEEN[:] = query, key, value
+    return value
+
+
+_SEEN: list[Tensor] = []
+
+
+class Processor:
+    """Hands q, k and v to its attention function as a processor of the host does."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dispatch_attention_fn(
+            q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, backend=None,
+            parallel_config=None,
+        )  # fmt: skip
+
+
+def measure_seam(
+    tokens: int = 4096, heads: int = 2, head_dim: int = 64, clock: str = "cpu", rounds: int = 9
+) -> SeamCost:
+    """Time the seam and attention on the CPU.
+
+    Args:
+        tokens, heads, head_dim: Of the attention call.
+        clock: As in `interleaved`.
+        rounds: As in `interleaved`.
+    """
+    from ..integrations.call import StepContext
+    from ..integrations.processors import Seam, Tap, wrap
+
+    layout = TokenLayout.video(1, 1, tokens)
+    q, k, v = torch.randn(3, 1, tokens, heads, head_dim)
+    stock = Processor()
+    tap = Tap(_runtime(layout, heads, head_dim), StepContext(layout, 0.5, "cond", 0, 0))
+    patched = wrap(stock, Seam(LAYER, tap))
+    patched(q, k, v)
+    copies = sum(a.data_ptr() != b.data_ptr() for a, b in zip(_SEEN, (q, k, v), strict=True))
+    forward, bare = _forwards()
+    first, second, third = (x.transpose(1, 2) for x in (q, k, v))
+    with torch.no_grad():
+        found = interleaved(
+            {
+                "stock": _often(lambda: stock(q, k, v)),
+                "patched": _often(lambda: patched(q, k, v)),
+                "hook": _often(forward),
+                "no hook": _often(bare),
+                "attention": lambda: F.scaled_dot_product_attention(first, second, third),
+            },
+            clock=clock,
+            rounds=rounds,
+        )
+    seconds = {name: timing.seconds for name, timing in found.items()}
+    return SeamCost(
+        tokens,
+        heads,
+        head_dim,
+        (seconds["patched"] - seconds["stock"]) / REPEATED,
+        (seconds["hook"] - seconds["no hook"]) / REPEATED,
+        seconds["attention"],
+        copies,
+    )
+
+
+def _often(call: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(REPEATED):
+            call()
+
+    return run
+
+
+def _runtime(layout: TokenLayout, heads: int, head_dim: int) -> Runtime:
+    dense = (HeadChoice(Pattern(Dense())),) * heads
+    plan = ComponentPlan(
+        model_class="WanTransformer3DModel",
+        config_hash="0" * 64,
+        num_heads=heads,
+        head_dim=head_dim,
+        layout=layout,
+        stages=(Stage(1.0, 0.0),),
+        layers={LAYER: (dense,)},
+    )
+    return Runtime("transformer", plan, "auto")
+
+
+def _forwards() -> tuple[Callable[[], object], Callable[[], object]]:
+    """The hook that a patch adds to a transformer's forward, and a call that does nothing."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    from ..integrations.diffusers import attach
+
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, ffn_dim=8, num_layers=30, text_dim=8
+    )
+    attachment = attach(transformer, lambda call: call.stock())
+    inputs = {
+        "hidden_states": torch.zeros(1, 16, 21, 60, 104),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.zeros(1, 4, 8),
+    }
+    hook: Any = attachment._before_forward  # pyright: ignore[reportAttributeAccessIssue]
+    return (lambda: hook(transformer, (), inputs)), (lambda: None)
