@@ -21,9 +21,9 @@ Report = Callable[[str], None]
 
 MARGIN_DB = 1.5  # aimed at above the wanted PSNR, as prompts differ
 # Measured over forecast damage, before a round has measured it: the geometric mean over three prompts of
-# the embedded model at 4,608 tokens and 12 steps, which range from 11 to 40. Neither the probes' size, their
-# steps nor the latents halfway through a run tell it better; a whole run of the prompt does.
-FIRST_SCALE = 19.0
+# the embedded model at 4,608 tokens and 12 steps, which range from 4 to 22 at density 0.3. Only a whole run
+# of the prompt tells it.
+FIRST_SCALE = 7.5
 RELAX_DB = 3.0  # further above than this, another round is spent on speed
 MAX_ROUNDS = 4
 DECLINED = 0.999  # of the dense seconds: what isn't faster than this is all dense
