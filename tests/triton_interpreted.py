@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, on the CPU, against the reference in float64.
 
 `test_triton.py` runs this in a process of its own: the interpreter must be chosen before the kernels are
-imported. Everything, in some minutes: `TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py`.
+imported. Everything, in about 15 minutes: `TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py`.
 """
 
 import itertools
