@@ -8,8 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends import cpu, gather, reference, triton
+from .backends import cpu, flex, gather, reference, triton
 from .backends.attended import Attended
+from .backends.selfcheck import verdict
 from .index import SparseIndex
 
 logger = logging.getLogger("sparse_dit")
@@ -17,10 +18,15 @@ logger = logging.getLogger("sparse_dit")
 BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "triton": triton,
+    "flex": flex,
     "gather": gather,
     "reference": reference,
 }
-AUTO = ("cpu", "triton", "gather")  # the first that can
+AUTO = ("cpu", "triton", "flex", "gather")  # the first that can
+AUTO_DEVICES = {
+    "flex": ("cuda",)
+}  # where it is taken unasked; elsewhere each size compiles for seconds
+TESTED_DEVICES = ("cpu", "meta")  # on others a backend is checked before its first use
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,7 +81,8 @@ def attend(
     _check(q, k, v, index, kv_len)
     if mass_block is not None and mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
-    module = BACKENDS[backend_name(q, index, backend)]
+    name = backend_name(q, index, backend, lse=return_lse, mass=mass_block is not None)
+    module = BACKENDS[name]
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return module.forward(q, k, v, index, kv_len, scale, return_lse, mass_block)
@@ -115,40 +122,64 @@ def block_mass(
             f"lse must be float32 {list(q.shape[:3])} on {q.device}, got {lse.dtype} "
             f"{list(lse.shape)} on {lse.device}"
         )
-    module = BACKENDS[backend_name(q, index, backend)]
+    module = BACKENDS[backend_name(q, index, backend, mass=True)]
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return module.block_mass(q, k, index, lse, kv_len, scale, mass_block)
 
 
-def backend_name(q: Tensor, index: SparseIndex, backend: str = "auto") -> str:
+def backend_name(
+    q: Tensor, index: SparseIndex, backend: str = "auto", *, lse: bool = False, mass: bool = False
+) -> str:
     """Name of the backend that runs such a call.
+
+    Args:
+        q, index, backend: As for `attend`.
+        lse, mass: Whether these are wanted.
 
     Raises:
         ValueError: If the backend is unknown.
-        NotImplementedError: If the named backend can't run this, with the reason.
+        NotImplementedError: If the named backend can't run this or fails its check, with the reason.
     """
     if backend == "auto":
-        return _first_that_can(q, index)
+        return _first_that_can(q, index, lse, mass)
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}"
         )
-    if reason := BACKENDS[backend].unsupported(q, index):
+    if reason := _reason(backend, q, index, lse, mass):
         raise NotImplementedError(f"backend {backend!r} cannot run this: {reason}")
     return backend
 
 
-def _first_that_can(q: Tensor, index: SparseIndex) -> str:
+def _first_that_can(q: Tensor, index: SparseIndex, lse: bool, mass: bool) -> str:
     reasons = []
     for name in AUTO:
-        reason = BACKENDS[name].unsupported(q, index)
+        if q.device.type not in AUTO_DEVICES.get(name, (q.device.type,)):
+            continue
+        reason = _reason(name, q, index, lse, mass)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
         if reason is cpu.library.PROBLEM and not torch.compiler.is_compiling():
             _warn_once(f"{reason}; attention on the CPU runs on the slower backend 'gather'")
     raise NotImplementedError(f"no backend can run this: {'; '.join(reasons)}")
+
+
+def _reason(name: str, q: Tensor, index: SparseIndex, lse: bool, mass: bool) -> str | None:
+    """Why a backend doesn't run this; None if it does."""
+    module = BACKENDS[name]
+    if reason := module.unsupported(q, index):
+        return reason
+    if (lse or mass) and hasattr(module, "lacks") and (reason := module.lacks(q, lse, mass)):
+        return reason
+    if q.device.type in TESTED_DEVICES or name == "reference" or torch.compiler.is_compiling():
+        return None
+    found = verdict(module, q.device, q.shape[-1], q.dtype)
+    if found is None or found.problem is None:
+        return None
+    _warn_once(f"backend {name!r} failed its check and isn't used: {found.problem}")
+    return f"it failed its check on {q.device}: {found.problem}"
 
 
 _said: set[str] = set()

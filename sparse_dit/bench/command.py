@@ -202,8 +202,8 @@ def _conditions(clock: str, threads: int | None, rounds: int, flex: bool) -> Con
 
 
 def _backends(given: list[str] | None, quick: bool) -> list[str]:
-    """Names of backends; by default all but the reference, in the quick run the preferred one."""
-    from ..attention import AUTO, BACKENDS
+    """Names of backends; by default those that run unasked, in the quick run the first that can."""
+    from ..attention import AUTO, AUTO_DEVICES, BACKENDS
 
     if unknown := [name for name in given or [] if name not in BACKENDS]:
         raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, got {unknown[0]!r}")
@@ -211,7 +211,7 @@ def _backends(given: list[str] | None, quick: bool) -> list[str]:
         return list(dict.fromkeys(given))
     if quick:
         return [_first_that_can(AUTO)]
-    return [name for name in BACKENDS if name != "reference"]
+    return [name for name in AUTO if name not in AUTO_DEVICES]
 
 
 def _first_that_can(names: Sequence[str]) -> str:
