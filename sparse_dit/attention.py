@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends import cpu, flex, gather, reference, triton
 from .backends.attended import Attended
+from .backends.packages import block_sparse_attn, cudnn, flash_attn_4, flashinfer, sparge
 from .backends.selfcheck import verdict
 from .index import SparseIndex
 
@@ -21,6 +22,11 @@ BACKENDS: dict[str, ModuleType] = {
     "flex": flex,
     "gather": gather,
     "reference": reference,
+    "cudnn": cudnn,
+    "flash_attn_4": flash_attn_4,
+    "flashinfer": flashinfer,
+    "sparge": sparge,
+    "block_sparse_attn": block_sparse_attn,
 }
 AUTO = ("cpu", "triton", "flex", "gather")  # the first that can
 AUTO_DEVICES = {

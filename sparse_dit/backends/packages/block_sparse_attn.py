@@ -1,0 +1,93 @@
+"""MIT's Block-Sparse-Attention (block_sparse_attn), blocks of 128, sm_80 and later."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...index import SparseIndex
+from ..attended import Attended
+from . import whole
+
+NAME = "block_sparse_attn"
+PACKAGE = "block_sparse_attn"
+CONTRACTS = (
+    whole.Contract(
+        PACKAGE, "0.0.2", "block_sparse_attn/block_sparse_attn_interface.py",
+        "block_sparse_attn_func",
+        (
+            "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "head_mask_type", "streaming_info",
+            "base_blockmask", "max_seqlen_q_", "max_seqlen_k_", "p_dropout", "deterministic",
+            "softmax_scale", "is_causal", "exact_streaming", "return_attn_probs",
+        ),
+    ),
+)  # fmt: skip
+BLOCK = 128
+
+
+def unsupported(q: Tensor, index: SparseIndex) -> str | None:
+    """Why Block-Sparse-Attention can't run this; None if it can."""
+    if reason := whole.not_here(q, PACKAGE, (32, 64, 128)):
+        return reason
+    if whole.capability(q.device) < (8, 0):
+        return f"it needs sm_80 or later, and {q.device} is older"
+    return whole.not_whole(index, BLOCK, BLOCK)
+
+
+def starts(batch: int, tokens: int, like: Tensor) -> Tensor:
+    """Where the sequences of a batch start, int32 `[batch + 1]`."""
+    return torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=like.device)
+
+
+def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
+    """Which of the results on request it can't give; None if it can."""
+    if mass:
+        return "it has no block mass"
+    return "its log-sum-exp isn't returned" if return_lse else None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: SparseIndex,
+    kv_len: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    mass_block: int | None,
+) -> Attended:
+    """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`.
+
+    Raises:
+        NotImplementedError: If there is padding, or a result is wanted that it hasn't.
+    """
+    if reason := lacks(q, return_lse, mass_block is not None):
+        raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        from block_sparse_attn import block_sparse_attn_func
+
+        batch, heads, n, dim = q.shape
+        seen = whole.block_map(index, BLOCK, BLOCK).expand(batch, -1, -1, -1).contiguous()
+        flat = [x.transpose(1, 2).reshape(-1, heads, dim) for x in (q, k, v)]
+        every = torch.ones(heads, dtype=torch.int32, device=q.device)  # each head has a block mask
+        out = block_sparse_attn_func(
+            *flat, starts(batch, n, q), starts(batch, k.shape[2], q), every, None, seen, n, k.shape[2],
+            0.0, softmax_scale=scale, is_causal=False,
+        )  # fmt: skip
+        return out.view(batch, n, heads, dim).transpose(1, 2), None
+
+    return whole.run(NAME, q, k, v, index, kv_len, kernel)
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    index: SparseIndex,
+    lse: Tensor,
+    kv_len: Tensor | None,
+    scale: float,
+    mass_block: int,
+) -> Tensor:
+    """Raises: it has no mass."""
+    raise whole.no_mass(NAME)
