@@ -13,6 +13,7 @@ from .backends.attended import Attended
 from .backends.packages import block_sparse_attn, cudnn, flash_attn_4, flashinfer, sparge
 from .backends.selfcheck import verdict
 from .index import SparseIndex
+from .nan_guard import finite_or_dense
 
 logger = logging.getLogger("sparse_dit")
 
@@ -45,13 +46,19 @@ def sparse_attention(
     kv_len: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    nan_guard: bool = False,
 ) -> Tensor:
     """Attention that computes what `index` says; see `attend` for the arguments and errors.
+
+    Args:
+        nan_guard: Compute heads that come out with NaN or Inf dense instead, logged once. It costs a wait
+            for the device and can't be compiled.
 
     Returns:
         `[B, H, N, D]`, dtype of `q`; rows that see nothing are 0.
     """
-    return attend(q, k, v, index, kv_len=kv_len, scale=scale, backend=backend).out
+    out = attend(q, k, v, index, kv_len=kv_len, scale=scale, backend=backend).out
+    return finite_or_dense(out, q, k, v, index, kv_len, scale) if nan_guard else out
 
 
 def attend(

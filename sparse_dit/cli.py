@@ -254,10 +254,10 @@ def diff(
 @app.command()
 def doctor() -> None:
     """Versions, devices and backends here, and whether they compute what they should."""
-    from .doctor import checkups, devices, variant_checkups
+    from .doctor import checkups, devices, packages, variant_checkups
     from .eval.provenance import environment
 
-    for name, value in environment().items():
+    for name, value in {**environment(), **packages()}.items():
         out.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"devices: {', '.join(devices())}", highlight=False)
     columns = ("against reference", "4,096 tokens", "SDPA", "density")

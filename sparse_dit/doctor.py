@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention import BACKENDS, sparse_attention
+from .attention import AUTO_DEVICES, BACKENDS
+from .backends import selfcheck
 from .backends.cpu import library
 from .index import SparseIndex, build_index
 from .layout import TokenLayout
-from .patterns import Dense, Pattern, Skip, Stripe, Window
+from .patterns import Pattern, SlidingTile, Window
 
 TOLERANCE = 1e-4  # relative error of float32 against the reference in float64
-RAGGED = TokenLayout.video(3, 5, 7, text_before=2, text_after=3)
 TIMED = TokenLayout.video(16, 16, 16)
 HEADS, HEAD_DIM = 4, 64
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "neon", "portable")  # of the CPU kernel, all there are
@@ -30,7 +32,7 @@ class Checkup:
     Attributes:
         backend: Its name.
         device: `cpu`, `cuda:0`, ...
-        error: Relative L2 error against the reference in float64 on a small ragged case.
+        error: Relative L2 error against the reference in float64 on small cases, of the worst head.
         problem: What is wrong with it; None if nothing is.
         absent: Why it isn't there at all; None if it is.
         seconds: Of one call at 4,096 tokens, 4 heads; None if not timed.
@@ -74,30 +76,33 @@ def devices() -> list[str]:
 
 
 def check_backend(backend: str, device: str, *, timed: bool = True) -> Checkup:
-    """Compare a backend with the reference on a ragged case, and time it beside dense attention.
+    """Compare a backend with the reference on two small cases, and time it beside dense attention.
 
-    Whatever it raises is its problem, and reported as such.
+    Whatever it raises is its problem, and reported as such. GPUs are tried in bfloat16, others in float32.
     """
-    if absent := BACKENDS[backend].unsupported(_inputs(RAGGED, device)[0], _mixed_index()):
+    module, dtype = BACKENDS[backend], _dtype(device)
+    kind = torch.device(device).type
+    if kind not in AUTO_DEVICES.get(backend, (kind,)):
+        absent = f"on {kind} it runs only by name, and each new size compiles for seconds"
         return Checkup(backend, device, None, None, absent=absent)
-    try:
-        error = _error(backend, device)
-    except Exception as raised:  # a broken backend is what is looked for
-        return Checkup(backend, device, None, f"{type(raised).__name__}: {raised}")
-    if not error <= TOLERANCE:  # NaN too
-        problem = f"relative error {error:.2g} against the reference, allowed is {TOLERANCE:g}"
-        return Checkup(backend, device, error, problem)
-    if not timed:
-        return Checkup(backend, device, error, None)
-    pattern = Pattern(Window(frames=1, rows=1, columns=1), far=True)
-    index = build_index([pattern] * HEADS, TIMED).to(device)
+    if absent := selfcheck.refused(module, device, HEAD_DIM, dtype):
+        return Checkup(backend, device, None, None, absent=absent)
+    tolerance = TOLERANCE if kind == "cpu" else None
+    found = selfcheck.examine(module, device, HEAD_DIM, dtype, tolerance)
+    if found.problem or not timed:
+        return Checkup(backend, device, found.error, found.problem)
     q, k, v = _inputs(TIMED, device)
+    index = _timed_index(module, q)
+    if index is None:
+        return Checkup(backend, device, found.error, None)
     return Checkup(
         backend,
         device,
-        error,
+        found.error,
         None,
-        _seconds(lambda: sparse_attention(q, k, v, index, backend=backend), device),
+        _seconds(
+            lambda: module.forward(q, k, v, index, None, HEAD_DIM**-0.5, False, None).out, device
+        ),
         _seconds(lambda: scaled_dot_product_attention(q, k, v), device),
         index.density,
     )
@@ -112,6 +117,19 @@ def checkups() -> list[Checkup]:
         for name in names
         if name != "cpu" or device == "cpu"
     ]
+
+
+def packages() -> dict[str, str]:
+    """Versions of the packages whose kernels are used where they are."""
+    wanted = ["triton", "flash-attn", "xformers", "sageattention"]
+    wanted += [module.PACKAGE for module in BACKENDS.values() if hasattr(module, "PACKAGE")]
+    found = {}
+    for name in wanted:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def variant_checkups() -> list[VariantCheckup]:
@@ -136,37 +154,24 @@ def variant_checkups() -> list[VariantCheckup]:
     return found
 
 
-def _error(backend: str, device: str) -> float:
-    index = _mixed_index()
-    q, k, v = _inputs(RAGGED, "cpu")
-    here = _inputs(RAGGED, device)
-    kv_len = torch.tensor([RAGGED.seq_len - 1])
-    exact = sparse_attention(
-        q.double(), k.double(), v.double(), index, kv_len=kv_len, backend="reference"
-    )
-    out = sparse_attention(
-        here[0], here[1], here[2], index.to(device), kv_len=kv_len.to(device), backend=backend
-    )
-    difference = out.cpu().double() - exact
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(exact))
+def _timed_index(module: ModuleType, q: Tensor) -> SparseIndex | None:
+    """What a backend is timed with: pooled keys if it has them, else tiles of 256 tokens."""
+    near = Window(frames=1, rows=1, columns=1)
+    for pattern in (Pattern(near, far=True), Pattern(SlidingTile(1, 1, 1), tile=(4, 8, 8))):
+        index = build_index([pattern] * HEADS, TIMED).to(q.device)
+        if module.unsupported(q, index) is None:
+            return index
+    return None
 
 
-def _mixed_index() -> SparseIndex:
-    """Four heads that are as different as heads can be."""
-    window = Window(frames=0, rows=1, columns=1)
-    patterns = [
-        Pattern(Dense()),
-        Pattern(window, tile=(2, 2, 2), far=True),
-        Pattern(Stripe(time_width=1), tile=(1, None, None), cell=1),
-        Pattern(Skip()),
-    ]
-    return build_index(patterns, RAGGED)
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def _inputs(layout: TokenLayout, device: str) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (1, HEADS, layout.seq_len, HEAD_DIM)
-    return [torch.randn(shape, generator=generator).to(device) for _ in range(3)]
+    return [torch.randn(shape, generator=generator).to(device, _dtype(device)) for _ in range(3)]
 
 
 def _seconds(run: Callable[[], Tensor], device: str, repeats: int = 5) -> float:

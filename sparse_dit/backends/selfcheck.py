@@ -75,24 +75,36 @@ def verdict(
 
 
 def examine(
-    module: ModuleType, device: torch.device | str, head_dim: int, dtype: torch.dtype
+    module: ModuleType,
+    device: torch.device | str,
+    head_dim: int,
+    dtype: torch.dtype,
+    tolerance: float | None = None,
 ) -> Verdict:
     """Run the cases that a backend says it can run. Whatever it raises is its problem.
+
+    Args:
+        module: The backend.
+        device, head_dim, dtype: Of the tensors.
+        tolerance: Relative error that is allowed; by default that of the dtype, or the backend's own.
 
     Raises:
         torch.OutOfMemoryError: That says nothing of the backend.
     """
-    worst, ran = 0.0, False
+    if tolerance is None:
+        tolerance = max(TOLERANCES[dtype], getattr(module, "TOLERANCE", 0.0))
+    worst, ran, reasons = 0.0, False, []
     for case in _cases():
         tensors = _inputs(case, head_dim, dtype)
         here = [x.to(device) for x in tensors]
         index = case.index.to(device)
-        if module.unsupported(here[0], index) is not None:
+        if reason := module.unsupported(here[0], index):
+            reasons.append(reason)
             continue
         ran = True
         try:
             with torch.no_grad():
-                error, problem = _compare(module, case, tensors, here, index)
+                error, problem = _compare(module, case, tensors, here, index, tolerance)
         except torch.OutOfMemoryError:
             raise
         except Exception as raised:  # a broken backend is what is looked for
@@ -102,7 +114,7 @@ def examine(
             return Verdict(error, problem)
         worst = max(worst, error)
     if not ran:
-        return Verdict(None, "it can run none of the cases that it is checked with")
+        return Verdict(None, f"it runs none of the cases that it is checked with: {reasons[0]}")
     return Verdict(worst, None)
 
 
@@ -112,6 +124,7 @@ def _compare(
     tensors: list[Tensor],
     here: list[Tensor],
     index: SparseIndex,
+    allowed: float,
 ) -> tuple[float, str | None]:
     """Error of a case, and what is wrong with it."""
     q = tensors[0]
@@ -121,7 +134,6 @@ def _compare(
     kv_len = None if case.kv_len is None else case.kv_len.to(here[0].device)
     wants_lse = not (hasattr(module, "lacks") and module.lacks(here[0], True, False))
     got = module.forward(*here, index, kv_len, scale, wants_lse, None)
-    allowed = max(TOLERANCES[q.dtype], getattr(module, "TOLERANCE", 0.0))
     error, problem = _judge(got.out.cpu().double(), truth, allowed)
     if problem is None and got.lse is not None:
         problem = _judge_lse(got.lse.cpu(), truth, allowed)
@@ -151,6 +163,17 @@ def _judge_lse(lse: Tensor, truth: Attended, allowed: float) -> str | None:
         return "log-sum-exp must be -inf where nothing is seen, and only there"
     off = (lse - truth.lse)[~empty].abs().max().item()
     return None if off <= 2 * allowed else f"log-sum-exp is off by {off:.2g}"
+
+
+def refused(
+    module: ModuleType, device: torch.device | str, head_dim: int, dtype: torch.dtype
+) -> str | None:
+    """Why a backend runs none of the cases; None if it runs one."""
+    reasons = []
+    for case in _cases():
+        q = torch.empty(1, HEADS, case.index.num_queries, head_dim, dtype=dtype, device=device)
+        reasons.append(module.unsupported(q, case.index.to(device)))
+    return None if None in reasons else reasons[0]
 
 
 def _cases() -> Iterator[_Case]:
