@@ -426,7 +426,9 @@ def test_other_wrong_arguments_are_errors():
         ValueError, match=r"unknown backend 'cuda'; expected 'auto' or one of \['cpu'"
     ):
         patch(pipe, plan, backend="cuda")
-    with pytest.raises(TypeError, match=r"str is no transformer.*supported transformers: \[.*'CogV"):
+    with pytest.raises(
+        TypeError, match=r"str is no transformer.*supported transformers: \[.*'CogV"
+    ):
         patch("pipe", plan)
     with pytest.raises(NotImplementedError, match=r"is a Linear, which is not supported; supp"):
         patch(torch.nn.Linear(1, 1), plan)

@@ -29,8 +29,8 @@ class _Line(NamedTuple):
     dtype: str
 
 
-def save_plot(rows: Sequence[Row], path: Path) -> None:
-    """Speed-up over SDPA against 1 / density, both logarithmic, as PNG.
+def save_plot(rows: Sequence[Row], path: Path, baseline: str = "dense SDPA") -> None:
+    """Speed-up over the baseline against 1 / density, both logarithmic, as PNG.
 
     One line for each backend, pattern and head_dim (and size and dtype, where they vary): colours are
     patterns, strokes backends (dotted: FlexAttention), markers head_dims. And the line on which a pair
@@ -53,7 +53,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
         )  # fmt: skip
     end = max((1 / row.density for row in rows), default=1.0)
     axes.plot([1, end], [1, end], color="black", linewidth=0.8, label="ideal: 1 / density")
-    _scales(axes)
+    _scales(axes, baseline)
     figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120, format="png")
 
@@ -83,11 +83,11 @@ def _label(line: _Line, lines: dict[_Line, list[tuple[float, float]]]) -> str:
     return ", ".join(words)
 
 
-def _scales(axes: Axes) -> None:
+def _scales(axes: Axes, baseline: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("1 / density")
-    axes.set_ylabel("speed-up over dense SDPA")
+    axes.set_ylabel(f"speed-up over {baseline}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
