@@ -106,7 +106,10 @@ def search(
         Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
     ] = None,
     cost_table: Annotated[
-        str | None, typer.Option(help="Solve for another device: name or file of its table.")
+        str | None,
+        typer.Option(
+            help="Solve for another device: name or file of its table; h100, h800, h20 are estimates."
+        ),
     ] = None,
     dense_seconds: Annotated[
         float | None, typer.Option(help="Of one dense generation on that device.")

@@ -111,6 +111,7 @@ class DeviceTable(_Form):
         environment: Versions, readable text by name.
         foreign_cores: Mean number of cores that others used meanwhile; None if that isn't known.
         entries: Sizes that were measured.
+        caveat: What must be told wherever it is used, if it wasn't measured; see `published.py`.
     """
 
     version: Literal[1] = 1
@@ -123,6 +124,7 @@ class DeviceTable(_Form):
     environment: dict[Text, Text] = {}
     foreign_cores: Annotated[float, Field(ge=0)] | None = None
     entries: Annotated[tuple[Entry, ...], Field(min_length=1, max_length=4096)]
+    caveat: Annotated[str, Field(max_length=2048)] | None = None
 
     @property
     def here(self) -> bool:
@@ -136,11 +138,15 @@ class DeviceTable(_Form):
 
     @staticmethod
     def load(name: str | os.PathLike[str]) -> DeviceTable:
-        """Read a table by path, or by the name of one that ships with the package.
+        """Read a table by path, or by the name of one that ships with the package or is estimated (`h100`).
 
         Raises:
             ValueError: If there is none, or it is not a valid table; one line with the place.
         """
+        from .published import DEVICES, estimated_table
+
+        if name in DEVICES and not Path(name).exists():
+            return estimated_table(os.fspath(name))
         path = _find(name)
         data = read(path, MAX_BYTES)
         try:

@@ -118,6 +118,8 @@ def search_plan(
     say = report or (lambda text: None)
     objective = Objective(target_speedup, max_error, min_psnr)
     elsewhere = Elsewhere.of(device_table, dense_seconds)
+    if elsewhere is not None and elsewhere.table.caveat:
+        say(elsewhere.table.caveat)
     calibration, held = _split(_cases("prompts", prompts), held_out, tune_on)
     name = _component(pipe)
     if elsewhere is not None:
