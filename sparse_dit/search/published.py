@@ -3,8 +3,8 @@
 Dense times of FlexAttention (head_dim 128, bfloat16, one head, tiles of 128 x 64) that Tencent published for
 flex-block-attn (https://github.com/Tencent-Hunyuan/flex-block-attn, `benchmark/full`) give the constants of
 `TileModel`; what its sparse calls (`benchmark/dynamic/random`, 60 % of blocks, and `benchmark/static/swa`)
-took over that model's forecast is the error band. So relative costs of one kernel, sparse against dense, are all
-that this tells: nothing was measured by this project, and nothing is said of which kernel is faster.
+took over that model's forecast is the error band. So relative costs of one kernel, sparse against dense, are
+all that this tells: nothing was measured by this project, and nothing is said of which kernel is faster.
 """
 
 from __future__ import annotations
