@@ -423,7 +423,8 @@ def test_other_wrong_arguments_are_errors():
     pipe, _, _ = _built("wan")
     plan = plan_for(pipe, NARROW)
     with pytest.raises(
-        ValueError, match=r"unknown backend 'cuda'; expected 'auto' or one of \['cpu'"
+        ValueError,
+        match=r"unknown backend 'cuda'; expected 'auto' or one of \['block_sparse_attn', 'cpu'",
     ):
         patch(pipe, plan, backend="cuda")
     with pytest.raises(
