@@ -176,6 +176,7 @@ def test_an_interruption_inside_a_generation_leaves_no_file(pipe, fast, tmp_path
 
 
 def test_a_failed_write_leaves_the_old_profile(pipe, fast, tmp_path, monkeypatch):
+    from sparse_dit import whole_file
     from sparse_dit.search import profile_file
 
     path = tmp_path / "kept.safetensors"
@@ -185,7 +186,7 @@ def test_a_failed_write_leaves_the_old_profile(pipe, fast, tmp_path, monkeypatch
     def full(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(profile_file.os, "replace", full)
+    monkeypatch.setattr(whole_file.os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         profile_file.write_profile(profile, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
