@@ -39,7 +39,7 @@ from .options import (
 )
 from .profile_command import profile as profile_command
 from .stability import stability as stability_command
-from .tables import out, show_front, show_heads, show_plan
+from .tables import out, show_front, show_heads, show_models, show_plan
 
 if TYPE_CHECKING:
     from .doctor import Checkup
@@ -252,6 +252,14 @@ def diff(
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     if lines:
         raise typer.Exit(1)
+
+
+@app.command()
+def models() -> None:
+    """Transformers that can be patched, and what was tested of each."""
+    from .models import supported_models
+
+    show_models(supported_models())
 
 
 @app.command()

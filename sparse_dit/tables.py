@@ -12,6 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .eval.report import Report
     from .layout import TokenLayout
+    from .models import SupportedModel
     from .patterns import Pattern
     from .plan import Plan
     from .search.front import Front
@@ -36,6 +37,14 @@ def show_plan(plan: Plan) -> None:
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     out.print(_stage_table(plan))
+
+
+def show_models(models: Sequence[SupportedModel]) -> None:
+    """Transformers that can be patched, what was tested of each, and those that can't."""
+    table = Table("transformer", "tested with the patch on")
+    for model in models:
+        table.add_row(model.transformer, model.reason or model.tested)
+    out.print(table)
 
 
 def _stage_table(plan: Plan) -> Table:

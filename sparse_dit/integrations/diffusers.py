@@ -13,6 +13,7 @@ from torch import nn
 
 from .call import AttentionCall, Branch, Intercept, StepContext
 from .families import BRANCHES, FAMILIES, Family, family_of, forward_arguments, sigma_of
+from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
 
@@ -53,8 +54,12 @@ def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
     for name, part in found.items():
         if family_of(part) is None:
             what = type(part).__name__ if part is pipe_or_transformer else f"{kind}.{name}"
+            reason = UNQUALIFIED.get(type(part).__name__)
             raise NotImplementedError(
-                f"{what} is a {type(part).__name__}, which is not supported; {supported}"
+                f"{what} is a {type(part).__name__}: {reason}"
+                if reason
+                else f"{what} is a {type(part).__name__}, which is not supported; {supported}; "
+                "sparse_dit.add_model makes another class known"
             )
     return found
 

@@ -39,7 +39,8 @@ class Family:
         arrange: Function of (config, forward arguments) -> what they say of the tokens where layers
             have a mask, instead of `layout`; None if there is no such mask.
         unpadded: Whether layers attend item by item, without the padding at the layout's end.
-        tested: What the tests run with the patch on: a whole `"pipeline"`, or the `"transformer"` alone.
+        tested: What the tests run with the patch on: a whole `"pipeline"`, the `"transformer"` alone, or
+            `"nothing"` (a class that a user made known).
     """
 
     layers: str
@@ -51,7 +52,7 @@ class Family:
     image_only: str | None = None
     arrange: Callable[[Any, Arguments], Arrangement | None] | None = None
     unpadded: bool = False
-    tested: Literal["pipeline", "transformer"] = "pipeline"
+    tested: Literal["pipeline", "transformer", "nothing"] = "pipeline"
 
 
 def forward_arguments(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Arguments:
