@@ -12,6 +12,7 @@ from sparse_dit.integrations.diffusers import (
     self_attention_layers,
 )
 from sparse_dit.integrations.families import FAMILIES
+from sparse_dit.integrations.processors import Tap
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Pattern, Window
@@ -43,6 +44,11 @@ LAYERS = {
     "ltx2": BLOCKS,
     "mochi": BLOCKS,
     "allegro": BLOCKS,
+    "easyanimate": BLOCKS,
+    "cosmos": BLOCKS,
+    "kandinsky": [f"visual_transformer_blocks.{n}.self_attention" for n in range(2)],
+    "motif": JOINT,
+    "helios": WAN_LAYERS,
 }
 
 
@@ -61,11 +67,15 @@ LAYOUTS = {name: [_video(), _video()] for name in BUILDERS} | {
     "ltx2": [_video()],
     "mochi": [_video(), _video(after=2), _video(after=12), _video(after=7)],
     "allegro": [_video()],
+    "easyanimate": [_video(before=17)],
+    "motif": [_video(after=12), _video(after=12)],
+    "helios": [_video(before=64 + 16 + 4)] * 2,
 }
 KV_LEN = {
     "hunyuan_i2v": [[204, 199]],
     "framepack": [[357, 352], None],
     "hunyuan15": [[204, 203], [208, 207]],
+    "motif": [[204, 199], [195, 195]],
 }
 
 
@@ -289,6 +299,17 @@ def test_block_causal_skyreels_runs_dense_and_says_so():
     assert {r.dense_because for r in handle.ran["transformer"]} == {
         "the host asked for a dense mask (1, 1, 192, 192) of torch.bool"
     }
+
+
+def test_kandinsky_with_its_own_sparse_attention_has_no_layout_and_its_mask_is_named():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    transformer, calls, _ = _built("kandinsky")
+    layout = FAMILIES[type(transformer).__name__].layout
+    assert layout(transformer.config, calls[0]) == _video()
+    assert layout(transformer.config, {**calls[0], "sparse_params": {"P": 0.9}}) is None
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu")
+    assert Tap(lambda call: call.stock()).read_mask(mask, 128) == (None, "a BlockMask")
 
 
 def test_framepack_without_history_is_video_and_text():

@@ -348,6 +348,152 @@ def allegro() -> Built:
     return transformer, [call]
 
 
+def easyanimate() -> Built:
+    """EasyAnimate: 12 + 5 text tokens, then 3 x 8 x 8; guidance batched."""
+    torch.manual_seed(0)
+    transformer = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        time_embed_dim=4,
+        text_embed_dim=32,
+        text_embed_dim_t5=16,
+        sample_width=16,
+        sample_height=16,
+    ).eval()
+    call = {
+        "hidden_states": _random(4, 4, 3, 16, 16),
+        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "encoder_hidden_states_t5": _random(4, 5, 16, seed=3),
+        "timestep": torch.full((4,), 700),
+    }
+    return transformer, [call]
+
+
+def cosmos() -> Built:
+    """Cosmos 2: 3 x 8 x 8, guidance in two calls, a noise level for each frame."""
+    torch.manual_seed(0)
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=32,
+        adaln_lora_dim=4,
+        max_size=(4, 16, 16),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    ).eval()
+    sigmas = torch.tensor([0.1, 0.7, 0.7]).view(1, 1, 3, 1, 1).expand(2, -1, -1, -1, -1)
+    calls = [
+        {
+            "hidden_states": _random(2, 4, 3, 16, 16),
+            "encoder_hidden_states": _random(2, 12, 32, seed=seed),
+            "timestep": sigmas,
+        }
+        for seed in (2, 3)
+    ]
+    return transformer, calls
+
+
+def kandinsky() -> Built:
+    """Kandinsky 5: 3 x 8 x 8, one item a call; guidance in two calls."""
+    torch.manual_seed(0)
+    transformer = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=32,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+    ).eval()
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:  # the host starts them at zero: no layer would do anything
+            torch.nn.init.normal_(parameter, std=0.3)
+    calls = [
+        {
+            "hidden_states": _random(1, 3, 16, 16, 4),
+            "encoder_hidden_states": _random(1, 12, 32, seed=seed),
+            "pooled_projections": _random(1, 16, seed=seed),
+            "timestep": torch.full((1,), 700.0),
+            "visual_rope_pos": [torch.arange(3), torch.arange(8), torch.arange(8)],
+            "text_rope_pos": torch.arange(12),
+        }
+        for seed in (2, 3)
+    ]
+    return transformer, calls
+
+
+def motif() -> Built:
+    """Motif-Video: 3 x 8 x 8, then 12 text tokens of which some are padding; guidance in two calls."""
+    torch.manual_seed(0)
+    transformer = diffusers.MotifVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        text_embed_dim=32,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    calls = [
+        {
+            "hidden_states": _random(2, 4, 3, 16, 16),
+            "encoder_hidden_states": _random(2, 12, 32, seed=seed),
+            "encoder_attention_mask": mask,
+            "timestep": torch.full((2,), 700),
+        }
+        for seed, mask in ((2, _mask(12, 7, size=12)), (3, _mask(3, 3, size=12)))
+    ]
+    return transformer, calls
+
+
+def helios() -> Built:
+    """Helios: history of 5 x 4 x 4 + 2 x 8 x 8 in three scales, then 3 x 8 x 8; two calls."""
+    torch.manual_seed(0)
+    transformer = diffusers.HeliosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_dim=(8, 8, 8),
+        is_amplify_history=True,
+    ).eval()
+    history = {
+        "indices_hidden_states": torch.arange(7, 10)[None],
+        "indices_latents_history_long": torch.arange(4)[None],
+        "latents_history_long": _random(1, 4, 4, 16, 16, seed=4),
+        "indices_latents_history_mid": torch.arange(4, 6)[None],
+        "latents_history_mid": _random(1, 4, 2, 16, 16, seed=5),
+        "indices_latents_history_short": torch.arange(6, 7)[None],
+        "latents_history_short": _random(1, 4, 1, 16, 16, seed=6),
+    }
+    calls = [
+        {
+            "hidden_states": _random(1, 4, 3, 16, 16),
+            "encoder_hidden_states": _random(1, 12, 32, seed=seed),
+            "timestep": torch.full((1,), 700),
+            **history,
+        }
+        for seed in (2, 3)
+    ]
+    return transformer, calls
+
+
 BUILDERS: dict[str, Callable[[], Built]] = {
     "wan_i2v": wan_i2v,
     "wan_ti2v": wan_ti2v,
@@ -363,6 +509,11 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "ltx2": ltx2,
     "mochi": mochi,
     "allegro": allegro,
+    "easyanimate": easyanimate,
+    "cosmos": cosmos,
+    "kandinsky": kandinsky,
+    "motif": motif,
+    "helios": helios,
 }
 
 

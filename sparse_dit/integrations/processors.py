@@ -61,10 +61,12 @@ class Tap:
     mask: tuple[Tensor, int | StepContext, Tensor | None, str | None] | None = None
     unpadded: bool = False
 
-    def read_mask(self, mask: Tensor | None, num_keys: int) -> tuple[Tensor | None, str | None]:
+    def read_mask(self, mask: Any, num_keys: int) -> tuple[Tensor | None, str | None]:
         """`(kv_len, why it is no prefix)`; read back from the device once a mask, not a layer."""
         if mask is None:
             return None, None
+        if not isinstance(mask, Tensor):  # of compiled FlexAttention, say
+            return None, f"a {type(mask).__name__}"
         version = self.context if mask.is_inference() else mask._version
         if not (self.mask and self.mask[0] is mask and self.mask[1] == version):
             self.mask = (mask, version, *_valid_prefix(mask, num_keys))

@@ -7,5 +7,8 @@ _LINEAR = "its self-attention is linear: no pairs of tokens are computed, so the
 UNQUALIFIED: dict[str, str] = {
     "SanaTransformer2DModel": _LINEAR,
     "SanaControlNetModel": _LINEAR,
+    "LatteTransformer3DModel": (
+        "it attends within one frame, and over time at one place: short sequences, nothing to skip"
+    ),
     "SanaVideoTransformer3DModel": _LINEAR,
 }
