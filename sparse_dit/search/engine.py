@@ -166,7 +166,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("cost")
     stages = stages_of(part.sigmas)
     say("measuring how much each noise level and layer matters")
-    small = reduced(settings, len(stages))
+    small = reduced(settings)
     weights = sensitivity(run.pipe, run.component, stages, part.layers, run.calibration[-1], small)
     clock.lap("sensitivity")
     references = _references(run, profiled)

@@ -28,7 +28,6 @@ from .playback import recording, replaying
 
 WHOLE = Stage(1.0, 0.0)
 LAYER_GROUPS = 8
-STEPS = 3  # of a stage
 PROBE_BUDGET = 0.25  # share of the pairs that the probing pattern computes
 
 
@@ -65,11 +64,11 @@ class _Probe:
         return probed
 
 
-def reduced(settings: GenerationSettings, stages: int) -> GenerationSettings:
-    """Half the height and width (in steps of 32 pixels, at least 64), and three steps a stage.
+def reduced(settings: GenerationSettings) -> GenerationSettings:
+    """Half the height and width (in steps of 32 pixels, at least 64).
 
-    With one step a stage the last of them is at a noise level of almost 0, where most schedules end: it
-    hardly moves the video, while the stage's other steps in a longer run do, a hundred times as much.
+    The steps stay: the last one is at a noise level of almost 0 in most schedules and hardly moves the
+    video. With one or two steps a stage it would stand for other steps that do, a hundred times as much.
     """
 
     def half(size: int) -> int:
@@ -79,7 +78,6 @@ def reduced(settings: GenerationSettings, stages: int) -> GenerationSettings:
         settings,
         height=half(settings.height),
         width=half(settings.width),
-        steps=min(settings.steps, max(4, STEPS * stages)),
     )
 
 

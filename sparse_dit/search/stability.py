@@ -103,7 +103,7 @@ def _solve_all(
     stages = stages_of(parts[0].sigmas)
     if state.sensitivity is None:
         say("measuring how much each noise level and layer matters")
-        small = reduced(request.settings, len(stages))
+        small = reduced(request.settings)
         case = request.calibration[0]
         state.sensitivity = sensitivity(pipe, name, stages, parts[0].layers, case, small)
         state.write()
