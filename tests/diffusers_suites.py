@@ -1,0 +1,210 @@
+"""diffusers' own tests of the supported models, without and with a dense plan patched in.
+
+    python -m tests.diffusers_suites CHECKOUT [--only NAME ...] [--json FILE] [--timeout SECONDS]
+
+CHECKOUT is a checkout of https://github.com/huggingface/diffusers, best at the tag of the installed
+version: its tests run, the installed library is what they test. Nothing is copied from it. Every
+file of tests/models/transformers and tests/pipelines that names a supported transformer runs twice,
+each time in a pytest of its own. The second time `diffusers_suites_plugin` patches each supported
+transformer with a dense plan when it is built. What comes out differently, test by test, is printed,
+and the exit code is 1 then; 2 if there is nothing to run.
+
+Tests marked slow, or that need an accelerator, are skipped by diffusers itself; there is no network
+(HF_HUB_OFFLINE=1), so what needs a download fails both times and is counted as that. The tests need
+`parameterized` beside what sparse_dit's own need; a file that lacks a package fails both times, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+import sparse_dit
+from sparse_dit.tables import out
+from tests.diffusers_suites_plugin import DENSE, OUTCOMES
+
+FOLDERS = ("tests/models/transformers", "tests/pipelines")
+HUB = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "outgoing traffic has been disabled")
+PACKAGE = ("ModuleNotFoundError", "requires the")
+
+# tests that can't hold with the patch, by a regular expression of their names, and why
+EXCEPTIONS: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A test that came out differently; `because` if that is one of `EXCEPTIONS`."""
+
+    test: str
+    without: str
+    patched: str
+    message: str
+    because: str | None
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """One test file, run twice.
+
+    Attributes:
+        file: Path within the checkout.
+        without, patched: Number of tests by outcome.
+        models: Transformers that were patched.
+        calls: Attention calls that went through the patch, by the reason that they ran dense.
+        failures: Tests that failed both times, by what they lacked.
+        differences: Tests that came out differently.
+    """
+
+    file: str
+    without: dict[str, int]
+    patched: dict[str, int]
+    models: int
+    calls: dict[str, int]
+    failures: dict[str, int]
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def unexplained(self) -> list[Difference]:
+        """Differences that are none of `EXCEPTIONS`."""
+        return [d for d in self.differences if d.because is None]
+
+
+def suite_files(checkout: Path, only: list[str]) -> list[Path]:
+    """Test files of a checkout that name a supported transformer, and one of `only` in their path."""
+    names = [m.transformer for m in sparse_dit.supported_models() if m.reason is None]
+    named = re.compile(rf"\b(?:{'|'.join(names)})\b")
+    found = (p for folder in FOLDERS for p in sorted((checkout / folder).rglob("test_*.py")))
+    return [
+        path
+        for path in found
+        if (not only or any(name in path.relative_to(checkout).as_posix() for name in only))
+        and named.search(path.read_text())
+    ]
+
+
+def run_file(checkout: Path, file: Path, timeout: float) -> FileResult:
+    """Run a test file without and with the patch.
+
+    Raises:
+        RuntimeError: If pytest itself fails, or takes longer than `timeout` seconds.
+    """
+    stock, patched = (_pytest(checkout, file, dense, timeout) for dense in (False, True))
+    before, after = stock["tests"], patched["tests"]
+    both = {name for name in before.keys() & after.keys() if before[name][0] == after[name][0]}
+    failed = _counted(_lack(before[n][1]) for n in both if before[n][0] in ("failed", "error"))
+    nothing = ("not run", "")
+    return FileResult(
+        file.relative_to(checkout).as_posix(),
+        _counted(outcome for outcome, _ in before.values()),
+        _counted(outcome for outcome, _ in after.values()),
+        patched["patched"],
+        patched["calls"],
+        failed,
+        [
+            _difference(name, before.get(name, nothing), after.get(name, nothing))
+            for name in sorted((before.keys() | after.keys()) - both)
+        ],
+    )
+
+
+def _pytest(checkout: Path, file: Path, dense: bool, timeout: float) -> dict:
+    """What the plugin wrote in one run of pytest."""
+    here = Path(__file__).parent
+    roots = [str(here), str(Path(sparse_dit.__file__).parents[1])]
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = Path(folder) / "outcomes.json"
+        changed = {OUTCOMES: str(outcomes), DENSE: str(int(dense)), "HF_HUB_OFFLINE": "1"}
+        paths = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-p", "diffusers_suites_plugin",
+            "-p", "no:cacheprovider", "--rootdir", str(checkout), str(file),
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, cwd=checkout, capture_output=True, text=True, timeout=timeout,
+                env={**os.environ, **changed, "PYTHONPATH": paths},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{file.name} took longer than {timeout:g} s (--timeout)") from None
+        if not outcomes.exists():
+            raise RuntimeError(
+                f"pytest failed on {file.name}:\n{(done.stdout + done.stderr)[-3000:]}"
+            )
+        return json.loads(outcomes.read_text())
+
+
+def _counted(words: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(words))  # dataclasses.asdict can't copy a Counter
+
+
+def _lack(message: str) -> str:
+    if any(word in message for word in HUB):
+        return "needs a download"
+    return "lacks a package" if any(word in message for word in PACKAGE) else "other"
+
+
+def _difference(test: str, before: tuple[str, str], after: tuple[str, str]) -> Difference:
+    because = next((why for name, why in EXCEPTIONS.items() if re.search(name, test)), None)
+    return Difference(test, before[0], after[0], after[1] or before[1], because)
+
+
+def show(results: list[FileResult]) -> None:
+    """Both runs of each file as a table, and every difference below it."""
+    columns = ("file", "passed without", "passed with", "differ", "failed both times", "skipped")
+    table = Table(*columns, "patched", "attention calls")
+    for r in results:
+        failures = ", ".join(f"{n} {what}" for what, n in r.failures.items())
+        differ = f"{len(r.unexplained)} + {len(r.differences) - len(r.unexplained)} excepted"
+        table.add_row(
+            r.file.removeprefix("tests/"), str(r.without.get("passed", 0)),
+            str(r.patched.get("passed", 0)), differ if r.differences else "0", failures or "0",
+            str(r.without.get("skipped", 0)), str(r.models), str(sum(r.calls.values())),
+        )  # fmt: skip
+    out.print(table)
+    for result in results:
+        for d in result.differences:
+            out.print(f"{d.test}: {d.without} without, {d.patched} with", markup=False)
+            last = d.message.strip().splitlines()[-1:] or [""]
+            out.print(f"    [dim]{escape(d.because or last[0])}[/dim]", soft_wrap=True)
+
+
+def main(argv: list[str]) -> int:
+    """Run the suites; 1 if anything that isn't excepted differs, 2 if there is nothing to run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.diffusers_suites", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("checkout", type=Path, help="checkout of diffusers")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the wanted files' paths")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one run of a file")
+    given = parser.parse_args(argv)
+    checkout = given.checkout.resolve()
+    if not (files := suite_files(checkout, given.only)):
+        print(f"{checkout} has no test file of a supported model, or none fits --only",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    results = []
+    for file in files:
+        results.append(run_file(checkout, file, given.timeout))
+        print(f"{len(results)}/{len(files)} {results[-1].file}: "
+              f"{len(results[-1].unexplained)} differ", file=sys.stderr, flush=True)  # fmt: skip
+    if given.json:
+        given.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    show(results)
+    return int(any(r.unexplained for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
