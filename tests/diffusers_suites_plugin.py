@@ -107,7 +107,8 @@ def pytest_sessionfinish() -> None:
 
 
 def _message(report: pytest.CollectReport | pytest.TestReport) -> str:
-    """What went wrong, in one text: the end of a traceback, or why a test was skipped."""
+    """What an exception says, or why a test was skipped; of others the end of what pytest prints."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
-    return str(report.longrepr)[-3000:]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return (crash.message if crash else str(report.longrepr))[-3000:]

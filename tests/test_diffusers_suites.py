@@ -5,14 +5,14 @@ import json
 import pytest
 
 from tests import diffusers_suites
-from tests.diffusers_suites import main, run_file, suite_files
+from tests.diffusers_suites import Run, main, run_file, suite_files
 
 SUITE = """
 import copy
 
 import torch
 from diffusers import WanTransformer3DModel
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 
 def build():
@@ -38,6 +38,11 @@ def test_the_processor_is_stock():
 
 def test_that_needs_a_download():
     AutoConfig.from_pretrained("no-such/model")
+
+
+def test_with_a_stand_in():
+    config = AutoConfig.from_pretrained("hf-internal-testing/tiny-random-t5")
+    assert len(AutoTokenizer.from_pretrained("hf-internal-testing/tiny-random-t5")) < config.vocab_size
 """
 
 
@@ -53,13 +58,13 @@ def checkout(tmp_path):
 
 def test_what_only_passes_without_the_patch_is_told(checkout, capsys):
     file = checkout / "results.json"
-    assert main([str(checkout), "--json", str(file)]) == 1
+    assert main([str(checkout), "--stand-ins", "--json", str(file)]) == 1
     said = capsys.readouterr().out
     assert "::test_the_processor_is_stock: passed without, failed with" in said
     (result,) = json.loads(file.read_text())
     assert result["file"] == "tests/models/transformers/test_wan.py"
-    assert result["without"] == {"passed": 2, "failed": 1}
-    assert result["patched"] == {"passed": 1, "failed": 2}
+    assert result["without"] == {"passed": 3, "failed": 1}
+    assert result["patched"] == {"passed": 2, "failed": 2}
     assert result["failures"] == {"needs a download": 1}
     assert [d["test"].split("::")[1] for d in result["differences"]] == [
         "test_the_processor_is_stock"
@@ -70,17 +75,18 @@ def test_what_only_passes_without_the_patch_is_told(checkout, capsys):
 
 
 def _fake(monkeypatch, **differing):
-    """Runs that differ as told: `test=(without, with)`."""
+    """Runs that differ as told: `test=((outcome, message) without, (outcome, message) with)`."""
 
-    def run(checkout, file, dense, timeout):
-        tests = {f"file.py::{name}": (both[dense], "") for name, both in differing.items()}
+    def run(settings, file, dense):
+        tests = {f"file.py::{name}": both[dense] for name, both in differing.items()}
         return {"tests": tests, "patched": 1, "calls": {}}
 
     monkeypatch.setattr(diffusers_suites, "_pytest", run)
 
 
 def test_an_exception_is_counted_and_does_not_fail_the_run(checkout, capsys, monkeypatch):
-    _fake(monkeypatch, test_a=("passed", "failed"), test_b=("passed", "passed"))
+    passed, failed = ("passed", ""), ("failed", "")
+    _fake(monkeypatch, test_a=(passed, failed), test_b=(passed, passed))
     monkeypatch.setattr(diffusers_suites, "EXCEPTIONS", {"::test_a$": "it asks for the class"})
     assert main([str(checkout)]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -89,13 +95,21 @@ def test_an_exception_is_counted_and_does_not_fail_the_run(checkout, capsys, mon
 
 
 def test_a_test_that_runs_but_once_differs(checkout, monkeypatch):
-    def run(checkout, file, dense, timeout):
+    def run(settings, file, dense):
         tests = {} if dense else {"file.py::test_a": ("passed", "")}
         return {"tests": tests, "patched": 0, "calls": {}}
 
     monkeypatch.setattr(diffusers_suites, "_pytest", run)
-    (difference,) = run_file(checkout, suite_files(checkout, [])[0], 1).unexplained
+    (difference,) = run_file(Run(checkout), suite_files(checkout, [])[0]).unexplained
     assert (difference.without, difference.patched) == ("passed", "not run")
+
+
+def test_what_fails_both_times_must_say_the_same(checkout, monkeypatch):
+    said, elsewhere = ("failed", "got 0.5 at 0x7f01"), ("failed", "got 0.5 at 0x7f02")
+    _fake(monkeypatch, test_a=(said, elsewhere), test_b=(said, ("failed", "got 0.6 at 0x7f01")))
+    result = run_file(Run(checkout), suite_files(checkout, [])[0])
+    assert [d.test for d in result.unexplained] == ["file.py::test_b"]
+    assert result.failures == {"other": 1}
 
 
 def test_files_are_those_of_supported_models(checkout):
