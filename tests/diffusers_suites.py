@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 import sparse_dit
 from sparse_dit.tables import out
@@ -114,11 +115,7 @@ def suite_files(checkout: Path, only: list[str]) -> list[Path]:
 
 
 def run_file(run: Run, file: Path) -> FileResult:
-    """Run a test file without and with the patch.
-
-    Raises:
-        RuntimeError: If pytest itself fails, or takes too long.
-    """
+    """Run a test file without and with the patch; a run that dies or takes too long is one error."""
     stock, patched = (_pytest(run, file, dense) for dense in (False, True))
     before, after = stock["tests"], patched["tests"]
     both = {name for name in before.keys() & after.keys() if _same(before[name], after[name])}
@@ -156,13 +153,15 @@ def _pytest(run: Run, file: Path, dense: bool) -> dict[str, Any]:
                 env={**os.environ, **changed, "PYTHONPATH": paths},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise RuntimeError(
-                f"{file.name} took longer than {run.timeout:g} s; allow more by --timeout"
-            ) from None
+            return _broken(file, f"took longer than {run.timeout:g} s; allow more by --timeout")
         if not outcomes.exists():
-            said = (done.stdout + done.stderr)[-3000:]
-            raise RuntimeError(f"pytest failed on {file.name}:\n{said}")
+            return _broken(file, f"pytest ended with {done.returncode}: {done.stderr[-3000:]}")
         return json.loads(outcomes.read_text())
+
+
+def _broken(file: Path, message: str) -> dict[str, Any]:
+    """Of a run that told nothing: the file as one test."""
+    return {"tests": {file.name: ("error", message)}, "patched": 0, "calls": {}}
 
 
 def _same(before: tuple[str, str], after: tuple[str, str]) -> bool:
@@ -188,23 +187,34 @@ def _difference(test: str, before: tuple[str, str], after: tuple[str, str]) -> D
 
 
 def show(results: list[FileResult]) -> None:
-    """Both runs of each file as a table, and every difference below it."""
-    columns = ("file", "passed without", "passed with", "differ", "failed both times", "skipped")
-    table = Table(*columns, "patched", "attention calls")
-    for r in results:
-        failures = ", ".join(f"{n} {what}" for what, n in r.failures.items())
-        differ = f"{len(r.unexplained)} + {len(r.differences) - len(r.unexplained)} excepted"
-        table.add_row(
-            r.file.removeprefix("tests/"), str(r.without.get("passed", 0)),
-            str(r.patched.get("passed", 0)), differ if r.differences else "0", failures or "0",
-            str(r.without.get("skipped", 0)), str(r.models), str(sum(r.calls.values())),
-        )  # fmt: skip
+    """Both runs of each file as a table, their sum, and every difference below it."""
+    table = Table(
+        "file", "passed without", "passed with", "differ", "excepted", "failed both", "skipped",
+        "models", "calls", show_footer=True,
+    )  # fmt: skip
+    rows = [_row(r) for r in results]
+    for r, row in zip(results, rows, strict=True):
+        table.add_row(r.file.removeprefix("tests/"), *map(str, row))
+    sums = (f"{len(results)} files", *(str(sum(column)) for column in zip(*rows, strict=True)))
+    for column, total in zip(table.columns, sums, strict=True):
+        column.footer, column.overflow = total, "fold"
     out.print(table)
-    for result in results:
-        for d in result.differences:
-            out.print(f"{d.test}: {d.without} without, {d.patched} with", markup=False)
-            last = d.message.strip().splitlines()[-1:] or [""]
-            out.print(f"    [dim]{escape(d.because or last[0])}[/dim]", soft_wrap=True)
+    lacking: Counter[str] = sum((Counter(r.failures) for r in results), Counter())
+    if lacking:
+        words = ", ".join(f"{number} {what}" for what, number in lacking.most_common())
+        out.print(f"failed both times, and said the same: {words}", highlight=False)
+    for d in (d for r in results for d in r.differences):
+        out.print(f"{d.test}: {d.without} without, {d.patched} with", markup=False)
+        last = d.message.strip().splitlines()[-1:] or [""]
+        out.print(f"    [dim]{escape(d.because or last[0])}[/dim]", soft_wrap=True)
+
+
+def _row(r: FileResult) -> tuple[int, ...]:
+    excepted = len(r.differences) - len(r.unexplained)
+    return (
+        r.without.get("passed", 0), r.patched.get("passed", 0), len(r.unexplained), excepted,
+        sum(r.failures.values()), r.without.get("skipped", 0), r.models, sum(r.calls.values()),
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -225,6 +235,7 @@ def main(argv: list[str]) -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         if given.stand_ins:
+            disable_progress_bar()
             write_stand_ins(Path(folder))
         run = Run(checkout, given.timeout, Path(folder) if given.stand_ins else None)
         results = [run_file(run, file) for file in track(files, "running", console=PROGRESS)]
