@@ -83,7 +83,7 @@ class FileResult:
         without, patched: Number of tests by outcome.
         models: Transformers that were patched.
         calls: Attention calls that went through the patch, by the reason that they ran dense.
-        failures: Tests that failed both times, by what they lacked.
+        failures: What the tests said that failed both times, in one line.
         differences: Tests that came out differently.
     """
 
@@ -92,7 +92,7 @@ class FileResult:
     patched: dict[str, int]
     models: int
     calls: dict[str, int]
-    failures: dict[str, int]
+    failures: dict[str, str]
     differences: list[Difference] = field(default_factory=list)
 
     @property
@@ -119,7 +119,7 @@ def run_file(run: Run, file: Path) -> FileResult:
     stock, patched = (_pytest(run, file, dense) for dense in (False, True))
     before, after = stock["tests"], patched["tests"]
     both = {name for name in before.keys() & after.keys() if _same(before[name], after[name])}
-    failed = _counted(_lack(before[n][1]) for n in both if before[n][0] in FAILED)
+    failed = {n: _line(before[n][1]) for n in sorted(both) if before[n][0] in FAILED}
     nothing = ("not run", "")
     return FileResult(
         file.relative_to(run.checkout).as_posix(),
@@ -175,6 +175,10 @@ def _counted(words: Iterable[str]) -> dict[str, int]:
     return dict(Counter(words))  # dataclasses.asdict can't copy a Counter
 
 
+def _line(message: str) -> str:
+    return " ".join(message.split())[:300]
+
+
 def _lack(message: str) -> str:
     if any(word in message for word in HUB):
         return "needs a download"
@@ -189,31 +193,30 @@ def _difference(test: str, before: tuple[str, str], after: tuple[str, str]) -> D
 def show(results: list[FileResult]) -> None:
     """Both runs of each file as a table, their sum, and every difference below it."""
     table = Table(
-        "file", "passed without", "passed with", "differ", "excepted", "failed both", "skipped",
-        "models", "calls", show_footer=True,
+        "file", "passed", "with patch", "differ", "excepted", "fail both", "skipped", "models",
+        "calls", show_footer=True,
     )  # fmt: skip
     rows = [_row(r) for r in results]
     for r, row in zip(results, rows, strict=True):
-        table.add_row(r.file.removeprefix("tests/"), *map(str, row))
+        table.add_row(r.file.removeprefix("tests/").removesuffix(".py"), *map(str, row))
     sums = (f"{len(results)} files", *(str(sum(column)) for column in zip(*rows, strict=True)))
     for column, total in zip(table.columns, sums, strict=True):
         column.footer, column.overflow = total, "fold"
     out.print(table)
-    lacking: Counter[str] = sum((Counter(r.failures) for r in results), Counter())
+    lacking = Counter(_lack(message) for r in results for message in r.failures.values())
     if lacking:
         words = ", ".join(f"{number} {what}" for what, number in lacking.most_common())
         out.print(f"failed both times, and said the same: {words}", highlight=False)
     for d in (d for r in results for d in r.differences):
         out.print(f"{d.test}: {d.without} without, {d.patched} with", markup=False)
-        last = d.message.strip().splitlines()[-1:] or [""]
-        out.print(f"    [dim]{escape(d.because or last[0])}[/dim]", soft_wrap=True)
+        out.print(f"    [dim]{escape(d.because or _line(d.message))}[/dim]", soft_wrap=True)
 
 
 def _row(r: FileResult) -> tuple[int, ...]:
     excepted = len(r.differences) - len(r.unexplained)
     return (
         r.without.get("passed", 0), r.patched.get("passed", 0), len(r.unexplained), excepted,
-        sum(r.failures.values()), r.without.get("skipped", 0), r.models, sum(r.calls.values()),
+        len(r.failures), r.without.get("skipped", 0), r.models, sum(r.calls.values()),
     )  # fmt: skip
 
 
