@@ -549,7 +549,7 @@ def test_timesteps_a_token_and_positional_arguments():
     timestep[:, :16] = 0  # tokens of a given first frame carry no noise
     with torch.no_grad():
         pipe.transformer(timestep=timestep, **inputs)
-        assert attachment.context == StepContext(TokenLayout.video(2, 4, 4), 0.75, "any", 0, 0)
+        assert attachment.context == StepContext(TokenLayout.video(2, 4, 4), 0.75, "cond", 0, 0)
         video, text = inputs.values()
         pipe.transformer(video, torch.tensor([250]), text)
         assert attachment.context == StepContext(TokenLayout.video(2, 4, 4), 0.25, "any", 0, 1)

@@ -91,7 +91,14 @@ SIGMAS = dict.fromkeys(BUILDERS, (1.0, 0.5)) | {
     "cogview": (1.0, 0.001),
     "hidream": (1.0, 0.001),
 }
-NAMED = {"flux2", "qwen", "hunyuan_image", "cogview"}  # whose pipelines name the guidance branch
+TWO_CALLS = {
+    "flux2",
+    "qwen",
+    "hunyuan_image",
+    "cogview",
+    "chroma",
+    "lumina",
+}  # guidance not batched
 
 
 class Recorder:
@@ -196,7 +203,8 @@ def test_layers_layouts_heads_and_noise_levels(name, several):
         assert c.q.shape[1] == c.context.layout.seq_len
         assert c.q.shape[2:] == heads_of(pipe.transformer)
         assert c.context.sigma == pytest.approx(SIGMAS[name][step], abs=1e-4)
-        assert c.context.branch == (("cond", "uncond")[forward] if name in NAMED else "any")
+        assert c.context.branch == (("cond", "uncond")[forward] if name in TWO_CALLS else "any")
+        assert (c.context.run, c.context.step) == (0, step)
         assert c.unsupported is None
 
 

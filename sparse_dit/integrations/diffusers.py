@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .call import AttentionCall, Branch, Intercept, StepContext
-from .families import BRANCHES, FAMILIES, Family, family_of, forward_arguments, sigma_of
+from .call import AttentionCall, Intercept, StepContext
+from .course import Course
+from .families import FAMILIES, Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
@@ -136,9 +137,8 @@ class Attachment:
             n: wrap(p, Seam(n, self._tap, image_only(n) is not None))
             for n, p in self._stock.items()
         }
-        self._branch: Branch = "any"
-        self._seen: set[Branch] = set()
-        self._first_sigma = 0.0
+        self._name: str | None = None
+        self._course = Course()
         self._lost: set[str] = set()
         try:
             for name, processor in self._patched.items():
@@ -184,16 +184,17 @@ class Attachment:
         delattr(self._transformer, self.KEY)
         self._tap.intercept = None  # a processor that the host kept runs stock from now on
         self._tap.mask = self._tap.arrangement = None
+        self._course = Course()  # it holds tensors
 
     @contextlib.contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """`transformer.cache_context`, from which the pipeline tells the guidance branch."""
-        previous, self._branch = self._branch, BRANCHES.get(name, "any")
+        previous, self._name = self._name, name
         try:
             with type(self._transformer).cache_context(self._transformer, name, **kwargs):
                 yield
         finally:
-            self._branch = previous
+            self._name = previous
 
     @torch.compiler.disable
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -201,30 +202,14 @@ class Attachment:
         family = _family(transformer)
         arguments = forward_arguments(transformer, args, kwargs)
         sigma = sigma_of(family, arguments)
-        run, step = self._advance(sigma, self._branch)
+        branch, run, step = self._course.advance(
+            self._tap.context, family, arguments, sigma, self._name
+        )
         told = family.arrange(transformer.config, arguments) if family.arrange else None
         layout = told.layout if told else family.layout(transformer.config, arguments)
         check_split(transformer, layout, family.heads(transformer.config)[0])
-        self._tap.context = StepContext(layout, sigma, self._branch, run, step)
+        self._tap.context = StepContext(layout, sigma, branch, run, step)
         self._tap.arrangement = told
-
-    def _advance(self, sigma: float, branch: Branch) -> tuple[int, int]:
-        """Run and step of a forward, from the noise level's course and the branches seen at it."""
-        last = self._tap.context
-        repeated = branch in self._seen
-        if (
-            last.sigma is None
-            or sigma > last.sigma
-            or (repeated and last.step == 0 and sigma == self._first_sigma)
-        ):
-            self._seen = {branch}
-            self._first_sigma = sigma
-            return last.run + 1, 0
-        if sigma < last.sigma or repeated:
-            self._seen = {branch}
-            return last.run, last.step + 1
-        self._seen.add(branch)
-        return last.run, last.step
 
     def _report_lost(self) -> None:
         lost = set(self.lost)

@@ -68,6 +68,9 @@ BRANCHES: dict[str, Branch] = {
     "pred_cond": "cond",
     "uncond": "uncond",
     "pred_uncond": "uncond",
+    # the prompt again, with layers skipped or scores perturbed
+    "pred_cond_skip": "cond",
+    "pred_cond_seg": "cond",
 }
 
 

@@ -36,6 +36,8 @@ LAYERS = r"transformer_blocks\.\d+\.attn1"
 
 FAMILIES = {
     "CogView3PlusTransformer2DModel": Family(LAYERS, _cogview4, tested="transformer"),
-    "CogView4Transformer2DModel": Family(LAYERS, _cogview4, arrange=_biased),
-    "GlmImageTransformer2DModel": Family(LAYERS, _glm, arrange=_biased, tested="transformer"),
+    "CogView4Transformer2DModel": Family(LAYERS, _cogview4, arrange=_biased, two_calls=True),
+    "GlmImageTransformer2DModel": Family(
+        LAYERS, _glm, arrange=_biased, two_calls=True, tested="transformer"
+    ),
 }

@@ -19,6 +19,10 @@ def _cosmos(config: Any, arguments: Arguments) -> TokenLayout:
 
 FAMILIES = {
     "CosmosTransformer3DModel": Family(
-        r"transformer_blocks\.\d+\.attn1", _cosmos, max_timestep=1.0, tested="transformer"
+        r"transformer_blocks\.\d+\.attn1",
+        _cosmos,
+        max_timestep=1.0,
+        tested="transformer",
+        two_calls=True,
     ),
 }

@@ -39,6 +39,8 @@ class Family:
         arrange: Function of (config, forward arguments) -> what they say of the tokens where layers
             have a mask, instead of `layout`; None if there is no such mask.
         unpadded: Whether layers attend item by item, without the padding at the layout's end.
+        two_calls: Whether pipelines that don't name guidance branches run them in two forwards, the
+            prompt's first.
         tested: What the tests run with the patch on: a whole `"pipeline"`, the `"transformer"` alone, or
             `"nothing"` (a class that a user made known).
     """
@@ -52,6 +54,7 @@ class Family:
     image_only: str | None = None
     arrange: Callable[[Any, Arguments], Arrangement | None] | None = None
     unpadded: bool = False
+    two_calls: bool = False
     tested: Literal["pipeline", "transformer", "nothing"] = "pipeline"
 
 

@@ -80,9 +80,11 @@ def _fibo(config: Any, arguments: Arguments) -> Arrangement | None:
 LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"
 
 FAMILIES = {
-    "FluxTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0),
-    "Flux2Transformer2DModel": Family(LAYERS, _flux2, max_timestep=1.0),
-    "ChromaTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, arrange=_chroma),
+    "FluxTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, two_calls=True),
+    "Flux2Transformer2DModel": Family(LAYERS, _flux2, max_timestep=1.0, two_calls=True),
+    "ChromaTransformer2DModel": Family(
+        LAYERS, _flux, max_timestep=1.0, arrange=_chroma, two_calls=True
+    ),
     "LongCatImageTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, tested="transformer"),
     "OvisImageTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, tested="transformer"),
     "BriaTransformer2DModel": Family(LAYERS, _flux, tested="transformer"),

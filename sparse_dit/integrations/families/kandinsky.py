@@ -26,5 +26,6 @@ FAMILIES = {
         _kandinsky,
         heads=_heads,
         tested="transformer",
+        two_calls=True,
     ),
 }

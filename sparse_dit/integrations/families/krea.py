@@ -30,5 +30,6 @@ FAMILIES = {
         max_timestep=1.0,
         arrange=_padded,
         tested="transformer",
+        two_calls=True,
     ),
 }

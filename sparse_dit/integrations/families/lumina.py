@@ -59,5 +59,6 @@ FAMILIES = {
         clean_timestep=1.0,
         heads=_heads,
         arrange=_padded,
+        two_calls=True,
     ),
 }

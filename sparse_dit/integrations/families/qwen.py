@@ -29,6 +29,6 @@ def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
 
 FAMILIES = {
     "QwenImageTransformer2DModel": Family(
-        r"transformer_blocks\.\d+\.attn", _qwen, max_timestep=1.0, arrange=_padded
+        r"transformer_blocks\.\d+\.attn", _qwen, max_timestep=1.0, arrange=_padded, two_calls=True
     ),
 }

@@ -19,9 +19,11 @@ def _wan(config: Any, arguments: Arguments) -> TokenLayout:
 LAYERS = r"blocks\.\d+\.attn1"
 
 FAMILIES = {
-    "WanTransformer3DModel": Family(LAYERS, _wan),
-    "WanVACETransformer3DModel": Family(rf"(vace_)?{LAYERS}", _wan, tested="transformer"),
-    "WanAnimateTransformer3DModel": Family(LAYERS, _wan, tested="transformer"),
-    "SkyReelsV2Transformer3DModel": Family(LAYERS, _wan),
-    "ChronoEditTransformer3DModel": Family(LAYERS, _wan, tested="transformer"),
+    "WanTransformer3DModel": Family(LAYERS, _wan, two_calls=True),
+    "WanVACETransformer3DModel": Family(
+        rf"(vace_)?{LAYERS}", _wan, two_calls=True, tested="transformer"
+    ),
+    "WanAnimateTransformer3DModel": Family(LAYERS, _wan, two_calls=True, tested="transformer"),
+    "SkyReelsV2Transformer3DModel": Family(LAYERS, _wan, two_calls=True),
+    "ChronoEditTransformer3DModel": Family(LAYERS, _wan, two_calls=True, tested="transformer"),
 }

@@ -1,0 +1,104 @@
+"""Which guidance branch, run and step a forward belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Branch, StepContext
+from .families import BRANCHES, Family
+from .families.family import Arguments
+
+CONDITION = "encoder_hidden_states"
+INPUT = "hidden_states"
+
+
+class Course:
+    """The forwards of the present step, by which the next one is told from a new step or a new run.
+
+    Pipelines name a forward (`transformer.cache_context`) or don't. Forwards without a name belong to
+    one step if they are given the same noise level and latents and other conditions. A copy starts anew.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[Any] = []  # names, or conditions of forwards without a name
+        self._input: Any = None
+        self._first_sigma = 0.0
+
+    def __reduce__(self):
+        return Course, ()
+
+    def advance(
+        self,
+        last: StepContext,
+        family: Family,
+        arguments: Arguments,
+        sigma: float,
+        name: str | None,
+    ) -> tuple[Branch, int, int]:
+        """Branch, run and step of a forward.
+
+        Args:
+            last: Where the forward before it stood.
+            family: Of the transformer.
+            arguments: Of the forward.
+            sigma: Its noise level.
+            name: What the pipeline calls it; None if it doesn't.
+        """
+        key = name or arguments.get(CONDITION)
+        place = next((n for n, seen in enumerate(self._seen) if _equal(seen, key)), None)
+        branch = BRANCHES.get(name, "any") if name else self._unnamed(family, place)
+        again = bool(self._seen) and (
+            place is not None if name else not self._one_step(last, arguments, place)
+        )
+        if last.sigma is None or sigma > last.sigma or (again and self._at_start(last, sigma)):
+            self._first_sigma = sigma
+            self._seen, run, step = [], last.run + 1, 0
+        elif again or sigma < last.sigma:
+            self._seen, run, step = [], last.run, last.step + 1
+        else:
+            run, step = last.run, last.step
+        if not name and not self._seen:
+            branch = self._unnamed(family, None)
+        if not self._seen or place is None:
+            self._seen.append(key)
+        self._input = None if name else arguments.get(INPUT)
+        return branch, run, step
+
+    def _at_start(self, last: StepContext, sigma: float) -> bool:
+        return last.step == 0 and sigma == self._first_sigma
+
+    def _unnamed(self, family: Family, place: int | None) -> Branch:
+        """The first condition of a step is the prompt's, the second the other branch's."""
+        place = len(self._seen) if place is None else place
+        if not family.two_calls or place > 1:
+            return "any"
+        return "uncond" if place else "cond"
+
+    def _one_step(self, last: StepContext, arguments: Arguments, place: int | None) -> bool:
+        """Whether a forward without a name continues the step, at one noise level.
+
+        The prompt again may be a third prediction (skipped layers), but not in a run's first step: there
+        it is the next run of a single step.
+        """
+        if place is not None and last.step == 0:
+            return False
+        return _same_noise(arguments.get(INPUT), self._input)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two conditions are the same; reads them back unless they are one tensor."""
+    if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+
+
+def _same_noise(a: Any, b: Any) -> bool:
+    """Whether two forwards' latents are the same, but for frames that are given; reads them back."""
+    if a is b:
+        return a is not None
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
+        return False
+    return (a == b.to(a.device)).float().mean().item() > 0.5
