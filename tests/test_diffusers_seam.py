@@ -552,8 +552,8 @@ def test_timesteps_a_token_and_positional_arguments():
         assert attachment.context == StepContext(TokenLayout.video(2, 4, 4), 0.75, "cond", 0, 0)
         video, text = inputs.values()
         pipe.transformer(video, torch.tensor([250]), text)
-        assert attachment.context == StepContext(TokenLayout.video(2, 4, 4), 0.25, "any", 0, 1)
-        pipe.transformer(video, torch.tensor([250]), text)  # as second-order schedulers do
+        assert attachment.context == StepContext(TokenLayout.video(2, 4, 4), 0.25, "cond", 0, 1)
+        pipe.transformer(video + 1, torch.tensor([250]), text)  # as second-order schedulers do
         assert attachment.context.step == 2
     attachment.detach()
 
