@@ -44,11 +44,20 @@ from tests.diffusers_suites_plugin import DENSE, OUTCOMES
 
 PROGRESS = Console(stderr=True)
 FOLDERS = ("tests/models/transformers", "tests/pipelines")
-HUB = ("couldn't connect to", "outgoing traffic has been disabled", "disk cache", "offline mode")
+# words by which a failure is told for what it is; the last ones of missing optional packages
+LACKS = {
+    "needs a download": (
+        "couldn't connect to", "outgoing traffic has been disabled", "disk cache", "offline mode",
+    ),
+    "expects other numbers": ("Tensors not close", "expected slice", "not less than"),
+    "lacks a package": (
+        "ModuleNotFoundError", "No module named", "requires the", "library but it was not found",
+        "name 'ftfy' is not defined", "name 'transforms' is not defined",
+    ),
+}  # fmt: skip
 FAILED = ("failed", "error")
 # what differs between two runs of one test: addresses, temporary folders
 ADDRESS = re.compile(rf"0x[0-9a-f]+|{re.escape(tempfile.gettempdir())}\S*")
-PACKAGE = ("ModuleNotFoundError", "No module named", "requires the", "library but it was not found")
 
 # tests that can't hold with the patch, by a regular expression of their names, and why
 EXCEPTIONS: dict[str, str] = {}
@@ -180,9 +189,8 @@ def _line(message: str) -> str:
 
 
 def _lack(message: str) -> str:
-    if any(word in message for word in HUB):
-        return "needs a download"
-    return "lacks a package" if any(word in message for word in PACKAGE) else "other"
+    found = (kind for kind, words in LACKS.items() if any(word in message for word in words))
+    return next(found, "other")
 
 
 def _difference(test: str, before: tuple[str, str], after: tuple[str, str]) -> Difference:
