@@ -4,10 +4,10 @@
 
 CHECKOUT is a checkout of https://github.com/huggingface/diffusers, best at the tag of the installed
 version: its tests run, the installed library is what they test. Nothing is copied from it. Every
-file of tests/models/transformers and tests/pipelines that names a supported transformer runs twice,
-each time in a pytest of its own. The second time `diffusers_suites_plugin` patches each supported
-transformer with a dense plan when it is built. What comes out differently, test by test, is printed,
-and the exit code is 1 then; 2 if there is nothing to run.
+file of tests/models/transformers, tests/pipelines and tests/lora that names a supported transformer
+runs twice, each time in a pytest of its own. The second time `diffusers_suites_plugin` patches each
+supported transformer with a dense plan when it is built. What comes out differently, test by test,
+is printed, and the exit code is 1 then; 2 if there is nothing to run.
 
 Tests marked slow, or that need an accelerator, are skipped by diffusers itself. There is no network
 (HF_HUB_OFFLINE=1): what needs a download that isn't in the cache fails both times and is counted as
@@ -43,7 +43,7 @@ from tests.diffusers_suites_hub import write_stand_ins
 from tests.diffusers_suites_plugin import DENSE, OUTCOMES
 
 PROGRESS = Console(stderr=True)
-FOLDERS = ("tests/models/transformers", "tests/pipelines")
+FOLDERS = ("tests/models/transformers", "tests/pipelines", "tests/lora")
 # words by which a failure is told for what it is; the last ones of missing optional packages
 LACKS = {
     "needs a download": (
