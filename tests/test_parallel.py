@@ -22,7 +22,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Dense, Pattern, Skip, SlidingTile, Stripe, Window
 from tests.test_patch import plan_for
-from tests.tiny_pipelines import cogvideox, flux, hunyuan_video
+from tests.tiny_pipelines import cogvideox, flux, hunyuan_video, ltx
 
 LAYOUT = TokenLayout.video(4, 4, 6, text_before=8)
 DENSE = Pattern(Dense())
@@ -171,6 +171,25 @@ def forward_flux(model):
         )[0]
 
 
+def tiny_ltx():
+    return ltx()[0].transformer
+
+
+def forward_ltx(model, mask=None):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(1, 3 * 4 * 8, 8, generator=generator),
+            encoder_hidden_states=torch.randn(1, 8, 32, generator=generator),
+            timestep=torch.tensor([500]),
+            encoder_attention_mask=mask,
+            num_frames=3,
+            height=4,
+            width=8,
+            return_dict=False,
+        )[0]
+
+
 def enable(model, **degrees):
     """`enable_parallelism`, which needs an accelerator only to count it."""
     shape = (degrees.get("ring_degree", 1), degrees.get("ulysses_degree", 1))
@@ -253,6 +272,7 @@ def in_two():
     got["ring calls"] = calls(summary)
     got["lonely ring"] = sparse(enable(tiny_wan(), **ring), forward_wan, *LONELY)[0]
     got["flux ulysses"] = sparse(enable(tiny_flux(), **ulysses), forward_flux, *IMAGE)[0]
+    got["ltx ulysses"] = sparse(enable(tiny_ltx(), **ulysses), forward_ltx, *IMAGE)[0]
     got["flux ring"] = sparse(enable(tiny_flux(), **ring), forward_flux, *IMAGE)[0]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(context_parallel, "_all_gather_anything", gather_unequal)
@@ -280,6 +300,12 @@ def refusals_of_two():
     got["stock again"] = forward_wan(late)
     for build in (hunyuan_video, cogvideox):
         got[build.__name__] = error(enable, build()[0].transformer, **ulysses)
+    text = torch.ones(1, 8)
+    masked = enable(tiny_ltx(), **ulysses)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        forward_ltx(masked, text)
+    got["ltx masked"] = error(sparse, masked, forward_ltx, *IMAGE, mask=text)
+    got["ltx ring"] = error(forward_ltx, enable(tiny_ltx(), **ring))
     got["stock ring"] = error(forward_wan, enable(tiny_wan(), **ring))
     return got
 
@@ -320,10 +346,12 @@ def alone():
         "lonely": sparse(tiny_wan(), forward_wan, *LONELY)[0],
         "odd": sparse(tiny_wan(heads=3), forward_wan, *UNEVEN, **ODD)[0],
         "odd thin": sparse(tiny_wan(), forward_wan, *THIN, **ODD)[0],
+        "ltx": sparse(tiny_ltx(), forward_ltx, *IMAGE)[0],
         "flux": sparse(tiny_flux(), forward_flux, *IMAGE)[0],
     }
     assert (want["uneven"] - dense).abs().max() > 1e-4
     assert (want["lonely"] - dense).abs().max() > 1e-4
+    assert (want["ltx"] - forward_ltx(tiny_ltx())).abs().max() > 1e-4
     assert (want["flux"] - forward_flux(tiny_flux())).abs().max() > 1e-4
     return {**want, "dense": dense}
 
@@ -336,6 +364,7 @@ def alone():
         ("lonely ring", "lonely"),
         ("flux ulysses", "flux"),
         ("flux ring", "flux"),
+        ("ltx ulysses", "ltx"),
         ("odd ulysses", "odd"),
         ("odd ring", "odd thin"),
         ("patched first", "uneven"),
@@ -370,6 +399,13 @@ def test_the_host_says_what_it_cannot_split(two):
     for got in two:
         assert "`cp_plan` must be provided" in got["hunyuan_video"]
         assert "`cp_plan` must be provided" in got["cogvideox"]
+
+
+def test_what_the_host_cannot_split_of_ltx_is_told(two):
+    """Its attention to text has a mask, which fails in stock, and no ring with the native backend."""
+    for got in two:
+        assert "takes no encoder_attention_mask, got one" in got["ltx masked"]
+        assert "return_lse" in got["ltx ring"]
 
 
 def test_why_stock_runs_is_told():

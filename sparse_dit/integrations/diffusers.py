@@ -201,13 +201,13 @@ class Attachment:
         self._report_lost()
         family = _family(transformer)
         arguments = forward_arguments(transformer, args, kwargs)
-        sigma = sigma_of(family, arguments)
+        sigma = sigma_of(family, transformer.config, arguments)
         branch, run, step = self._course.advance(
             self._tap.context, family, arguments, sigma, self._name
         )
         told = family.arrange(transformer.config, arguments) if family.arrange else None
         layout = told.layout if told else family.layout(transformer.config, arguments)
-        check_split(transformer, layout, family.heads(transformer.config)[0])
+        check_split(transformer, layout, family.heads(transformer.config)[0], arguments)
         self._tap.context = StepContext(layout, sigma, branch, run, step)
         self._tap.arrangement = told
 

@@ -10,7 +10,7 @@ Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (2310.01889), USP 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,7 +200,9 @@ def split_of(
     return split, CONTEXT_PARALLELISM
 
 
-def check_split(transformer: Any, layout: TokenLayout | None, num_heads: int) -> None:
+def check_split(
+    transformer: Any, layout: TokenLayout | None, num_heads: int, arguments: Mapping[str, Any]
+) -> None:
     """Raise ValueError if diffusers can't split this; its own assertions name no numbers.
 
     A model that diffusers doesn't know how to split is left to the caller's own `cp_plan`.
@@ -209,6 +211,12 @@ def check_split(transformer: Any, layout: TokenLayout | None, num_heads: int) ->
     context = getattr(config, "context_parallel_config", None)
     if context is None or layout is None or getattr(type(transformer), "_cp_plan", None) is None:
         return
+    text_mask = "encoder_attention_mask"
+    if text_mask in transformer._cp_plan.get("", {}) and arguments.get(text_mask) is not None:
+        raise ValueError(
+            f"{type(transformer).__name__} under context parallelism takes no {text_mask}, got one: "
+            "diffusers splits it, but not for each process' heads or keys; pass None, with prompts of one length"
+        )
     processes = context.ring_degree * context.ulysses_degree
     odd = [s.length for s in layout.segments if s.length % processes]
     if odd and not (context.ulysses_anything or context.ring_anything):

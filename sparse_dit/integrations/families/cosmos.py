@@ -1,11 +1,12 @@
 """Cosmos: video tokens alone, text by cross-attention.
 
-Cosmos 2 and 2.5 pass sigma / (sigma + 1) as timestep. Cosmos 1 passes a quarter of sigma's logarithm: where
-that isn't within 0 and 1, no noise level of a plan covers it, and dense attention runs.
+Noise levels are sigma / (sigma + 1): Cosmos 2 and 2.5 pass that as timestep, Cosmos 1 a quarter of sigma's
+logarithm (`precondition_noise` of its scheduler). It alone has learnable positions.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ...layout import TokenLayout
@@ -17,11 +18,17 @@ def _cosmos(config: Any, arguments: Arguments) -> TokenLayout:
     return TokenLayout.video(*(n // p for n, p in zip(grid, config.patch_size, strict=True)))
 
 
+def _noise(config: Any, timestep: float) -> float:
+    if config.extra_pos_embed_type is None:
+        return timestep
+    return 1 / (1 + math.exp(-4 * timestep))
+
+
 FAMILIES = {
     "CosmosTransformer3DModel": Family(
         r"transformer_blocks\.\d+\.attn1",
         _cosmos,
-        max_timestep=1.0,
+        noise=_noise,
         tested="transformer",
         two_calls=True,
     ),

@@ -34,6 +34,8 @@ class Family:
         max_timestep: Value of the forward's `timestep` that is sigma 1.
         clean_timestep: Value of the forward's `timestep` that is sigma 0.
         timestep: Name of the forward's argument that holds the noise level.
+        noise: Function of (config, timestep) -> noise level within 0 and 1, for timesteps that aren't linear
+            in it; None where `max_timestep` and `clean_timestep` say all.
         heads: Function of config -> (num_heads, head_dim) of these layers.
         image_only: Regular expression of those `layers` that see the video or image without the text.
         arrange: Function of (config, forward arguments) -> what they say of the tokens where layers
@@ -50,6 +52,7 @@ class Family:
     max_timestep: float = 1000.0
     clean_timestep: float = 0.0
     timestep: str = "timestep"
+    noise: Callable[[Any, float], float] | None = None
     heads: Callable[[Any], tuple[int, int]] = _heads
     image_only: str | None = None
     arrange: Callable[[Any, Arguments], Arrangement | None] | None = None
@@ -63,12 +66,14 @@ def forward_arguments(transformer: nn.Module, args: tuple, kwargs: dict[str, Any
     return _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
 
 
-def sigma_of(family: Family, arguments: Arguments) -> float:
+def sigma_of(family: Family, config: Any, arguments: Arguments) -> float:
     """Noise level of a forward; reads the timestep back from its device."""
     timestep = arguments[family.timestep]
     span = family.max_timestep - family.clean_timestep
     if isinstance(timestep, Tensor):
         timestep = (timestep.max() if span > 0 else timestep.min()).item()
+    if family.noise is not None:
+        return family.noise(config, float(timestep))
     return (float(timestep) - family.clean_timestep) / span
 
 
