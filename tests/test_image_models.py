@@ -601,6 +601,8 @@ BARE_LAYERS = dict.fromkeys(("longcat", "ovis", "bria", "bria_fibo"), JOINT) | {
     "cogview3": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
     "glm": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
     "ernie": ["layers.0.self_attention", "layers.1.self_attention"],
+    "dit": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
+    "hunyuan_dit": ["blocks.0.attn1", "blocks.1.attn1"],
 }
 _IMAGE = Segment.video(1, 4, 6)
 _TEXT_FIRST, _IMAGE_FIRST = (
@@ -617,6 +619,8 @@ BARE_LAYOUT = {
     "cogview3": _TEXT_FIRST,
     "glm": _TEXT_FIRST,
     "ernie": _IMAGE_FIRST,
+    "dit": TokenLayout((_IMAGE,)),
+    "hunyuan_dit": TokenLayout((_IMAGE,)),
 }
 
 

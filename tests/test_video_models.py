@@ -46,6 +46,9 @@ LAYERS = {
     "allegro": BLOCKS,
     "easyanimate": BLOCKS,
     "cosmos": BLOCKS,
+    "cosmos1": BLOCKS,
+    "anyflow": WAN_LAYERS,
+    "joyimage": ["double_blocks.0.attn", "double_blocks.1.attn"],
     "kandinsky": [f"visual_transformer_blocks.{n}.self_attention" for n in range(2)],
     "motif": JOINT,
     "helios": WAN_LAYERS,
@@ -68,6 +71,7 @@ LAYOUTS = {name: [_video(), _video()] for name in BUILDERS} | {
     "mochi": [_video(), _video(after=2), _video(after=12), _video(after=7)],
     "allegro": [_video()],
     "easyanimate": [_video(before=17)],
+    "joyimage": [TokenLayout.video(1, 8, 8, text_after=64 + 12)] * 2,
     "motif": [_video(after=12), _video(after=12)],
     "helios": [_video(before=64 + 16 + 4)] * 2,
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor
 
 Built = tuple[Any, dict[str, Any]]
@@ -188,6 +189,49 @@ def ernie() -> Built:
     }
 
 
+def dit() -> Built:
+    """DiT: classes, no text."""
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=16
+    ).eval()
+    return transformer, {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.full((2,), 250.0),
+        "class_labels": torch.tensor([3, 5]),
+    }
+
+
+def hunyuan_dit() -> Built:
+    """Hunyuan-DiT: text of two encoders by cross-attention."""
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=32,
+        num_layers=2,
+        mlp_ratio=2.0,
+        cross_attention_dim=32,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=16,
+        text_len=4,
+        text_len_t5=5,
+        use_style_cond_and_image_meta_size=False,
+    ).eval()
+    positions = get_2d_rotary_pos_embed(16, ((0, 0), (4, 6)), (4, 6), output_type="pt")
+    return transformer, {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.full((2,), 250.0),
+        "encoder_hidden_states": torch.randn(2, 4, 32),
+        "text_embedding_mask": torch.ones(2, 4),
+        "encoder_hidden_states_t5": torch.randn(2, 5, 32),
+        "text_embedding_mask_t5": torch.ones(2, 5),
+        "image_rotary_emb": positions,
+    }
+
+
 BUILDERS = {
     "longcat": longcat,
     "ovis": ovis,
@@ -198,4 +242,6 @@ BUILDERS = {
     "cogview3": cogview3,
     "glm": glm,
     "ernie": ernie,
+    "dit": dit,
+    "hunyuan_dit": hunyuan_dit,
 }

@@ -373,9 +373,10 @@ def easyanimate() -> Built:
     return transformer, [call]
 
 
-def cosmos() -> Built:
+def cosmos(**options: Any) -> Built:
     """Cosmos 2: 3 x 8 x 8, guidance in two calls, a noise level for each frame."""
     torch.manual_seed(0)
+    config = {"concat_padding_mask": False, "extra_pos_embed_type": None, **options}
     transformer = diffusers.CosmosTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -386,19 +387,44 @@ def cosmos() -> Built:
         text_embed_dim=32,
         adaln_lora_dim=4,
         max_size=(4, 16, 16),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
+        **config,
     ).eval()
     sigmas = torch.tensor([0.1, 0.7, 0.7]).view(1, 1, 3, 1, 1).expand(2, -1, -1, -1, -1)
-    calls = [
-        {
-            "hidden_states": _random(2, 4, 3, 16, 16),
-            "encoder_hidden_states": _random(2, 12, 32, seed=seed),
-            "timestep": sigmas,
-        }
-        for seed in (2, 3)
-    ]
+    calls = _branches({"hidden_states": _random(2, 4, 3, 16, 16), "timestep": sigmas})
     return transformer, calls
+
+
+def cosmos1() -> Built:
+    """Cosmos 1: learnable positions, a logarithm as timestep: here sigma is 7 / 3."""
+    transformer, calls = cosmos(extra_pos_embed_type="learnable")
+    scheduler = diffusers.EDMEulerScheduler(sigma_max=80.0, sigma_data=1.0)
+    timestep = scheduler.precondition_noise(torch.tensor([7 / 3] * 2))
+    return transformer, [{**call, "timestep": timestep, "fps": 30} for call in calls]
+
+
+def anyflow() -> Built:
+    """AnyFlow, not causal: frames before channels, two noise levels of which the first counts."""
+    torch.manual_seed(0)
+    options = {k: v for k, v in WAN.items() if k != "rope_max_seq_len"}
+    transformer = diffusers.AnyFlowTransformer3DModel(**options, rope_max_seq_len=32).eval()
+    call = {"hidden_states": _random(2, 3, 16, 16, 16)}
+    levels = {"timestep": torch.full((2, 3), 700.0), "r_timestep": torch.full((2, 3), 300.0)}
+    return transformer, _branches({**call, **levels})
+
+
+def joyimage() -> Built:
+    """JoyImage Edit: 8 x 8, then an image that is edited, then 12 text tokens."""
+    torch.manual_seed(0)
+    transformer = diffusers.JoyImageEditTransformer3DModel(
+        in_channels=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        text_dim=32,
+        num_layers=2,
+        rope_dim_list=[4, 6, 6],
+    ).eval()
+    call = {"hidden_states": _random(2, 2, 4, 1, 16, 16), "timestep": torch.full((2,), 700.0)}
+    return transformer, _branches(call)
 
 
 def kandinsky() -> Built:
@@ -511,6 +537,9 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "allegro": allegro,
     "easyanimate": easyanimate,
     "cosmos": cosmos,
+    "cosmos1": cosmos1,
+    "anyflow": anyflow,
+    "joyimage": joyimage,
     "kandinsky": kandinsky,
     "motif": motif,
     "helios": helios,

@@ -9,10 +9,12 @@ from torch import nn
 from ..call import Branch
 from . import (
     allegro,
+    anyflow,
     auraflow,
     cogvideox,
     cogview,
     cosmos,
+    dit,
     easyanimate,
     ernie,
     flux,
@@ -20,6 +22,7 @@ from . import (
     hidream,
     hunyuan,
     hunyuan_image,
+    joyimage,
     kandinsky,
     krea,
     ltx,
@@ -60,6 +63,9 @@ FAMILIES: dict[str, Family] = {
     **helios.FAMILIES,
     **easyanimate.FAMILIES,
     **cosmos.FAMILIES,
+    **anyflow.FAMILIES,
+    **joyimage.FAMILIES,
+    **dit.FAMILIES,
 }
 
 # names that pipelines give to `transformer.cache_context`; "cond_uncond" is both in one batch
