@@ -601,6 +601,7 @@ BARE_LAYERS = dict.fromkeys(("longcat", "ovis", "bria", "bria_fibo"), JOINT) | {
     "cogview3": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
     "glm": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
     "ernie": ["layers.0.self_attention", "layers.1.self_attention"],
+    "flux3": ["mode_blocks.image.0.attn", "single_transformer_blocks.0.attn"],
     "dit": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
     "hunyuan_dit": ["blocks.0.attn1", "blocks.1.attn1"],
 }
@@ -619,6 +620,7 @@ BARE_LAYOUT = {
     "cogview3": _TEXT_FIRST,
     "glm": _TEXT_FIRST,
     "ernie": _IMAGE_FIRST,
+    "flux3": TokenLayout((Segment.text(7), _IMAGE, Segment.text(10))),
     "dit": TokenLayout((_IMAGE,)),
     "hunyuan_dit": TokenLayout((_IMAGE,)),
 }
@@ -640,9 +642,11 @@ def test_bare_transformers_are_told_so_and_bit_equal_through_the_seam(bare):
     assert list(self_attention_layers(transformer)) == BARE_LAYERS[bare]
     assert [c.layer for c in calls] == BARE_LAYERS[bare]
     for c in calls:
-        assert c.context.layout == BARE_LAYOUT[bare]
+        alone = c.layer.startswith("mode_blocks")
+        layout = BARE_LAYOUT[bare].without_text() if alone else BARE_LAYOUT[bare]
+        assert c.context.layout == layout
         assert c.context.sigma == 0.25
-        assert c.q.shape[1:] == (BARE_LAYOUT[bare].seq_len, *heads_of(transformer))
+        assert c.q.shape[1:] == (layout.seq_len, *heads_of(transformer))
         assert c.unsupported is None
     padded = bare in ("bria_fibo", "krea2", "ernie")
     assert {tuple(c.kv_len.tolist()) if padded else c.kv_len for c in calls} == {

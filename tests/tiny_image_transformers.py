@@ -189,6 +189,31 @@ def ernie() -> Built:
     }
 
 
+def flux3() -> Built:
+    """Flux3: layers of the image alone, then with text and 10 tokens of an image that is edited."""
+    torch.manual_seed(0)
+    transformer = diffusers.Flux3Transformer2DModel(
+        in_channels=16,
+        cond_in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 4, 4),
+    ).eval()
+    ids = torch.cat([_ids(), torch.zeros(24, 1)], 1)
+    return transformer, {
+        "hidden_states": torch.randn(2, 24, 16),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.full((2,), 0.25),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(7, 4),
+        "image_cond_hidden_states": torch.randn(2, 10, 16),
+        "image_cond_ids": ids[:10] + torch.tensor([10.0, 0, 0, 0]),
+    }
+
+
 def dit() -> Built:
     """DiT: classes, no text."""
     torch.manual_seed(0)
@@ -242,6 +267,7 @@ BUILDERS = {
     "cogview3": cogview3,
     "glm": glm,
     "ernie": ernie,
+    "flux3": flux3,
     "dit": dit,
     "hunyuan_dit": hunyuan_dit,
 }

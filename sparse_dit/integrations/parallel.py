@@ -215,7 +215,8 @@ def check_split(
     if text_mask in transformer._cp_plan.get("", {}) and arguments.get(text_mask) is not None:
         raise ValueError(
             f"{type(transformer).__name__} under context parallelism takes no {text_mask}, got one: "
-            "diffusers splits it, but not for each process' heads or keys; pass None, with prompts of one length"
+            "diffusers splits it, but not for each process' heads or keys; "
+            "pass None, with prompts of one length"
         )
     processes = context.ring_degree * context.ulysses_degree
     odd = [s.length for s in layout.segments if s.length % processes]

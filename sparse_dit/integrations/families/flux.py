@@ -1,4 +1,4 @@
-"""Flux, Flux2, Chroma, Bria, LongCat-Image, Ovis-Image: text, then image tokens, then those of
+"""Flux, Flux2, Flux3, Chroma, Bria, LongCat-Image, Ovis-Image: text, then image tokens, then those of
 reference images.
 """
 
@@ -31,6 +31,14 @@ def _flux2(config: Any, arguments: Arguments) -> TokenLayout | None:
         warn_of_other_keys("Flux2 with kv_cache_mode")
         return None
     return _flux(config, arguments)
+
+
+def _flux3(config: Any, arguments: Arguments) -> TokenLayout | None:
+    others = arguments.get("image_cond_hidden_states")
+    plain = _flux(config, arguments)
+    if others is None or plain is None:
+        return plain
+    return TokenLayout((*plain.segments, Segment.text(others.shape[1])))
 
 
 @functools.lru_cache(maxsize=2)
@@ -82,6 +90,13 @@ LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"
 FAMILIES = {
     "FluxTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, two_calls=True),
     "Flux2Transformer2DModel": Family(LAYERS, _flux2, max_timestep=1.0, two_calls=True),
+    "Flux3Transformer2DModel": Family(
+        r"(mode_blocks\.image|single_transformer_blocks)\.\d+\.attn",
+        _flux3,
+        max_timestep=1.0,
+        image_only=r"mode_blocks\..+",
+        tested="transformer",
+    ),
     "ChromaTransformer2DModel": Family(
         LAYERS, _flux, max_timestep=1.0, arrange=_chroma, two_calls=True
     ),

@@ -1,8 +1,15 @@
-"""Transformers of diffusers 0.42.1 that have no attention a plan could thin out, and why."""
+"""Transformers of diffusers 0.42.1 that a plan can't thin out, and why.
+
+Some have no attention worth it; the attention of others isn't one that the seam can follow. A class of the
+second kind can be made known with `sparse_dit.add_model` where one's own use of it fits.
+"""
 
 from __future__ import annotations
 
 _LINEAR = "its self-attention is linear: no pairs of tokens are computed, so there are none to skip"
+_SOUND = "it makes sound: one sequence in time, no frames, rows and columns"
+_CACHED = "its image's tokens also attend to keys that are no queries: {}"
+_PACKED = "its caller packs {} into one sequence, whose order isn't read yet"
 
 UNQUALIFIED: dict[str, str] = {
     "SanaTransformer2DModel": _LINEAR,
@@ -11,4 +18,38 @@ UNQUALIFIED: dict[str, str] = {
         "it attends within one frame, and over time at one place: short sequences, nothing to skip"
     ),
     "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": (
+        "its self-attention is linear but for every fourth layer, which has no processor to redirect"
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": _CACHED.format("a window of earlier video"),
+    "AceStepTransformer1DModel": _SOUND,
+    "LongCatAudioDiTTransformer": _SOUND,
+    "MiniMaxMusic3RVQDepthDecoder": _SOUND,
+    "MiniMaxMusic3Transformer1DModel": _SOUND,
+    "StableAudioDiTModel": _SOUND,
+    "StableAudio3DiTModel": _SOUND,
+    "T5FilmDecoder": _SOUND,
+    "RFD4ProteinaTransformer": "it makes proteins: no frames, rows and columns",
+    "PriorTransformer": "it makes one embedding: a handful of tokens, nothing to skip",
+    "Transformer2DModel": "it is one stage of a U-Net, not a model of its own",
+    "DreamLiteTransformer2DModel": ("it is one stage of a U-Net, not a model of its own"),
+    "TransformerTemporalModel": "it attends over time at one place: short sequences, nothing to skip",
+    "AnyFlowFARTransformer3DModel": "its attention is block-causal, with cached frames as keys",
+    "WanAnimate2Transformer3DModel": (
+        "its attention has a sparse pattern of its own over cached reference frames"
+    ),
+    "Kandinsky6SRTransformer3DModel": "its attention has a sparse pattern of its own (NABLA)",
+    "Kandinsky6Transformer3DModel": "its video and sound attend to each other in layers of their own kind",
+    "Cosmos3OmniTransformer": _CACHED.format("the text's, which a causal path makes"),
+    "NucleusMoEImageTransformer2DModel": _CACHED.format("the text's"),
+    "PRXTransformer2DModel": _CACHED.format("the text's"),
+    "QwenImage21Transformer2DModel": _CACHED.format("those of a block-causal prefill"),
+    "BriaFibo2Transformer2DModel": (
+        "how many tokens a prompt is made into is computed in the forward, and not in its arguments"
+    ),
+    "Ideogram4Transformer2DModel": _PACKED.format("images and texts"),
+    "MiniMaxH3Transformer3DModel": _PACKED.format("text, images, sound and video"),
+    "JoyImageEditPlusTransformer3DModel": _PACKED.format("images of several sizes"),
+    "LuminaNextDiT2DModel": "every layer is given a mask of tokens by tokens",
+    "OmniGenTransformer2DModel": "every layer is given a mask of tokens by tokens",
 }
