@@ -50,6 +50,9 @@ LAYERS = {
     "anyflow": WAN_LAYERS,
     "joyimage": ["double_blocks.0.attn", "double_blocks.1.attn"],
     "kandinsky": [f"visual_transformer_blocks.{n}.self_attention" for n in range(2)],
+    "kandinsky6": [
+        f"visual_transformer_blocks.{n}.video_dec_block.self_attention" for n in range(2)
+    ],
     "motif": JOINT,
     "helios": WAN_LAYERS,
 }

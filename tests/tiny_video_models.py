@@ -402,6 +402,32 @@ def cosmos1() -> Built:
     return transformer, [{**call, "timestep": timestep, "fps": 30} for call in calls]
 
 
+def kandinsky6() -> Built:
+    """Kandinsky 6 without sound."""
+    torch.manual_seed(0)
+    transformer = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=32,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+        visual_cond=False,
+        in_audio_dim=4,
+        out_audio_dim=4,
+    ).eval()
+    call = {
+        "hidden_states": _random(2, 3, 16, 16, 4),
+        "pooled_projections": _random(2, 16),
+        "timestep": torch.full((2,), 700.0),
+    }
+    return transformer, _branches(call)
+
+
 def anyflow() -> Built:
     """AnyFlow, not causal: frames before channels, two noise levels of which the first counts."""
     torch.manual_seed(0)
@@ -541,6 +567,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "anyflow": anyflow,
     "joyimage": joyimage,
     "kandinsky": kandinsky,
+    "kandinsky6": kandinsky6,
     "motif": motif,
     "helios": helios,
 }

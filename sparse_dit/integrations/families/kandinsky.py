@@ -1,4 +1,4 @@
-"""Kandinsky 5: video tokens alone, channels last; text by cross-attention."""
+"""Kandinsky 5 and 6: video tokens alone, channels last; text (and sound) by cross-attention."""
 
 from __future__ import annotations
 
@@ -27,5 +27,12 @@ FAMILIES = {
         heads=_heads,
         tested="transformer",
         two_calls=True,
+    ),
+    "Kandinsky6Transformer3DModel": Family(
+        r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
+        _kandinsky,
+        heads=_heads,
+        two_calls=True,
+        tested="transformer",
     ),
 }

@@ -39,7 +39,6 @@ UNQUALIFIED: dict[str, str] = {
         "its attention has a sparse pattern of its own over cached reference frames"
     ),
     "Kandinsky6SRTransformer3DModel": "its attention has a sparse pattern of its own (NABLA)",
-    "Kandinsky6Transformer3DModel": "its video and sound attend to each other in layers of their own kind",
     "Cosmos3OmniTransformer": _CACHED.format("the text's, which a causal path makes"),
     "NucleusMoEImageTransformer2DModel": _CACHED.format("the text's"),
     "PRXTransformer2DModel": _CACHED.format("the text's"),
