@@ -223,6 +223,8 @@ STEPS = {
     "mochi": [(_video(after=text), sigma, "any") for sigma in (1, 0.975) for text in (0, 0, 7, 12)],
     "allegro": [(_video(), sigma, "any") for sigma in (0.5, 0)],
     "skyreels": [(_video(), sigma, b) for sigma in (1, 0.06) for b in ("cond", "uncond")],
+    "wan_vace": [(_video(), sigma, b) for sigma in (1, 0.009) for b in ("cond", "uncond")],
+    "anyflow": [(_video(), sigma, "any") for sigma in (1, 0.5)],
     "hunyuan15": [
         (_video(after=729 + 6 + 12), sigma, b) for sigma in (1, 0.875) for b in ("cond", "uncond")
     ],

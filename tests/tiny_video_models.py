@@ -14,6 +14,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.tiny_pipelines import wan
+
 Built = tuple[Any, list[dict[str, Any]]]
 WAN = {
     "patch_size": (1, 2, 2),
@@ -681,9 +683,35 @@ def hunyuan15_pipeline() -> tuple[Any, dict[str, Any]]:
     return _finish(pipe, call)
 
 
+def vace_pipeline() -> tuple[Any, dict[str, Any]]:
+    """Wan VACE with a grey control video, cond and uncond in two calls."""
+    transformer, _ = _wan("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=96)
+    parts = {k: wan()[0].components[k] for k in ("vae", "tokenizer", "text_encoder")}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.WanVACEPipeline(**parts, transformer=transformer, scheduler=scheduler)
+    call = {
+        "prompt_embeds": _random(1, 12, 32),
+        "negative_prompt_embeds": _random(1, 12, 32, seed=2),
+        "num_frames": 9,
+    }
+    return _finish(pipe, call)
+
+
+def anyflow_pipeline() -> tuple[Any, dict[str, Any]]:
+    """AnyFlow, which its distillation spares the guidance."""
+    transformer, _ = anyflow()
+    parts = {k: wan()[0].components[k] for k in ("vae", "tokenizer", "text_encoder")}
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler()
+    pipe = diffusers.AnyFlowPipeline(**parts, transformer=transformer, scheduler=scheduler)
+    call = {"prompt_embeds": _random(2, 12, 32), "num_frames": 9}
+    return _finish(pipe, call)
+
+
 PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "mochi": mochi_pipeline,
     "allegro": allegro_pipeline,
     "skyreels": skyreels_pipeline,
     "hunyuan15": hunyuan15_pipeline,
+    "wan_vace": vace_pipeline,
+    "anyflow": anyflow_pipeline,
 }

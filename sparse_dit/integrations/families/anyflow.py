@@ -15,5 +15,5 @@ def _anyflow(config: Any, arguments: Arguments) -> TokenLayout:
 
 
 FAMILIES = {
-    "AnyFlowTransformer3DModel": Family(r"blocks\.\d+\.attn1", _anyflow, tested="transformer"),
+    "AnyFlowTransformer3DModel": Family(r"blocks\.\d+\.attn1", _anyflow),
 }
