@@ -49,7 +49,7 @@ LACKS = {
     "needs a download": (
         "couldn't connect to", "outgoing traffic has been disabled", "disk cache", "offline mode",
     ),
-    "expects other numbers": ("Tensors not close", "expected slice", "not less than"),
+    "expects other numbers": ("Tensors not close", "xpected slice", "not less than", "Expected: ["),
     "lacks a package": (
         "ModuleNotFoundError", "No module named", "requires the", "library but it was not found",
         "name 'ftfy' is not defined", "name 'transforms' is not defined",

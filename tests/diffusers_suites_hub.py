@@ -7,6 +7,7 @@ the pipelines' tests run, except that numbers which they expect of the real file
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,11 @@ def write_stand_ins(cache: Path) -> None:
 Parts = Iterator[tuple[str, Any]]  # (folder in the repository, what is saved there)
 
 
-def _chat(**changed: Any) -> Any:
+def _chat() -> Any:
     """Longer texts than CLIP's, and messages."""
     words = tokenizer()
     words.model_max_length = 4096
     words.chat_template = TEMPLATE
-    words.add_special_tokens(changed)
     return words
 
 
@@ -91,12 +91,9 @@ def _llama() -> Parts:
     yield "", transformers.LlamaForCausalLM(config)
 
 
-def _llama_words() -> Parts:
-    yield "tokenizer", _chat()
-
-
-def _gemma_words() -> Parts:
-    yield "", _chat()
+def _words(subfolder: str = "") -> Parts:
+    yield subfolder, _chat()
+    yield subfolder, transformers.LlamaConfig()  # AutoTokenizer asks for a configuration, too
 
 
 def _gemma() -> Parts:
@@ -119,10 +116,11 @@ def _qwen() -> Parts:
     text: dict[str, Any] = {
         **SIZES,
         "vocab_size": 1024,
-        "hidden_size": 32,
-        "num_key_value_heads": 4,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
     }
-    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
     config = transformers.Qwen2VLConfig(
         text_config={**text, "rope_scaling": rope, "bos_token_id": 3, "eos_token_id": 1},
         vision_config=vision,
@@ -137,8 +135,9 @@ STAND_INS: dict[str, Callable[[], Parts]] = {
     "hf-internal-testing/tiny-random-umt5": _t5("UMT5"),
     "hf-internal-testing/tiny-random-clip": _clip,
     "hf-internal-testing/tiny-random-LlamaForCausalLM": _llama,
-    "finetrainers/dummy-hunyaunvideo": _llama_words,
-    "hf-internal-testing/dummy-gemma": _gemma_words,
+    "finetrainers/dummy-hunyaunvideo": functools.partial(_words, "tokenizer"),
+    "hf-internal-testing/dummy-gemma": _words,
+    "THUDM/glm-4-9b-chat": _words,
     "hf-internal-testing/tiny-gemma3": _gemma,
     "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration": _qwen,
 }
