@@ -732,3 +732,15 @@ def test_a_text_mask_of_cogview_is_added_to_the_logits(monkeypatch):
     torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4)
     _, calls = forward(pipe.transformer, **{**inputs, "attention_mask": torch.ones(1, 5)})
     assert {(c.bias, c.unsupported) for c in calls} == {(None, None)}
+
+
+def test_an_empty_prompt_of_lumina_has_no_text_tokens():
+    pipe, call, _ = _built("lumina")
+    negative = torch.zeros_like(call["negative_prompt_attention_mask"])
+    call = {**call, "negative_prompt_attention_mask": negative}
+    stock, recorder = generate(pipe, call), Recorder()
+    attachment = attach(pipe.transformer, recorder)
+    patched = generate(pipe, call)
+    attachment.detach()
+    assert torch.equal(patched, stock)
+    assert {c.context.layout for c in recorder.calls} == {_square(9), _square()}

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layout import Segment, TokenLayout
+from ...layout import TokenLayout
 from ..arrangement import Arrangement, image_first, version_of
 from .family import Arguments, Family
 
 
 def _lumina2(config: Any, arguments: Arguments) -> TokenLayout:
     mask = arguments["encoder_attention_mask"]
-    text = Segment.text(max(_lengths(mask, version_of(mask))))
-    return TokenLayout((text, *_image(config, arguments).segments))
+    height, width = _rows_and_columns(config, arguments)
+    longest = max(_lengths(mask, version_of(mask)))  # 0 for an empty prompt without special tokens
+    return TokenLayout.video(1, height, width, text_before=longest)
 
 
 def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
@@ -42,9 +43,13 @@ def _lengths(mask: Tensor, _version: int) -> tuple[int, ...]:
     return tuple(int(n) for n in mask.sum(1).tolist())
 
 
-def _image(config: Any, arguments: Arguments) -> TokenLayout:
+def _rows_and_columns(config: Any, arguments: Arguments) -> tuple[int, int]:
     height, width = arguments["hidden_states"].shape[-2:]
-    return TokenLayout.video(1, height // config.patch_size, width // config.patch_size)
+    return height // config.patch_size, width // config.patch_size
+
+
+def _image(config: Any, arguments: Arguments) -> TokenLayout:
+    return TokenLayout.video(1, *_rows_and_columns(config, arguments))
 
 
 def _heads(config: Any) -> tuple[int, int]:
