@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .curve import Curve
+
 MAX_TOKENS = 1 << 24
 
 
@@ -171,7 +173,7 @@ def _segment(entry: Any) -> Segment:
     return Segment.text(entry[1]) if kind == "text" else Segment.video(*entry[1:])
 
 
-Tile = tuple[int | None, int | None, int | None]
+Tile = tuple[int | None, int | None, int | None] | Curve
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +201,8 @@ class TileOrder:
 
     Text before the video stays first, then come the tiles in raster order, each in raster order
     inside, then the other text. With tiles as wide as the video the order is the raster itself, with
-    tiles as long as the video (and one row high) it is pixel-major.
+    tiles as long as the video (and one row high) it is pixel-major. Along a `Curve`, all of this is
+    meant of the unrolled video.
 
     Args:
         order: int64 `[N]`, the token at each sorted position.
@@ -207,7 +210,7 @@ class TileOrder:
         tile_offsets: int64 `[T + 1]`, sorted positions where tiles start, and where the last ends.
         coordinates: int64 `[num_video, 3]`: frame, row and column of the video tokens, sorted.
         tile: Tile size with `None` replaced by the axis' length.
-        grid: The layout's grid.
+        grid: The grid that shapes see: the layout's, unrolled along a curve.
     """
 
     order: Tensor
@@ -253,10 +256,10 @@ class TileOrder:
 def tile_order(layout: TokenLayout, tile: Tile) -> TileOrder:
     """Sort `layout`'s tokens by 3-D tiles of `tile` frames, rows and columns (None: whole axis).
 
-    Tiles at the far border are smaller where the grid is not a multiple of the tile.
+    Tiles at the far border are smaller where the grid is not a multiple of the tile. Along a curve, tiles
+    are stretches of it.
     """
     grid = layout.grid
-    size = tuple(n if t is None else min(t, max(n, 1)) for t, n in zip(tile, grid, strict=True))
     text_before, position, video, text, coordinates, frame = 0, 0, [], [], [], 0
     for segment in layout.segments:
         span = torch.arange(position, position + segment.length)
@@ -276,6 +279,11 @@ def tile_order(layout: TokenLayout, tile: Tile) -> TileOrder:
         order = torch.arange(layout.seq_len)
         return TileOrder(order, layout.seq_len, empty, torch.zeros(0, 3).long(), (1, 1, 1), grid)
     where, place = torch.cat(video), torch.cat(coordinates)
+    if isinstance(tile, Curve):
+        place, grid, tile = tile.unroll(place, grid), tile.unrolled(grid), tile.tile
+        along = (place[:, 0] * grid[2] + place[:, 2]).argsort()
+        where, place = where[along], place[along]
+    size = tuple(n if t is None else min(t, n) for t, n in zip(tile, grid, strict=True))
     index = place // torch.tensor(size)
     counts = [-(-n // t) for n, t in zip(grid, size, strict=True)]
     tile_id = (index[:, 0] * counts[1] + index[:, 1]) * counts[2] + index[:, 2]

@@ -23,6 +23,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import (
     PATTERNS,
     Blocks,
+    Curve,
     Dense,
     Pattern,
     Skip,
@@ -49,6 +50,7 @@ from sparse_dit.plan import (
 from sparse_dit.plan.document import parse, render
 
 GOLDEN = Path(__file__).parent / "golden" / "plan_v1.json"
+GOLDEN_2 = GOLDEN.with_name("plan_v2.json")
 HASH = "0123456789abcdef" * 4
 FINGERPRINT = "86966a58e5cc2de144cea85b10b15664762b643994598a6281102c06f51bd4e5"
 DENSE, NEAR = Pattern(Dense()), Pattern(Window(frames=1), far=True)
@@ -98,6 +100,25 @@ def test_golden_file_loads_and_saves_to_the_same_bytes(tmp_path):
     Plan.load(GOLDEN).save(tmp_path / "plan_v1.json")
     for name in ("plan_v1.json", "plan_v1.safetensors"):
         assert (tmp_path / name).read_bytes() == GOLDEN.with_name(name).read_bytes()
+
+
+def test_version_2_is_written_where_it_is_needed_alone(tmp_path):
+    plan = Plan.load(GOLDEN_2)
+    assert plan.version == 2 and Plan.load(GOLDEN).version == 1
+    plan.save(tmp_path / "plan_v2.json")
+    assert (tmp_path / "plan_v2.json").read_bytes() == GOLDEN_2.read_bytes()
+    assert small().version == small().to_dict()["version"] == 1
+    later = {**json.loads(GOLDEN.read_bytes()), "version": 2}
+    assert Plan.from_dict(later, Plan.load(GOLDEN).tensors()).version == 1
+
+
+def test_the_golden_file_of_version_2_means_what_it_says():
+    patterns = Plan.load(GOLDEN_2).components["transformer"].distinct_patterns
+    assert patterns[1:4] == (
+        Pattern(Window(columns=(0.0, 0.125)), Curve("frame"), far=True),
+        Pattern(Stencil(((-1, 0, -2, 5), (0, 0, -2, 5))), Curve("frame", 16, 4), sink_frames=1),
+        Pattern(Stencil(((0, 0, -3, 7),)), Curve("video", None), cell=32),
+    )
 
 
 def test_golden_file_means_what_it_says():
@@ -221,9 +242,26 @@ E0 = (*C, "evidence", "blocks.0.attn1")
 IN = "components.transformer"
 BAD_DOCUMENTS = {
     "no version": (without("version"), "version: missing"),
-    "version 2": (changed("version", to=2), "version: must be 1, got 2"),
-    "version true": (changed("version", to=True), "version: must be 1, got True"),
-    "version text": (changed("version", to="1"), "version: must be 1, got '1'"),
+    "version 3": (changed("version", to=3), "version: must be 1 or 2, got 3"),
+    "version true": (changed("version", to=True), "version: must be 1 or 2, got True"),
+    "version 1.0": (changed("version", to=1.0), "version: must be 1 or 2, got 1.0"),
+    "version text": (changed("version", to="1"), "version: must be 1 or 2, got '1'"),
+    "curve in version 1": (
+        changed(*C, "patterns", 1, "tile", to={"curve": "frame"}),
+        "version: must be 2 for these patterns, got 1",
+    ),
+    "unknown curve": (
+        changed(*C, "patterns", 1, "tile", to={"curve": "peano"}),
+        f"{IN}.patterns[1]: window: tile: curve: Input should be 'frame' or 'video', got peano",
+    ),
+    "curve's unknown key": (
+        changed(*C, "patterns", 1, "tile", to={"curve": "frame", "rows": 2}),
+        f"{IN}.patterns[1]: window: tile: rows: ",
+    ),
+    "curve through video of frames": (
+        changed(*C, "patterns", 1, "tile", to={"curve": "video", "frames": 2}),
+        f"{IN}.patterns[1]: window: tile: ",
+    ),
     "unknown key": (changed("weights", to=1), "plan: unknown key 'weights'; remove it"),
     "unknown key in component": (changed(*C, "x", to=1), f"{IN}: unknown key 'x'"),
     "unknown key in stage": (changed(*C, "stages", 0, "x", to=1), f"{IN}.stages[0]: unknown key"),
@@ -738,7 +776,6 @@ def test_a_wrong_component_cannot_be_built(changes, words):
         (lambda: small(components={"../x": component()}), "components: must match"),
         (lambda: small(forecast={"speedup": "2x"}), "forecast.speedup: must be a number > 0"),
         (lambda: small(pipeline_class="a.b"), "pipeline_class: must match"),
-        (lambda: small(version=2), "version: must be 1, got 2"),
     ],
 )
 def test_a_wrong_plan_cannot_be_built(make, words):

@@ -5,6 +5,7 @@ adds how tokens are ordered and grouped and what stands for the rest. To add one
 `PATTERNS` (in `pattern.py`).
 """
 
+from ..curve import Curve
 from .blocks import Blocks
 from .dense import Dense
 from .pattern import PATTERNS, Pattern
@@ -19,6 +20,7 @@ from .window import Window
 __all__ = [
     "PATTERNS",
     "Blocks",
+    "Curve",
     "Dense",
     "Pattern",
     "Skip",

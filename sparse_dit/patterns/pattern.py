@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from ..curve import Curve
 from ..layout import Tile
 from .blocks import Blocks
 from .dense import Dense
@@ -49,6 +50,7 @@ class _Frame:
 
 
 _FRAME = TypeAdapter(_Frame)
+_CURVE = TypeAdapter(Curve)
 _FIELDS = tuple(field.name for field in dataclasses.fields(_Frame))
 
 
@@ -59,7 +61,7 @@ class Pattern:
     Args:
         shape: Which video tokens see which: an instance of a class in `PATTERNS`.
         tile: Frames, rows and columns of the 3-D tiles that tokens are ordered by and queries are
-            grouped by; None for a whole axis.
+            grouped by, None for a whole axis; or a `Curve`, which the shape then sees as a video of one row.
         cell: Keys are chosen in runs of at most this many tokens inside a tile; None for whole tiles,
             1 for single tokens. A cell is seen by all tokens of a tile or by none: what the shape
             says is rounded up to that.
@@ -82,7 +84,15 @@ class Pattern:
             raise ValueError(
                 f"a pattern's shape must be one of {sorted(PATTERNS)}, got {self.shape!r}"
             )
-        _checked(_FRAME, {name: getattr(self, name) for name in _FIELDS}, self.name)
+        frame = {name: getattr(self, name) for name in _FIELDS}
+        if isinstance(self.tile, Curve):
+            del frame["tile"]
+            if self.sink_frames and self.tile.curve == "video":
+                raise ValueError(
+                    f"{self.name}: sink_frames must be 0 along a curve through the video, which has "
+                    f"no frames, got {self.sink_frames}; use a curve through a frame"
+                )
+        _checked(_FRAME, frame, self.name)
 
     @property
     def name(self) -> str:
@@ -94,13 +104,18 @@ class Pattern:
         """Whether everything is computed exactly."""
         return isinstance(self.shape, Dense)
 
+    @property
+    def version(self) -> int:
+        """The first version of the plan format that can say this."""
+        return 2 if isinstance(self.tile, Curve) else 1
+
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON form; parameters at their default are left out."""
         data = _shape_to_dict(self.shape)
         for field in dataclasses.fields(_Frame):
             value = getattr(self, field.name)
             if value != field.default:
-                data[field.name] = list(value) if isinstance(value, tuple) else value
+                data[field.name] = _framed(value)
         return data
 
     def tensors(self) -> dict[str, Tensor]:
@@ -128,10 +143,13 @@ class Pattern:
         if not isinstance(data, dict):
             raise ValueError(f"a pattern must be an object, got {type(data).__name__}")
         shape = _shape_from_dict({k: v for k, v in data.items() if k not in _FIELDS}, tensors or {})
-        frame = _checked(
-            _FRAME, {k: v for k, v in data.items() if k in _FIELDS}, NAMES[type(shape)]
-        )
-        return Pattern(shape, **{name: getattr(frame, name) for name in _FIELDS})
+        given = {k: v for k, v in data.items() if k in _FIELDS}
+        curve = given.pop("tile") if isinstance(given.get("tile"), dict) else None
+        frame = _checked(_FRAME, given, NAMES[type(shape)])
+        values = {name: getattr(frame, name) for name in _FIELDS}
+        if curve is not None:
+            values["tile"] = _checked(_CURVE, curve, f"{NAMES[type(shape)]}: tile")
+        return Pattern(shape, **values)
 
     def __str__(self) -> str:
         extra = {k: v for k, v in self.to_dict().items() if k not in ("name", "tile")}
@@ -141,9 +159,22 @@ class Pattern:
             if name in extra:
                 extra[name] = len(extra[name])
         extra.pop("mask", None)
-        tile = "x".join("all" if n is None else str(n) for n in self.tile)
+        tile = tile_text(self.tile)
         words = [self.name, tile] if not self.is_dense else [self.name]
         return " ".join(words + [f"{k}={v}".replace(" ", "") for k, v in extra.items()])
+
+
+def tile_text(tile: Tile) -> str:
+    """`4x4x4`, `allx8x1`, or a curve's words."""
+    if isinstance(tile, Curve):
+        return str(tile)
+    return "x".join("all" if n is None else str(n) for n in tile)
+
+
+def _framed(value: Any) -> Any:
+    if isinstance(value, Curve):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shape_to_dict(shape: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from . import codec, hub, storage
 from .component import ComponentPlan, matches
 from .document import parse, place, plain, render
 from .errors import PlanError, short
-from .schema import CLASS_NAME, COMPONENT_NAME, VERSION, checked
+from .schema import CLASS_NAME, COMPONENT_NAME, checked
 
 ANY_CONFIG = "0" * 64  # config_hash of a plan for every configuration with its heads and layers
 
@@ -37,7 +37,6 @@ class Plan:
         forecast: What the search expects: speed-up, error.
         measured: What was measured afterwards.
         cost: The cost table the search used.
-        version: Version of the format.
 
     Raises:
         PlanError: If a value is out of range or has no JSON form.
@@ -50,11 +49,8 @@ class Plan:
     forecast: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
-    version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.version != VERSION or isinstance(self.version, bool):
-            raise PlanError(f"version: must be {VERSION}, got {short(self.version)}")
         if self.pipeline_class != "":
             matches("pipeline_class", self.pipeline_class, CLASS_NAME)
         if not self.components:
@@ -76,6 +72,12 @@ class Plan:
         speedup = self.forecast.get("speedup", 1.0)
         if isinstance(speedup, bool) or not isinstance(speedup, int | float) or speedup <= 0:
             raise PlanError(f"forecast.speedup: must be a number > 0, got {short(speedup)}")
+
+    @property
+    def version(self) -> int:
+        """Version of the format that the plan is written in: the first that can say what it says."""
+        parts = self.components.values()
+        return max((p.version for part in parts for p in part.distinct_patterns), default=1)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -131,6 +133,10 @@ class Plan:
         }
         notes = {name: getattr(form, name) for name in _NOTES}
         plan = Plan(form.pipeline_class, components, form.density, **notes)
+        if plan.version > form.version:
+            raise PlanError(
+                f"version: must be {plan.version} for these patterns, got {form.version}; set it"
+            )
         if spare := sorted(tensors.keys() ^ plan.tensors().keys()):
             raise PlanError(
                 f"tensors: must be those that the patterns name, not so {spare[0][:80]!r}"

@@ -1,4 +1,4 @@
-"""The form of a plan document, version 1: keys, types and ranges.
+"""The form of a plan document, versions 1 and 2: keys, types and ranges.
 
 What concerns several values at once (ids in range, stages that overlap, heads) is checked by the
 objects themselves, in `component.py`.
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .document import place, plain
 from .errors import PlanError, short
 
-VERSION = 1
+VERSIONS = (1, 2)
 
 MAX_TOKENS = 1 << 24
 MAX_STAGES = 256
@@ -71,7 +71,7 @@ class TensorsForm(_Form):
 
 
 class PlanForm(_Form):
-    version: Literal[1]
+    version: Literal[1, 2]
     pipeline_class: Annotated[str, Field(pattern=rf"{CLASS_NAME}|^$", max_length=128)]
     density: Unit
     forecast: dict[str, Any]
@@ -94,9 +94,9 @@ def checked(document: Any) -> PlanForm:
     version = document.get("version")
     if "version" not in document:
         raise PlanError("version: missing; is this file a sparse_dit plan?")
-    if isinstance(version, bool) or version != VERSION:
+    if isinstance(version, bool | float) or version not in VERSIONS:
         raise PlanError(
-            f"version: must be {VERSION}, got {short(version)}; "
+            f"version: must be {VERSIONS[0]} or {VERSIONS[1]}, got {short(version)}; "
             "a plan of a newer version needs a newer sparse_dit"
         )
     try:
