@@ -36,7 +36,7 @@ HELD_OUT = (
 SETTINGS = GenerationSettings(192, 192, 15, steps=12, guidance=3.0, max_sequence_length=32)
 QUICK = replace(SETTINGS, height=96, width=96, steps=6)
 MIN_PSNR = 30.0  # on prompts that the search has not seen
-TUNING_PSNR = 36.0  # on the calibration prompt: others came out up to 6 dB lower with the same plan
+TUNING_PSNR = 33.0  # on the calibration prompt: others came out up to 3 dB lower with the same plan
 DRAWN_CLIPS = 2
 
 

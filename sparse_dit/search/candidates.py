@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,8 +85,10 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
     result = []
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
-        for budget in BUDGETS if far or tile[0] is None else DROP_BUDGETS:
-            result.append(Pattern(_stencil(ranked, budget, table), tile, far=far))
+        budgets = BUDGETS if far or tile[0] is None else DROP_BUDGETS
+        kept = _kept(ranked, budgets, table)
+        stencils = {count: Stencil.from_offsets(ranked[:count]) for count in set(kept)}
+        result += [Pattern(stencils[count], tile, far=far) for count in kept]
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
@@ -93,8 +96,8 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
         Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
     ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
-    mixed = Union((_stencil(ranked, 0.1, table), columns[-1]))
-    result.append(Pattern(mixed, tile, far=True))
+    stencil = Stencil.from_offsets(_within(ranked, 0.1, table))
+    result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
     if "block" in statistics:
         for budget in BLOCK_BUDGETS:
             keep = max(1, round(budget * len(table.tokens)))
@@ -120,15 +123,17 @@ def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
     return torch.stack(torch.unravel_index(order, mean.shape), 1) - reach
 
 
-def _within(ranked: Tensor, budget: float, table: CellTable) -> Tensor:
-    """The best offsets whose density (over the whole video) stays within the budget, at least one."""
+def _kept(ranked: Tensor, budgets: Sequence[float], table: CellTable) -> list[int]:
+    """How many of the best offsets stay within each budget (density over the whole video), at least one."""
     pairs = (table.counts - ranked.abs()).prod(1).double()
     density = pairs.cumsum(0) / table.counts.prod().double() ** 2
-    return ranked[: max(1, int((density <= budget).sum()))]
+    within = torch.searchsorted(density, torch.tensor(budgets, dtype=torch.float64), right=True)
+    return within.clamp_min(1).tolist()
 
 
-def _stencil(ranked: Tensor, budget: float, table: CellTable) -> Stencil:
-    return Stencil.from_offsets(_within(ranked, budget, table))
+def _within(ranked: Tensor, budget: float, table: CellTable) -> Tensor:
+    """The best offsets whose density stays within the budget, at least one."""
+    return ranked[: _kept(ranked, (budget,), table)[0]]
 
 
 def chosen_offsets(

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..integrations.call import AttentionCall, StepContext
+from ..integrations.call import AttentionCall
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, cell_table, sample_rows
 from .profile import ComponentProfile
-from .sampling import one_thread, sampled_heads
+from .sampling import in_turn, one_thread, sampled_heads
 from .statistics import HeadStatistics, discover, empty_statistics, score
 
 PICTURE = 96
@@ -59,17 +59,12 @@ class Recorder:
         if layout is not None and sigma is not None and call.unsupported is None:
             tokens = call.q.shape[1], call.k.shape[1]
             whole = layout.num_video and tokens == (layout.seq_len, layout.seq_len)
-            if whole and self._has_turn(call.context):
+            if whole and (not self.alternate or in_turn(call.context)):
                 started = time.perf_counter()
                 with one_thread():
                     self._record(call, layout, sigma)
                 self.seconds += time.perf_counter() - started
         return call.stock()
-
-    def _has_turn(self, context: StepContext) -> bool:
-        if not self.alternate or context.branch == "any":
-            return True
-        return context.branch == ("uncond" if context.step % 2 else "cond")
 
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
         profile = self.profile

@@ -1,4 +1,4 @@
-"""Sampled rows of every head of an attention call, on one thread."""
+"""Which forwards and rows are looked at; the sampled rows of every head, on one thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..integrations.call import AttentionCall
+from ..integrations.call import AttentionCall, StepContext
 from ..layout import TokenLayout
 from .cells import SampledRows, sampled_rows
 
@@ -22,6 +22,14 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def in_turn(context: StepContext) -> bool:
+    """Every other forward: one half of guidance at one step, the other half at the next.
+
+    Forwards of a pipeline that has no halves are all in turn.
+    """
+    return context.branch in ("any", "uncond" if context.step % 2 else "cond")
 
 
 def sampled_heads(

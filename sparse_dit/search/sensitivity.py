@@ -25,6 +25,7 @@ from ..integrations.diffusers import components
 from ..plan import Stage
 from .cost import nearest_tiles
 from .playback import recording, replaying
+from .sampling import in_turn
 
 WHOLE = Stage(1.0, 0.0)
 LAYER_GROUPS = 8
@@ -33,6 +34,8 @@ PROBE_BUDGET = 0.25  # share of the pairs that the probing pattern computes
 
 class _Probe:
     """An intercept that computes a local pattern while sigma is inside a stage, and notes its error.
+
+    The error is that of one half of guidance at a time; see `in_turn`.
 
     Args:
         stage: Noise levels to disturb.
@@ -45,22 +48,23 @@ class _Probe:
         self.errors: list[float] = []
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        out = call.stock()
         if self.layers is not None and call.layer not in self.layers:
-            return out
+            return call.stock()
         sigma, layout = call.context.sigma, call.context.layout
         if sigma is None or layout is None or not self.stage.covers(sigma, "any"):
-            return out
+            return call.stock()
         if call.unsupported is not None:
-            return out
+            return call.stock()
         pattern = nearest_tiles(layout, PROBE_BUDGET, far=False)
         index = build_index([pattern] * call.q.shape[2], layout).to(call.q.device)
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
         probed = sparse_attention(q, k, v, index, kv_len=call.kv_len, scale=call.scale)
         probed = probed.transpose(1, 2)
-        power = out.float().square().sum((1, 3)).clamp_min(1e-20)
-        error = (probed - out).float().square().sum((1, 3)) / power
-        self.errors.append(error.mean().item())
+        if in_turn(call.context):
+            out = call.stock()
+            power = out.float().square().sum((1, 3)).clamp_min(1e-20)
+            error = (probed - out).float().square().sum((1, 3)) / power
+            self.errors.append(error.mean().item())
         return probed
 
 

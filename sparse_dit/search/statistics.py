@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,19 +79,19 @@ def _kept(pattern: Pattern, layout: TokenLayout) -> Tensor:
 def _seen(pattern: Pattern, layout: TokenLayout) -> Tensor:
     """What `index.seen_cells` says; sets of relative tiles, most of the candidates, by table."""
     table, shape = cell_table(layout, pattern.tile), pattern.shape
-    lattice = 2 * table.counts - 1
-    runs = torch.tensor(getattr(shape, "offsets", ()), dtype=torch.int64).view(-1, 4)
+    counts = table.counts.numpy()
+    lattice = 2 * counts - 1
+    runs = np.array(getattr(shape, "offsets", ()), dtype=np.int64).reshape(-1, 4)
     plain = not pattern.sink_frames and pattern.cell is None
     if not (isinstance(shape, Stencil) and plain and runs[:, 3].sum() <= lattice.prod()):
         return seen_cells(pattern, tile_order(layout, pattern.tile))
-    start, count = runs[:, :3], runs[:, 3]
-    offsets = torch.repeat_interleave(start, count, 0)
-    before = torch.repeat_interleave(count.cumsum(0) - count, count)
-    offsets[:, 2] += torch.arange(len(offsets)) - before
-    offsets = offsets[(offsets.abs() < table.counts).all(1)] + table.counts - 1
-    member = torch.zeros(lattice.tolist(), dtype=torch.bool)
+    count = runs[:, 3]
+    offsets = np.repeat(runs[:, :3], count, 0)
+    offsets[:, 2] += np.arange(len(offsets)) - np.repeat(count.cumsum() - count, count)
+    offsets = offsets[(np.abs(offsets) < counts).all(1)] + counts - 1
+    member = np.zeros(lattice, dtype=bool)
     member[tuple(offsets.T)] = True
-    return member.view(-1)[relative_cells(layout, pattern.tile)]
+    return torch.from_numpy(member.reshape(-1))[relative_cells(layout, pattern.tile)]
 
 
 @functools.lru_cache(maxsize=1 << 16)
