@@ -214,7 +214,7 @@ def build_index(
     Pattern indices are interned: the same pattern at the same size is built once per process.
 
     Args:
-        patterns: One for each head.
+        patterns: One for each head; of what is computed at some steps alone, the index is of those.
         layout: Segments of the sequence; it is the same for queries and keys.
         group: Largest number of query rows in a group, 1 to 128.
         causal, causal_offset: See `SparseIndex`.
@@ -226,6 +226,7 @@ def build_index(
         raise ValueError("an index needs one pattern for each head, got none")
     if not 1 <= group <= MAX_GROUP:
         raise ValueError(f"group must be 1 to {MAX_GROUP} rows, got {group}")
+    patterns = [pattern.computed for pattern in patterns]
     distinct = list(dict.fromkeys(patterns))
     entries = tuple(pattern_index(pattern, layout, group) for pattern in distinct)
     heads = tuple(distinct.index(pattern) for pattern in patterns)
@@ -236,7 +237,7 @@ def build_index(
 def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> PatternIndex:
     """Index of one pattern at one size; see `build_index`."""
     n = layout.seq_len
-    if pattern.is_dense or layout.num_video == 0:
+    if pattern.computed.is_dense or layout.num_video == 0:
         return _whole(n)
     order = tile_order(layout, pattern.tile)
     exact = seen_cells(pattern, order)

@@ -72,6 +72,8 @@ def unpatch(pipe_or_transformer: Any) -> None:
 
     for transformer in components(pipe_or_transformer).values():
         if attachment := attachment_of(transformer):
+            if isinstance(attachment.intercept, Runtime):
+                attachment.intercept.forget()
             attachment.detach()
 
 
@@ -100,6 +102,8 @@ class Handle:
 
     def remove(self) -> None:
         """Restore the very stock processors; the account stays. Twice is harmless."""
+        for runtime in self._runtimes.values():
+            runtime.forget()
         for attachment in self._attachments.values():
             attachment.detach()
 

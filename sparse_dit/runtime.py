@@ -15,6 +15,7 @@ from .integrations.arrangement import with_bias
 from .integrations.call import AttentionCall
 from .layout import TokenLayout
 from .plan import ComponentPlan
+from .reuse import Reuse, without
 
 logger = logging.getLogger("sparse_dit")
 
@@ -56,7 +57,7 @@ _Way = tuple[str, int | None, str | None, str | None]  # the first four fields o
 class Runtime:
     """The intercept of one patched transformer: sparse where its plan says so, stock elsewhere.
 
-    A copy shares the plan and starts with an empty account.
+    A copy shares the plan and starts with an empty account, and with no outputs kept for other steps.
     """
 
     def __init__(self, component: str, plan: ComponentPlan, backend: str) -> None:
@@ -69,14 +70,33 @@ class Runtime:
         self._computed: defaultdict[_Way, float] = defaultdict(float)
         self._pairs: Counter[_Way] = Counter()
         self._warned: set[str] = set()
+        reuses = any(pattern.every > 1 for pattern in plan.distinct_patterns)
+        self._reuse = Reuse() if reuses else None
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Attention's output `[B, N, H, D]`."""
         stage = self.plan.stage(call.context.sigma, call.context.branch)
         reason = self._planned_dense(call, stage) or self._forced_dense(call)
-        index = None if reason else self._index(call, stage)
-        if index is None or index.is_dense:
-            return self._dense(call, stage, reason or ALL_DENSE)
+        if reason or stage is None:
+            return self._dense(call, stage, reason or NOT_COVERED)
+        if self._reuse is None:
+            return self._attend(call, stage, ())
+        patterns = self.plan.layers[call.layer][stage]
+        turn = self._reuse.turn(call, stage, [head.pattern for head in patterns])
+        out = turn.filled(self._attend(call, stage, turn.skipped))
+        self._reuse.keep(call, stage, turn, out)
+        return out
+
+    def forget(self) -> None:
+        """Drop the outputs that are kept for other steps."""
+        if self._reuse is not None:
+            self._reuse.forget()
+
+    def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
+        """As the plan says for the stage, but nothing for the heads `skipped`, `[B, N, H, D]`."""
+        index = self._index(call, stage, skipped)
+        if index.is_dense:
+            return self._dense(call, stage, ALL_DENSE)
         if call.split is not None:
             out, name = call.split.attend(call.q, call.k, call.v, index, call.scale, self.backend)
             self._count(call, (call.layer, stage, None, name), index.density)
@@ -144,7 +164,7 @@ class Runtime:
         self._computed[key] += density * pairs
         self._pairs[key] += pairs
 
-    def _index(self, call: AttentionCall, stage: int | None) -> SparseIndex:
+    def _index(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> SparseIndex:
         layout, device = call.context.layout, call.q.device
         assert layout is not None, "else this call runs dense"
         indices = self._indices.get(layout)
@@ -153,7 +173,9 @@ class Runtime:
             if len(self._indices) > MAX_LAYOUTS:
                 self._indices.popitem(last=False)
                 self._moved.clear()
-        key = (call.layer, stage, device)
+        key = (call.layer, stage, device, skipped)
+        if key not in indices and skipped:
+            indices[key] = without(self._index(call, stage, ()), skipped)
         if key not in indices:
             patterns = self.plan.patterns(call.layer, call.context.sigma, call.context.branch)
             assert patterns is not None, "else this call runs dense"

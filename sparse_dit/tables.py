@@ -90,7 +90,8 @@ class _Densities:
 
         key = (pattern, layout)
         if key not in self._known:
-            self._known[key] = 1.0 if pattern.is_dense else pattern_index(pattern, layout).density
+            computed = 1.0 if pattern.computed.is_dense else pattern_index(*key).density
+            self._known[key] = computed / pattern.every  # over a long stage
         return self._known[key]
 
 

@@ -114,10 +114,12 @@ def test_version_2_is_written_where_it_is_needed_alone(tmp_path):
 
 def test_the_golden_file_of_version_2_means_what_it_says():
     patterns = Plan.load(GOLDEN_2).components["transformer"].distinct_patterns
-    assert patterns[1:4] == (
+    assert patterns[1:] == (
         Pattern(Window(columns=(0.0, 0.125)), Curve("frame"), far=True),
         Pattern(Stencil(((-1, 0, -2, 5), (0, 0, -2, 5))), Curve("frame", 16, 4), sink_frames=1),
         Pattern(Stencil(((0, 0, -3, 7),)), Curve("video", None), cell=32),
+        Pattern(Window(1, 1, 1), far=True, every=2),
+        Pattern(Dense(), every=3),
     )
 
 
@@ -250,6 +252,13 @@ BAD_DOCUMENTS = {
         changed(*C, "patterns", 1, "tile", to={"curve": "frame"}),
         "version: must be 2 for these patterns, got 1",
     ),
+    "every in version 1": (
+        changed(*C, "patterns", 1, "every", to=2),
+        "version: must be 2 for these patterns, got 1",
+    ),
+    "every 0": (changed(*C, "patterns", 1, "every", to=0), f"{IN}.patterns[1]: window: every: "),
+    "every 65": (changed(*C, "patterns", 1, "every", to=65), f"{IN}.patterns[1]: window: every: "),
+    "every true": (changed(*C, "patterns", 1, "every", to=True), f"{IN}.patterns[1]: window: "),
     "unknown curve": (
         changed(*C, "patterns", 1, "tile", to={"curve": "peano"}),
         f"{IN}.patterns[1]: window: tile: curve: Input should be 'frame' or 'video', got peano",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -27,6 +27,8 @@ class StepContext:
         branch: Half of classifier-free guidance; "any" if both are in the batch, or unknown.
         run: Counts generations from 0; a run starts when the noise level rises or starts anew.
         step: Counts the denoising steps that this transformer took in the run, from 0.
+        condition: Number of the tensor object that the forward is conditioned on, never given twice: another
+            number may be another generation. None if there is none. It doesn't count in comparisons.
     """
 
     layout: TokenLayout | None = None
@@ -34,6 +36,7 @@ class StepContext:
     branch: Branch = "any"
     run: int = -1
     step: int = -1
+    condition: int | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -26,6 +27,21 @@ class Course:
         self._seen: list[Any] = []  # names, or conditions of forwards without a name
         self._input: Any = None
         self._first_sigma = 0.0
+        self._conditions: list[tuple[weakref.ref[Tensor], int]] = []
+        self._numbered = 0
+
+    def condition(self, arguments: Arguments) -> int | None:
+        """The number of the tensor object that a forward is conditioned on; see `StepContext`."""
+        tensor = arguments.get(CONDITION)
+        if not isinstance(tensor, Tensor):
+            return None
+        self._conditions = [known for known in self._conditions if known[0]() is not None]
+        for reference, number in self._conditions:
+            if reference() is tensor:
+                return number
+        self._conditions.append((weakref.ref(tensor), self._numbered))
+        self._numbered += 1
+        return self._conditions[-1][1]
 
     def __reduce__(self):
         return Course, ()

@@ -208,7 +208,8 @@ class Attachment:
         told = family.arrange(transformer.config, arguments) if family.arrange else None
         layout = told.layout if told else family.layout(transformer.config, arguments)
         check_split(transformer, layout, family.heads(transformer.config)[0], arguments)
-        self._tap.context = StepContext(layout, sigma, branch, run, step)
+        condition = self._course.condition(arguments)
+        self._tap.context = StepContext(layout, sigma, branch, run, step, condition)
         self._tap.arrangement = told
 
     def _report_lost(self) -> None:

@@ -39,6 +39,9 @@ NAMES = {shape: name for name, shape in PATTERNS.items()}
 Axis = Annotated[int, Field(strict=True, ge=1, le=1 << 16)] | None
 
 
+Steps = Annotated[int, Field(strict=True, ge=1, le=64)]
+
+
 @checked(frozen=True, config=CONFIG)
 class _Frame:
     """The parameters that every pattern has beside its shape's own."""
@@ -47,6 +50,7 @@ class _Frame:
     cell: Count | None = None
     far: Flag = False
     sink_frames: Distance = 0
+    every: Steps = 1
 
 
 _FRAME = TypeAdapter(_Frame)
@@ -68,6 +72,8 @@ class Pattern:
         far: Whether cells that aren't seen are represented by their mean key (logit plus log of the
             cell's size) and mean value inside the same softmax.
         sink_frames: The first frames of the video are seen by everyone.
+        every: The head is computed at the first step of a stage and at every so many steps from there;
+            at the others its output of the step before is taken again.
 
     Raises:
         ValueError: If a parameter is out of range.
@@ -78,6 +84,7 @@ class Pattern:
     cell: int | None = None
     far: bool = False
     sink_frames: int = 0
+    every: int = 1
 
     def __post_init__(self) -> None:
         if type(self.shape) not in NAMES:
@@ -101,13 +108,18 @@ class Pattern:
 
     @property
     def is_dense(self) -> bool:
-        """Whether everything is computed exactly."""
-        return isinstance(self.shape, Dense)
+        """Whether everything is computed exactly, at every step."""
+        return isinstance(self.shape, Dense) and self.every == 1
+
+    @property
+    def computed(self) -> Pattern:
+        """What is computed at the steps at which it is."""
+        return self if self.every == 1 else dataclasses.replace(self, every=1)
 
     @property
     def version(self) -> int:
         """The first version of the plan format that can say this."""
-        return 2 if isinstance(self.tile, Curve) else 1
+        return 2 if isinstance(self.tile, Curve) or self.every > 1 else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON form; parameters at their default are left out."""

@@ -1,0 +1,167 @@
+"""Outputs of heads that are computed at some steps alone, kept for the steps between.
+
+What a head gave is taken again in the same run, stage and branch, under the same condition, at the same size,
+and fewer steps later than the head's `every`; whatever else comes is computed. So nothing of another
+generation is given out, and nothing older than the plan says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .index import MAX_GROUP, PatternIndex, SparseIndex
+from .integrations.call import AttentionCall
+from .patterns import Pattern
+
+_Key = tuple[str, str, int]  # layer, branch, condition
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What one call of a layer computes and what it takes again.
+
+    Args:
+        groups: For each `every` above 1 the heads that have it.
+        taken: For those of them that aren't computed now, what they gave: `[B, N, heads, D]`.
+        key: By which the call's outputs are kept; None if they can't be.
+    """
+
+    groups: Mapping[int, tuple[int, ...]]
+    taken: Mapping[int, Tensor]
+    key: _Key | None = None
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Heads that aren't computed."""
+        return tuple(head for every in self.taken for head in self.groups[every])
+
+    def filled(self, out: Tensor) -> Tensor:
+        """`out` `[B, N, H, D]` with what was taken written into it."""
+        for every, values in self.taken.items():
+            out[:, :, list(self.groups[every])] = values
+        return out
+
+
+NOTHING = Turn({}, {})
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What the heads of one `every` gave: `[B, N, heads, D]`, when, and for what."""
+
+    out: Tensor
+    step: int
+    sigma: float
+    shape: tuple[object, ...]
+
+
+class Reuse:
+    """The kept outputs of one transformer, all of one run. A copy is empty.
+
+    Of each layer it holds, for each branch of guidance, batch x tokens x head_dim numbers a head whose
+    `every` is above 1, until the step they were last needed at, another run, or `forget`.
+    """
+
+    def __init__(self) -> None:
+        self._run = -1
+        self._kept: dict[_Key, dict[int, _Kept]] = {}
+        self._last: dict[_Key, int] = {}  # step of the last call
+        self._doubled: set[_Key] = set()  # called twice in a step: which one it is can't be told
+
+    def forget(self) -> None:
+        """Drop all that is kept."""
+        self._kept.clear()
+        self._last.clear()
+        self._doubled.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what is kept."""
+        outs = [kept.out for groups in self._kept.values() for kept in groups.values()]
+        return sum(out.numel() * out.element_size() for out in outs)
+
+    def turn(self, call: AttentionCall, stage: int, patterns: Sequence[Pattern]) -> Turn:
+        """Which heads a call computes; to be asked once a call.
+
+        Args:
+            call: The call.
+            stage: Of the plan.
+            patterns: One a head.
+        """
+        if call.context.run != self._run:
+            self.forget()
+            self._run = call.context.run
+        groups: dict[int, tuple[int, ...]] = {}
+        for head, pattern in enumerate(patterns):
+            if pattern.every > 1:
+                groups[pattern.every] = (*groups.get(pattern.every, ()), head)
+        key = self._key(call) if groups else None
+        if key is None:
+            return NOTHING
+        shape, sigma = _shape(call, stage), call.context.sigma or 0.0
+        taken = {
+            every: kept.out
+            for every, kept in self._kept.get(key, {}).items()
+            if 0 < call.context.step - kept.step < every
+            and sigma < kept.sigma
+            and kept.shape == shape
+            and every in groups
+        }
+        return Turn(groups, taken, key)
+
+    def keep(self, call: AttentionCall, stage: int, turn: Turn, out: Tensor) -> None:
+        """Keep what a call computed and drop what won't be needed again.
+
+        Args:
+            call, stage: As for `turn`.
+            turn: What it gave.
+            out: `[B, N, H, D]`, the call's output.
+        """
+        if turn.key is None:
+            return
+        step, sigma = call.context.step, call.context.sigma or 0.0
+        kept = self._kept.setdefault(turn.key, {})
+        for every, heads in turn.groups.items():
+            if every not in turn.taken:
+                part = out[:, :, list(heads)].detach()
+                kept[every] = _Kept(part, step, sigma, _shape(call, stage))
+            elif step - kept[every].step == every - 1:
+                del kept[every]
+
+    def _key(self, call: AttentionCall) -> _Key | None:
+        """What the call's outputs may be kept by; None if they can't be told from others'."""
+        context = call.context
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+        if context.condition is None or call.split is not None or tracked:
+            return None
+        key = (call.layer, context.branch, context.condition)
+        if self._last.get(key) == context.step:
+            self._doubled.add(key)
+            self._kept.pop(key, None)
+        self._last[key] = context.step
+        return None if key in self._doubled else key
+
+
+def without(index: SparseIndex, heads: Sequence[int]) -> SparseIndex:
+    """The index with nothing to compute for some heads, on the same device."""
+    device = index.entries[0].q_offsets.device
+    starts = range(0, index.num_queries, MAX_GROUP)
+    bounds = torch.tensor([*starts, index.num_queries], dtype=torch.int32, device=device)
+    none = torch.zeros(len(bounds), dtype=torch.int32, device=device)
+    runs = torch.zeros(0, 2, dtype=torch.int32, device=device)
+    empty = PatternIndex(index.num_queries, index.num_keys, None, None, bounds, none, runs)
+    used = [-1 if head in heads else p for head, p in enumerate(index.head_to_pattern)]
+    left = sorted(set(used) - {-1})
+    place = {p: number for number, p in enumerate(left)} | {-1: len(left)}
+    entries = (*(index.entries[p] for p in left), empty)
+    return SparseIndex(entries, tuple(place[p] for p in used), index.causal, index.causal_offset)
+
+
+def _shape(call: AttentionCall, stage: int) -> tuple[object, ...]:
+    """What has to be the same for outputs to be taken again."""
+    q = call.q
+    return (stage, call.context.layout, q.shape, call.v.shape, q.dtype, q.device)
