@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def patch(
-    pipe_or_transformer: Any, plan: str | os.PathLike[str] | Plan, *, backend: str = "auto"
+    pipe_or_transformer: Any,
+    plan: str | os.PathLike[str] | Plan,
+    *,
+    backend: str = "auto",
+    nan_guard: bool = False,
 ) -> Handle:
     """Make a pipeline's transformers run attention as the plan says.
 
@@ -26,6 +30,8 @@ def patch(
         pipe_or_transformer: A diffusers pipeline, or one of its transformers.
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`.
         backend: `"auto"` or one that `sparse_attention` knows.
+        nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
+            Each sparse call then reads its output once more and waits for the device.
 
     Returns:
         The handle that tells what ran and takes the patch off; also a context manager.
@@ -50,7 +56,7 @@ def patch(
     targets = _targets(pipe_or_transformer, found, plan)
     for name, transformer in targets.items():
         _check(name, transformer, plan)
-    runtimes = {name: Runtime(name, plan.components[name], backend) for name in targets}
+    runtimes = {name: Runtime(name, plan.components[name], backend, nan_guard) for name in targets}
     attachments: dict[str, Attachment] = {}
     try:
         for name, transformer in targets.items():

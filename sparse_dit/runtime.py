@@ -60,10 +60,13 @@ class Runtime:
     A copy shares the plan and starts with an empty account, and with no outputs kept for other steps.
     """
 
-    def __init__(self, component: str, plan: ComponentPlan, backend: str) -> None:
+    def __init__(
+        self, component: str, plan: ComponentPlan, backend: str, nan_guard: bool = False
+    ) -> None:
         self.component = component
         self.plan = plan
         self.backend = backend
+        self.nan_guard = nan_guard
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
         self._calls: Counter[_Way] = Counter()
@@ -98,7 +101,9 @@ class Runtime:
         if index.is_dense:
             return self._dense(call, stage, ALL_DENSE)
         if call.split is not None:
-            out, name = call.split.attend(call.q, call.k, call.v, index, call.scale, self.backend)
+            out, name = call.split.attend(
+                call.q, call.k, call.v, index, call.scale, self.backend, self.nan_guard
+            )
             self._count(call, (call.layer, stage, None, name), index.density)
             return out
         q, k, v = call.q, call.k, call.v
@@ -107,15 +112,17 @@ class Runtime:
             q, k, v = with_bias(q, k, v, call.bias, scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         name = backend_name(q, index, self.backend)
-        out = sparse_attention(q, k, v, index, kv_len=call.kv_len, scale=scale, backend=name)
+        out = sparse_attention(
+            q, k, v, index, kv_len=call.kv_len, scale=scale, backend=name, nan_guard=self.nan_guard
+        )
         self._count(call, (call.layer, stage, None, name), index.density)
         return out[..., : call.v.shape[-1]].transpose(1, 2)
 
     def __reduce__(self):
-        return Runtime, (self.component, self.plan, self.backend)
+        return Runtime, (self.component, self.plan, self.backend, self.nan_guard)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Runtime:
-        return Runtime(self.component, self.plan, self.backend)
+        return Runtime(self.component, self.plan, self.backend, self.nan_guard)
 
     @property
     def ran(self) -> tuple[Ran, ...]:

@@ -1,4 +1,7 @@
-"""NaN in a sparse head: that head dense, the others untouched, said once."""
+"""NaN in a sparse head: that head dense, the others untouched, said once; by hand and in a patch."""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -6,8 +9,12 @@ import torch
 from sparse_dit import attention, nan_guard
 from sparse_dit.attention import sparse_attention
 from sparse_dit.index import build_index
+from sparse_dit.integrations.parallel import Split, _Chunks
 from sparse_dit.layout import TokenLayout
+from sparse_dit.patch import patch
 from sparse_dit.patterns import Pattern, Window
+from tests.test_patch import DENSE, NARROW, plan_for
+from tests.tiny_pipelines import generate, wan
 
 LAYOUT = TokenLayout.video(2, 4, 6)
 
@@ -61,3 +68,62 @@ def test_it_is_said_once(broken_heads, caplog):
 def test_nothing_happens_to_finite_heads(monkeypatch, caplog):
     monkeypatch.setattr(nan_guard, "scaled_dot_product_attention", lambda *_: pytest.fail("dense"))
     assert torch.equal(call()[0], call(guard=False)[0]) and not caplog.records
+
+
+@pytest.fixture
+def broken_first_head(monkeypatch):
+    """The gather backend with NaN in head 0; gives the number of calls."""
+    calls = []
+
+    def forward(*arguments):
+        got = right(*arguments)
+        got.out[:, 0, 2] = torch.nan
+        calls.append(arguments)
+        return got
+
+    right = attention.BACKENDS["gather"].forward
+    monkeypatch.setattr(attention.BACKENDS["gather"], "forward", forward)
+    monkeypatch.setattr(nan_guard, "_told", set())
+    return calls
+
+
+def test_in_a_patch_such_a_head_is_dense_and_copies_are_guarded_too(broken_first_head, caplog):
+    pipe, call = wan()
+    with patch(pipe, plan_for(pipe, DENSE, NARROW), backend="reference"):
+        want = generate(pipe, call)  # what comes out if head 0 is dense
+    with patch(pipe, plan_for(pipe, NARROW), backend="gather"):
+        assert generate(pipe, call).isnan().any(), "off by default"
+    calls = len(broken_first_head)
+    with patch(pipe, plan_for(pipe, NARROW), backend="gather", nan_guard=True):
+        torch.testing.assert_close(generate(pipe, call), want, rtol=1e-4, atol=1e-4)
+        twin = copy.deepcopy(pipe)
+        pickled = pickle.loads(pickle.dumps(pipe.transformer))
+    assert len(broken_first_head) == 2 * calls > 0
+    assert len(caplog.records) == 1 and "heads [0]" in caplog.text
+    torch.testing.assert_close(generate(twin, call), want, rtol=1e-4, atol=1e-4)
+    twin.transformer = pickled
+    torch.testing.assert_close(generate(twin, call), want, rtol=1e-4, atol=1e-4)
+
+
+def test_off_it_is_never_asked(monkeypatch):
+    """So nothing waits for the device."""
+    monkeypatch.setattr(attention, "finite_or_dense", lambda *_: pytest.fail("asked"))
+    pipe, call = wan()
+    with patch(pipe, plan_for(pipe, NARROW)) as handle:
+        generate(pipe, call)
+        assert handle.summary().sparse_calls > 0
+
+
+def split(ring):
+    return Split(LAYOUT, ring, 1, 0, 0, None)
+
+
+def test_between_exchanges_it_guards_and_a_ring_is_refused(broken_first_head):
+    index = build_index([Pattern(Window(0, 1, 1), (1, 2, 2))] * 2, LAYOUT)
+    q, k, v = torch.randn(3, 1, 48, 2, 8, generator=torch.Generator().manual_seed(0))
+    for guard in (False, True):
+        out = _Chunks(split(1), index, None, "gather", guard)(None, q, k, v)
+        assert isinstance(out, torch.Tensor)
+        assert out.isfinite().all() == guard
+    with pytest.raises(NotImplementedError, match=r"got ring_degree=2; use ulysses_degree alone"):
+        split(2).attend(q, k, v, index, None, "gather", nan_guard=True)

@@ -21,6 +21,7 @@ from ..attention import attend, backend_name
 from ..cut import cut
 from ..index import SparseIndex
 from ..layout import TokenLayout
+from ..nan_guard import finite_or_dense
 
 CONTEXT_PARALLELISM = "context parallelism"
 
@@ -63,7 +64,14 @@ class Split:
         return torch.cat(parts[rank * self.ulysses : (rank + 1) * self.ulysses])
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, scale: float | None, backend: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: SparseIndex,
+        scale: float | None,
+        backend: str,
+        nan_guard: bool = False,
     ) -> tuple[Tensor, str]:
         """Attention of all processes, which must call this together.
 
@@ -71,22 +79,28 @@ class Split:
             q, k, v: `[B, n, H, D]`, this process' tokens and all heads.
             index: Of all tokens and heads, on the device of `q`.
             scale: As in `sparse_attention`.
-            backend: As in `sparse_attention`.
+            backend, nan_guard: As in `sparse_attention`.
 
         Returns:
             `[B, n, H, D]` and the name of the backend that ran.
 
         Raises:
             ValueError: If gradients are asked for.
+            NotImplementedError: If a ring is to be guarded against NaN.
         """
         from diffusers.models import attention_dispatch as host
 
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError("sparse attention is for inference; call it under torch.no_grad()")
+        if nan_guard and self.ring > 1:
+            raise NotImplementedError(
+                f"nan_guard needs all keys in one process, got ring_degree={self.ring}; "
+                "use ulysses_degree alone, or patch without it"
+            )
         order = head_order(index, self.ulysses)
         if order is not None:
             q, k, v = (x[:, :, order] for x in (q, k, v))
-        chunks = _Chunks(self, index, order, backend)
+        chunks = _Chunks(self, index, order, backend, nan_guard)
         out: Any = host._templated_context_parallel_attention(
             q, k, v, scale=scale, forward_op=chunks, backward_op=None, _parallel_config=self.config
         )
@@ -117,19 +131,18 @@ class Split:
         return self.ring, self.ulysses, self.ring_rank, self.ulysses_rank
 
 
+@dataclass
 class _Chunks:
     """The host's `forward_op`: once for Ulysses, once a chunk of keys for ring, in ring order."""
 
-    def __init__(
-        self, split: Split, index: SparseIndex, order: list[int] | None, backend: str
-    ) -> None:
-        self._split = split
-        self._index = index
-        self._order = order
-        self._backend = backend
-        self._calls = 0
-        self._first: Tensor | None = None
-        self.ran = ""
+    split: Split
+    index: SparseIndex
+    order: list[int] | None
+    backend: str
+    nan_guard: bool
+    calls: int = 0
+    first: Tensor | None = None
+    ran: str = ""
 
     def __call__(
         self,
@@ -145,13 +158,16 @@ class _Chunks:
         return_lse: bool = False,
         **_: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        source = (self._split.ring_rank + self._calls) % self._split.ring
-        self._calls += 1
-        part = self._split.part(self._index, self._order, source)
+        source = (self.split.ring_rank + self.calls) % self.split.ring
+        self.calls += 1
+        part = self.split.part(self.index, self.order, source)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        self.ran = backend_name(q, part, self._backend)
+        self.ran = backend_name(q, part, self.backend)
         got = attend(q, k, v, part, scale=scale, backend=self.ran, return_lse=return_lse)
-        out = got.out.transpose(1, 2)
+        out = got.out
+        if self.nan_guard:
+            out = finite_or_dense(out, q, k, v, part, None, scale)
+        out = out.transpose(1, 2)
         if not return_lse:
             return out
         assert got.lse is not None, "it was asked for"
@@ -164,11 +180,11 @@ class _Chunks:
         gives that no weight.
         """
         unseen = lse.isneginf()
-        if self._first is None:
-            self._first = lse
+        if self.first is None:
+            self.first = lse
         else:
-            self._first = torch.where(self._first.isneginf(), lse, self._first)
-        return torch.where(unseen, UNSEEN, lse - self._first)
+            self.first = torch.where(self.first.isneginf(), lse, self.first)
+        return torch.where(unseen, UNSEEN, lse - self.first)
 
 
 def split_of(
