@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .layout import TileOrder, TokenLayout, tile_order
+from .layout import TileOrder, TokenLayout, cut_offsets, tile_order
 from .patterns import Pattern, Skip
 
 MAX_GROUP = 128
@@ -244,7 +244,9 @@ def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> Pat
     cells = order.cell_offsets(pattern.cell)
     tiles = _tile_of_group(order, group)
     runs, run_offsets = _merge(exact, cells + order.text_before, _text_spans(order, n), tiles.owner)
-    far = _far_field(exact, cells + order.text_before, tiles.owner) if pattern.far else None
+    far = None
+    if pattern.far:
+        far = _far_field(exact, cells + order.text_before, tiles.owner, pattern.pool)
     permutation = None if order.is_identity else order.order.int()
     return PatternIndex(
         n, n, permutation, permutation, tiles.offsets.int(), run_offsets.int(), runs.int(), far
@@ -353,9 +355,16 @@ def _spread(counts: Tensor, owner: Tensor, extra: int) -> tuple[Tensor, Tensor]:
     return torch.repeat_interleave(starts[owner], per_group) + rank, offsets
 
 
-def _far_field(exact: Tensor, cells: Tensor, owner: Tensor) -> FarField:
-    """Pooled form of all cells that a group's tile doesn't see; text groups see everything exactly."""
+def _far_field(exact: Tensor, cells: Tensor, owner: Tensor, pool: int | None) -> FarField:
+    """Pooled form of all cells that a group's tile doesn't see, in pools of at most so many tokens.
+
+    Text groups see everything exactly.
+    """
     row, first, last = runs_of(~exact)
+    if pool is not None:
+        pools = cut_offsets(cells, pool)
+        number = torch.searchsorted(pools, cells)
+        first, last, cells = number[first], number[last], pools
     counts = torch.bincount(row, minlength=exact.shape[0])
     runs = torch.stack([first, last - first], 1)
     keep = owner >= 0

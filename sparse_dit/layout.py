@@ -228,13 +228,7 @@ class TileOrder:
 
     def cell_offsets(self, cell: int | None) -> Tensor:
         """int64 `[C + 1]`: tiles cut into runs of at most `cell` tokens (None: not cut)."""
-        if cell is None:
-            return self.tile_offsets
-        starts, stops = self.tile_offsets[:-1], self.tile_offsets[1:]
-        parts = (stops - starts + cell - 1) // cell
-        first = torch.repeat_interleave(starts, parts)
-        rank = torch.arange(len(first)) - torch.repeat_interleave(parts.cumsum(0) - parts, parts)
-        return torch.cat([first + rank * cell, self.tile_offsets[-1:]])
+        return self.tile_offsets if cell is None else cut_offsets(self.tile_offsets, cell)
 
     def boxes(self, cell: int | None = None) -> Boxes:
         """Bounding boxes of the cells of `cell_offsets(cell)`; kept, so that they are made once."""
@@ -250,6 +244,15 @@ class TileOrder:
         lo.scatter_reduce_(0, owner, self.coordinates, "amin", include_self=False)
         hi.scatter_reduce_(0, owner, self.coordinates, "amax", include_self=False)
         return Boxes(lo, hi)
+
+
+def cut_offsets(offsets: Tensor, size: int) -> Tensor:
+    """Offsets int64 `[n + 1]` with each stretch between two cut into runs of at most `size`."""
+    starts, stops = offsets[:-1], offsets[1:]
+    parts = (stops - starts + size - 1) // size
+    first = torch.repeat_interleave(starts, parts)
+    rank = torch.arange(len(first)) - torch.repeat_interleave(parts.cumsum(0) - parts, parts)
+    return torch.cat([first + rank * size, offsets[-1:]])
 
 
 @functools.lru_cache(maxsize=64)

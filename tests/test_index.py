@@ -1,10 +1,19 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sparse_dit.attention import sparse_attention
 from sparse_dit.backends.reference import token_mask
-from sparse_dit.index import PatternIndex, SparseIndex, build_index, pattern_index, seen_cells
+from sparse_dit.index import (
+    PatternIndex,
+    SparseIndex,
+    build_index,
+    expand,
+    pattern_index,
+    seen_cells,
+)
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.rounding import to_blocks
@@ -145,3 +154,38 @@ def test_bad_indices():
     other = pattern_index(Pattern(Dense()), TokenLayout.video(1, 1, 1))
     with pytest.raises(ValueError, match="same number of tokens"):
         SparseIndex((entry, other), (0, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("cell", [None, 5])
+def test_finer_pools_cut_the_far_field_alone(layout, cell):
+    """A pool of single tokens is what its cell is without pooling: dense attention."""
+    shape, size = Window(frames=0, rows=1), (2, 2, 3)
+    whole = Pattern(shape, size, cell=cell, far=True)
+    q, k, v = torch.randn(3, 1, 1, layout.seq_len, 8, generator=torch.Generator().manual_seed(0))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for pool in (1, 2, 4, 100):
+        fine = replace(whole, pool=pool)
+        index, other = build_index([fine], layout), build_index([whole], layout)
+        one, two = index.entries[0], other.entries[0]
+        assert torch.equal(one.runs, two.runs)
+        if one.far is None:  # no video
+            continue
+        assert one.far.cell_offsets.diff().max() <= pool
+        truth = sparse_attention(q, k, v, index, backend="reference")
+        assert pool > 1 or torch.allclose(truth, dense, atol=2e-5)
+        for backend in ("gather", "cpu"):
+            out = sparse_attention(q, k, v, index, backend=backend)
+            assert torch.allclose(out, truth, atol=2e-5), backend
+        for group in range(one.num_groups):
+            pooled = [
+                expand(e.far.runs[e.far.run_offsets[group] : e.far.run_offsets[group + 1]])
+                for e in (one, two)
+            ]
+            tokens = [
+                [t for c in cells.tolist() for t in range(*e.far.cell_offsets[c : c + 2].tolist())]
+                for cells, e in zip(pooled, (one, two), strict=True)
+            ]
+            assert tokens[0] == tokens[1]
+        if pool == 100:
+            assert torch.equal(one.far.runs, two.far.runs)

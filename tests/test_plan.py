@@ -120,6 +120,7 @@ def test_the_golden_file_of_version_2_means_what_it_says():
         Pattern(Stencil(((0, 0, -3, 7),)), Curve("video", None), cell=32),
         Pattern(Window(1, 1, 1), far=True, every=2),
         Pattern(Dense(), every=3),
+        Pattern(Skip(), (1, 8, 8), far=True, pool=16),
     )
 
 
@@ -255,6 +256,15 @@ BAD_DOCUMENTS = {
     "every in version 1": (
         changed(*C, "patterns", 1, "every", to=2),
         "version: must be 2 for these patterns, got 1",
+    ),
+    "pool in version 1": (
+        changed(*C, "patterns", 1, "pool", to=16),
+        "version: must be 2 for these patterns, got 1",
+    ),
+    "pool 0": (changed(*C, "patterns", 1, "pool", to=0), f"{IN}.patterns[1]: window: pool: "),
+    "pool without far": (
+        changed(*C, "patterns", 6, "pool", to=16),
+        f"{IN}.patterns[6]: tile: pool must be left out without far, got 16",
     ),
     "every 0": (changed(*C, "patterns", 1, "every", to=0), f"{IN}.patterns[1]: window: every: "),
     "every 65": (changed(*C, "patterns", 1, "every", to=65), f"{IN}.patterns[1]: window: every: "),

@@ -51,6 +51,7 @@ class _Frame:
     far: Flag = False
     sink_frames: Distance = 0
     every: Steps = 1
+    pool: Count | None = None
 
 
 _FRAME = TypeAdapter(_Frame)
@@ -74,6 +75,7 @@ class Pattern:
         sink_frames: The first frames of the video are seen by everyone.
         every: The head is computed at the first step of a stage and at every so many steps from there;
             at the others its output of the step before is taken again.
+        pool: With `far`: a pooled key stands for at most this many tokens of a cell; None for whole cells.
 
     Raises:
         ValueError: If a parameter is out of range.
@@ -85,6 +87,7 @@ class Pattern:
     far: bool = False
     sink_frames: int = 0
     every: int = 1
+    pool: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.shape) not in NAMES:
@@ -100,6 +103,8 @@ class Pattern:
                     f"no frames, got {self.sink_frames}; use a curve through a frame"
                 )
         _checked(_FRAME, frame, self.name)
+        if self.pool is not None and not self.far:
+            raise ValueError(f"{self.name}: pool must be left out without far, got {self.pool}")
 
     @property
     def name(self) -> str:
@@ -119,7 +124,8 @@ class Pattern:
     @property
     def version(self) -> int:
         """The first version of the plan format that can say this."""
-        return 2 if isinstance(self.tile, Curve) or self.every > 1 else 1
+        later = isinstance(self.tile, Curve) or self.every > 1 or self.pool is not None
+        return 2 if later else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON form; parameters at their default are left out."""
