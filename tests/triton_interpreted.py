@@ -8,9 +8,10 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from sparse_dit.attention import attend, block_mass
-from sparse_dit.backends.triton import interpreted
+from sparse_dit.backends.triton import interpreted, operator
 from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
@@ -24,6 +25,7 @@ triton_bfloat16.install()
 torch.use_deterministic_algorithms(True)  # fills what isn't written with NaN
 LOCAL = Pattern(Window(0, 1, 1), (1, 2, 2), far=True)
 SINKS = Pattern(Union((Window(0, 1, 1), Vertical((1, 3, 3), (4,)))), (2, 2, 2), sink_frames=1)
+REQUEST = {"backend": "triton", "return_lse": True, "mass_block": 8}
 FIRSTS = range(0, len(PATTERN_CASES), 6)
 
 
@@ -182,3 +184,89 @@ def test_float64_is_declined():
     index = one_head(dense(8, 8))
     with pytest.raises(NotImplementedError, match="takes float16 and bfloat16, but q is"):
         attend(*(x.double() for x in qkv(index, 16)), index, backend="triton")
+
+
+MIXED = [LOCAL, Pattern(Dense()), Pattern(Stripe(time_width=1), (2, 2, 2)), Pattern(Skip())]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["graphs", "aot_eager"])
+def test_compiled_in_one_graph_for_all_sizes(backend, causal):
+    """One graph, and one more with sizes as variables; indices are made once, and found again."""
+    torch._dynamo.reset()
+    operator._INDICES.clear()
+    graphs = CompileCounter()
+    compiled = torch.compile(
+        lambda q, k, v, i, n: attend(q * 2, k, v, i, kv_len=n, **REQUEST),
+        fullgraph=True, backend=graphs if backend == "graphs" else backend,
+    )  # fmt: skip
+    sizes = [(2, 4, 6), (3, 4, 6), (1, 6, 8), (2, 4, 6)]
+    for size in sizes:
+        layout = TokenLayout.video(*size, text_after=3)
+        index = build_index(MIXED, layout, group=16, causal=causal)
+        inputs = qkv(index, 16, batch=2, kv_heads=2)
+        kv_len = torch.tensor([layout.seq_len, 20])
+        want = attend(inputs[0] * 2, *inputs[1:], index, kv_len=kv_len, **REQUEST)
+        for _ in range(2):
+            got = compiled(*inputs, index, kv_len)
+            torch.testing.assert_close(got, want)
+    assert graphs.frame_count == (2 if backend == "graphs" else 0)
+    assert len(operator._INDICES) == len(set(sizes))
+    torch._dynamo.reset()
+
+
+def test_parts_make_the_same_index_again():
+    for layout in LAYOUTS:
+        for pattern in PATTERN_CASES:
+            index = build_index([pattern, Pattern(Dense()), pattern], layout, causal=True)
+            again = operator.index_of(*operator.parts_of(index))
+            assert again is operator.index_of(*operator.parts_of(index))
+            assert operator.parts_of(again)[1] == operator.parts_of(index)[1]
+            same = zip(operator.parts_of(again)[0], operator.parts_of(index)[0], strict=True)
+            assert all(a is b for a, b in same)
+    other = build_index([Pattern(Dense()), pattern, pattern], layout, causal=True)
+    assert operator.index_of(*operator.parts_of(other)) is not again
+
+
+@pytest.mark.parametrize("kv_len", [None, torch.tensor([51, 7])], ids=["full", "padded"])
+def test_operators_are_what_torch_expects(kv_len):
+    index = build_index(MIXED, TokenLayout.video(2, 4, 6, text_after=3), group=16)
+    inputs = qkv(index, 16, batch=2, kv_heads=2)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+    parts = operator.parts_of(index)
+    torch.library.opcheck(torch.ops.sparse_dit.triton_attend, (q, k, v, *parts, kv_len, 0.5))
+    out, lse = torch.ops.sparse_dit.triton_attend(q, k, v, *parts, kv_len, 0.5)
+    assert out.stride() == q.stride()
+    arguments = (q, k, *parts, lse, kv_len, 0.5, 8, index.max_groups)
+    torch.library.opcheck(torch.ops.sparse_dit.triton_mass, arguments)
+
+
+def test_exported_without_a_trace_of_the_index():
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v, index, backend="triton").out
+
+    index = build_index(MIXED, TokenLayout.video(2, 4, 6), group=16)
+    inputs = tuple(qkv(index, 16))
+    program = torch.export.export(Layer(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), Layer()(*inputs))
+
+
+def test_a_patched_transformer_compiles_to_the_graphs_of_stock():
+    """Blocks are compiled whole, as one graph, with the Triton backend behind the seam."""
+    from sparse_dit.patch import patch
+    from tests.test_patch import FAR, NARROW, plan_for
+    from tests.tiny_pipelines import generate, wan
+
+    pipe, call = wan()
+    with patch(pipe, plan_for(pipe, NARROW, FAR), backend="triton"):
+        want = generate(pipe, call)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    with patch(pipe, plan_for(pipe, NARROW, FAR), backend="triton") as handle:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
+        torch.testing.assert_close(generate(pipe, call), want)
+        ran = {entry.backend for entry in handle.ran["transformer"]}
+        assert ran == {"triton"} and handle.summary().dense_calls == 0
+    assert graphs.frame_count == 1
+    torch._dynamo.reset()

@@ -167,6 +167,24 @@ def seam(
     )  # fmt: skip
 
 
+@app.command()
+def host(
+    heads: Annotated[int, typer.Option(min=1, help="Of the call.")] = 12,
+    head_dim: Annotated[int, typer.Option(min=16, help="Of the call.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that all calls take turns.")] = 9,
+) -> None:
+    """What a call of the Triton backend takes in Python, with launches that do nothing."""
+    from .host import measure_host
+    from .measure import num_threads
+
+    with num_threads(1):
+        costs = measure_host(heads, head_dim, rounds)
+    for cost in costs:
+        launches = "1 launch" if cost.launches == 1 else f"{cost.launches} launches"
+        out.print(f"{cost.patterns}: {1e6 * cost.call:.1f} us a call, {launches}", highlight=False)
+    out.print("of host time, one thread; no GPU and no driver took part", highlight=False)
+
+
 def _check_table(file: Path, force: bool) -> None:
     if file.suffix != ".json":
         raise ValueError(f"--out must name a file that ends in .json, got {file.name!r}")

@@ -1,7 +1,8 @@
 """Block-sparse attention in Triton, for NVIDIA GPUs from sm_80 on and AMD's CDNA.
 
 `kernel.py` is the kernels, `tables.py` and `work.py` write an index as they read it, `config.py` has the
-block sizes of each architecture, `launch.py` calls. Nothing here imports triton before a kernel runs. It
+block sizes of each architecture, `launch.py` calls, `operator.py` makes
+torch operators of it for compiled graphs. Nothing here imports triton before a kernel runs. It
 was never run on a GPU: what was checked without one is in `docs/gpu.md`.
 """
 
@@ -17,10 +18,12 @@ from torch import Tensor
 from ...index import SparseIndex
 from ..attended import Attended
 from .config import CAPABILITIES, CDNA, Config, configs_for
+from .operator import parts_of
 
 HEAD_DIMS = range(16, 129, 8)
 DTYPES = (torch.float16, torch.bfloat16)
 INTERPRETED = "sm80"  # whose blocks the interpreter takes
+_ABSENT = importlib.util.find_spec("triton") is None
 
 
 def unsupported(q: Tensor, index: SparseIndex) -> str | None:
@@ -32,8 +35,6 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
         return f"it takes float16 and bfloat16, but q is {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"head_dim must be a multiple of 8 from 16 to 128, got {q.shape[-1]}"
-    if torch.compiler.is_compiling():
-        return "it can't be traced into a compiled graph"
     if on_cpu:
         return None
     if not q.is_cuda:
@@ -54,6 +55,8 @@ def forward(
     mass_block: int | None,
 ) -> Attended:
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
+    if torch.compiler.is_compiling():
+        return _traced(q, k, v, index, kv_len, scale, return_lse, mass_block)
     from . import launch
 
     with _on(q):
@@ -75,20 +78,45 @@ def block_mass(
     mass_block: int,
 ) -> Tensor:
     """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
+    if torch.compiler.is_compiling():
+        parts, groups = parts_of(index), index.max_groups
+        return torch.ops.sparse_dit.triton_mass(
+            q, k, *parts, lse, kv_len, scale, mass_block, groups
+        )
     from . import launch
 
     with _on(q):
         return launch.block_mass(q, k, index, lse, kv_len, scale, mass_block, _configs(q)[0])
 
 
+def _traced(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: SparseIndex,
+    kv_len: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    mass_block: int | None,
+) -> Attended:
+    """`forward` as a node of the graph."""
+    parts = parts_of(index)
+    out, lse = torch.ops.sparse_dit.triton_attend(q, k, v, *parts, kv_len, scale)
+    mass = None
+    if mass_block is not None:
+        mass = block_mass(q, k, index, lse, kv_len, scale, mass_block)
+    return Attended(out, lse if return_lse else None, mass)
+
+
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton was told to interpret kernels, which works on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _absent() -> bool:
-    return importlib.util.find_spec("triton") is None
+    return _ABSENT
 
 
 def _on(q: Tensor):
@@ -102,6 +130,7 @@ def _configs(q: Tensor) -> tuple[Config, Config]:
     return configs_for(architecture, q.shape[-1])
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _architecture(device: torch.device) -> str | None:
     """The device's name in `CONFIGS`, None if it has none."""

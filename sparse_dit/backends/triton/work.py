@@ -36,6 +36,10 @@ class Work:
     pooled_rows: int
     tables: tuple[Tables, ...]
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copies and pickles hold None: what is pointed to isn't theirs."""
+        return type(None), ()
+
 
 def work_of(
     index: SparseIndex, kv_heads: int, small: Config, large: Config, *, by_group: bool = False
