@@ -11,13 +11,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .bench.command import app as bench
 from .checking import check as check_command
+from .doctor_command import doctor as doctor_command
 from .eval.cli import evaluation
 from .options import (
     Device,
@@ -41,9 +41,6 @@ from .profile_command import profile as profile_command
 from .stability import stability as stability_command
 from .tables import out, show_front, show_heads, show_models, show_plan
 
-if TYPE_CHECKING:
-    from .doctor import Checkup
-
 app = typer.Typer(
     help="Faster video diffusion: search a plan of sparse attention, look at it, measure it.",
     add_completion=False,
@@ -54,6 +51,7 @@ app.add_typer(bench, name="bench")
 app.command("check")(check_command)
 app.command("stability")(stability_command)
 app.command("profile")(profile_command)
+app.command("doctor")(doctor_command)
 app.add_typer(evaluation, name="eval")
 
 
@@ -260,42 +258,6 @@ def models() -> None:
     from .models import supported_models
 
     show_models(supported_models())
-
-
-@app.command()
-def doctor() -> None:
-    """Versions, devices and backends here, and whether they compute what they should."""
-    from .doctor import checkups, devices, packages, variant_checkups
-    from .eval.provenance import environment
-
-    for name, value in {**environment(), **packages()}.items():
-        out.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"devices: {', '.join(devices())}", highlight=False)
-    columns = ("against reference", "4,096 tokens", "SDPA", "density")
-    table = Table("backend", "device", *columns)
-    found = checkups()
-    for check in found:
-        table.add_row(check.backend, check.device, *_checked(check))
-    out.print(table)
-    if variants := variant_checkups():
-        table = Table("CPU kernel", *columns)
-        for variant in variants:
-            name = f"{variant.name} (used)" if variant.used else variant.name
-            check = variant.checkup
-            table.add_row(name, *(_checked(check) if check else [variant.untested, "-", "-", "-"]))
-            found += [check] if check else []
-        out.print(table)
-    if any(check.problem for check in found):
-        raise typer.Exit(1)
-
-
-def _checked(check: Checkup) -> list[str]:
-    """A doctor's row: verdict, times and density."""
-    verdict = f"error {check.error or 0:.1e}"
-    if check.absent or check.problem:
-        verdict = f"not here: {check.absent}" if check.absent else f"BROKEN: {check.problem}"
-    times = [f"{1e3 * s:.1f} ms" if s else "-" for s in (check.seconds, check.dense_seconds)]
-    return [verdict, *times, "-" if check.density is None else f"{check.density:.1%}"]
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -245,6 +246,28 @@ def test_doctor(capsys):
     assert cli.run(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "torch:" in said and "gather" in said and "cpu" in said
+
+
+def test_doctor_writes_what_it_found(tmp_path, capsys):
+    from sparse_dit.attention import BACKENDS
+
+    file = tmp_path / "doctor.json"
+    assert cli.run(["doctor", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["version"] == 1 and "cpu" in found["devices"]
+    assert found["environment"]["torch"] == version("torch") and "triton" in found["packages"]
+    here = {row["backend"]: row for row in found["backends"] if row["device"] == "cpu"}
+    assert set(here) == set(BACKENDS) - {"reference"}
+    # each is judged: why it can't run, or how far off it is
+    for row in here.values():
+        assert row["problem"] is None and (row["absent"] is None) == (row["error"] is not None)
+    row = here["gather"]
+    assert 0 < row["error"] < 1e-4 and 0 < row["density"] < 1
+    assert row["seconds"] > 0 and row["dense_seconds"] > 0
+    assert here["triton"]["absent"] and here["triton"]["seconds"] is None
+    assert cli.run(["doctor", "--json", str(file)]) == 2
+    assert "pass --force" in capsys.readouterr().err
+    assert cli.run(["doctor", "--json", str(tmp_path / "doctor.txt")]) == 2
 
 
 def test_doctor_finds_a_broken_backend(capsys, monkeypatch):
