@@ -14,7 +14,8 @@ from ..integrations.diffusers import attach, components
 from ..layout import TokenLayout
 from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
-from ..search.cells import cell_sums, cell_table, sample_rows
+from ..search.cells import cell_table, sample_rows
+from ..search.sampling import sampled_heads, whole_layout
 from ..search.statistics import seen_tiles
 
 ROWS = 48
@@ -60,11 +61,11 @@ class _Watch:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        context = call.context
+        context, layout = call.context, whole_layout(call)
         stage = self.plan.stage(context.sigma, context.branch)
         patterns = self.plan.patterns(call.layer, context.sigma, context.branch)
-        if patterns and context.layout and stage is not None and call.unsupported is None:
-            self._add(call, context.layout, stage, patterns)
+        if patterns and layout is not None and stage is not None:
+            self._add(call, layout, stage, patterns)
         return call.stock()
 
     def _add(
@@ -74,26 +75,19 @@ class _Watch:
         error, norm, mass = (torch.zeros(heads) for _ in range(3))
         totals = self.found.setdefault((stage, call.layer), HeadTotals(error, norm, mass))
         rows = sample_rows(layout, ROWS, self.generator)
-        scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
-        repeat = heads // call.k.shape[2]
-        for batch in range(call.q.shape[0]):
-            valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
-            totals.rows += len(rows)
-            for head, pattern in enumerate(patterns):
-                parts = (x[batch].to("cpu") for x in (call.q, call.k, call.v))
-                q, k, v = (
-                    x[:, h] for x, h in zip(parts, (head, *(head // repeat,) * 2), strict=True)
-                )
-                tile = (4, 4, 4) if pattern.is_dense else pattern.tile
-                sums = cell_sums(q, k, v, rows, cell_table(layout, tile), scale, valid)
-                totals.norm[head] += sums.out.square().sum()
-                if pattern.is_dense:
-                    totals.mass[head] += len(rows)
-                    continue
-                seen = seen_tiles(pattern, layout)[sums.cell]
-                out = sums.outputs(seen[None], pattern.far)[0]
-                totals.error[head] += (out - sums.out).square().sum()
-                totals.mass[head] += (seen * sums.mass).sum() + sums.text_mass.sum()
+        totals.rows += len(rows) * call.q.shape[0]
+        for head, sampled in sampled_heads(call, layout, rows, None):
+            pattern = patterns[head]
+            tile = (4, 4, 4) if pattern.is_dense else pattern.tile
+            sums = sampled.by_cells(cell_table(layout, tile))
+            totals.norm[head] += sums.out.square().sum()
+            if pattern.is_dense:
+                totals.mass[head] += len(rows)
+                continue
+            seen = seen_tiles(pattern, layout)[sums.cell]
+            out = sums.outputs(seen[None], pattern.far)[0]
+            totals.error[head] += (out - sums.out).square().sum()
+            totals.mass[head] += (seen * sums.mass).sum() + sums.text_mass.sum()
 
 
 def head_quality(

@@ -27,7 +27,7 @@ from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
 from .candidates import DENSE
 from .cells import cell_table, sample_rows
 from .projection import projections
-from .sampling import one_thread, sampled_heads
+from .sampling import one_thread, sampled_heads, whole_layout
 from .statistics import score
 
 ROWS = 64
@@ -118,15 +118,13 @@ class _Watch:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        context = call.context
+        context, layout = call.context, whole_layout(call)
         stage = self.plan.stage(context.sigma, context.branch)
         patterns = self.plan.patterns(call.layer, context.sigma, context.branch)
-        plain = call.unsupported is None and context.layout is not None
-        if patterns is not None and stage is not None and plain:
-            assert context.layout is not None
-            self.layout = context.layout
+        if patterns is not None and stage is not None and layout is not None:
+            self.layout = layout
             with one_thread():
-                self._score(call, stage, patterns, context.layout)
+                self._score(call, stage, patterns, layout)
         return call.stock()
 
     def _score(
@@ -189,7 +187,7 @@ def check_plan(
             attachment.detach()
     heads, unseen = [], 0
     for name, watch in watches.items():
-        if watch.layout is not None and watch.layout != watch.plan.layout:
+        if watch.layout and watch.layout.without_text() != watch.plan.layout.without_text():
             notes.append(
                 f"{name}: measured at {watch.layout}, the plan was made at {watch.plan.layout}; "
                 "errors differ with the size too"

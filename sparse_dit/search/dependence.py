@@ -38,7 +38,8 @@ def prompt_dependence(
     if len(profiles) < 2:
         raise ValueError(f"comparing prompts needs two profiles or more, got {len(profiles)}")
     first = profiles[0]
-    if any(p.layout != first.layout or p.found.keys() != first.found.keys() for p in profiles[1:]):
+    grids = {profile.known_layout.without_text() for profile in profiles}
+    if len(grids) > 1 or any(p.found.keys() != first.found.keys() for p in profiles[1:]):
         raise ValueError("the profiles must be of the same size, noise levels and layers")
     table = cell_table(first.known_layout, tile)
     return {

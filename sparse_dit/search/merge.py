@@ -74,7 +74,7 @@ def _misfit(a: Profile, b: Profile) -> str | None:
 
 
 def _place(part: ComponentProfile) -> tuple[object, ...]:
-    return part.layout, tuple(part.sigmas), tuple(part.layers)
+    return part.known_layout.without_text(), tuple(part.sigmas), tuple(part.layers)
 
 
 def _add(merged: Profile, other: Profile) -> None:
@@ -85,6 +85,7 @@ def _add(merged: Profile, other: Profile) -> None:
         if not mine.found:
             merged.components[name] = part
             continue
+        mine.note_layout(part.known_layout)
         if not scored:
             _add_found(mine, part)
         for key, scores in part.scores.items():

@@ -27,7 +27,7 @@ class ComponentProfile:
 
     Args:
         model_class, config_hash, num_heads, head_dim: What the profile is of.
-        layout: Size at calibration.
+        layout: Size at calibration, with the longest text that was recorded.
         sigmas: Noise levels recorded, falling, `[S]`.
         layers: Module paths, in order of execution.
         found: For `(level, layer)` a list over heads of their statistics (discovery).
@@ -60,6 +60,19 @@ class ComponentProfile:
                 "is unknown at these arguments, or it asks for more than plain attention"
             )
         return self.layout
+
+    def note_layout(self, layout: TokenLayout) -> None:
+        """Take up the layout of a recorded call: one grid, text of any length and place.
+
+        Text always attends and is attended to densely, so statistics of all lengths can be added up.
+
+        Raises:
+            ValueError: If the grid is another one than that of the calls before.
+        """
+        known = self.layout or layout
+        if layout.without_text() != known.without_text():
+            raise ValueError(f"a profile is of one size, got {layout} after {known}")
+        self.layout = layout if layout.num_text > known.num_text else known
 
     def nearest_level(self, sigma: float) -> int:
         """Number of the recorded noise level whose range holds sigma."""

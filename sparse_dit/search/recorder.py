@@ -13,7 +13,7 @@ from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, cell_table, sample_rows
 from .profile import ComponentProfile
-from .sampling import in_turn, one_thread, sampled_heads
+from .sampling import in_turn, one_thread, sampled_heads, whole_layout
 from .statistics import HeadStatistics, discover, empty_statistics, score
 
 PICTURE = 96
@@ -55,22 +55,18 @@ class Recorder:
         self.seconds = 0.0
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        layout, sigma = call.context.layout, call.context.sigma
-        if layout is not None and sigma is not None and call.unsupported is None:
-            tokens = call.q.shape[1], call.k.shape[1]
-            whole = layout.num_video and tokens == (layout.seq_len, layout.seq_len)
-            if whole and (not self.alternate or in_turn(call.context)):
-                started = time.perf_counter()
-                with one_thread():
-                    self._record(call, layout, sigma)
-                self.seconds += time.perf_counter() - started
+        layout, sigma = whole_layout(call), call.context.sigma
+        turn = not self.alternate or in_turn(call.context)
+        if layout is not None and sigma is not None and turn:
+            started = time.perf_counter()
+            with one_thread():
+                self._record(call, layout, sigma)
+            self.seconds += time.perf_counter() - started
         return call.stock()
 
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
         profile = self.profile
-        profile.layout = profile.layout or layout
-        if layout != profile.layout:
-            raise ValueError(f"a profile is of one size, got {layout} after {profile.layout}")
+        profile.note_layout(layout)
         level = self._level(sigma)
         if call.layer not in profile.layers:
             profile.layers.append(call.layer)

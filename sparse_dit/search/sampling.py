@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..integrations.arrangement import with_bias
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import TokenLayout
 from .cells import SampledRows, sampled_rows
@@ -32,6 +33,16 @@ def in_turn(context: StepContext) -> bool:
     return context.branch in ("any", "uncond" if context.step % 2 else "cond")
 
 
+def whole_layout(call: AttentionCall) -> TokenLayout | None:
+    """The layout of a call over all of its tokens, some of them video, that asks for plain attention of a
+    known noise level; None for any other call."""
+    layout = call.context.layout
+    if layout is None or call.context.sigma is None or call.unsupported is not None:
+        return None
+    whole = call.q.shape[1] == call.k.shape[1] == layout.seq_len
+    return layout if whole and layout.num_video else None
+
+
 def sampled_heads(
     call: AttentionCall,
     layout: TokenLayout,
@@ -40,6 +51,8 @@ def sampled_heads(
     heads: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, SampledRows]]:
     """The exact attention of sampled rows for each batch item and head: `(head, rows)`.
+
+    Keys that are padding get nothing; a bias on the logits is part of queries and keys.
 
     Args:
         call: What the host computes.
@@ -53,6 +66,11 @@ def sampled_heads(
     for batch in range(call.q.shape[0]):
         valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
         q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
+        if call.bias is not None:
+            bias = call.bias[None, batch].to("cpu", torch.float32)
+            (q, k) = (
+                x[0] for x in with_bias(q[None].float(), k[None].float(), v[None], bias, scale)[:2]
+            )
         for head in range(q.shape[1]) if heads is None else heads:
             values = v[:, head // repeat]
             if behind is not None:

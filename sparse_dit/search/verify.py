@@ -43,16 +43,16 @@ def _stock(call: AttentionCall) -> Tensor:
 
 
 class _Count:
-    """An intercept that notes the noise level of each forward, at its first attention layer."""
+    """An intercept that notes the noise level of each forward and item, at the first attention layer."""
 
     def __init__(self, then: Intercept) -> None:
         self.sigmas: list[float] = []
         self._then = then
-        self._last: object = None
+        self._first: str | None = None
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        if call.context is not self._last and call.context.sigma is not None:
-            self._last = call.context
+        self._first = self._first or call.layer
+        if call.layer == self._first and call.context.sigma is not None:
             self.sigmas += [call.context.sigma] * call.q.shape[0]
         return self._then(call)
 

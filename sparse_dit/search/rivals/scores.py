@@ -13,12 +13,13 @@ from torch import Tensor
 from ...generation import Case, GenerationSettings
 from ...integrations.call import AttentionCall
 from ...integrations.diffusers import components
+from ...layout import TokenLayout
 from ...patterns import Pattern
 from ..candidates import DENSE, tilings
 from ..cells import cell_table, sample_rows
 from ..profile import ComponentProfile
 from ..projection import projections
-from ..sampling import one_thread, sampled_heads
+from ..sampling import one_thread, sampled_heads, whole_layout
 from ..statistics import density, score
 from ..verify import dense_reference
 from .families import families, row_wise_blocks, vertical_stripes
@@ -63,20 +64,22 @@ class _Scorer:
         self.norm = torch.zeros(shape, dtype=torch.float64)
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        layout, sigma = call.context.layout, call.context.sigma
-        known = layout == self.profile.layout and call.layer in self.profile.layers
-        if known and sigma is not None and call.unsupported is None:
+        layout, sigma = whole_layout(call), call.context.sigma
+        grid = self.profile.known_layout.without_text()
+        known = layout is not None and layout.without_text() == grid
+        if layout is not None and sigma is not None and known and call.layer in self.profile.layers:
             with one_thread():
-                self._add(call, self.profile.nearest_level(sigma))
+                self._add(call, layout, self.profile.nearest_level(sigma))
         return call.stock()
 
-    def _add(self, call: AttentionCall, level: int) -> None:
-        layout, place = self.profile.known_layout, self.profile.layers.index(call.layer)
+    def _add(self, call: AttentionCall, layout: TokenLayout, level: int) -> None:
+        """`score` needs the grid alone, so all texts share what it keeps."""
+        grid, place = self.profile.known_layout, self.profile.layers.index(call.layer)
         rows = sample_rows(layout, self.rows, self.generator)
         for head, sampled in sampled_heads(call, layout, rows, self.behind.get(call.layer)):
             patterns = self.patterns[level, call.layer, head]
             sums = {t: sampled.by_cells(cell_table(layout, t)) for t in self.tiles}
-            error, _, _, norm = score(sums, (DENSE, *patterns), layout)
+            error, _, _, norm = score(sums, (DENSE, *patterns), grid)
             self.error[level, place, head] += error[1:]
             self.norm[level, place, head] += norm
 
