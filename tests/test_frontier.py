@@ -3,17 +3,24 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparse_dit.demo.run import CALIBRATION, HELD_OUT, QUICK
-from sparse_dit.eval.frontier import FrontierRequest, frontier
+from sparse_dit.eval.frontier import TRANSFERRED, FrontierRequest, frontier
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
 from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
-from sparse_dit.search.rivals import METHODS, SOURCES, plan_at, score_rivals
+from sparse_dit.search.rivals import (
+    METHODS,
+    SOURCES,
+    least_damage_at_density,
+    plan_at,
+    score_rivals,
+)
 from sparse_dit.search.rivals.families import families
 from sparse_dit.search.statistics import density
 
@@ -68,7 +75,6 @@ def test_plans_stay_below_the_density(searched, scores, method, target):
 
 def test_ours_forecasts_less_damage_than_any_choice_by_lot(searched, scores):
     from sparse_dit.search.baselines import random_choice
-    from sparse_dit.search.rivals.plans import least_damage_at_density
 
     ours = least_damage_at_density(searched, 0.3).forecast["error"]
     for seed in range(5):
@@ -120,6 +126,32 @@ def test_rows_are_kept_and_gone_on_with(pipe, tmp_path):
     file.write_text("{}")
     with pytest.raises(ValueError, match="no frontier file"):
         frontier(pipe, request(["searched"]), said.append)
+
+
+def test_a_plan_of_another_size_is_measured_unchanged(pipe, tmp_path):
+    file = tmp_path / "rows.json"
+    small = replace(QUICK, width=64, height=64)
+    request = FrontierRequest(CALIBRATION, HELD_OUT[:1], QUICK, [0.35], ["searched"], file, small)
+    own, other = frontier(pipe, request, lambda text: None)
+    assert (own["method"], other["method"]) == ("searched", TRANSFERRED)
+    assert "used unchanged" in other["source"] and other["tokens"] == own["tokens"]
+    assert other["density"] <= 0.351 and other["psnr_db"] > 0
+    with pytest.raises(ValueError, match="other prompts or settings"):
+        frontier(pipe, replace(request, elsewhere=None), lambda text: None)
+    with pytest.raises(ValueError, match="must be another one"):
+        replace(request, elsewhere=QUICK)
+
+
+def test_the_density_of_a_plan_counts_at_the_size_it_is_used_at(searched):
+    layout = TokenLayout.video(8, 16, 16)
+    plan = least_damage_at_density(searched, 0.3, layout)
+    part = plan.components["transformer"]
+    shares = plan.provenance["stage_shares"]["transformer"]
+    total = 0.0
+    for stages in part.layers.values():
+        for share, heads in zip(shares, stages, strict=True):
+            total += share * sum(density(h.pattern, layout) for h in heads) / len(heads)
+    assert 0.25 < total / len(part.layers) <= 0.301
 
 
 def test_the_command_prints_and_plots(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,6 +137,10 @@ def frontier(
     steps: Steps = None,
     guidance: Guidance = None,
     max_sequence_length: Text = None,
+    searched_at: Annotated[
+        str | None,
+        typer.Option(help="Another size, 192x192x15: plans searched there are measured here too."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -147,6 +152,7 @@ def frontier(
     from ..resources import shipped
     from .frontier import DENSITIES, METHODS, FrontierRequest, figure_of
     from .frontier import frontier as measure
+    from .sizes import parse_sizes
 
     known = {} if model else SETTINGS.to_dict()
     settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)
@@ -156,7 +162,15 @@ def frontier(
         later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
     else:
         cases, later = list(CALIBRATION), list(HELD_OUT)
-    request = FrontierRequest(cases, later, settings, density or DENSITIES, method or METHODS, file)
+    elsewhere = None
+    if searched_at is not None:
+        other, *more = parse_sizes(searched_at)
+        if more:
+            raise ValueError(f"--searched-at takes one size, got {searched_at!r}")
+        elsewhere = replace(settings, width=other[0], height=other[1], num_frames=other[2])
+    request = FrontierRequest(
+        cases, later, settings, density or DENSITIES, method or METHODS, file, elsewhere
+    )
     name = model or str(shipped("tiny_wan"))
     check_model(name)
     check_device(device)

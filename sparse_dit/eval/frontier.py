@@ -12,8 +12,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..generation import Case, GenerationSettings
-from ..search.engine import search_plan
-from ..search.rivals import METHODS, SOURCES, plan_at, score_rivals
+from ..layout import TokenLayout
+from ..plan import Plan
+from ..search.engine import Searched, search_plan
+from ..search.rivals import (
+    METHODS,
+    SOURCES,
+    RivalScores,
+    least_damage_at_density,
+    plan_at,
+    score_rivals,
+)
 from ..whole_file import whole_file
 from .provenance import environment
 from .quality import Quality, evaluate
@@ -21,6 +30,7 @@ from .quality import Quality, evaluate
 Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
+TRANSFERRED = "searched at another size"
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class FrontierRequest:
         densities: Shares of the pairs, each in (0, 1).
         methods: Some of `METHODS`.
         file: JSON of the rows; one that is there is gone on with.
+        elsewhere: Another size to search at too; its plans, used unchanged, are the method `TRANSFERRED`.
 
     Raises:
         ValueError: If anything is out of range.
@@ -44,6 +55,7 @@ class FrontierRequest:
     densities: Sequence[float]
     methods: Sequence[str]
     file: Path
+    elsewhere: GenerationSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.densities or not all(0 < d < 1 for d in self.densities):
@@ -52,15 +64,24 @@ class FrontierRequest:
             raise ValueError(f"methods must be among {list(METHODS)}, got {sorted(unknown)}")
         if not self.held_out:
             raise ValueError("measuring needs at least one held-out prompt, got none")
+        if self.elsewhere == self.settings:
+            raise ValueError("the other size to search at must be another one, got the same")
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
             raise ValueError(
                 f"held-out prompts must not be calibration prompts: {sorted(shared)[:3]}"
             )
 
     @property
+    def all_methods(self) -> tuple[str, ...]:
+        """Those of `methods`, and the one of the other size."""
+        return (*self.methods, *([TRANSFERRED] if self.elsewhere else []))
+
+    @property
     def conditions(self) -> dict[str, Any]:
         """What rows of one file have in common."""
+        other = {"elsewhere": self.elsewhere.to_dict()} if self.elsewhere else {}
         return {
+            **other,
             "settings": self.settings.to_dict(),
             "calibration": [[c.prompt, c.seed] for c in self.calibration],
             "held_out": [[c.prompt, c.seed] for c in self.held_out],
@@ -77,30 +98,18 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
         ValueError: If the file holds rows of other conditions.
     """
     rows = _started(request)
-    wanted = [(d, m) for d in request.densities for m in request.methods]
+    wanted = [(d, m) for d in request.densities for m in request.all_methods]
     done = {(row["target"], row["method"]) for row in rows}
     todo = [pair for pair in wanted if pair not in done]
     if not todo:
         return rows
-    profile = request.file.with_suffix(".profile.safetensors")
-    searched = search_plan(
-        pipe,
-        request.calibration,
-        settings=request.settings,
-        max_error=0.5,
-        tune_on="calibration",
-        profile=profile,
-        report=say,
-    )
-    ((component, part),) = searched.profile.components.items()
-    say("scoring the rivals' patterns")
-    scores = score_rivals(pipe, component, part, request.calibration[-1], request.settings)
+    plans = _Plans.of(pipe, request, {method for _, method in todo}, say)
     provenance = environment(getattr(pipe, "device", "cpu"))
     before: Quality | None = None
     for number, (target, method) in enumerate(todo, 1):
         say(f"{number}/{len(todo)}: {method} at density {target:g}")
-        plan = plan_at(method, searched, scores, target)
-        row = {"method": method, "source": SOURCES[method], "target": target}
+        plan = plans.at(method, target)
+        row = {"method": method, "source": plans.source(method), "target": target}
         if plan is None:
             rows.append({**row, "none": "no plan of this method is so sparse"})
         else:
@@ -116,6 +125,66 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
             rows.append({**row, **_measured(before)})
         _write(request, rows, provenance)
     return rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Plans:
+    """Every method's plans at a size.
+
+    Args:
+        layout: Of the size that is measured at.
+        searched: At that size.
+        scores: Of the rivals' patterns.
+        elsewhere: Searched at another size.
+    """
+
+    layout: TokenLayout
+    searched: Searched
+    scores: RivalScores
+    elsewhere: Searched | None
+
+    @staticmethod
+    def of(pipe: Any, request: FrontierRequest, methods: set[str], say: Say) -> _Plans:
+        """Search, and score the rivals' patterns."""
+        searched = _searched(pipe, request, request.settings, "profile", say)
+        ((component, part),) = searched.profile.components.items()
+        elsewhere = None
+        if request.elsewhere and TRANSFERRED in methods:
+            say("searching at the other size")
+            elsewhere = _searched(pipe, request, request.elsewhere, "elsewhere", say)
+        say("scoring the rivals' patterns")
+        scores = score_rivals(pipe, component, part, request.calibration[-1], request.settings)
+        return _Plans(part.known_layout, searched, scores, elsewhere)
+
+    def at(self, method: str, target: float) -> Plan | None:
+        """A method's plan at a density; None if it has none there."""
+        if method == TRANSFERRED:
+            assert self.elsewhere is not None, "it was asked for"
+            return least_damage_at_density(self.elsewhere, target, self.layout)
+        return plan_at(method, self.searched, self.scores, target)
+
+    def source(self, method: str) -> str:
+        """What a method is, in words."""
+        if method != TRANSFERRED:
+            return SOURCES[method]
+        assert self.elsewhere is not None, "it was asked for"
+        ((_, part),) = self.elsewhere.profile.components.items()
+        return f"ours, searched at {part.known_layout}, used unchanged"
+
+
+def _searched(
+    pipe: Any, request: FrontierRequest, settings: GenerationSettings, suffix: str, say: Say
+) -> Searched:
+    """A search whose profile lies beside the rows."""
+    return search_plan(
+        pipe,
+        request.calibration,
+        settings=settings,
+        max_error=0.5,
+        tune_on="calibration",
+        profile=request.file.with_suffix(f".{suffix}.safetensors"),
+        report=say,
+    )
 
 
 def _measured(quality: Quality) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...layout import TokenLayout
 from ...plan import HeadChoice, Plan
 from ..assemble import plan_of
 from ..baselines import random_choice
 from ..candidates import DENSE
 from ..engine import Searched
-from ..solve import evaluate
+from ..solve import Problem, evaluate
+from ..statistics import density
 from .families import MODE_BUDGETS
 from .scores import RivalScores
 
@@ -167,9 +169,20 @@ def _random(searched: Searched, target: float) -> Plan | None:
     return None if best is None else plan_of(searched, best)
 
 
-def least_damage_at_density(searched: Searched, target: float) -> Plan:
-    """Our own plan at a density: the least damage on the hull."""
+def least_damage_at_density(
+    searched: Searched, target: float, layout: TokenLayout | None = None
+) -> Plan:
+    """Our own plan at a density: the least damage on the hull.
+
+    Args:
+        searched: What there is to choose from.
+        target: Density not to exceed.
+        layout: Where the density counts, if not at the size that was searched at. The damage is always that
+            of the searched size: nothing is known of this one.
+    """
     task = searched.problem
+    if layout is not None:
+        task = replace(task, density=_density_at(task, layout))
     low, high = -12.0, 12.0  # log10 of share of the pairs per damage
     work = task.density * task.weight[:, None]
     best = evaluate(task, work.argmin(1))
@@ -181,6 +194,12 @@ def least_damage_at_density(searched: Searched, target: float) -> Plan:
         else:
             high = middle
     return plan_of(searched, best)
+
+
+def _density_at(task: Problem, layout: TokenLayout) -> Tensor:
+    """float64 `[U, K]`, of every candidate at another size."""
+    rows = [[density(pattern, layout) for pattern in listed] for listed in task.candidates]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 RIVALS: dict[str, Callable[[_Case], _Picked | None]] = {
