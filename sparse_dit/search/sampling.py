@@ -1,4 +1,4 @@
-"""Which forwards and rows are looked at; the sampled rows of every head, on one thread."""
+"""Which forwards and rows are looked at; a call's sampled rows, and its attention over an index."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..attention import sparse_attention
+from ..index import SparseIndex
 from ..integrations.arrangement import with_bias
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import TokenLayout
@@ -77,3 +79,15 @@ def sampled_heads(
                 values = values.float() @ behind[head]
             keys = k[:, head // repeat]
             yield head, sampled_rows(q[:, head], keys, values, rows, scale, valid)
+
+
+def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
+    """Attention of a call over the index, `[B, N, H, D]`."""
+    q, k, v = call.q, call.k, call.v
+    scale = call.scale
+    if call.bias is not None:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = with_bias(q, k, v, call.bias, scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = sparse_attention(q, k, v, index.to(q.device), kv_len=call.kv_len, scale=scale)
+    return out[..., : call.v.shape[-1]].transpose(1, 2)

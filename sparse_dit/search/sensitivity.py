@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..attention import sparse_attention
 from ..generation import Case, GenerationSettings, generate
-from ..index import SparseIndex, build_index
-from ..integrations.arrangement import with_bias
+from ..index import build_index
 from ..integrations.call import AttentionCall
 from ..integrations.diffusers import components
 from ..plan import Stage
 from .cost import nearest_tiles
 from .playback import recording, replaying
-from .sampling import in_turn, whole_layout
+from .sampling import attention_over, in_turn, whole_layout
 
 WHOLE = Stage(1.0, 0.0)
 LAYER_GROUPS = 8
@@ -55,25 +53,13 @@ class _Probe:
         if sigma is None or layout is None or not self.stage.covers(sigma, "any"):
             return call.stock()
         pattern = nearest_tiles(layout, PROBE_BUDGET, far=False)
-        probed = _attend(call, build_index([pattern] * call.q.shape[2], layout))
+        probed = attention_over(call, build_index([pattern] * call.q.shape[2], layout))
         if in_turn(call.context):
             out = call.stock()
             power = out.float().square().sum((1, 3)).clamp_min(1e-20)
             error = (probed - out).float().square().sum((1, 3)) / power
             self.errors.append(error.mean().item())
         return probed
-
-
-def _attend(call: AttentionCall, index: SparseIndex) -> Tensor:
-    """Attention of a call over the index, `[B, N, H, D]`."""
-    q, k, v = call.q, call.k, call.v
-    scale = call.scale
-    if call.bias is not None:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        q, k, v = with_bias(q, k, v, call.bias, scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = sparse_attention(q, k, v, index.to(q.device), kv_len=call.kv_len, scale=scale)
-    return out[..., : call.v.shape[-1]].transpose(1, 2)
 
 
 def reduced(settings: GenerationSettings) -> GenerationSettings:

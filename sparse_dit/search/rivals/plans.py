@@ -20,11 +20,11 @@ from ..candidates import DENSE
 from ..engine import Searched
 from ..solve import Problem, evaluate
 from ..statistics import density
-from .families import MODE_BUDGETS
+from .fed_forward import fed_forward
+from .rule import best_rule
 from .scores import RivalScores
 
 RANDOM_DRAWS = 400  # ten times the choices that a search of ours evaluates
-LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,32 +131,18 @@ def _two_classes(case: _Case) -> _Picked | None:
 
 
 def _epsilon_lambda(case: _Case) -> _Picked | None:
-    """Sparse-vDiT's rule, arXiv 2506.03065, Alg. 1: of skip, diagonal, multi-diagonal and vertical stripes of
-    one density each, the least `error + lambda * (1 - sparsity)`, and dense if all exceed epsilon.
+    """Sparse-vDiT's rule on the errors of stock inputs."""
+    found = best_rule(case.scores, case.importance, case.share, case.target)
+    return found and found[:2]
 
-    The error is relative, as the paper's has no scale, and is that of stock inputs: it isn't fed forward
-    from layer to layer as in the paper. Densities, lambda and epsilon are tried.
-    """
-    places, found = case.scores.places, []
-    dens = case.scores.density
-    for budget in range(len(MODE_BUDGETS)):
-        modes = [places["skip"][0], places["vertical"][budget]]
-        for family in ("spatial", "temporal"):
-            near = (dens[0, 0, 0, places[family]] - MODE_BUDGETS[budget]).abs().argmin()
-            modes.append(places[family][int(near)])
-        for factor in LAMBDAS:
-            loss = case.scores.error[..., modes] + factor * dens[..., modes]
-            least, which = loss.min(-1)
-            pick = torch.tensor(modes)[which]
-            taken = dens.gather(-1, pick[..., None])[..., 0]
-            for epsilon in least.flatten().quantile(torch.linspace(0, 1, 65).double()).tolist():
-                dense = least > epsilon
-                cost = torch.where(dense, 1.0, taken).mean((1, 2)) @ case.share
-                if cost <= case.target:
-                    error = case.scores.error.gather(-1, pick[..., None])[..., 0]
-                    damage = (case.importance * error.masked_fill(dense, 0)).sum().item()
-                    found.append((damage, pick.masked_fill(dense, -1)))
-    return _best(found)
+
+def _fed_forward(case: _Case) -> _Picked | None:
+    """Sparse-vDiT's rule, layer after layer; its densities and lambda are those that stock inputs say."""
+    start = best_rule(case.scores, case.importance, case.share, case.target)
+    if start is None:
+        return None
+    found = fed_forward(case.scores, case.share, case.target, start[2])
+    return found and (start[0], found[0])
 
 
 def _random(searched: Searched, target: float) -> Plan | None:
@@ -209,6 +195,7 @@ RIVALS: dict[str, Callable[[_Case], _Picked | None]] = {
     "radial": _uniform("radial"),
     "row-wise blocks": _uniform("blocks"),
     "epsilon-lambda": _epsilon_lambda,
+    "fed forward": _fed_forward,
 }
 METHODS = ("searched", *RIVALS, "random")
 SOURCES: dict[str, str] = {
@@ -219,6 +206,7 @@ SOURCES: dict[str, str] = {
     "radial": "one radial mask for all heads (Radial Attention)",
     "row-wise blocks": "top blocks of each row, chosen once (as AdaSpa)",
     "epsilon-lambda": "five modes by loss and threshold (Sparse-vDiT)",
+    "fed forward": "the same, each layer judged behind the sparse ones before it (Sparse-vDiT)",
     "random": f"the best of {RANDOM_DRAWS} choices by lot from our own candidates",
 }
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...generation import Case, GenerationSettings
-from ...integrations.call import AttentionCall
-from ...integrations.diffusers import components
+from ...generation import Case, GenerationSettings, generate
+from ...integrations.call import AttentionCall, Intercept
+from ...integrations.diffusers import attach, components
 from ...layout import TokenLayout
 from ...patterns import Pattern
 from ..candidates import DENSE, tilings
@@ -21,10 +21,58 @@ from ..profile import ComponentProfile
 from ..projection import projections
 from ..sampling import one_thread, sampled_heads, whole_layout
 from ..statistics import density, score
-from ..verify import dense_reference
 from .families import families, row_wise_blocks, vertical_stripes
 
 Unit = tuple[int, str, int]
+
+
+class Judge:
+    """Measures given patterns on sampled rows of a call.
+
+    Args:
+        profile: Of the model; calls of other layers or sizes have no place.
+        behind: For layers by name what values are multiplied by, see `projections`.
+        rows: Sampled query rows for each head and call.
+        seed: Of the rows.
+    """
+
+    def __init__(
+        self, profile: ComponentProfile, behind: Mapping[str, Tensor], rows: int, seed: int
+    ) -> None:
+        self.profile, self.behind, self.rows = profile, behind, rows
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def place_of(self, call: AttentionCall) -> tuple[int, int] | None:
+        """Numbers of the noise level and the layer; None if the profile has no such call."""
+        layout, sigma = whole_layout(call), call.context.sigma
+        if layout is None or sigma is None or call.layer not in self.profile.layers:
+            return None
+        if layout.without_text() != self.profile.known_layout.without_text():
+            return None
+        return self.profile.nearest_level(sigma), self.profile.layers.index(call.layer)
+
+    def __call__(
+        self, call: AttentionCall, layout: TokenLayout, patterns: Sequence[Sequence[Pattern]]
+    ) -> tuple[Tensor, Tensor]:
+        """Squared errors float64 `[H, K]` and squared outputs `[H]`, summed over rows and batch.
+
+        `score` needs the grid alone, so all texts share what it keeps.
+
+        Args:
+            call: What the host computes.
+            layout: Its sequence.
+            patterns: Equally many for each head, none of them dense.
+        """
+        error = torch.zeros(len(patterns), len(patterns[0]), dtype=torch.float64)
+        norm = torch.zeros(len(patterns), dtype=torch.float64)
+        rows = sample_rows(layout, self.rows, self.generator)
+        tiles = {p.tile for listed in patterns for p in listed}
+        for head, sampled in sampled_heads(call, layout, rows, self.behind.get(call.layer)):
+            sums = {t: sampled.by_cells(cell_table(layout, t)) for t in tiles}
+            found = score(sums, (DENSE, *patterns[head]), self.profile.known_layout)
+            error[head] += found[0][1:]
+            norm[head] += found[3]
+        return error, norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,52 +84,39 @@ class RivalScores:
         patterns: For `(level, layer, head)` its K patterns; those of most families are the same for all.
         error: float64 `[S, L, H, K]`, squared relative error behind the output projection.
         density: float64 `[S, L, H, K]`.
+        generate: Runs the calibration generation, one step a noise level, with an intercept.
+        judge: Makes what measures other patterns in the same way.
     """
 
     places: dict[str, list[int]]
     patterns: dict[Unit, list[Pattern]]
     error: Tensor
     density: Tensor
+    generate: Callable[[Intercept], None]
+    judge: Callable[[], Judge]
 
 
 class _Scorer:
     """An intercept that adds up the squared errors of given patterns."""
 
-    def __init__(
-        self,
-        profile: ComponentProfile,
-        patterns: Mapping[Unit, list[Pattern]],
-        behind: Mapping[str, Tensor],
-        rows: int,
-        seed: int,
-    ) -> None:
-        self.profile, self.patterns, self.behind, self.rows = profile, patterns, behind, rows
-        self.generator = torch.Generator().manual_seed(seed)
-        self.tiles = {p.tile for listed in patterns.values() for p in listed}
+    def __init__(self, judge: Judge, patterns: Mapping[Unit, list[Pattern]]) -> None:
+        self.judge, self.patterns = judge, patterns
         count = len(next(iter(patterns.values())))
+        profile = judge.profile
         shape = (len(profile.sigmas), len(profile.layers), profile.num_heads)
         self.error = torch.zeros(*shape, count, dtype=torch.float64)
         self.norm = torch.zeros(shape, dtype=torch.float64)
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        layout, sigma = whole_layout(call), call.context.sigma
-        grid = self.profile.known_layout.without_text()
-        known = layout is not None and layout.without_text() == grid
-        if layout is not None and sigma is not None and known and call.layer in self.profile.layers:
+        place, layout = self.judge.place_of(call), whole_layout(call)
+        if place is not None and layout is not None:
+            heads = range(call.q.shape[2])
+            listed = [self.patterns[place[0], call.layer, head] for head in heads]
             with one_thread():
-                self._add(call, layout, self.profile.nearest_level(sigma))
+                error, norm = self.judge(call, layout, listed)
+            self.error[place] += error
+            self.norm[place] += norm
         return call.stock()
-
-    def _add(self, call: AttentionCall, layout: TokenLayout, level: int) -> None:
-        """`score` needs the grid alone, so all texts share what it keeps."""
-        grid, place = self.profile.known_layout, self.profile.layers.index(call.layer)
-        rows = sample_rows(layout, self.rows, self.generator)
-        for head, sampled in sampled_heads(call, layout, rows, self.behind.get(call.layer)):
-            patterns = self.patterns[level, call.layer, head]
-            sums = {t: sampled.by_cells(cell_table(layout, t)) for t in self.tiles}
-            error, _, _, norm = score(sums, (DENSE, *patterns), grid)
-            self.error[level, place, head] += error[1:]
-            self.norm[level, place, head] += norm
 
 
 def score_rivals(
@@ -114,46 +149,30 @@ def score_rivals(
                 every["blocks"] = row_wise_blocks(statistics["block"], layout)
             patterns[level, layer, number] = [p for family in every.values() for p in family]
             places = places or _numbered(every)
-    error = score_patterns(pipe, component, profile, patterns, case, settings, rows)
+    behind = projections(components(pipe)[component], profile.num_heads)
+
+    def judge() -> Judge:
+        return Judge(profile, behind, rows, case.seed)
+
+    def run(intercept: Intercept) -> None:
+        attachment = attach(components(pipe)[component], intercept)
+        try:
+            generate(pipe, case, replace(settings, steps=len(profile.sigmas)))
+        finally:
+            attachment.detach()
+
+    scorer = _Scorer(judge(), patterns)
+    run(scorer)
+    error = scorer.error / scorer.norm[..., None].clamp_min(1e-20)
     dens = torch.zeros_like(error)
     for (level, layer, head), listed in patterns.items():
         dens[level, profile.layers.index(layer), head] = torch.tensor(
             [density(p, layout) for p in listed], dtype=torch.float64
         )
-    return RivalScores(places, patterns, error, dens)
+    return RivalScores(places, patterns, error, dens, run, judge)
 
 
 def _numbered(every: Mapping[str, list[Pattern]]) -> dict[str, list[int]]:
     """For each family the numbers of its patterns, as all families follow one another."""
     numbers = itertools.count()
     return {name: list(itertools.islice(numbers, len(found))) for name, found in every.items()}
-
-
-def score_patterns(
-    pipe: Any,
-    component: str,
-    profile: ComponentProfile,
-    patterns: Mapping[Unit, list[Pattern]],
-    case: Case,
-    settings: GenerationSettings,
-    rows: int,
-) -> Tensor:
-    """Run the stock pipeline once and measure given patterns on the same sampled rows.
-
-    Args:
-        pipe: Stock pipeline.
-        component: Its transformer's name.
-        profile: Of it.
-        patterns: For each `(level, layer, head)` equally many, none of them dense.
-        case: Prompt and seed.
-        settings: Size of the profile; runs as many steps as there are noise levels.
-        rows: Sampled query rows for each head, layer, step.
-
-    Returns:
-        float64 `[S, L, H, K]`, squared relative error behind the output projection.
-    """
-    behind = projections(components(pipe)[component], profile.num_heads)
-    scorer = _Scorer(profile, patterns, behind, rows, case.seed)
-    steps = replace(settings, steps=len(profile.sigmas))
-    dense_reference(pipe, case, steps, {component: scorer})
-    return scorer.error / scorer.norm[..., None].clamp_min(1e-20)
