@@ -149,27 +149,73 @@ def score_rivals(
                 every["blocks"] = row_wise_blocks(statistics["block"], layout)
             patterns[level, layer, number] = [p for family in every.values() for p in family]
             places = places or _numbered(every)
-    behind = projections(components(pipe)[component], profile.num_heads)
-
-    def judge() -> Judge:
-        return Judge(profile, behind, rows, case.seed)
-
-    def run(intercept: Intercept) -> None:
-        attachment = attach(components(pipe)[component], intercept)
-        try:
-            generate(pipe, case, replace(settings, steps=len(profile.sigmas)))
-        finally:
-            attachment.detach()
-
-    scorer = _Scorer(judge(), patterns)
-    run(scorer)
-    error = scorer.error / scorer.norm[..., None].clamp_min(1e-20)
+    judge, generation = _ways(pipe, component, profile, case, settings, rows)
+    error = _scored(judge(), patterns, generation)
     dens = torch.zeros_like(error)
     for (level, layer, head), listed in patterns.items():
         dens[level, profile.layers.index(layer), head] = torch.tensor(
             [density(p, layout) for p in listed], dtype=torch.float64
         )
-    return RivalScores(places, patterns, error, dens, run, judge)
+    return RivalScores(places, patterns, error, dens, generation, judge)
+
+
+def score_patterns(
+    pipe: Any,
+    component: str,
+    profile: ComponentProfile,
+    patterns: Mapping[Unit, list[Pattern]],
+    case: Case,
+    settings: GenerationSettings,
+    rows: int,
+) -> Tensor:
+    """Run the stock pipeline once and measure given patterns on the same sampled rows.
+
+    Args:
+        pipe: Stock pipeline.
+        component: Its transformer's name.
+        profile: Of it.
+        patterns: For each `(level, layer, head)` equally many, none of them dense.
+        case: Prompt and seed.
+        settings: Size of the profile; runs as many steps as there are noise levels.
+        rows: Sampled query rows for each head, layer, step.
+
+    Returns:
+        float64 `[S, L, H, K]`, squared relative error behind the output projection.
+    """
+    judge, generation = _ways(pipe, component, profile, case, settings, rows)
+    return _scored(judge(), patterns, generation)
+
+
+def _ways(
+    pipe: Any,
+    component: str,
+    profile: ComponentProfile,
+    case: Case,
+    settings: GenerationSettings,
+    rows: int,
+) -> tuple[Callable[[], Judge], Callable[[Intercept], None]]:
+    """What judges a case's calls, and what generates it with an intercept, a step for each noise level."""
+    module = components(pipe)[component]
+    behind = projections(module, profile.num_heads)
+    steps = replace(settings, steps=len(profile.sigmas))
+
+    def run(intercept: Intercept) -> None:
+        attachment = attach(module, intercept)
+        try:
+            generate(pipe, case, steps)
+        finally:
+            attachment.detach()
+
+    return lambda: Judge(profile, behind, rows, case.seed), run
+
+
+def _scored(
+    judge: Judge, patterns: Mapping[Unit, list[Pattern]], generation: Callable[[Intercept], None]
+) -> Tensor:
+    """float64 `[S, L, H, K]`, squared relative errors."""
+    scorer = _Scorer(judge, patterns)
+    generation(scorer)
+    return scorer.error / scorer.norm[..., None].clamp_min(1e-20)
 
 
 def _numbered(every: Mapping[str, list[Pattern]]) -> dict[str, list[int]]:
