@@ -6,6 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
+JOBS ?= 2
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --constraint constraints.txt
 INSTALLED_BY := pyproject.toml setup.py constraints.txt $(wildcard sparse_dit/backends/cpu/csrc/*)
 
@@ -18,7 +19,7 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses $(JOBS) --dist loadfile --durations=10
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed" if sys.version_info < (3, 10) else 0)'
