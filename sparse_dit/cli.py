@@ -32,6 +32,7 @@ from .options import (
     Seed,
     Steps,
     Text,
+    Wide,
     Width,
     err,
     say,
@@ -103,6 +104,7 @@ def search(
     profile: Annotated[
         Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
     ] = None,
+    wide: Wide = False,
     cost_table: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +159,7 @@ def search(
             held_out=later or None,
             settings=settings,
             profile=kept,
+            wide=wide,
             report=say,
             device_table=cost_table,
             dense_seconds=dense_seconds,

@@ -25,6 +25,9 @@ Frames = Annotated[int | None, typer.Option(help="Frames of video.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Text = Annotated[int | None, typer.Option(help="Text tokens; the pipeline's own if left out.")]
+Wide = Annotated[
+    bool, typer.Option("--wide", help="Also try orders along curves and finer pooled keys.")
+]
 Seed = Annotated[int, typer.Option(help="Of the first prompt; the next ones count up.")]
 
 

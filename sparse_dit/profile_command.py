@@ -24,6 +24,7 @@ from .options import (
     Seed,
     Steps,
     Text,
+    Wide,
     Width,
     err,
     say,
@@ -46,6 +47,7 @@ class _Job:
     cases: list[Case]
     settings: GenerationSettings
     rows: int
+    wide: bool
     path: Path
 
 
@@ -63,6 +65,7 @@ def profile(
     guidance: Guidance = None,
     max_sequence_length: Text = None,
     rows: Annotated[int, typer.Option(min=1, help="Sampled query rows of each call.")] = 64,
+    wide: Wide = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -85,7 +88,7 @@ def profile(
     cases = [Case(text, seed + number) for number, text in enumerate(texts)]
     check_model(model)
     check_device(device)
-    job = _Job(model, device, dtype, cases, settings, rows, file)
+    job = _Job(model, device, dtype, cases, settings, rows, wide, file)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
         if workers != 1:
             raise ValueError("under torchrun its processes are the workers; leave out --workers")
@@ -151,6 +154,7 @@ def _share(rank: int, world: int, barrier: Callable[[], object], job: _Job) -> N
         world=world,
         barrier=barrier,
         rows=job.rows,
+        wide=job.wide,
         report=say,
     )
 

@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_dit
+from sparse_dit.curve import Curve
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.generation import generate as run
+from sparse_dit.index import build_index
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import Plan, PlanError
 from sparse_dit.search import engine, plan_of, search, search_plan
@@ -18,6 +20,8 @@ from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
+from sparse_dit.search.rivals import least_damage_at_density
+from sparse_dit.search.solve import evaluate
 from sparse_dit.search.statistics import density
 from tests import tiny_pipelines
 
@@ -391,3 +395,34 @@ def test_no_tensor_is_of_tokens_by_tokens(phase):
     with _Largest() as largest:
         Recorder(profile, phase, 8, 0)(call)
     assert largest.numel <= tokens * 8 * 8 < tokens * tokens / 32, largest.what
+
+
+def test_the_wide_family_adds_curves_and_finer_pools(pipe, fast, tmp_path):
+    file = tmp_path / "profile.safetensors"
+    narrow = _search(pipe, max_error=0.4)
+    wide = _search(pipe, max_error=0.4, wide=True, profile=file)
+    some = wide.problem.candidates[0]
+    few = narrow.problem.candidates[0]
+    assert few == tuple(p for p in some if p in few)
+    added = set(some) - set(few)
+    assert {p.tile.curve for p in added if isinstance(p.tile, Curve)} == {"frame", "video"}
+    assert {p.pool for p in added} == {None, 16}
+    layout = wide.profile.components["transformer"].known_layout
+    for place in range(0, len(some), 7):  # what is solved with is what its index computes
+        index = build_index([some[place]], layout)
+        assert wide.problem.density[0, place] == pytest.approx(index.density, rel=1e-5)
+    # more to choose from: never more damage at a density
+    best = [least_damage_at_density(s, 0.4).forecast["error"] for s in (narrow, wide)]
+    assert best[1] <= best[0] * 1.0001
+    again = read_profile(file).components["transformer"]
+    assert again.wide and again.candidates(0, again.layers[0])[0] == tuple(some)
+    with pytest.raises(ValueError, match="another family of candidates"):
+        _search(pipe, max_error=0.4, profile=file)
+    # a plan all along curves, whose cost is as any other's
+    task = wide.problem
+    curved = torch.tensor(
+        [[isinstance(p.tile, Curve) for p in listed] for listed in task.candidates]
+    )
+    cost = torch.where(curved, task.damage, torch.inf)
+    plan = plan_of(wide, evaluate(task, cost.argmin(1)))
+    assert None in _works(pipe, plan, SETTINGS, tmp_path)

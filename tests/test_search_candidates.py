@@ -67,7 +67,8 @@ def _searched(q, k, v, layout=LAYOUT, rows=96, scale=1.0):
                 discover(statistics[tile], part, layout, tile)
         else:
             candidates = all_candidates(statistics, layout)
-            error, _, _, norm = score(sums, candidates, layout)
+            whole = {(tile, None): part for tile, part in sums.items()}
+            error, _, _, norm = score(whole, candidates, layout)
             scores = error / norm
     return statistics, candidates, scores
 

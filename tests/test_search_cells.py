@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from sparse_dit import sparse_attention
+from sparse_dit.curve import Curve
 from sparse_dit.index import build_index, pattern_index
 from sparse_dit.layout import TokenLayout, tile_order
-from sparse_dit.patterns import Blocks, Pattern
+from sparse_dit.patterns import Blocks, Pattern, Stencil
 from sparse_dit.search.candidates import DENSE, fixed, tilings
-from sparse_dit.search.cells import cell_sums, cell_table, sample_rows
+from sparse_dit.search.cells import cell_sums, cell_table, sample_rows, sampled_rows
 from sparse_dit.search.statistics import density, score, seen_tiles
 from tests.cases import LAYOUTS, PATTERN_CASES
 
@@ -65,7 +66,8 @@ def test_sums_are_those_of_the_dense_softmax(layout, tile):
             mean = q[rows].double() @ k[tokens].double().mean(0) * SCALE
             pooled = (mean - logits.logsumexp(1)).exp() * len(tokens)
             torch.testing.assert_close(sums.pooled[:, cell], pooled, **close)
-            torch.testing.assert_close(sums.value[cell], v[tokens].double().mean(0), **close)
+            far = pooled[:, None] * v[tokens].double().mean(0)
+            torch.testing.assert_close(sums.far_output[:, cell], far, **close)
         text = p[:, table.text].sum(1)
         torch.testing.assert_close(sums.text_mass, text, **close)
         torch.testing.assert_close(
@@ -112,6 +114,23 @@ def test_outputs_are_what_the_reference_backend_computes(layout, tile, far):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", [1, 3, 16, 64, 500])
+@pytest.mark.parametrize("tile", [*TILES[:2], Curve("frame", tokens=10), Curve("video")], ids=str)
+@pytest.mark.parametrize("layout", VIDEOS, ids=str)
+def test_finer_pools_are_what_the_reference_backend_computes(layout, tile, pool):
+    q, k, v = _heads(layout)
+    rows, table = _rows(layout), cell_table(layout, tile)
+    reach = int(table.counts.max()) // 2
+    pattern = Pattern(Stencil(((0, 0, -reach, reach + 1),)), tile, far=True, pool=pool)
+    sums = sampled_rows(q, k, v, rows, SCALE, layout.seq_len).by_cells(table, pool)
+    ours = sums.outputs(seen_tiles(pattern, layout)[sums.cell][None], True)[0]
+    index = build_index([pattern], layout)
+    parts = [x[None, None] for x in (q, k, v)]
+    theirs = sparse_attention(*parts, index, scale=SCALE, backend="reference")[0, 0, rows]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert density(pattern, layout) == pytest.approx(index.density, rel=1e-6)
+
+
 def test_a_row_that_sees_nothing_is_zero_like_in_the_kernels():
     layout = TokenLayout.video(2, 4, 4)
     q, k, v = _heads(layout)
@@ -140,7 +159,7 @@ def test_score_agrees_with_running_each_candidate(layout):
     rows = _rows(layout)
     candidates = (DENSE, *fixed(layout))
     sums = {
-        tile: cell_sums(q, k, v, rows, cell_table(layout, tile), SCALE, layout.seq_len)
+        (tile, None): cell_sums(q, k, v, rows, cell_table(layout, tile), SCALE, layout.seq_len)
         for tile in tilings(layout)
     }
     error, square, recall, norm = score(sums, candidates, layout)

@@ -42,7 +42,9 @@ def _profile(heads, rows, seed):
         scores = []
         for q, k, v in parts:
             sums = cell_sums(q, k, v, drawn, cell_table(LAYOUT, CUBE), 1.0, LAYOUT.seq_len)
-            scores.append([*score({CUBE: sums}, CANDIDATES, LAYOUT), torch.tensor(float(rows))])
+            scores.append(
+                [*score({(CUBE, None): sums}, CANDIDATES, LAYOUT), torch.tensor(float(rows))]
+            )
         names = ("error", "error_squared", "recall", "norm", "rows")
         columns = zip(*scores, strict=True)
         part.scores[0, layer] = {n: torch.stack(c) for n, c in zip(names, columns, strict=True)}

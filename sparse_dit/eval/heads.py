@@ -16,7 +16,7 @@ from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
 from ..search.cells import cell_table, sample_rows
 from ..search.sampling import sampled_heads, whole_layout
-from ..search.statistics import seen_tiles
+from ..search.statistics import cells_of, seen_tiles
 
 ROWS = 48
 
@@ -78,8 +78,8 @@ class _Watch:
         totals.rows += len(rows) * call.q.shape[0]
         for head, sampled in sampled_heads(call, layout, rows, None):
             pattern = patterns[head]
-            tile = (4, 4, 4) if pattern.is_dense else pattern.tile
-            sums = sampled.by_cells(cell_table(layout, tile))
+            tile, pool = ((4, 4, 4), None) if pattern.is_dense else cells_of(pattern)
+            sums = sampled.by_cells(cell_table(layout, tile), pool)
             totals.norm[head] += sums.out.square().sum()
             if pattern.is_dense:
                 totals.mass[head] += len(rows)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..curve import Curve
 from ..layout import Tile, TokenLayout
 from ..patterns import (
     Blocks,
@@ -32,22 +33,30 @@ COLUMN_BUDGETS = (0.05, 0.15, 0.3)
 BLOCK_BUDGETS = (0.1, 0.2, 0.35)
 MAX_BLOCK_CELLS = 256  # static block masks are tried up to this many tiles: their size is squared
 TILE_TOKENS = 64
+POOLS = (16,)  # tokens of a pooled key, beside whole cells, in the wide family
+POOLED_BUDGETS = (0.02, 0.055, 0.1, 0.2)
 
 DENSE = Pattern(Dense())
 
 
-def tilings(layout: TokenLayout) -> tuple[Tile, ...]:
+def tilings(layout: TokenLayout, wide: bool = False) -> tuple[Tile, ...]:
     """Token orders that are tried: cubes, flat tiles of one frame, and lines (of a column, of a row)
     through all frames.
 
     Squares through all frames (2 x 4 tokens of 8 frames, say) bring nothing beside the lines.
+
+    Args:
+        layout: At calibration.
+        wide: Also curves through a frame and through the video.
     """
     frames = layout.grid[0]
+    curves = (Curve("frame"), Curve("video")) if frames > 1 else (Curve("frame"),)
+    more: tuple[Tile, ...] = curves if wide else ()
     if frames == 1:
-        return ((1, 8, 8),)
+        return ((1, 8, 8), *more)
     length = max(1, TILE_TOKENS // frames)
     lines: list[Tile] = [(None, length, 1), (None, 1, length)]
-    return tuple(dict.fromkeys([(4, 4, 4), (1, 8, 8), *lines]))
+    return tuple(dict.fromkeys([(4, 4, 4), (1, 8, 8), *lines, *more]))
 
 
 def fixed(layout: TokenLayout) -> list[Pattern]:
@@ -72,7 +81,9 @@ def fixed(layout: TokenLayout) -> list[Pattern]:
     return list(dict.fromkeys(p for p in patterns if p.shape != Window()))
 
 
-def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> list[Pattern]:
+def found(
+    statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout, pools: Sequence[int] = ()
+) -> list[Pattern]:
     """Candidates that follow a head's statistics in one token order.
 
     Args:
@@ -80,15 +91,21 @@ def found(statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout) -> lis
             `column` `[C]`, and maybe `block` `[C, C]`; see `Discovery`.
         tile: The order.
         layout: Calibration layout.
+        pools: Stencils are also tried with pooled keys of so many tokens.
     """
     table = cell_table(layout, tile)
     result = []
+    lines = not isinstance(tile, Curve) and tile[0] is None
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
-        budgets = BUDGETS if far or tile[0] is None else DROP_BUDGETS
+        budgets = BUDGETS if far or lines else DROP_BUDGETS
         kept = _kept(ranked, budgets, table)
         stencils = {count: Stencil.from_offsets(ranked[:count]) for count in set(kept)}
         result += [Pattern(stencils[count], tile, far=far) for count in kept]
+    for pool in pools:  # of the stencils with a far field, which came last
+        counts = _kept(ranked, POOLED_BUDGETS, table)
+        pooled = [Stencil.from_offsets(ranked[:count]) for count in counts]
+        result += [Pattern(stencil, tile, far=True, pool=pool) for stencil in pooled]
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
@@ -163,8 +180,12 @@ def single_stencil(
 def all_candidates(
     statistics: dict[Tile, dict[str, Tensor]], layout: TokenLayout
 ) -> tuple[Pattern, ...]:
-    """Dense first, then all others; as many, in the same order, for every head of a layout."""
+    """Dense first, then all others; as many, in the same order, for every head of a layout.
+
+    Of the wide family, if there are statistics of its orders.
+    """
+    wide = any(isinstance(tile, Curve) for tile in statistics)
     patterns = [DENSE, *fixed(layout)]
-    for tile in tilings(layout):
-        patterns += found(statistics[tile], tile, layout)
+    for tile in tilings(layout, wide):
+        patterns += found(statistics[tile], tile, layout, POOLS if wide else ())
     return tuple(patterns)

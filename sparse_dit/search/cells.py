@@ -75,8 +75,9 @@ class CellSums:
     Args:
         mass: `[R, C]`, softmax probability of each cell.
         exact: `[R, C, D]`, `sum(p * v)` of each cell.
-        pooled: `[R, C]`, what the cell's mean key (logit plus log of its size) would get.
-        value: `[C, D]`, mean value of each cell.
+        pooled: `[R, C]`, what the cell's mean key (logit plus log of its size) would get; of all of its
+            mean keys, if there are several.
+        far_output: `[R, C, D]`, mean values times that.
         text_mass, text_value: `[R]`, `[R, D]`: mass and value sum of the text.
         out: `[R, D]`, the exact output.
         cell: int64 `[R]`, the cell that each row lies in.
@@ -85,16 +86,11 @@ class CellSums:
     mass: Tensor
     exact: Tensor
     pooled: Tensor
-    value: Tensor
+    far_output: Tensor
     text_mass: Tensor
     text_value: Tensor
     out: Tensor
     cell: Tensor
-
-    @functools.cached_property
-    def far_output(self) -> Tensor:
-        """`[R, C, D]`: pooled weight times mean value."""
-        return self.pooled[..., None] * self.value
 
     def outputs(self, seen: Tensor, far: bool) -> Tensor:
         """What candidates compute, `[K, R, D]`; see `outputs_and_recall`."""
@@ -124,7 +120,7 @@ class CellSums:
         """
         error = self.exact - self.mass[..., None] * self.out[:, None]
         if far:
-            error = error - self.pooled[..., None] * (self.value - self.out[:, None])
+            error = error - (self.far_output - self.pooled[..., None] * self.out[:, None])
         return error.square().sum(-1) / self.out.square().sum(-1, keepdim=True).clamp_min(1e-20)
 
 
@@ -147,17 +143,20 @@ class SampledRows:
     values: Tensor
     rows: Tensor
 
-    def by_cells(self, table: CellTable) -> CellSums:
-        """The sums over the cells of `table`."""
+    def by_cells(self, table: CellTable, pool: int | None = None) -> CellSums:
+        """The sums over the cells of `table`.
+
+        Args:
+            table: Which cells.
+            pool: Largest number of tokens of a cell that one mean key stands for; None for all.
+        """
         shape, flat = (*table.tokens.shape, -1), table.tokens.flatten()
         p, keys, values = (
             x.index_select(0, flat).view(shape) for x in (self.p, self.keys, self.values)
         )  # [C, n, *]
-        sizes = table.real.sum(1)
         if table.ragged:
             p, keys, values = (x * table.real[..., None] for x in (p, keys, values))
-        mean_key, mean_value = keys.sum(1) / sizes[:, None], values.sum(1) / sizes[:, None]
-        pooled = (self.queries @ mean_key.T + sizes.log() - self.lse[:, None]).exp()
+        pooled, far_output = self._pooled(keys, values, table.real, pool)
         exact = torch.bmm(p.transpose(1, 2), values).transpose(0, 1)  # [R, C, D]
         text_p = self.p[table.text]
         text_value = text_p.T @ self.values[table.text]
@@ -165,12 +164,33 @@ class SampledRows:
             p.sum(1).T,
             exact,
             pooled,
-            mean_value,
+            far_output,
             text_p.sum(0),
             text_value,
             exact.sum(1) + text_value,
             table.cell_of_token[self.rows],
         )
+
+    def _pooled(
+        self, keys: Tensor, values: Tensor, real: Tensor, pool: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weight of each cell's mean keys `[R, C]`, and their mean values times that `[R, C, D]`."""
+        length = real.shape[1] if pool is None else min(pool, real.shape[1])
+        count = -(-real.shape[1] // length)
+        sizes = _by_runs(real, count, length)  # [C, P]
+        means = [_by_runs(x, count, length) / sizes.clamp_min(1)[..., None] for x in (keys, values)]
+        logits = self.queries @ means[0].flatten(0, 1).T + sizes.flatten().log()
+        weight = (logits - self.lse[:, None]).exp().unflatten(1, sizes.shape)  # [R, C, P]
+        if count == 1:
+            return weight[..., 0], weight * means[1][:, 0]
+        return weight.sum(-1), torch.einsum("rcp,cpd->rcd", weight, means[1])
+
+
+def _by_runs(x: Tensor, count: int, length: int) -> Tensor:
+    """Sums of `[C, n, *]` over `count` runs of `length` of the second axis, `[C, count, *]`."""
+    whole = x.new_zeros(len(x), count * length, *x.shape[2:])
+    whole[:, : x.shape[1]] = x
+    return whole.unflatten(1, (count, length)).sum(2)
 
 
 def sampled_rows(

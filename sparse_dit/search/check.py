@@ -25,10 +25,10 @@ from ..layout import TokenLayout
 from ..patterns import Pattern
 from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
 from .candidates import DENSE
-from .cells import cell_table, sample_rows
+from .cells import sample_rows
 from .projection import projections
 from .sampling import one_thread, sampled_heads, whole_layout
-from .statistics import score
+from .statistics import cells_of, score, sums_of
 
 ROWS = 64
 GROWTH = 1.5  # times the planned error that a head may have
@@ -138,8 +138,7 @@ class _Watch:
         sparse = [head for head, pattern in enumerate(patterns) if not pattern.is_dense]
         behind = self.behind.get(call.layer)
         for head, sampled in sampled_heads(call, layout, rows, behind, sparse):
-            tile = patterns[head].tile
-            sums = {tile: sampled.by_cells(cell_table(layout, tile))}
+            sums = sums_of(sampled, [cells_of(patterns[head])], layout)
             error, square, _, norm = score(sums, (DENSE, patterns[head]), layout)
             totals.error[head] += error[1]
             totals.square[head] += square[1]

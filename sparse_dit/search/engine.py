@@ -76,6 +76,7 @@ def search_plan(
     profile_steps: int | None = None,
     tune_on: TuneOn = "held_out",
     rows: int = 64,
+    wide: bool = False,
     max_generations: float = 3.0,
     backend: str = "auto",
     device_table: str | Path | None = None,
@@ -100,6 +101,7 @@ def search_plan(
             recorded while it is profiled, so that none is made for verification alone. Nothing is held
             out then: verify the plan afterwards.
         rows: Sampled query rows for each head, layer, step and prompt.
+        wide: Also try orders along Hilbert curves and finer pooled keys; see `profile_pipeline`.
         max_generations: With `min_psnr`: stop tightening when the search has taken the time of this
             many dense generations and the PSNR is reached.
         backend: Sparse backend to measure and verify with.
@@ -136,6 +138,7 @@ def search_plan(
         rows=rows,
         reference_steps=None if held else settings.steps,
         path=profile,
+        wide=wide,
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
     )
     clock.lap("profile")

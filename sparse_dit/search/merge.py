@@ -54,8 +54,8 @@ def _misfit(a: Profile, b: Profile) -> str | None:
         n: p.config_hash for n, p in b.components.items()
     }:
         return "it is of another model; profile all prompts with one model"
-    if (a.settings, a.rows) != (b.settings, b.rows):
-        return "it was made with other settings or another number of rows; profile it again"
+    if (a.settings, a.rows, a.wide) != (b.settings, b.rows, b.wide):
+        return "it was made with other settings, number of rows or family of candidates; profile it again"
     for name, part in a.components.items():
         other = b.components[name]
         if part.found and other.found and _place(part) != _place(other):

@@ -35,6 +35,7 @@ class ComponentProfile:
             `norm`, `rows` `[H]` (scoring); see `statistics.score`.
         pictures: For `(layer, token order)`, `[H, R, C]`: attention of the sampled rows (in that order)
             over its tiles, at the middle level.
+        wide: Whether candidates are of the wide family; see `candidates.tilings`.
     """
 
     model_class: str
@@ -47,6 +48,7 @@ class ComponentProfile:
     found: dict[tuple[int, str], list[HeadStatistics]] = field(default_factory=dict)
     scores: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict)
     pictures: dict[tuple[str, Tile], Tensor] = field(default_factory=dict)
+    wide: bool = False
     _candidates: dict[tuple[int, str], list[tuple[Pattern, ...]]] = field(
         default_factory=dict, repr=False
     )
@@ -134,3 +136,8 @@ class Profile:
     done: list[str] = field(default_factory=list)
     seconds: float = 0.0
     reference: Reference | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether candidates are of the wide family."""
+        return any(part.wide for part in self.components.values())

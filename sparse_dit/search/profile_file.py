@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..curve import Curve
 from ..generation import Case, GenerationSettings
 from ..layout import Tile, TokenLayout
 from ..plan.errors import PlanError
@@ -21,7 +22,7 @@ from .statistics import empty_statistics
 from .verify import Reference
 
 VIDEO = "reference|video"
-FORMAT = "sparse_dit profile 2"  # counts up when candidates change: scores go by their place
+FORMAT = "sparse_dit profile 3"  # counts up when candidates change: scores go by their place
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
@@ -38,6 +39,7 @@ def write_profile(profile: Profile, path: str | Path) -> None:
             "layout": part.layout and part.layout.to_dict(),
             "sigmas": part.sigmas,
             "layers": part.layers,
+            "wide": part.wide,
         }
     header = {
         "components": parts,
@@ -143,7 +145,7 @@ def _check(part: ComponentProfile) -> None:
     every = {(level, layer) for level in range(len(part.sigmas)) for layer in part.layers}
     if set(part.found) != every or set(part.scores) not in (set(), every):
         raise ValueError("statistics of some layers or noise levels are missing")
-    expected = _statistics_shapes(part.known_layout) if every else {}
+    expected = _statistics_shapes(part) if every else {}
     for heads in part.found.values():
         for head in heads:
             shapes = {t: {k: v.shape for k, v in s.items()} for t, s in head.items()}
@@ -158,17 +160,22 @@ def _check(part: ComponentProfile) -> None:
             raise ValueError(f"scores must be of {count} candidates, are of another version")
 
 
-def _statistics_shapes(layout: TokenLayout) -> dict[Tile, dict[str, torch.Size]]:
+def _statistics_shapes(part: ComponentProfile) -> dict[Tile, dict[str, torch.Size]]:
+    layout = part.known_layout
     return {
         tile: {key: value.shape for key, value in empty_statistics(layout, tile).items()}
-        for tile in tilings(layout)
+        for tile in tilings(layout, part.wide)
     }
 
 
 def _tile_text(tile: Tile) -> str:
+    if isinstance(tile, Curve):
+        return json.dumps(tile.to_dict())
     return "x".join("all" if n is None else str(n) for n in tile)
 
 
 def _tile_of(text: str) -> Tile:
+    if text.startswith("{"):
+        return Curve(**json.loads(text))
     frames, rows, columns = (None if n == "all" else int(n) for n in text.split("x"))
     return (frames, rows, columns)

@@ -27,6 +27,7 @@ def profile_pipeline(
     rows: int = 64,
     reference_steps: int | None = None,
     path: str | Path | None = None,
+    wide: bool = False,
     report: Callable[[int, int, str], None] | None = None,
 ) -> Profile:
     """Run the stock pipeline over the cases and record every head.
@@ -44,6 +45,7 @@ def profile_pipeline(
             rows are then spread over the steps, and over the halves of guidance in turn.
         path: Where the profile is saved after each case; an existing one of the same model and
             settings is taken up where it stopped.
+        wide: Try more token orders, and finer pooled keys; takes about half as long again.
         report: Called with `(done, total, text)`.
 
     Raises:
@@ -56,11 +58,11 @@ def profile_pipeline(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows must be a whole number >= 1, got {rows!r}")
     phases = phases_of(cases, reference_steps)
-    profile = started(pipe, settings, rows, phases, path)
+    profile = started(pipe, settings, rows, phases, path, wide)
     lock = only_writer(path) if path is not None and len(profile.done) < len(phases) else None
     with lock or contextlib.nullcontext():
         if lock:  # another may have gone on in between
-            profile = started(pipe, settings, rows, phases, path)
+            profile = started(pipe, settings, rows, phases, path, wide)
         for number in range(len(profile.done), len(phases)):
             phase = phases[number]
             if report:
@@ -108,6 +110,7 @@ def started(
     rows: int,
     phases: Sequence[Phase],
     path: str | Path | None,
+    wide: bool = False,
 ) -> Profile:
     """The profile at `path` if there is one, else an empty one.
 
@@ -119,7 +122,9 @@ def started(
     for name, module in components(pipe).items():
         config: Any = module.config
         heads, head_dim = heads_of(module)
-        parts[name] = ComponentProfile(type(module).__name__, config_hash(config), heads, head_dim)
+        parts[name] = ComponentProfile(
+            type(module).__name__, config_hash(config), heads, head_dim, wide=wide
+        )
     profile = Profile(parts, settings, rows)
     if path is None or not Path(path).exists():
         return profile
@@ -135,6 +140,7 @@ def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Pa
         "model": stored == wanted,
         "size, steps or guidance": profile.settings == fresh.settings,
         "number of rows": profile.rows == fresh.rows,
+        "family of candidates": profile.wide == fresh.wide,
         "list of prompts": profile.done == labels[: len(profile.done)],
     }
     if other := [what for what, equal in same.items() if not equal]:

@@ -11,10 +11,18 @@ from torch import Tensor
 from ..integrations.call import AttentionCall
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
-from .cells import CellSums, cell_table, sample_rows
+from .cells import CellSums, sample_rows
 from .profile import ComponentProfile
 from .sampling import in_turn, one_thread, sampled_heads, whole_layout
-from .statistics import HeadStatistics, discover, empty_statistics, score
+from .statistics import (
+    Cells,
+    HeadStatistics,
+    cells_of,
+    discover,
+    empty_statistics,
+    score,
+    sums_of,
+)
 
 PICTURE = 96
 
@@ -71,10 +79,15 @@ class Recorder:
         if call.layer not in profile.layers:
             profile.layers.append(call.layer)
         rows = sample_rows(layout, self.rows, self.generator)
-        record = self._find if self.phase == "find" else self._score
+        finding = self.phase == "find"
+        record = self._find if finding else self._score
         behind = self.projections.get(call.layer)
+        cells: dict[Cells, None] = dict.fromkeys((t, None) for t in tilings(layout, profile.wide))
+        if not finding:
+            patterns = profile.candidates(level, call.layer)[0][1:]
+            cells |= dict.fromkeys(cells_of(pattern) for pattern in patterns)
         for head, sampled in sampled_heads(call, layout, rows, behind):
-            sums = {tile: sampled.by_cells(cell_table(layout, tile)) for tile in tilings(layout)}
+            sums = sums_of(sampled, cells, layout)
             if not torch.isfinite(next(iter(sums.values())).out).all():
                 raise ValueError(
                     f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
@@ -95,18 +108,18 @@ class Recorder:
         sigmas.append(sigma)
         return len(sigmas) - 1
 
-    def _find(self, level: int, layer: str, head: int, sums: dict[Tile, CellSums]) -> None:
+    def _find(self, level: int, layer: str, head: int, sums: dict[Cells, CellSums]) -> None:
         profile, layout = self.profile, self.profile.known_layout
         if (level, layer) not in profile.found:
             profile.found[level, layer] = [
-                {tile: empty_statistics(layout, tile) for tile in sums}
+                {tile: empty_statistics(layout, tile) for tile, _ in sums}
                 for _ in range(profile.num_heads)
             ]
         statistics: HeadStatistics = profile.found[level, layer][head]
-        for tile, part in sums.items():
+        for (tile, _), part in sums.items():
             discover(statistics[tile], part, layout, tile)
 
-    def _score(self, level: int, layer: str, head: int, sums: dict[Tile, CellSums]) -> None:
+    def _score(self, level: int, layer: str, head: int, sums: dict[Cells, CellSums]) -> None:
         profile, heads = self.profile, self.profile.num_heads
         candidates = profile.candidates(level, layer)[head]
         error, square, recall, norm = score(sums, candidates, profile.known_layout)
@@ -127,8 +140,9 @@ class Recorder:
         ):
             scores[key][head] += value
         if level == len(profile.sigmas) // 2:
-            for tile, part in sums.items():
-                self._picture(layer, tile, head, heads, part)
+            for (tile, pool), part in sums.items():
+                if pool is None:
+                    self._picture(layer, tile, head, heads, part)
 
     def _picture(self, layer: str, tile: Tile, head: int, heads: int, sums: CellSums) -> None:
         """Attention of the sampled rows over tiles, both in tile order, at most 96 x 96."""

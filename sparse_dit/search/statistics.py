@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from ..index import seen_cells
 from ..layout import Tile, TokenLayout, tile_order
 from ..patterns import Pattern, Stencil
 from .candidates import MAX_BLOCK_CELLS
-from .cells import CellSums, CellTable, cell_table
+from .cells import CellSums, CellTable, SampledRows, cell_table
 
 HeadStatistics = dict[Tile, dict[str, Tensor]]
+Cells = tuple[Tile, int | None]  # token order, and tokens of a pooled key
 
 
 def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
@@ -107,14 +109,35 @@ def density(pattern: Pattern, layout: TokenLayout) -> float:
     total, text, video = layout.seq_len, layout.num_text, layout.num_video
     pairs = sizes @ seen @ sizes + text * total + video * text
     if pattern.far:
-        pairs = pairs + sizes @ (1 - seen).sum(1)
+        pooled = torch.ones_like(sizes) if pattern.pool is None else (sizes / pattern.pool).ceil()
+        pairs = pairs + sizes @ (1 - seen) @ pooled
     return float(pairs) / total**2
 
 
+def cells_of(pattern: Pattern) -> Cells:
+    """What a pattern's error is computed from: one entry of `sums_of`."""
+    return pattern.tile, pattern.pool if pattern.far else None
+
+
+def sums_of(
+    sampled: SampledRows, wanted: Iterable[Cells], layout: TokenLayout
+) -> dict[Cells, CellSums]:
+    """The sums over cells that `score` needs of a head's sampled rows, each once."""
+    return {
+        (tile, pool): sampled.by_cells(cell_table(layout, tile), pool)
+        for tile, pool in dict.fromkeys(wanted)
+    }
+
+
 def score(
-    sums: dict[Tile, CellSums], candidates: tuple[Pattern, ...], layout: TokenLayout
+    sums: Mapping[Cells, CellSums], candidates: tuple[Pattern, ...], layout: TokenLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Squared error of every candidate's output on the sampled rows of one head.
+
+    Args:
+        sums: Of the head, for the cells of every candidate but the first.
+        candidates: The first is dense.
+        layout: Their grid.
 
     Returns:
         `error` `[K]` and `error_squared` `[K]`: sum over rows of the squared error, and of its square;
@@ -125,11 +148,11 @@ def score(
     error, square, recall = torch.zeros(count), torch.zeros(count), torch.zeros(count)
     first = next(iter(sums.values()))
     recall[0] = len(first.out)  # the first candidate is dense
-    groups: dict[tuple[Tile, bool], list[int]] = {}
+    groups: dict[tuple[Cells, bool], list[int]] = {}
     for place, pattern in enumerate(candidates[1:], 1):
-        groups.setdefault((pattern.tile, pattern.far), []).append(place)
-    for (tile, far), places in groups.items():
-        part = sums[tile]
+        groups.setdefault((cells_of(pattern), pattern.far), []).append(place)
+    for (cells, far), places in groups.items():
+        part = sums[cells]
         seen = torch.stack([seen_tiles(candidates[p], layout)[part.cell] for p in places])
         outputs, mass = part.outputs_and_recall(seen, far)
         rows = (outputs - part.out).square().sum(-1)  # [K, R]

@@ -16,11 +16,11 @@ from ...integrations.diffusers import attach, components
 from ...layout import TokenLayout
 from ...patterns import Pattern
 from ..candidates import DENSE, tilings
-from ..cells import cell_table, sample_rows
+from ..cells import sample_rows
 from ..profile import ComponentProfile
 from ..projection import projections
 from ..sampling import one_thread, sampled_heads, whole_layout
-from ..statistics import density, score
+from ..statistics import cells_of, density, score, sums_of
 from .families import families, row_wise_blocks, vertical_stripes
 
 Unit = tuple[int, str, int]
@@ -66,9 +66,9 @@ class Judge:
         error = torch.zeros(len(patterns), len(patterns[0]), dtype=torch.float64)
         norm = torch.zeros(len(patterns), dtype=torch.float64)
         rows = sample_rows(layout, self.rows, self.generator)
-        tiles = {p.tile for listed in patterns for p in listed}
+        cells = {cells_of(pattern) for listed in patterns for pattern in listed}
         for head, sampled in sampled_heads(call, layout, rows, self.behind.get(call.layer)):
-            sums = {t: sampled.by_cells(cell_table(layout, t)) for t in tiles}
+            sums = sums_of(sampled, cells, layout)
             found = score(sums, (DENSE, *patterns[head]), self.profile.known_layout)
             error[head] += found[0][1:]
             norm[head] += found[3]
