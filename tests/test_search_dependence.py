@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sparse_dit.layout import TokenLayout
+from sparse_dit.patterns import Dense, Pattern, Stencil, Union, Vertical
 from sparse_dit.search.cells import cell_table
-from sparse_dit.search.dependence import prompt_dependence
-from sparse_dit.search.profile import ComponentProfile
+from sparse_dit.search.dependence import depends, prompt_dependence
+from sparse_dit.search.profile import HALF, LATER, ComponentProfile
 from sparse_dit.search.statistics import empty_statistics, relative_cells
 
 LAYOUT = TokenLayout.video(8, 16, 16)
@@ -28,29 +29,57 @@ def _head(offset, column):
     return {CUBE: statistics}
 
 
-def _profile(*heads):
-    part = ComponentProfile("Model", "0" * 64, len(heads), 8, LAYOUT, [0.5], ["layer"])
-    part.found[KEY] = list(heads)
+def _looks(heads):
+    return {
+        name: torch.stack([head[CUBE][name] for head in heads])
+        for name in ("offset_far", "offset_count", "column")
+    }
+
+
+def _profile(found, later, half=None):
+    """Of heads as one prompt finds them and another does; half of the first one's rows look alike."""
+    part = ComponentProfile("Model", "0" * 64, len(found), 8, LAYOUT, [0.5], ["layer"])
+    halves = {name: value / 2 for name, value in _looks(found).items()}
+    part.looks[(HALF, *KEY)] = halves if half is None else _looks(half)
+    part.looks[(LATER, *KEY)] = _looks(later)
+    part.found[KEY] = list(found)
     return part
 
 
-def test_heads_that_move_with_the_prompt_are_marked():
-    one = _profile(_head((0, 1, 0), 3), _head((0, 1, 0), 3), _head((1, 0, 2), 3))
-    two = _profile(_head((0, 1, 0), 3), _head((0, 1, 0), 20), _head((-1, 2, 0), 3))
-    regret = prompt_dependence([one, two], CUBE, budget=0.06)[KEY]
+def test_heads_that_move_with_the_prompt_are_told():
+    one = [_head((0, 1, 0), 3), _head((0, 1, 0), 3), _head((1, 0, 2), 3)]
+    two = [_head((0, 1, 0), 3), _head((0, 1, 0), 20), _head((-1, 2, 0), 3)]
+    regret = prompt_dependence(_profile(one, two))[KEY]
     assert regret.shape == (3, 2)
     moved = torch.tensor([[0, 0], [0, 1], [1, 0]], dtype=torch.bool)
-    assert (regret[moved] > 0.9).all() and (regret[~moved] < 1e-6).all()
+    assert (regret[moved] > 0.5).all() and (regret[~moved] < 1e-6).all()
 
 
-def test_a_budget_that_holds_both_choices_leaves_no_regret():
-    one, two = _profile(_head((1, 0, 2), 3)), _profile(_head((-1, 2, 0), 20))
-    assert prompt_dependence([one, two], CUBE, budget=1.0)[KEY].max() < 1e-6
+def test_what_two_halves_of_the_rows_differ_by_is_no_dependence():
+    one, two = [_head((0, 1, 0), 3)], [_head((1, 0, 2), 20)]
+    noisy = [{CUBE: {name: value.clone() for name, value in two[0][CUBE].items()}}]
+    steady, unsteady = (prompt_dependence(_profile(one, two, h))[KEY] for h in (None, noisy))
+    assert (steady > 0.5).all() and (unsteady < steady).all()
 
 
-def test_profiles_that_cannot_be_compared_are_refused():
-    one = _profile(_head((0, 0, 0), 0))
-    with pytest.raises(ValueError, match="needs two profiles or more, got 1"):
-        prompt_dependence([one], CUBE)
-    with pytest.raises(ValueError, match="same size, noise levels and layers"):
-        prompt_dependence([one, ComponentProfile("Model", "0" * 64, 1, 8, LAYOUT)], CUBE)
+def test_levels_that_were_not_scored_are_left_out():
+    part = _profile([_head((0, 0, 0), 0)], [_head((0, 0, 0), 0)])
+    part.looks.pop((LATER, *KEY))
+    assert prompt_dependence(part) == {}
+
+
+@pytest.mark.parametrize(
+    ("regret", "shape", "marked"),
+    [
+        ((0.5, 0.0), Stencil(((0, 0, 0, 1),)), True),
+        ((0.0, 0.5), Stencil(((0, 0, 0, 1),)), False),
+        ((0.5, 0.0), Vertical((2, 4, 4), (3,)), False),
+        ((0.0, 0.5), Vertical((2, 4, 4), (3,)), True),
+        ((0.0, 0.5), Union((Stencil(((0, 0, 0, 1),)), Vertical((2, 4, 4), (3,)))), True),
+        ((0.5, 0.5), Dense(), False),
+        ((0.05, 0.05), Stencil(((0, 0, 0, 1),)), False),
+    ],
+    ids=str,
+)
+def test_a_head_is_marked_by_what_its_pattern_is_made_of(regret, shape, marked):
+    assert depends(torch.tensor(regret), Pattern(shape)) is marked

@@ -1,7 +1,8 @@
 """Heads whose best places depend on the prompt: a plan made once suits them less.
 
-Found from what single prompts gave, without any generation: the tiles that one prompt's statistics choose
-are judged by another's, beside those that the other would have chosen itself.
+The tiles that the prompts of the finding runs choose are judged by the prompts of the scoring runs, beside
+those that these would have chosen themselves. Sampled rows alone give such a regret too, which two halves of
+the finding runs' rows tell; it is subtracted.
 """
 
 from __future__ import annotations
@@ -12,73 +13,113 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import Tile
-from .candidates import best_columns, chosen_offsets
-from .cells import CellTable, cell_table
-from .profile import ComponentProfile
+from ..patterns import Pattern, Union, Vertical
+from .candidates import best_columns, chosen_offsets, tilings
+from .cells import CellSums, CellTable, cell_table
+from .profile import HALF, LATER, ComponentProfile
+from .statistics import look_shapes, relative_cells
+
+BUDGET = 0.2  # share of the pairs, or of the columns, that is chosen
+MARKED = 0.1  # from this regret on a head counts as depending on the prompt
 
 
-def prompt_dependence(
-    profiles: Sequence[ComponentProfile], tile: Tile, budget: float = 0.2
-) -> dict[tuple[int, str], Tensor]:
+def look(
+    profile: ComponentProfile, kind: str, level: int, layer: str, head: int, sums: CellSums
+) -> None:
+    """Add sampled rows of a head, in the first token order, to what it is compared by.
+
+    Args:
+        profile: Where to add.
+        kind: `HALF`: every other row counts; `LATER`: all of them do.
+        level, layer, head: Whose rows.
+        sums: Of the first of `tilings`.
+    """
+    layout, key = profile.known_layout, (kind, level, layer)
+    tile = tilings(layout)[0]
+    if key not in profile.looks:
+        profile.looks[key] = {
+            name: torch.zeros(profile.num_heads, *shape)
+            for name, shape in look_shapes(layout).items()
+        }
+    rows = slice(None, None, 2) if kind == HALF else slice(None)
+    saved = sums.benefit(far=True)[rows]
+    places = relative_cells(layout, tile)[sums.cell[rows]].flatten()
+    mine = {name: values[head] for name, values in profile.looks[key].items()}
+    mine["offset_far"].view(-1).index_add_(0, places, saved.flatten())
+    mine["offset_count"].view(-1).index_add_(0, places, torch.ones(len(places)))
+    mine["column"] += saved.sum(0)
+
+
+def prompt_dependence(profile: ComponentProfile) -> dict[tuple[int, str], Tensor]:
     """For each `(level, layer)` the regret of each head, float32 `[H, 2]`: of offsets, and of columns.
 
     The regret is the share of the error that a prompt's own choice saves, and the choice made on another
-    prompt doesn't; mean over ordered pairs of prompts, 0 (the same choice serves all) to 1. Sampled rows
-    alone give a regret too: compare with that of two profiles of one prompt at two seeds.
+    prompt doesn't, less what two halves of the rows of one run differ by: 0 (the same choice serves all)
+    to 1. Levels that no scoring run came near are left out.
 
     Args:
-        profiles: What was found on one prompt each, at the same size and noise levels.
-        tile: Token order to look at, one of `candidates.tilings`.
-        budget: Share of the pairs, or of the columns, that is chosen.
-
-    Raises:
-        ValueError: For fewer than two profiles, or profiles that aren't of the same calls.
+        profile: With what was found, and the scores.
     """
-    if len(profiles) < 2:
-        raise ValueError(f"comparing prompts needs two profiles or more, got {len(profiles)}")
-    first = profiles[0]
-    grids = {profile.known_layout.without_text() for profile in profiles}
-    if len(grids) > 1 or any(p.found.keys() != first.found.keys() for p in profiles[1:]):
-        raise ValueError("the profiles must be of the same size, noise levels and layers")
-    table = cell_table(first.known_layout, tile)
-    return {
-        key: torch.stack(
-            [
-                _regret([profile.found[key][head][tile] for profile in profiles], table, budget)
-                for head in range(first.num_heads)
-            ]
-        )
-        for key in first.found
-    }
+    layout = profile.known_layout
+    tile = tilings(layout)[0]
+    table = cell_table(layout, tile)
+    result = {}
+    for (level, layer), heads in profile.found.items():
+        if (LATER, level, layer) not in profile.looks:
+            continue
+        half, later = (profile.looks[kind, level, layer] for kind in (HALF, LATER))
+        rows = []
+        for number, head in enumerate(heads):
+            one = {name: head[tile][name] for name in half}
+            first = {name: values[number] for name, values in half.items()}
+            rest = {name: one[name] - first[name] for name in one}
+            other = {name: values[number] for name, values in later.items()}
+            rows.append(_regret([one, other], table) - _regret([first, rest], table))
+        result[level, layer] = torch.stack(rows).clamp_min(0)
+    return result
 
 
-def _regret(statistics: Sequence[dict[str, Tensor]], table: CellTable, budget: float) -> Tensor:
-    """`[2]`: of offsets and of columns, mean over ordered pairs of prompts."""
+def depends(regret: Tensor, pattern: Pattern) -> bool:
+    """Whether a head's pattern is of places that depend on the prompt.
+
+    Args:
+        regret: `[2]`, of its offsets and its columns.
+        pattern: The one chosen.
+    """
+    if pattern.is_dense:
+        return False
+    shapes = pattern.shape.of if isinstance(pattern.shape, Union) else (pattern.shape,)
+    columns = [isinstance(shape, Vertical) for shape in shapes]
+    of = ([0] if not all(columns) else []) + ([1] if any(columns) else [])
+    return bool(regret[of].max() > MARKED)
+
+
+def _regret(statistics: Sequence[dict[str, Tensor]], table: CellTable) -> Tensor:
+    """`[2]`: of offsets and of columns, mean over ordered pairs."""
     result = []
     for name, choose in (("offset_far", _offsets), ("column", _columns)):
-        chosen = [choose(s, table, budget) for s in statistics]
+        chosen = [choose(s, table) for s in statistics]
         pairs = itertools.permutations(range(len(statistics)), 2)
         regrets = []
         for mine, other in pairs:
             own, foreign = (
                 statistics[mine][name][chosen[n]].sum().item() for n in (mine, other)
-            )  # what my prompt saves with my choice, and with the other's
+            )  # what is saved here with this choice, and with the other's
             regrets.append(max(0.0, 1 - foreign / own) if own > 0 else 0.0)
         result.append(sum(regrets) / len(regrets))
     return torch.tensor(result)
 
 
-def _offsets(statistics: dict[str, Tensor], table: CellTable, budget: float) -> Tensor:
+def _offsets(statistics: dict[str, Tensor], table: CellTable) -> Tensor:
     """bool, in the lattice of relative tiles: the stencil that a search would take."""
-    places = chosen_offsets(statistics, "offset_far", budget, table) + table.counts - 1
+    places = chosen_offsets(statistics, "offset_far", BUDGET, table) + table.counts - 1
     member = torch.zeros_like(statistics["offset_far"], dtype=torch.bool)
     member[tuple(places.T)] = True
     return member
 
 
-def _columns(statistics: dict[str, Tensor], table: CellTable, budget: float) -> Tensor:
+def _columns(statistics: dict[str, Tensor], table: CellTable) -> Tensor:
     """bool `[C]`: the columns that a search would take."""
     member = torch.zeros(len(table.tokens), dtype=torch.bool)
-    member[list(best_columns(statistics["column"], budget))] = True
+    member[list(best_columns(statistics["column"], BUDGET))] = True
     return member

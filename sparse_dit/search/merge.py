@@ -7,13 +7,13 @@ runs came before them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from .profile import ComponentProfile, Profile
+from .profile import LATER, ComponentProfile, Profile
 from .profile_file import read_profile
 
 FIND = "find"
@@ -55,7 +55,10 @@ def _misfit(a: Profile, b: Profile) -> str | None:
     }:
         return "it is of another model; profile all prompts with one model"
     if (a.settings, a.rows, a.wide) != (b.settings, b.rows, b.wide):
-        return "it was made with other settings, number of rows or family of candidates; profile it again"
+        return (
+            "it was made with other settings, another number of rows or another family of candidates; "
+            "profile it again"
+        )
     for name, part in a.components.items():
         other = b.components[name]
         if part.found and other.found and _place(part) != _place(other):
@@ -89,14 +92,20 @@ def _add(merged: Profile, other: Profile) -> None:
         if not scored:
             _add_found(mine, part)
         for key, scores in part.scores.items():
-            known = mine.scores.setdefault(key, {k: torch.zeros_like(v) for k, v in scores.items()})
-            for what, value in scores.items():
-                known[what] += value
+            _add_to(mine.scores.setdefault(key, {}), scores)
+        for look, values in part.looks.items():
+            if look[0] == LATER or not scored:
+                _add_to(mine.looks.setdefault(look, {}), values)
         mine.pictures.update(part.pictures)
     known_labels = set(merged.done)
     merged.done += [label for label in other.done if label not in known_labels]
     merged.seconds += other.seconds
     merged.reference = merged.reference or other.reference
+
+
+def _add_to(known: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        known[name] = known[name] + value if name in known else value.clone()
 
 
 def _add_found(mine: ComponentProfile, part: ComponentProfile) -> None:
@@ -118,6 +127,7 @@ def without_scores(profile: Profile) -> Profile:
             found=dict(part.found),
             scores={},
             pictures={},
+            looks={key: value for key, value in part.looks.items() if key[0] != LATER},
         )
         for name, part in profile.components.items()
     }

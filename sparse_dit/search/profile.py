@@ -15,6 +15,8 @@ from .candidates import all_candidates
 from .statistics import HeadStatistics
 from .verify import Reference
 
+HALF, LATER = "half", "later"  # of the finding runs' rows; the scoring runs' rows
+
 
 def bounds_of(sigmas: Sequence[float]) -> list[float]:
     """What cuts 1..0 into a range around each recorded noise level: halfway between neighbours."""
@@ -35,6 +37,8 @@ class ComponentProfile:
             `norm`, `rows` `[H]` (scoring); see `statistics.score`.
         pictures: For `(layer, token order)`, `[H, R, C]`: attention of the sampled rows (in that order)
             over its tiles, at the middle level.
+        looks: For `(kind, level, layer)`, of `HALF` and `LATER`, by what heads are compared from prompt to
+            prompt: `offset_far`, `offset_count` and `column`, `[H, ...]`; see `dependence`.
         wide: Whether candidates are of the wide family; see `candidates.tilings`.
     """
 
@@ -48,6 +52,7 @@ class ComponentProfile:
     found: dict[tuple[int, str], list[HeadStatistics]] = field(default_factory=dict)
     scores: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict)
     pictures: dict[tuple[str, Tile], Tensor] = field(default_factory=dict)
+    looks: dict[tuple[str, int, str], dict[str, Tensor]] = field(default_factory=dict)
     wide: bool = False
     _candidates: dict[tuple[int, str], list[tuple[Pattern, ...]]] = field(
         default_factory=dict, repr=False
@@ -102,6 +107,11 @@ class ComponentProfile:
             }
             table.clear()
             table.update(kept)
+        self.looks = {
+            (kind, place[level], layer): v
+            for (kind, level, layer), v in self.looks.items()
+            if level in place
+        }
         self.pictures.clear()
         self._candidates.clear()
 

@@ -17,8 +17,8 @@ from ..layout import Tile, TokenLayout
 from ..plan.errors import PlanError
 from ..whole_file import whole_file
 from .candidates import tilings
-from .profile import ComponentProfile, Profile
-from .statistics import empty_statistics
+from .profile import HALF, LATER, ComponentProfile, Profile
+from .statistics import empty_statistics, look_shapes
 from .verify import Reference
 
 VIDEO = "reference|video"
@@ -71,6 +71,9 @@ def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:
     for (level, layer), scores in part.scores.items():
         for key, value in scores.items():
             tensors[f"scores|{name}|{level}|{layer}|{key}"] = value
+    for (kind, level, layer), looks in part.looks.items():
+        for key, value in looks.items():
+            tensors[f"looks|{name}|{kind}|{level}|{layer}|{key}"] = value
     for (layer, tile), value in part.pictures.items():
         tensors[f"pictures|{name}|{layer}|{_tile_text(tile)}"] = value
     return tensors
@@ -122,6 +125,9 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
         elif kind == "scores":
             level, layer, field_name = rest
             part.scores.setdefault((int(level), layer), {})[field_name] = value
+        elif kind == "looks":
+            which, level, layer, field_name = rest
+            part.looks.setdefault((which, int(level), layer), {})[field_name] = value
         else:
             layer, tile = rest
             part.pictures[layer, _tile_of(tile)] = value
@@ -151,6 +157,15 @@ def _check(part: ComponentProfile) -> None:
             shapes = {t: {k: v.shape for k, v in s.items()} for t, s in head.items()}
             if len(heads) != part.num_heads or shapes != expected:
                 raise ValueError("statistics don't have the layout's shape")
+    shapes = look_shapes(part.known_layout) if every else {}
+    for looks in part.looks.values():
+        if {k: list(v.shape[1:]) for k, v in looks.items()} != shapes or any(
+            len(v) != part.num_heads for v in looks.values()
+        ):
+            raise ValueError("what heads are compared by doesn't have the layout's shape")
+    wanted = {(HALF, *place) for place in part.found} | {(LATER, *place) for place in part.scores}
+    if set(part.looks) != wanted:
+        raise ValueError("what heads are compared by is missing for some layers or noise levels")
     for (level, layer), scores in part.scores.items():
         count = len(part.candidates(level, layer)[0])
         shape = (part.num_heads, count)

@@ -12,7 +12,8 @@ from ..integrations.call import AttentionCall
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, sample_rows
-from .profile import ComponentProfile
+from .dependence import look
+from .profile import HALF, LATER, ComponentProfile
 from .sampling import in_turn, one_thread, sampled_heads, whole_layout
 from .statistics import (
     Cells,
@@ -118,6 +119,7 @@ class Recorder:
         statistics: HeadStatistics = profile.found[level, layer][head]
         for (tile, _), part in sums.items():
             discover(statistics[tile], part, layout, tile)
+        look(profile, HALF, level, layer, head, next(iter(sums.values())))
 
     def _score(self, level: int, layer: str, head: int, sums: dict[Cells, CellSums]) -> None:
         profile, heads = self.profile, self.profile.num_heads
@@ -139,6 +141,7 @@ class Recorder:
             ("rows", rows),
         ):
             scores[key][head] += value
+        look(profile, LATER, level, layer, head, next(iter(sums.values())))
         if level == len(profile.sigmas) // 2:
             for (tile, pool), part in sums.items():
                 if pool is None:

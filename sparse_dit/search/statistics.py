@@ -17,7 +17,7 @@ from torch import Tensor
 from ..index import seen_cells
 from ..layout import Tile, TokenLayout, tile_order
 from ..patterns import Pattern, Stencil
-from .candidates import MAX_BLOCK_CELLS
+from .candidates import MAX_BLOCK_CELLS, tilings
 from .cells import CellSums, CellTable, SampledRows, cell_table
 
 HeadStatistics = dict[Tile, dict[str, Tensor]]
@@ -34,6 +34,13 @@ def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
     if cells <= MAX_BLOCK_CELLS:
         result["block"] = torch.zeros(cells, cells)
     return result
+
+
+def look_shapes(layout: TokenLayout) -> dict[str, list[int]]:
+    """Of what heads are compared by from prompt to prompt; see `dependence.look`."""
+    table = cell_table(layout, tilings(layout)[0])
+    lattice = (2 * table.counts - 1).tolist()
+    return {"offset_far": lattice, "offset_count": lattice, "column": [len(table.tokens)]}
 
 
 def discover(
