@@ -99,8 +99,9 @@ def show_heads(plan: Plan) -> None:
     """Every head of every layer and stage: its pattern, and the next best one."""
     table = Table("layer", "stage", "head", "density", "pattern", "error", "runner-up", "its error")
     densities = _Densities()
-    for part in plan.components.values():
+    for name, part in plan.components.items():
         for layer, stages in part.layers.items():
+            place = layer if len(plan.components) == 1 else f"{name}.{layer}"
             for stage, heads in zip(part.stages, stages, strict=True):
                 for number, head in enumerate(heads):
                     density = f"{densities.of(head.pattern, part.layout):.3f}"
@@ -110,7 +111,7 @@ def show_heads(plan: Plan) -> None:
                         for error in (head.error, head.runner_up_error)
                     ]
                     table.add_row(
-                        layer, str(stage), str(number), density, str(head.pattern), errors[0],
+                        place, str(stage), str(number), density, str(head.pattern), errors[0],
                         second, errors[1],
                     )  # fmt: skip
     out.print(table)

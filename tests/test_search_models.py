@@ -1,26 +1,28 @@
 """The search on every kind of supported model: texts of any length, masks, tiny searches end to end."""
 
-import functools
+import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-import sparse_dit
-from sparse_dit.generation import Case
-from sparse_dit.generation import generate as run
-from sparse_dit.integrations.diffusers import attach, components
-from sparse_dit.layout import TokenLayout
-from sparse_dit.plan import Plan
-from sparse_dit.search import engine, search_plan
+from sparse_dit.eval import heads as quality
+from sparse_dit.generation import Case, generate
+from sparse_dit.integrations.diffusers import attach, attachment_of
+from sparse_dit.patterns import Pattern, Skip
+from sparse_dit.runtime import PLANNED, Runtime
+from sparse_dit.search import search_plan
 from sparse_dit.search.cells import cell_table, sample_rows
-from sparse_dit.search.cost import CostTable
+from sparse_dit.search.check import check_plan
 from sparse_dit.search.merge import merge_profiles
-from sparse_dit.search.profile_file import read_profile
-from sparse_dit.search.profiling import profile_pipeline
+from sparse_dit.search.profile_file import write_profile
+from sparse_dit.search.profiling import Phase, profile_pipeline, run_phase, started
+from sparse_dit.search.rivals import METHODS, plan_at, score_rivals
+from sparse_dit.search.rivals import scores as rivals
 from sparse_dit.search.sampling import sampled_heads, whole_layout
 from tests import tiny_image_models, tiny_image_transformers, tiny_pipelines, tiny_video_models
-from tests.prompted import noise, prompted, settings_of
+from tests.prompted import cut, prompted, settings_of
+from tests.search_cases import accounts, stub_costs
 
 pytestmark = [
     # the host's own Chroma imports it from there
@@ -28,8 +30,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),  # Mochi asks for float32
 ]
 PROMPTS = ("a cat plays the piano", "a dog")
-HELD_OUT = "a red circle moves left"
-SHORT, LONG = Case("a cat", 1), Case("a dog runs along the shore of a wide lake", 2)
+HELD_OUT = "a red circle moves left slowly"
+SHORT, LONG = Case("a cat", 1), Case("a dog on the shore of a lake", 2)
+ROWS = 1000  # all of them
 
 
 class _Compared:
@@ -63,18 +66,22 @@ def _forward(name):
     return transformer, lambda: tiny_video_models.run(transformer, [arguments])
 
 
+def _built(name):
+    """A pipeline and its default call."""
+    for builders in (
+        tiny_pipelines.BUILDERS,
+        tiny_image_models.BUILDERS,
+        tiny_video_models.PIPELINES,
+    ):
+        if name in builders:
+            return builders[name]()
+    raise KeyError(name)
+
+
 def _generation(name):
     """Runs the first step of a pipeline with several items where it takes them."""
-    for module in (tiny_pipelines, tiny_image_models):
-        if name in module.BUILDERS:
-            pipe, call = module.BUILDERS[name]()
-            call = {
-                **call,
-                **getattr(module, "SEVERAL", {}).get(name, {}),
-                "num_inference_steps": 1,
-            }
-            return pipe.transformer, lambda: module.generate(pipe, call)
-    pipe, call = tiny_video_models.PIPELINES[name]()
+    pipe, call = _built(name)
+    call = {**call, **tiny_image_models.SEVERAL.get(name, {}), "num_inference_steps": 1}
     return pipe.transformer, lambda: tiny_pipelines.generate(pipe, call)
 
 
@@ -93,3 +100,178 @@ def test_sampled_rows_are_what_stock_attention_gives(name):
         attachment.detach()
     assert compared.calls and not compared.skipped
     assert compared.worst < 1e-4
+
+
+WITH_TEXT_ENCODERS = tuple(tiny_pipelines.BUILDERS)
+
+
+def _prompted(name):
+    """A pipeline that takes prompts, and settings of a short generation."""
+    pipe, call = _built(name)
+    texts = None
+    if name in WITH_TEXT_ENCODERS:
+        texts = lambda prompt: {"prompt": prompt}  # noqa: E731
+    elif name == "qwen":
+        texts = cut(call)  # its mask is all ones
+    elif name in ("sd3", "hidream"):
+        texts = cut(call, both=True)  # guidance is batched
+    if name in tiny_image_models.BUILDERS:  # four tiles, so that there is a choice
+        call = {**call, "height": 2 * call["height"], "width": 2 * call["width"]}
+    return prompted(pipe, call, texts), settings_of(call)
+
+
+def _layouts(pipe, cases, settings):
+    """Of the forwards of each case."""
+    seen = []
+
+    def note(call):
+        seen[-1].add(whole_layout(call))
+        return call.stock()
+
+    attachment = attach(pipe.transformer, note)
+    try:
+        for case in cases:
+            seen.append(set())
+            generate(pipe, case, settings)
+    finally:
+        attachment.detach()
+    return seen
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_whole_search(name, monkeypatch, tmp_path):
+    stub_costs(monkeypatch)
+    pipe, settings = _prompted(name)
+    options = {"settings": settings, "profile_steps": 2, "rows": 8, "max_error": 0.4}
+    searched = search_plan(pipe, PROMPTS, held_out=[HELD_OUT], **options)
+    plan, part = searched.plan, searched.plan.components["transformer"]
+    assert 0 < plan.density < 1 and math.isfinite(plan.measured["psnr_db"])
+    assert attachment_of(pipe.transformer) is None
+    case = Case(HELD_OUT, 7)
+    (ran,) = accounts(pipe, plan, case, settings, tmp_path).values()
+    reasons = {entry.dense_because for entry in ran}
+    assert None in reasons and reasons <= {None, *PLANNED}
+    assert {entry.layer for entry in ran} == set(part.layers)
+    checked = check_plan(pipe, plan, case, settings, rows=8)
+    assert checked.heads and not checked.unseen and not checked.notes
+    if name in tiny_image_models.BUILDERS:
+        assert part.layout.grid[0] == 1
+
+
+ANY_LENGTH = ("qwen", "flux2", "sd3", "zimage", "hidream", "lumina")
+PADDED = ("hunyuan_video", "mochi", "hunyuan15", "hunyuan_image")
+BIASED = ("chroma", "cogview")
+
+
+@pytest.mark.parametrize("name", ANY_LENGTH)
+def test_profiles_of_texts_of_any_length_add_up(name, tmp_path):
+    """Each prompt's finding in a file of its own: put together they are what one process finds."""
+    pipe, settings = _prompted(name)
+    short, long = _layouts(pipe, (SHORT, LONG), settings)
+    assert short != long or name == "zimage"  # which pads texts to 32
+    files = []
+    for number, case in enumerate((LONG, SHORT)):
+        alone = started(pipe, settings, 8, [], None)
+        run_phase(pipe, alone, Phase("find", case))
+        files.append(tmp_path / f"{number}.safetensors")
+        write_profile(alone, files[-1])
+    whole = started(pipe, settings, 8, [], None)
+    for case in (LONG, SHORT):
+        run_phase(pipe, whole, Phase("find", case))
+    wanted = whole.components["transformer"]
+    for order in (files, files[::-1]):
+        merged = merge_profiles(order).components["transformer"]
+        assert merged.layout == wanted.layout
+        assert merged.known_layout.num_text == max(x.num_text for x in short | long)
+        for key, heads in wanted.found.items():
+            assert merged.candidates(*key) == wanted.candidates(*key)
+            for head, same in zip(heads, merged.found[key], strict=True):
+                torch.testing.assert_close(same, head, rtol=1e-4, atol=1e-6)
+
+
+class _Exact:
+    """An intercept that runs the plan beside stock attention; squared errors of the video's rows."""
+
+    def __init__(self, part):
+        self.runtime, self.sums = Runtime("transformer", part, "reference"), {}
+
+    def __call__(self, call):
+        out, layout = call.stock(), call.context.layout
+        video = sample_rows(layout, ROWS, torch.Generator())
+        error = (self.runtime(call) - out)[:, video].square().sum((0, 1, 3))
+        both = torch.stack([error, out[:, video].square().sum((0, 1, 3))])
+        key = (self.runtime.plan.stage(call.context.sigma, call.context.branch), call.layer)
+        self.sums[key] = self.sums.get(key, 0) + both
+        return out
+
+
+@pytest.mark.parametrize("name", [*ANY_LENGTH, *PADDED, *BIASED, "flux"])
+def test_what_is_measured_of_heads_is_what_the_plan_computes(name, monkeypatch):
+    """By the report, the check and the rivals' scores, of a text that the plan hasn't seen."""
+    stub_costs(monkeypatch)
+    monkeypatch.setattr(quality, "ROWS", ROWS)
+    pipe, settings = _prompted(name)
+    options = {"settings": settings, "profile_steps": 2, "rows": 8, "max_error": 0.5}
+    searched = search_plan(pipe, PROMPTS, held_out=[HELD_OUT], **options)
+    plan, part = searched.plan, searched.plan.components["transformer"]
+    exact = _Exact(part)
+    attachment = attach(pipe.transformer, exact)
+    try:
+        generate(pipe, LONG, settings)
+    finally:
+        attachment.detach()
+    wanted = {key: (error / norm).sqrt() for key, (error, norm) in exact.sums.items()}
+    found = quality.head_quality(pipe, plan, LONG, settings)["transformer"]
+    assert found.keys() == wanted.keys() and max(e.max() for e in wanted.values()) > 0.01
+    for key, totals in found.items():
+        measured = torch.tensor(totals.relative_error)
+        torch.testing.assert_close(measured, wanted[key], rtol=1e-3, atol=1e-4)
+    unprojected = replace(plan, provenance={})  # errors of heads' own outputs
+    for head in check_plan(pipe, unprojected, LONG, settings, rows=ROWS).heads:
+        now = wanted[head.stage, head.layer][head.head].item()
+        assert head.now == pytest.approx(now, rel=1e-3, abs=1e-4)
+    units = {
+        (stage, layer, head): [choice.pattern]
+        for layer, stages in part.layers.items()
+        for stage, heads in enumerate(stages)
+        for head, choice in enumerate(heads)
+    }
+    for listed in units.values():
+        if listed[0].is_dense:
+            listed[0] = Pattern(Skip(), (1, 8, 8))  # dense ones aren't scored
+    monkeypatch.setattr(rivals, "projections", lambda *args: {})
+    profile = searched.profile.components["transformer"]
+    scored = rivals.score_patterns(pipe, "transformer", profile, units, LONG, settings, ROWS)
+    for (stage, layer, head), (pattern,) in units.items():
+        if pattern == part.layers[layer][stage][head].pattern:
+            now = scored[stage, profile.layers.index(layer), head, 0].sqrt().item()
+            assert now == pytest.approx(wanted[stage, layer][head].item(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen", "chroma", "mochi"])
+def test_rivals_have_plans_for_texts_of_any_length(name, monkeypatch):
+    stub_costs(monkeypatch)
+    pipe, settings = _prompted(name)
+    searched = search_plan(
+        pipe, PROMPTS, settings=settings, profile_steps=2, rows=8, max_error=0.5,
+        tune_on="calibration",
+    )  # fmt: skip
+    part = searched.profile.components["transformer"]
+    scores = score_rivals(pipe, "transformer", part, LONG, settings, rows=8)
+    assert scores.error.isfinite().all()
+    searched_plan, *others = (
+        plan_at(method, searched, scores, 0.85) for method in METHODS if method != "random"
+    )
+    assert searched_plan is not None and any(others)
+    assert all(plan is None or plan.density <= 0.85 for plan in (searched_plan, *others))
+
+
+def test_a_layer_that_projects_its_mlp_too_is_measured_by_heads_outputs():
+    pipe, settings = _prompted("flux2")
+    fused = pipe.transformer.single_transformer_blocks[0].attn
+    assert fused.to_out.in_features > fused.heads * fused.head_dim
+    part = profile_pipeline(pipe, [SHORT], settings, rows=8).components["transformer"]
+    assert {layer.split(".")[0] for layer in part.layers} == {
+        "transformer_blocks", "single_transformer_blocks",
+    }  # fmt: skip
+    assert all(scores["norm"].min() > 0 for scores in part.scores.values())

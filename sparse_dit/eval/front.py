@@ -23,15 +23,14 @@ def front_beside(name: str, plan: Plan) -> Front | None:
     Raises:
         PlanError: If the front's file is damaged.
     """
-    from ..search.front import front_path, read_front
+    from ..search.front import front_path, model_hash, read_front
 
     place = Path(name)
     path = front_path(place / "plan.json" if place.is_dir() else place)
     if not path.is_file():
         return None
     front = read_front(path)
-    models = {part.config_hash for part in plan.components.values()}
-    return front if models == {front.config_hash} else None
+    return front if model_hash(plan.components) == front.config_hash else None
 
 
 def figure_of(front: Front, plan: Plan) -> Figure:

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..generation import Case, GenerationSettings
+from ..integrations.diffusers import components
 from ..layout import TokenLayout
 from ..plan import Plan
 from ..search.engine import Searched, search_plan
@@ -96,7 +97,13 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
 
     Raises:
         ValueError: If the file holds rows of other conditions.
+        NotImplementedError: For a pipeline with several transformers.
     """
+    if len(found := components(pipe)) > 1:
+        raise NotImplementedError(
+            f"rivals are scored for one transformer, got {' and '.join(found)}; search such a pipeline "
+            "with `sparse-dit search` and measure its plan with `sparse-dit eval`"
+        )
     rows = _started(request)
     wanted = [(d, m) for d in request.densities for m in request.all_methods]
     done = {(row["target"], row["method"]) for row in rows}

@@ -254,15 +254,17 @@ def _layout(
     """Where the tokens lie, seen in a short dense run; a sparse one warms up a plan."""
     short = replace(settings, steps=min(2, settings.steps))
     say("warm-up")
-    (name, part), *_ = components(pipe).items()
-    attached = attach(part, lambda call: call.stock())
+    attached = {n: attach(part, lambda call: call.stock()) for n, part in components(pipe).items()}
     try:
         generate(pipe, case, short)
-        layout = attached.context.layout
+        layouts = [attachment.context.layout for attachment in attached.values()]
     finally:
-        attached.detach()
+        for attachment in attached.values():
+            attachment.detach()
+    layout = next((layout for layout in layouts if layout is not None), None)
     if layout is None:
-        raise ValueError(f"the {name}'s token layout can't be told from its arguments")
+        names = " and ".join(attached)
+        raise ValueError(f"the token layout of {names} can't be told from the forwards' arguments")
     if plan is not None:
         with patch(pipe, plan, backend=backend):
             generate(pipe, case, short)

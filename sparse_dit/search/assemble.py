@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..plan import ComponentPlan, HeadChoice, Plan
 from .cost import CostTable
+from .joint import one_or_named
 from .profile import ComponentProfile
 from .solve import Choice, Problem, runner_up
 
@@ -26,10 +28,13 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
         choice: Of `searched.problem`; see `solve` and `baselines.random_choice`.
     """
     plan, task = searched.plan, searched.problem
-    ((name, part),) = searched.profile.components.items()
+    components = {
+        name: replace(plan.components[name], layers=layers_of(name, part, task, choice))
+        for name, part in searched.profile.components.items()
+    }
     return replace(
         plan,
-        components={name: replace(plan.components[name], layers=layers_of(part, task, choice))},
+        components=components,
         density=round(choice.density, 6),
         provenance={**plan.provenance, "objective": {}},
         forecast=forecast_of(task, choice),
@@ -39,41 +44,52 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
 
 def first_plan(
     pipeline_class: str,
-    name: str,
-    part: ComponentProfile,
+    parts: Mapping[str, ComponentProfile],
     task: Problem,
     choice: Choice,
-    table: CostTable,
+    tables: Mapping[str, CostTable],
 ) -> Plan:
-    """A choice as a plan that holds for any number of tokens and has no provenance yet."""
-    component = ComponentPlan(
-        part.model_class,
-        part.config_hash,
-        part.num_heads,
-        part.head_dim,
-        part.known_layout,
-        task.stages,
-        layers_of(part, task, choice),
-    )
+    """A choice as a plan that holds for any number of tokens and has no provenance yet.
+
+    Args:
+        pipeline_class: Name of the pipeline's class.
+        parts: Profiles, by component name.
+        task: Problem of all of them.
+        choice: Of it.
+        tables: What attention costs, by component name.
+    """
+    components = {
+        name: ComponentPlan(
+            part.model_class,
+            part.config_hash,
+            part.num_heads,
+            part.head_dim,
+            part.known_layout,
+            tuple(task.stages[number] for number in task.stages_of(name)),
+            layers_of(name, part, task, choice),
+        )
+        for name, part in parts.items()
+    }
     return Plan(
         pipeline_class,
-        {name: component},
+        components,
         round(choice.density, 6),
         forecast=forecast_of(task, choice),
-        cost=table.to_dict(),
+        cost=one_or_named({name: table.to_dict() for name, table in tables.items()}),
     )
 
 
-def layers_of(part: ComponentProfile, task: Problem, choice: Choice) -> Layers:
-    """What each head of each layer gets at each stage, with its error and the runner-up."""
+def layers_of(name: str, part: ComponentProfile, task: Problem, choice: Choice) -> Layers:
+    """What each head of each of a transformer's layers gets at each of its stages, with its error and the
+    runner-up."""
     second = runner_up(task, choice)
-    rows: dict[str, list[list[HeadChoice]]] = {
-        layer: [[] for _ in task.stages] for layer in part.layers
-    }
-    for number, (stage, layer, _) in enumerate(task.units):
+    place = {number: level for level, number in enumerate(task.stages_of(name))}
+    rows: dict[str, list[list[HeadChoice]]] = {layer: [[] for _ in place] for layer in part.layers}
+    for number in task.units_of(name).tolist():
+        stage, layer, _ = task.units[number]
         pick, other = int(choice.pick[number]), int(second[number])
         patterns, error = task.candidates[number], task.error[number].sqrt()
-        rows[layer][stage].append(
+        rows[layer][place[stage]].append(
             HeadChoice(
                 patterns[pick],
                 round(error[pick].item(), 6),

@@ -57,7 +57,7 @@ def uniform_plan(plan: Plan, profile: Profile, *, by_stage: bool) -> Plan:
         shares = plan.provenance["stage_shares"][name]
         reached += sum(
             share * density(p, part.known_layout) for share, p in zip(shares, patterns, strict=True)
-        ) / len(plan.components)
+        )
         rows = tuple((HeadChoice(pattern),) * component.num_heads for pattern in patterns)
         components[name] = replace(component, layers=dict.fromkeys(component.layers, rows))
     return Plan(plan.pipeline_class, components, min(1.0, round(reached, 6)))

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import attachment_of, components
-from ..plan import Plan
+from ..layout import TokenLayout
+from ..plan import Plan, Stage
 from .cost import CostTable, break_even_tokens, measure_cost
 from .elsewhere import Elsewhere
-from .front import Front, front_of
+from .front import Front, front_of, model_hash
+from .joint import joined, pair_shares
 from .objective import Objective
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline, profiling_steps
 from .provenance import measured_of, provenance
-from .sensitivity import reduced, sensitivity
+from .sensitivity import Sensitivity, reduced, sensitivity
 from .solve import Choice, Problem, problem, stages_of
 from .tune import Clock, Report, Session, tune
 from .verify import Reference, dense_reference
@@ -52,10 +55,8 @@ class Searched:
     @functools.cached_property
     def front(self) -> Front:
         """Other points of the same problem, with the PSNR that the verified plan lets expect."""
-        ((_, part),) = self.profile.components.items()
-        return front_of(
-            self.problem, part.config_hash, self.choice, self.plan.measured.get("psnr_db")
-        )
+        model = model_hash(self.plan.components)
+        return front_of(self.problem, model, self.choice, self.plan.measured.get("psnr_db"))
 
 
 def search(pipe: Any, prompts: Sequence[str | Case], **options: Any) -> Plan:
@@ -112,10 +113,10 @@ def search_plan(
 
     Raises:
         ValueError: For an empty prompt list, a prompt in both lists, a number out of range, a
-            patched pipeline, a speed-up out of reach, a profile of something else, or a pipeline
-            that gives NaN.
+            patched pipeline, a speed-up out of reach, a profile of something else, a transformer that
+            no profiling step runs, or a pipeline that gives NaN.
         TypeError: If `pipe` is no pipeline, or `prompts` no list.
-        NotImplementedError: For a pipeline of an unsupported class, or with two transformers.
+        NotImplementedError: For a pipeline of an unsupported class.
     """
     say = report or (lambda text: None)
     objective = Objective(target_speedup, max_error, min_psnr)
@@ -123,9 +124,9 @@ def search_plan(
     if elsewhere is not None and elsewhere.table.caveat:
         say(elsewhere.table.caveat)
     calibration, held = _split(_cases("prompts", prompts), held_out, tune_on)
-    name = _component(pipe)
-    if elsewhere is not None:
-        elsewhere.check(components(pipe)[name])
+    for transformer in _searchable(pipe).values():
+        if elsewhere is not None:
+            elsewhere.check(transformer)
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
     clock = Clock()
@@ -142,7 +143,7 @@ def search_plan(
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
     )
     clock.lap("profile")
-    run = _Run(pipe, name, calibration, held, settings, backend, clock, say, elsewhere)
+    run = _Run(pipe, calibration, held, settings, backend, clock, say, elsewhere)
     return _solved(run, profiled, objective, max_generations)
 
 
@@ -151,7 +152,6 @@ class _Run:
     """What a search was asked to do, less its objective."""
 
     pipe: Any
-    component: str
     calibration: list[Case]
     held_out: list[Case]
     settings: GenerationSettings
@@ -164,32 +164,38 @@ class _Run:
 def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
     clock, say, settings = run.clock, run.say, run.settings
-    part = profiled.components[run.component]
-    table = _cost(run, components(run.pipe)[run.component], part)
+    parts = profiled.components
+    tables = _costs(run, parts)
     clock.lap("cost")
-    stages = stages_of(part.sigmas)
+    stages = {name: stages_of(part.sigmas) for name, part in parts.items()}
     say("measuring how much each noise level and layer matters")
-    small = reduced(settings)
-    weights = sensitivity(run.pipe, run.component, stages, part.layers, run.calibration[-1], small)
+    matters = _sensitivities(run, parts, stages)
     clock.lap("sensitivity")
     references = _references(run, profiled)
     clock.lap("references")
     local_seconds = sum(r.seconds for r in references) / len(references)
-    calls = references[0].calls(run.component, stages)
-    stock = table.dense * sum(calls) * len(part.layers) * part.num_heads
+    calls = {name: references[0].calls(name, stages[name]) for name in parts}
+    stock = sum(
+        tables[name].dense * sum(calls[name]) * len(part.layers) * part.num_heads
+        for name, part in parts.items()
+    )
     dense_seconds = (
         run.elsewhere.generation(local_seconds, stock) if run.elsewhere else local_seconds
     )
-    task = problem(part, stages, weights, table, calls, dense_seconds)
+    problems = {
+        name: problem(part, stages[name], matters[name], tables[name], calls[name], dense_seconds)
+        for name, part in parts.items()
+    }
+    task = joined(problems, pair_shares(parts, calls), dense_seconds)
     clock.lap("solve")
     session = Session(
-        run.pipe, run.component, task, table, profiled, objective, settings, run.backend, calls
+        run.pipe, matters, task, tables, profiled, objective, settings, run.backend, calls
     )
     choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
     clock.lap("verify")
     plan = _with_break_even(session, plan, choice, run.elsewhere)
     clock.lap("break-even")
-    record = provenance(session, run.calibration, run.held_out, weights, clock.laps)
+    record = provenance(session, run.calibration, run.held_out, clock.laps)
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
@@ -207,57 +213,81 @@ def _references(run: _Run, profiled: Profile) -> list[Reference]:
     return [dense_reference(run.pipe, case, run.settings) for case in run.held_out]
 
 
-def _component(pipe: Any) -> str:
-    """Name of the pipeline's one transformer."""
+def _searchable(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's transformers, by component name."""
     found = components(pipe)
     if isinstance(pipe, nn.Module):
         raise TypeError(f"a search generates, so it needs the pipeline, got {type(pipe).__name__}")
-    if len(found) != 1:
-        raise NotImplementedError(
-            f"{type(pipe).__name__} has {len(found)} transformers ({', '.join(found)}); "
-            "only pipelines with one can be searched so far"
-        )
-    ((name, module),) = found.items()
-    if attachment_of(module) is not None:
+    if any(attachment_of(module) is not None for module in found.values()):
         raise ValueError(
             "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe), then search"
         )
-    return name
+    return found
 
 
-def _cost(run: _Run, module: Any, part: ComponentProfile) -> CostTable:
-    """Of the device that is solved for: measured here, or from its table."""
+def _costs(run: _Run, parts: Mapping[str, ComponentProfile]) -> dict[str, CostTable]:
+    """By component name, of the device that is solved for; transformers that are alike have one table."""
     if run.elsewhere is not None:
         run.say(f"costs are those of the device table {run.elsewhere.table.name}")
-        return run.elsewhere.cost(part.known_layout, part.head_dim, module.dtype)
-    run.say("measuring cost on this device")
+    else:
+        run.say("measuring cost on this device")
+    known: dict[tuple[Any, ...], CostTable] = {}
+    tables = {}
+    for name, part in parts.items():
+        module: Any = components(run.pipe)[name]
+        key = part.known_layout, part.num_heads, part.head_dim, module.device, module.dtype
+        if key not in known:
+            known[key] = _cost(run, *key)
+        tables[name] = known[key]
+    return tables
+
+
+def _cost(
+    run: _Run,
+    layout: TokenLayout,
+    num_heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> CostTable:
+    """Measured here, or from the table of another device."""
+    if run.elsewhere is not None:
+        return run.elsewhere.cost(layout, head_dim, dtype)
     return measure_cost(
-        part.known_layout,
-        part.num_heads,
-        part.head_dim,
-        device=module.device,
-        dtype=module.dtype,
-        backend=run.backend,
+        layout, num_heads, head_dim, device=device, dtype=dtype, backend=run.backend
     )
+
+
+def _sensitivities(
+    run: _Run, parts: Mapping[str, ComponentProfile], stages: Mapping[str, tuple[Stage, ...]]
+) -> dict[str, Sensitivity]:
+    """Of each transformer, by component name."""
+    small, case = reduced(run.settings), run.calibration[-1]
+    levels = sum(map(len, stages.values()))
+    return {
+        name: sensitivity(run.pipe, name, stages[name], part.layers, case, small, levels=levels)
+        for name, part in parts.items()
+    }
 
 
 def _with_break_even(
     session: Session, plan: Plan, choice: Choice, elsewhere: Elsewhere | None
 ) -> Plan:
-    """The plan with the number of tokens under which dense attention is faster."""
-    picked = session.problem.density.gather(1, choice.pick[:, None])[:, 0]
-    sparse = picked[picked < 1]
-    if not len(sparse):
-        return plan
-    component = plan.components[session.component]
-    head_dim, dtype = component.head_dim, session.table.dtype
-    others = elsewhere.smaller(head_dim, dtype) if elsewhere else None
-    tokens = break_even_tokens(
-        session.table, sparse.mean().item(), component.num_heads, head_dim, others
-    )
-    return replace(
-        plan, components={session.component: replace(component, valid_tokens=(tokens, None))}
-    )
+    """The plan with the number of tokens under which dense attention is faster, for each transformer."""
+    task = session.problem
+    picked = task.density.gather(1, choice.pick[:, None])[:, 0]
+    found = {}
+    for name, component in plan.components.items():
+        mine = picked[task.units_of(name)]
+        sparse, table = mine[mine < 1], session.tables[name]
+        found[name] = component
+        if len(sparse):
+            head_dim = component.head_dim
+            others = elsewhere.smaller(head_dim, table.dtype) if elsewhere else None
+            density, heads = sparse.mean().item(), component.num_heads
+            tokens = break_even_tokens(table, density, heads, head_dim, others)
+            found[name] = replace(component, valid_tokens=(tokens, None))
+    return replace(plan, components=found)
 
 
 def _cases(name: str, prompts: Sequence[str | Case]) -> list[Case]:

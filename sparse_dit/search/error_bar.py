@@ -20,12 +20,18 @@ def damage_error(profile: ComponentProfile, problem: Problem, pick: Tensor) -> f
 
     Args:
         profile: What the problem was made of.
-        problem: Units are `(noise level, layer, head)`.
+        problem: Of one transformer; units are `(noise level, layer, head)`.
         pick: int64 `[U]`, the candidate of each unit.
 
     Raises:
-        ValueError: If a unit's place or candidate isn't in the profile.
+        ValueError: If a unit's place or candidate isn't in the profile, or the problem is of several
+            transformers.
     """
+    if len(several := sorted(set(problem.components))) > 1:
+        raise ValueError(
+            f"the problem must be of one transformer, got {' and '.join(several)}; "
+            "make one of each with solve.problem"
+        )
     together: dict[tuple[int, str], float] = {}
     columns = zip(problem.units, problem.importance.tolist(), pick.tolist(), strict=True)
     for (level, layer, head), importance, candidate in columns:

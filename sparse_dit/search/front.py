@@ -7,9 +7,10 @@ new search. The file holds the front of an archive: the best choice of each bin 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..patterns import Pattern
-from ..plan import HeadChoice, Plan, PlanError
+from ..plan import ComponentPlan, HeadChoice, Plan, PlanError, config_hash
 from ..whole_file import whole_file
 from .archive import explore
 from .solve import Choice, Problem
@@ -31,7 +32,7 @@ Measure = Literal["speedup", "density", "error", "psnr"]
 class Point(BaseModel):
     """One choice: its forecasts, and for each unit the number of its pattern and its error.
 
-    Units go by stage, layer and head, in the plan's order.
+    Units go by component, stage, layer and head, in the plan's order.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -61,7 +62,7 @@ class Front:
     """Points by rising speed-up, and the patterns that they number.
 
     Args:
-        config_hash: Of the model that it was searched for.
+        config_hash: Of the model that it was searched for, see `model_hash`.
         dense_seconds: Of a dense generation.
         patterns: Each once.
         points: Choices.
@@ -73,12 +74,18 @@ class Front:
     points: tuple[Point, ...]
 
 
+def model_hash(components: Mapping[str, ComponentPlan]) -> str:
+    """What tells models apart: a transformer's `config_hash`; of several, a hash of theirs by name."""
+    hashes = {name: part.config_hash for name, part in components.items()}
+    return config_hash(hashes) if len(hashes) > 1 else next(iter(hashes.values()))
+
+
 def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | None = None) -> Front:
     """The front of an archive of the problem; `found` is kept in any case.
 
     Args:
         task: What there is to choose from.
-        config_hash: Of the model.
+        config_hash: Of the model, see `model_hash`.
         found: What the search chose.
         psnr_db: What `found` was measured to give; the PSNR of the others is forecast from it, as the
             squared error of the video is in proportion to the damage.
@@ -207,20 +214,14 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
     Raises:
         ValueError: If the front belongs to another model or plan, or no point is like that.
     """
-    ((name, component),) = plan.components.items()
-    units = len(component.stages) * len(component.layers) * component.num_heads
-    if component.config_hash != front.config_hash or len(front.points[0].patterns) != units:
+    units = sum(map(_units, plan.components.values()))
+    same_model = model_hash(plan.components) == front.config_hash
+    if not same_model or len(front.points[0].patterns) != units:
         raise ValueError("the front belongs to another model or plan; search again")
     point = _chosen(front.points, measure, value)
-    rows: dict[str, list[tuple[HeadChoice, ...]]] = {layer: [] for layer in component.layers}
-    place = 0
-    for _ in component.stages:
-        for layer in component.layers:
-            span = slice(place, place + component.num_heads)
-            pairs = zip(point.patterns[span], point.errors[span], strict=True)
-            rows[layer].append(tuple(HeadChoice(front.patterns[n], error) for n, error in pairs))
-            place += component.num_heads
-    layers = {layer: tuple(stages) for layer, stages in rows.items()}
+    pairs = zip(point.patterns, point.errors, strict=True)
+    heads = iter([HeadChoice(front.patterns[number], error) for number, error in pairs])
+    components = {name: _filled(part, heads) for name, part in plan.components.items()}
     forecast = {
         "speedup": point.speedup,
         "error": point.error,
@@ -231,12 +232,25 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
         forecast["psnr_db"] = point.psnr
     return replace(
         plan,
-        components={name: replace(component, layers=layers)},
+        components=components,
         density=point.density,
         provenance={**plan.provenance, "objective": {measure: value}},
         forecast=forecast,
         measured={},
     )
+
+
+def _units(part: ComponentPlan) -> int:
+    return len(part.stages) * len(part.layers) * part.num_heads
+
+
+def _filled(part: ComponentPlan, heads: Iterator[HeadChoice]) -> ComponentPlan:
+    """The component with the next heads in the place of its own."""
+    rows: dict[str, list[tuple[HeadChoice, ...]]] = {layer: [] for layer in part.layers}
+    for _ in part.stages:
+        for stages in rows.values():
+            stages.append(tuple(itertools.islice(heads, part.num_heads)))
+    return replace(part, layers={layer: tuple(stages) for layer, stages in rows.items()})
 
 
 def _chosen(points: Sequence[Point], measure: Measure, value: float) -> Point:

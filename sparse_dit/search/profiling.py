@@ -49,8 +49,8 @@ def profile_pipeline(
         report: Called with `(done, total, text)`.
 
     Raises:
-        ValueError: If there are no cases or rows, `path` holds a profile of something else, or another
-            process is writing it.
+        ValueError: If there are no cases or rows, `path` holds a profile of something else, another
+            process is writing it, or a transformer runs in none of the steps.
         PlanError: If the file at `path` is damaged.
     """
     if not cases:
@@ -168,6 +168,11 @@ def run_phase(pipe: Any, profile: Profile, phase: Phase) -> None:
         for name, part in profile.components.items()
     }
     made = dense_reference(pipe, phase.case, settings, recorders)
+    if idle := [name for name, sigmas in made.forwards.items() if not sigmas]:
+        raise ValueError(
+            f"every transformer must run while it is profiled, got no forward of {' and '.join(idle)} in "
+            f"{settings.steps} steps: profile with more, or take out of the pipeline what never runs"
+        )
     profile.seconds += made.seconds
     if steps is not None:
         recording = sum(recorder.seconds for recorder in recorders.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..integrations.diffusers import self_attention_layers
+from ..integrations.diffusers import heads_of, self_attention_layers
 
 
 def projections(transformer: nn.Module, num_heads: int) -> dict[str, Tensor]:
@@ -24,9 +24,10 @@ def projections(transformer: nn.Module, num_heads: int) -> dict[str, Tensor]:
         num_heads: H.
     """
     result = {}
+    _, head_dim = heads_of(transformer)
     for path, layer in self_attention_layers(transformer).items():
         weight = _weight(layer)
-        if weight is not None and weight.ndim == 2 and weight.shape[1] % num_heads == 0:
+        if weight is not None and weight.ndim == 2 and weight.shape[1] == num_heads * head_dim:
             heads = weight.detach().to("cpu", torch.float64).unflatten(1, (num_heads, -1))
             gram = torch.einsum("ohd,ohe->hde", heads, heads)
             values, vectors = torch.linalg.eigh(gram)

@@ -11,8 +11,8 @@ from typing import Any
 from ..generation import Case
 from ..version import VERSION
 from .elsewhere import Elsewhere
+from .joint import one_or_named
 from .objective import Objective
-from .sensitivity import Sensitivity
 from .tune import Session
 from .verify import Verified
 
@@ -23,7 +23,6 @@ def provenance(
     session: Session,
     calibration: Sequence[Case],
     held_out: Sequence[Case],
-    sensitivity: Sensitivity,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """JSON-ready `provenance` of a plan, less what `Session.plan` wrote.
@@ -31,28 +30,32 @@ def provenance(
     Args:
         session: What was chosen from.
         calibration, held_out: Cases that were profiled, and that the plan was verified on.
-        sensitivity: Of stages and layers.
         seconds: Of the search, by phase.
     """
     cases = {"calibration": calibration, "held_out": held_out}
+    tables = session.tables.items()
+    sensitivity = {
+        name: {
+            "stages": [float(f"{weight:.6g}") for weight in part.stages],
+            "layers": [round(share, 6) for share in part.layers],
+        }
+        for name, part in session.sensitivity.items()
+    }
     return {
         "sparse_dit": VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "device": session.table.device,
+        "device": one_or_named({name: table.device for name, table in tables}),
         "machine": platform.machine(),
-        "threads": session.table.threads,
-        "backend": session.table.backend,
+        "threads": one_or_named({name: table.threads for name, table in tables}),
+        "backend": one_or_named({name: table.backend for name, table in tables}),
         "objective": session.objective.to_dict(),
         "settings": session.settings.to_dict(),
         "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
         "profile_steps": session.profile.settings.steps,
         "profile_rows": session.profile.rows,
         "errors_behind_projection": True,
-        "sensitivity": {
-            "stages": [float(f"{weight:.6g}") for weight in sensitivity.stages],
-            "layers": [round(share, 6) for share in sensitivity.layers],
-        },
+        "sensitivity": one_or_named(sensitivity),
         "search_seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }
 

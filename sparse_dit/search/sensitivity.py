@@ -3,12 +3,14 @@
 Every head gets the same local pattern at the noise levels of one stage, and both its error and the change
 of the finished video are measured. A pattern's error is alike at every step and smooth over the video, which
 moves the result far more than random noise of the same size. It is done at a reduced size, where a
-generation is cheap, and up to the probed stage every run is the clean one's: what the transformer gave
+generation is cheap, and up to the probed stage every run is the clean one's: what the transformers gave
 there is played back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ from ..plan import Stage
 from .cost import nearest_tiles
 from .playback import recording, replaying
 from .sampling import attention_over, in_turn, whole_layout
+from .verify import stock
 
 WHOLE = Stage(1.0, 0.0)
 LAYER_GROUPS = 8
@@ -100,51 +103,99 @@ def sensitivity(
     layers: Sequence[str],
     case: Case,
     settings: GenerationSettings,
+    *,
+    levels: int | None = None,
 ) -> Sensitivity:
     """Disturb every noise level in turn, then every layer (groups of neighbours, if there are many).
 
     Args:
         pipe: Stock pipeline.
-        component: Which transformer is probed.
+        component: Which transformer is probed; others stay stock.
         stages: Noise levels to test, one after the other. One that no step of these runs falls into gets
             the larger number of the nearest on both sides.
         layers: Module paths, in order of execution.
         case: What to generate.
         settings: Size and steps of these runs; see `reduced`.
+        levels: Noise levels of all transformers of the pipeline, so that each runs when layers are probed;
+            those of this one if None.
 
     Raises:
         ValueError: If the pipeline gives NaN or Inf.
     """
-    transformer = components(pipe)[component]
-    probe = _prober(pipe, transformer, case, settings)
+    probe = _prober(pipe, component, case, settings)
     of_stages = filled([probe(stage, None) for stage in stages])
     # what layers share hardly depends on the steps
-    probe = _prober(pipe, transformer, case, replace(settings, steps=max(4, len(stages))))
+    few = replace(settings, steps=max(4, levels or len(stages)))
+    probe = _prober(pipe, component, case, few)
     return Sensitivity(of_stages, _shares([(g, probe(WHOLE, g)) for g in _groups(layers)]))
 
 
-def _prober(
-    pipe: Any, transformer: Any, case: Case, settings: GenerationSettings
-) -> Callable[[Stage, Collection[str] | None], float | None]:
-    """Gives the change of the video for a squared relative error of 1 in some layers at a stage."""
-    with recording(transformer) as record:
-        clean, _ = generate(pipe, case, settings)
-    if not np.isfinite(clean).all():
+@dataclass(frozen=True, eq=False)
+class _Clean:
+    """An undisturbed generation.
+
+    Args:
+        video: What it gave.
+        records: For each transformer, by component name, noise level and output of each forward.
+        order: Component names of all forwards as they followed one another.
+    """
+
+    video: np.ndarray
+    records: dict[str, list[tuple[float, Any]]]
+    order: list[str]
+
+    def before(self, component: str, stage: Stage) -> dict[str, list[Any]] | None:
+        """What each transformer gave until this one first ran in the stage; None if it never did."""
+        given: dict[str, list[Any]] = {name: [] for name in self.records}
+        for name in self.order:
+            sigma, output = self.records[name][len(given[name])]
+            if name == component and stage.covers(sigma, "any"):
+                return given
+            given[name].append(output)
+        return None
+
+
+def _clean(pipe: Any, case: Case, settings: GenerationSettings) -> _Clean:
+    """Generate and keep what every transformer gives."""
+    records, order = {}, []
+    with contextlib.ExitStack() as stack:
+        for name, transformer in components(pipe).items():
+            records[name] = stack.enter_context(recording(transformer))
+            note = functools.partial(_note, order, name)
+            stack.callback(transformer.register_forward_hook(note).remove)
+        video, _ = generate(pipe, case, settings)
+    if not np.isfinite(video).all():
         raise ValueError(
             f"the stock pipeline gives NaN or Inf for {case.prompt!r} at "
             f"{settings.width}x{settings.height}: it is broken at this size or dtype"
         )
+    return _Clean(video, records, order)
+
+
+def _note(order: list[str], name: str, *_: Any) -> None:
+    """A forward hook."""
+    order.append(name)
+
+
+def _prober(
+    pipe: Any, component: str, case: Case, settings: GenerationSettings
+) -> Callable[[Stage, Collection[str] | None], float | None]:
+    """Gives the change of the video for a squared relative error of 1 in some layers at a stage."""
+    clean = _clean(pipe, case, settings)
 
     def probe(stage: Stage, layers: Collection[str] | None) -> float | None:
-        start = next((n for n, (s, _) in enumerate(record) if stage.covers(s, "any")), None)
-        if start is None:
+        given = clean.before(component, stage)
+        if given is None:
             return None
         intercept = _Probe(stage, layers)
-        with replaying(transformer, [output for _, output in record[:start]], intercept):
+        with contextlib.ExitStack() as stack:
+            for name, transformer in components(pipe).items():
+                sees = intercept if name == component else stock
+                stack.enter_context(replaying(transformer, given[name], sees))
             video, _ = generate(pipe, case, settings)
         if not intercept.errors:
             return None
-        change = float(np.mean((video - clean) ** 2))
+        change = float(np.mean((video - clean.video) ** 2))
         return change / max(float(np.mean(intercept.errors)), 1e-12)
 
     return probe

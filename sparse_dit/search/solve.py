@@ -38,8 +38,9 @@ class Problem:
         density: float64 `[U, K]`.
         recall: float64 `[U, K]`, attention mass seen exactly.
         weight: float64 `[U]`, share of the unit in the generation's attention calls; sums to 1.
-        stages: Noise levels.
+        stages: Noise levels, of one transformer after the other.
         other_seconds: Of a generation, outside of attention.
+        components: For each stage the name of the transformer that it is of; empty if that doesn't matter.
     """
 
     units: list[tuple[int, str, int]]
@@ -53,6 +54,7 @@ class Problem:
     weight: Tensor
     stages: tuple[Stage, ...]
     other_seconds: float
+    components: tuple[str, ...] = ()
 
     @functools.cached_property
     def damage(self) -> Tensor:
@@ -69,6 +71,15 @@ class Problem:
         """int64 `[U]`: units of one layer at one noise level have one number."""
         numbers: dict[tuple[int, str], int] = {}
         return torch.tensor([numbers.setdefault(unit[:2], len(numbers)) for unit in self.units])
+
+    def stages_of(self, component: str) -> list[int]:
+        """Numbers of a transformer's stages."""
+        return [number for number, name in enumerate(self.components) if name == component]
+
+    def units_of(self, component: str) -> Tensor:
+        """Numbers of a transformer's units, int64 `[u]`."""
+        mine = [self.components[stage] == component for stage, _, _ in self.units]
+        return torch.tensor(mine).nonzero()[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +117,7 @@ def problem(
     calls: Sequence[int],
     dense_generation: float,
 ) -> Problem:
-    """Put profile, sensitivity and cost together.
+    """Put profile, sensitivity and cost of one transformer together; `joint.joined` makes it a pipeline's.
 
     Args:
         profile: Scored heads.

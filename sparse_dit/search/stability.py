@@ -20,6 +20,7 @@ from ..plan import Plan, config_hash
 from .assemble import first_plan
 from .candidates import tilings
 from .cost import CostTable
+from .joint import joined
 from .profile import ComponentProfile
 from .profiling import profile_pipeline
 from .rivals.scores import score_patterns
@@ -69,7 +70,8 @@ def stability(pipe: Any, request: StabilityRequest, say: Say) -> list[StabilityR
     found = components(pipe)
     if len(found) != 1:
         raise ValueError(
-            f"the pipeline must have one transformer, got {len(found)} ({', '.join(found)})"
+            f"the pipeline must have one transformer, got {len(found)} ({', '.join(found)}): search it with "
+            "one list of prompts and with another, and compare the plans with `sparse-dit eval`"
         )
     ((name, module),) = found.items()
     state = StabilityState.started(request, config_hash(module.config))
@@ -120,11 +122,12 @@ def _solved(
     table = CostTable(part.known_layout, 1.0, {False: line, True: line}, "none", 1, "none", "none")
     rest = _REST * total
     task = problem(part, stages, weights, table, [1] * len(stages), total + rest)
+    task = joined({name: task}, {name: 1.0}, total + rest)
     choice = least_damage(task, (1 + _REST) / (density + _REST))
     if choice is None:
         least = (task.density.amin(1) * task.weight).sum().item()
         raise ValueError(f"density must be at least {least:.3f} at this size, got {density}")
-    plan = first_plan(type(pipe).__name__, name, part, task, choice, table)
+    plan = first_plan(type(pipe).__name__, {name: part}, task, choice, {name: table})
     return _Solved(part, task, choice, replace(plan, cost={}, forecast={}))
 
 

@@ -7,7 +7,7 @@ and what two of them don't both have, their stage can't have in common.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ class _Merger:
         return None
 
     def _touch(self, one: int, two: int) -> bool:
+        """Whether they can be one stage; those of two transformers can't, as the first ends at 0."""
         above, below = self.problem.stages[one], self.problem.stages[two]
         return above.sigma_min == below.sigma_max and above.branch == below.branch
 
@@ -133,7 +134,9 @@ class _Merger:
         order = {run: number for number, run in enumerate(runs)}
         units = [(order[run], layer, head) for run, (_, layer, head) in heads]
         stages = [(problem.stages[run[0]], problem.stages[run[-1]]) for run in runs]
-        return Reduced(_joined(problem, units, stages, members, places), members, places)
+        named = tuple(problem.components[run[0]] for run in runs) if problem.components else ()
+        small = replace(_joined(problem, units, stages, members, places), components=named)
+        return Reduced(small, members, places)
 
     def _shared(self, units: Tensor) -> Tensor:
         """Numbers of the candidates that all units have, dense first, int64 `[R, K]`."""

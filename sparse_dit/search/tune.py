@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from ..generation import GenerationSettings
 from ..plan import Plan
 from .assemble import first_plan
 from .cost import CostTable
+from .joint import pair_shares
 from .objective import Objective
 from .profile import Profile
+from .sensitivity import Sensitivity
 from .solve import Choice, Problem
 from .verify import Reference, Verified, verify
 
@@ -55,30 +57,32 @@ class Session:
 
     Args:
         pipe: Stock pipeline.
-        component: Its transformer's name.
-        problem, table, profile: What there is to choose from.
+        sensitivity: Of each transformer, by component name.
+        problem, tables, profile: What there is to choose from; tables by component name.
         objective: What is asked for.
         settings: Size and steps of the runs that verify.
         backend: Sparse backend.
-        calls: For each stage the forwards of a generation that fall into it, times the batch.
+        calls: For each component and stage the forwards of a generation that fall into it, times the batch.
     """
 
     pipe: Any
-    component: str
+    sensitivity: Mapping[str, Sensitivity]
     problem: Problem
-    table: CostTable
+    tables: Mapping[str, CostTable]
     profile: Profile
     objective: Objective
     settings: GenerationSettings
     backend: str
-    calls: list[int]
+    calls: Mapping[str, Sequence[int]]
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as a plan."""
-        part, total = self.profile.components[self.component], max(1, sum(self.calls))
-        name = type(self.pipe).__name__
-        plan = first_plan(name, self.component, part, self.problem, choice, self.table)
-        shares = {self.component: [calls / total for calls in self.calls]}
+        parts = self.profile.components
+        plan = first_plan(type(self.pipe).__name__, parts, self.problem, choice, self.tables)
+        shares = {
+            name: [count / max(1, sum(self.calls[name])) * share for count in self.calls[name]]
+            for name, share in pair_shares(parts, self.calls).items()
+        }
         return replace(plan, provenance={"stage_shares": shares})
 
 

@@ -38,7 +38,8 @@ class Reference:
         return [sum(stage.covers(sigma, "any") for sigma in sigmas) for stage in stages]
 
 
-def _stock(call: AttentionCall) -> Tensor:
+def stock(call: AttentionCall) -> Tensor:
+    """An intercept that changes nothing."""
     return call.stock()
 
 
@@ -78,7 +79,7 @@ def dense_reference(
     counters, attachments = {}, []
     try:
         for name, module in components(pipe).items():
-            counters[name] = _Count((watched_by or {}).get(name, _stock))
+            counters[name] = _Count((watched_by or {}).get(name, stock))
             attachments.append(attach(module, counters[name]))
         video, seconds = generate(pipe, case, settings)
     finally:
