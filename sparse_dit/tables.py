@@ -36,6 +36,10 @@ def show_plan(plan: Plan) -> None:
             f"made at {part.layout}; sparse from {low} tokens{f' to {high}' if high else ''}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
+    from .plan.evidence import evidence_lines
+
+    for line in evidence_lines(plan):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     out.print(_stage_table(plan))
 
 
@@ -97,13 +101,16 @@ class _Densities:
 
 def show_heads(plan: Plan) -> None:
     """Every head of every layer and stage: its pattern, and the next best one."""
+    from .plan.evidence import prompt_dependent
+
     table = Table("layer", "stage", "head", "density", "pattern", "error", "runner-up", "its error")
-    densities = _Densities()
+    densities, marked = _Densities(), prompt_dependent(plan)
     for name, part in plan.components.items():
         for layer, stages in part.layers.items():
             place = layer if len(plan.components) == 1 else f"{name}.{layer}"
-            for stage, heads in zip(part.stages, stages, strict=True):
+            for level, (stage, heads) in enumerate(zip(part.stages, stages, strict=True)):
                 for number, head in enumerate(heads):
+                    mark = "*" if (name, layer, level, number) in marked else ""
                     density = f"{densities.of(head.pattern, part.layout):.3f}"
                     second = "-" if head.runner_up is None else str(head.runner_up)
                     errors = [
@@ -111,10 +118,12 @@ def show_heads(plan: Plan) -> None:
                         for error in (head.error, head.runner_up_error)
                     ]
                     table.add_row(
-                        place, str(stage), str(number), density, str(head.pattern), errors[0],
+                        place, str(stage), f"{number}{mark}", density, str(head.pattern), errors[0],
                         second, errors[1],
                     )  # fmt: skip
     out.print(table)
+    if marked:
+        out.print("*: its best places depend on the prompt", highlight=False)
 
 
 def show_quality(report: Report) -> None:

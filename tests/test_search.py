@@ -15,6 +15,7 @@ from sparse_dit.generation import generate as run
 from sparse_dit.index import build_index
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import PlanError
+from sparse_dit.plan.evidence import prompt_dependent
 from sparse_dit.search import engine, plan_of, search, search_plan
 from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
@@ -91,6 +92,13 @@ def test_each_dial_gives_a_plan_that_works(pipe, fast, dial, tmp_path):
     assert [c["prompt"] for c in record["cases"]["held_out"]] == list(HELD_OUT)
     assert record["settings"] == SETTINGS.to_dict() and record["profile_rows"] == 16
     assert sum(record["stage_shares"]["transformer"]) == pytest.approx(1)
+    backing = record["evidence"]
+    assert 0 < backing["row_error"] < 1 and 0 <= backing["gap"] < 0.2
+    component = plan.components["transformer"]
+    for name, layer, stage, head in prompt_dependent(plan):
+        assert name == "transformer"
+        assert not component.layers[layer][stage][head].pattern.is_dense
+    assert "evidence" not in plan_of(searched, searched.choice).provenance
     assert set(record["versions"]) == {"torch", "diffusers", "transformers"}
     assert plan.measured["held_out_cases"] == 1 and math.isfinite(plan.measured["psnr_db"])
     assert said and all("\n" not in text for text in said)

@@ -57,7 +57,7 @@ def _problem(part):
     ones, importance = torch.ones_like(error), torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
     return Problem(
         units, [CANDIDATES] * 4, importance, ones, ones[:, 0], error, ones, ones, ones[:, 0],
-        (Stage(1.0, 0.0),), 0.0,
+        (Stage(1.0, 0.0),), 0.0, ("model",),
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_the_bar_is_as_wide_as_forecasts_scatter(rows):
         part = _profile(heads, rows, seed)
         task = _problem(part)
         damages.append(evaluate(task, PICK).damage)
-        bars.append(damage_error(part, task, PICK))
+        bars.append(damage_error({"model": part}, task, PICK))
     scatter = statistics.stdev(damages)
     assert 0.7 * scatter < statistics.mean(bars) < 2 * scatter
 
@@ -76,16 +76,18 @@ def test_the_bar_is_as_wide_as_forecasts_scatter(rows):
 def test_the_bar_shrinks_with_the_root_of_the_rows_and_is_zero_for_dense():
     heads = _heads()
     few, many = (_profile(heads, rows, 0) for rows in (16, 256))
-    ratio = damage_error(few, _problem(few), PICK) / damage_error(many, _problem(many), PICK)
+    ratio = damage_error({"model": few}, _problem(few), PICK) / damage_error(
+        {"model": many}, _problem(many), PICK
+    )
     assert ratio == pytest.approx(math.sqrt(16), rel=0.4)
-    assert damage_error(few, _problem(few), torch.zeros_like(PICK)) == 0
+    assert damage_error({"model": few}, _problem(few), torch.zeros_like(PICK)) == 0
 
 
 def test_what_is_not_in_the_profile_is_refused():
     part = _profile(_heads(), 16, 0)
     task = _problem(part)
     with pytest.raises(ValueError, match="3 candidates, got number 3"):
-        damage_error(part, task, torch.tensor([3, 0, 0, 0]))
+        damage_error({"model": part}, task, torch.tensor([3, 0, 0, 0]))
     del part.scores[0, "b"]
     with pytest.raises(ValueError, match="b at noise level 0 isn't in the profile"):
-        damage_error(part, task, PICK)
+        damage_error({"model": part}, task, PICK)

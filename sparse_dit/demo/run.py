@@ -18,6 +18,7 @@ from ..eval.report import FILES, Method, Report, check_free, write_report
 from ..eval.runs import seam_overhead
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
+from ..plan.evidence import prompt_dependent
 from ..resources import shipped
 from ..search import Searched, plan_of, search_plan
 from ..search.baselines import random_choice, uniform_plan
@@ -178,6 +179,7 @@ def atlases(searched: Searched) -> list[StageAtlas]:
             component.layout,
             attention=pictures if stage == recorded else None,
             recall=recall[stage],
+            marked=prompt_dependent(searched.plan),
         )
         for stage in range(len(component.stages))
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ class HeadCell:
         recall: Share of the attention mass that is computed exactly; None if not measured.
         attention: `[S, S]`, S <= 128, in the head's own token order; None if not recorded.
         mask: `[S, S, 2]`: fraction exact, fraction far field.
+        depends: Whether its best places depend on the prompt, as the search told.
     """
 
     layer: str
@@ -44,6 +45,7 @@ class HeadCell:
     recall: float | None
     attention: np.ndarray | None
     mask: np.ndarray
+    depends: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def stage_atlas(
     *,
     attention: PerHead | None = None,
     recall: Numbers | None = None,
+    marked: Collection[tuple[str, str, int, int]] = (),
     size: int = 96,
 ) -> StageAtlas:
     """The atlas of one stage.
@@ -75,6 +78,7 @@ def stage_atlas(
         layout: Size at which masks and densities are shown.
         attention: Recorded attention maps, layer -> head.
         recall: Share of the mass computed exactly, layer -> head.
+        marked: `(component, layer, stage, head)` of heads that depend on the prompt.
         size: Largest side of the masks' pictures.
     """
     masks: dict[Pattern, tuple[float, np.ndarray]] = {}
@@ -98,6 +102,7 @@ def stage_atlas(
                     _pick(recall, layer, head),
                     _pick(attention, layer, head),
                     mask,
+                    (name, layer, stage, head) in marked,
                 )
             )
         layers[layer] = cells

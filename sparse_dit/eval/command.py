@@ -13,6 +13,7 @@ from torch import Tensor
 from ..demo.draw import draw
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
+from ..plan.evidence import prompt_dependent
 from .atlas import StageAtlas, stage_atlas
 from .differences import difference
 from .forecasts import expected_psnr
@@ -123,6 +124,7 @@ def _other_sizes(
 
 def plan_atlases(plan: Plan, heads: dict[str, HeadQuality]) -> list[StageAtlas]:
     """Masks and recall of every component and stage; pictures of attention aren't recorded."""
+    marked = prompt_dependent(plan)
     return [
         stage_atlas(
             name,
@@ -134,6 +136,7 @@ def plan_atlases(plan: Plan, heads: dict[str, HeadQuality]) -> list[StageAtlas]:
                 for (at, layer), totals in heads.get(name, {}).items()
                 if at == stage
             },
+            marked=marked,
         )
         for name, part in plan.components.items()
         for stage in range(len(part.stages))

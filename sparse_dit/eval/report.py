@@ -239,6 +239,7 @@ def _head(atlas: StageAtlas, cell: Any) -> dict[str, Any]:
         "recall": cell.recall,
         "runner_up": None if cell.runner_up is None else str(cell.runner_up),
         "runner_up_error": cell.runner_up_error,
+        "prompt_dependent": cell.depends,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..plan.evidence import evidence_lines
 from .sizes import elsewhere
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def limits(report: Report) -> list[str]:
         "PSNR and SSIM are against the dense video of the same seed; they are no judgement of "
         "how good either looks."
     )
+    said += [f"Of the search: {line}." for line in evidence_lines(report.plan)]
     absent = _absent(report)
     if absent:
         said.append(f"Not measured: {', '.join(absent)}.")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..plan import ComponentPlan, HeadChoice, Plan
+from ..plan.evidence import without_evidence
 from .cost import CostTable
 from .joint import one_or_named
 from .profile import ComponentProfile
@@ -36,7 +37,7 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
         plan,
         components=components,
         density=round(choice.density, 6),
-        provenance={**plan.provenance, "objective": {}},
+        provenance={**without_evidence(plan.provenance), "objective": {}},
         forecast=forecast_of(task, choice),
         measured={},
     )

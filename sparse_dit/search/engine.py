@@ -18,6 +18,7 @@ from ..layout import TokenLayout
 from ..plan import Plan, Stage
 from .cost import CostTable, break_even_tokens, measure_cost
 from .elsewhere import Elsewhere
+from .evidence import evidence
 from .front import Front, front_of, model_hash
 from .joint import joined, pair_shares
 from .objective import Objective
@@ -195,7 +196,10 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("verify")
     plan = _with_break_even(session, plan, choice, run.elsewhere)
     clock.lap("break-even")
+    backing = evidence(parts, task, choice)
+    clock.lap("evidence")
     record = provenance(session, run.calibration, run.held_out, clock.laps)
+    record["evidence"] = backing
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from .profile import ComponentProfile
 from .solve import Problem
 
 
-def damage_error(profile: ComponentProfile, problem: Problem, pick: Tensor) -> float:
+def damage_error(parts: Mapping[str, ComponentProfile], problem: Problem, pick: Tensor) -> float:
     """One standard error of a choice's forecast damage, in the damage's unit, from row sampling alone.
 
     Heads of a layer are scored on the same rows, so their errors are added up as if they went together;
@@ -19,22 +20,18 @@ def damage_error(profile: ComponentProfile, problem: Problem, pick: Tensor) -> f
     What it leaves out: other prompts, and what a squared error at a noise level does to the video.
 
     Args:
-        profile: What the problem was made of.
-        problem: Of one transformer; units are `(noise level, layer, head)`.
+        parts: Profiles that the problem was made of, by component name.
+        problem: Which says what transformer each of its stages is of.
         pick: int64 `[U]`, the candidate of each unit.
 
     Raises:
-        ValueError: If a unit's place or candidate isn't in the profile, or the problem is of several
-            transformers.
+        ValueError: If a unit's place or candidate isn't in the profile.
     """
-    if len(several := sorted(set(problem.components))) > 1:
-        raise ValueError(
-            f"the problem must be of one transformer, got {' and '.join(several)}; "
-            "make one of each with solve.problem"
-        )
+    level_of = {n: k for name in parts for k, n in enumerate(problem.stages_of(name))}
     together: dict[tuple[int, str], float] = {}
     columns = zip(problem.units, problem.importance.tolist(), pick.tolist(), strict=True)
-    for (level, layer, head), importance, candidate in columns:
+    for (stage, layer, head), importance, candidate in columns:
+        profile, level = parts[problem.components[stage]], level_of[stage]
         if (level, layer) not in profile.scores:
             raise ValueError(
                 f"{layer} at noise level {level} isn't in the profile; profile it first"
@@ -44,6 +41,6 @@ def damage_error(profile: ComponentProfile, problem: Problem, pick: Tensor) -> f
             raise ValueError(
                 f"the profile has {errors.shape[1]} candidates, got number {candidate}"
             )
-        known = together.get((level, layer), 0.0)
-        together[level, layer] = known + importance * errors[head, candidate].item()
+        known = together.get((stage, layer), 0.0)
+        together[stage, layer] = known + importance * errors[head, candidate].item()
     return math.sqrt(sum(error**2 for error in together.values()))

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..patterns import Pattern
 from ..plan import ComponentPlan, HeadChoice, Plan, PlanError, config_hash
+from ..plan.evidence import without_evidence
 from ..whole_file import whole_file
 from .archive import explore
 from .solve import Choice, Problem
@@ -234,7 +235,7 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
         plan,
         components=components,
         density=point.density,
-        provenance={**plan.provenance, "objective": {measure: value}},
+        provenance={**without_evidence(plan.provenance), "objective": {measure: value}},
         forecast=forecast,
         measured={},
     )
