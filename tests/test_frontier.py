@@ -151,6 +151,7 @@ def test_rows_are_kept_and_gone_on_with(pipe, tmp_path):
     assert again[0] == first[0] and again[1]["method"] == "row-wise blocks"
     assert set(first[0]) >= {"tokens", "density", "psnr_db", "ssim", "speedup", "psnr_flat_db"}
     assert again[0]["psnr_db"] > again[1]["psnr_db"] > 0
+    assert again[0]["forecast"] > 1 and again[1]["forecast"] is None
     assert frontier(pipe, request(["searched"]), said.append) == again  # nothing left to do
     with pytest.raises(ValueError, match="other prompts or settings"):
         frontier(pipe, request(["searched"], HELD_OUT), said.append)

@@ -26,7 +26,7 @@ from ..search.rivals import (
 )
 from ..whole_file import whole_file
 from .provenance import environment
-from .quality import Quality, evaluate
+from .quality import Quality, evaluate, forecast_speedup
 
 Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
@@ -93,7 +93,7 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
     """Measure every method at every density; rows are in the file as soon as they are measured.
 
     Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, seconds,
-    dense_seconds; a method that has no plan at a density has a row with `"none"`.
+    dense_seconds, and the speed-up that the search forecast (None for rivals' plans); a method that has no plan at a density has a row with `"none"`.
 
     Raises:
         ValueError: If the file holds rows of other conditions.
@@ -129,7 +129,7 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
                 noise_cases=0 if before else 1,
                 warm_up=before is None,
             )
-            rows.append({**row, **_measured(before)})
+            rows.append({**row, **_measured(before), "forecast": forecast_speedup(plan)})
         _write(request, rows, provenance)
     return rows
 
