@@ -93,7 +93,8 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
     """Measure every method at every density; rows are in the file as soon as they are measured.
 
     Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, seconds,
-    dense_seconds, and the speed-up that the search forecast (None for rivals' plans); a method that has no plan at a density has a row with `"none"`.
+    dense_seconds, and the speed-up that the search forecast (None for rivals' plans and another size's);
+    a method that has no plan at a density has a row with `"none"`.
 
     Raises:
         ValueError: If the file holds rows of other conditions.
@@ -129,7 +130,8 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
                 noise_cases=0 if before else 1,
                 warm_up=before is None,
             )
-            rows.append({**row, **_measured(before), "forecast": forecast_speedup(plan)})
+            forecast = None if method == TRANSFERRED else forecast_speedup(plan)
+            rows.append({**row, **_measured(before), "forecast": forecast})
         _write(request, rows, provenance)
     return rows
 
