@@ -152,7 +152,9 @@ def measure_host(heads: int = 12, head_dim: int = 128, rounds: int = 9) -> list[
             def call(index=index) -> object:
                 return sparse_attention(q, k, v, index, backend="triton")
 
-            call(), gpu.launches.clear(), call()
+            call()
+            gpu.launches.clear()
+            call()
             launches[name] = len(gpu.launches)
             runs[name] = _often(call)
         gpu.keeping = False
