@@ -116,8 +116,8 @@ def _conversion(rounding: list[str], to: str, source: str) -> Operation | None:
     }
     if (to, source) in known:
         return Operation((TYPES[source],), known[to, source])
-    exact = TYPES[to].kind in "iu" and TYPES[source].kind in "iu" or (to, source) == ("f32", "f16")
-    if exact or (to, source, rounding) == ("f32", "s32", ["rn"]):
+    whole = TYPES[to].kind in "iu" and TYPES[source].kind in "iu"
+    if whole or (to, source, rounding) in (("f32", "f16", []), ("f32", "s32", ["rn"])):
         return Operation((TYPES[source],), lambda a: a.astype(TYPES[to]))
     return None
 

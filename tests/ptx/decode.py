@@ -62,7 +62,7 @@ def _reader(operand: Operand, kind: np.dtype) -> Reader:
         number = 0
     else:
         number = int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0)
-    if kind == bool:
+    if kind == TYPES["pred"]:
         constant = np.array([bool(number)])
     else:
         raw = BITS[8 * kind.itemsize]
@@ -103,8 +103,12 @@ def _unpack(halves: tuple[str, ...], whole: str) -> Step:
 
 def _pack(whole: str, halves: tuple[str, ...]) -> Step:
     low, high = (_reader(x, BITS[16]) for x in halves)
-    together = lambda t: low(t).astype(np.uint32) | high(t).astype(np.uint32) << np.uint32(16)  # noqa: E731
-    return lambda threads, mask: threads.assign(whole, together(threads), mask)
+
+    def step(threads: Threads, mask: Array | None) -> None:
+        upper = high(threads).astype(np.uint32) << np.uint32(16)
+        threads.assign(whole, low(threads).astype(np.uint32) | upper, mask)
+
+    return step
 
 
 def _parameter(opcode: str, target: str, source: Address) -> Step:
@@ -140,10 +144,8 @@ def _load(opcode: str, targets: Operand, source: Operand) -> Step:
     def step(threads: Threads, mask: Array | None) -> None:
         ids = _ids(threads, mask)
         where, width = address(threads)[ids], size * len(names)
-        if in_global:
-            words = threads.memory.load(where, width)
-        else:
-            words = threads.shared.load(ids, where, width)
+        memory, shared = threads.memory, threads.shared
+        words = memory.load(where, width) if in_global else shared.load(ids, where, width)
         elements = np.ascontiguousarray(words).view(BITS[8 * size])
         for i, name in enumerate(names):
             kind = TYPES["b16"] if name.startswith("%rs") else BITS[8 * size]

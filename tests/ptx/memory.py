@@ -88,9 +88,9 @@ class GlobalMemory:
         rows = self._rows(address, width, WRITE)
         owner = self._owner.reshape(-1, width)
         before = owner[rows]
-        if ((before != 0) & (before != block[:, None] + 1)).any():
+        owner[rows] = mine = block[:, None] + 1
+        if ((before != 0) & (before != mine)).any() or (owner[rows] != mine).any():
             raise Fault("race: two blocks write the same")
-        owner[rows] = block[:, None] + 1
         self.bytes.view(values.dtype).reshape(-1, values.shape[1])[rows] = values
 
     def add(self, address: Array, values: Array) -> Array:
