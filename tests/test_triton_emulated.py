@@ -17,11 +17,11 @@ from tests.ptx.arithmetic import operation
 from tests.ptx.decode import decoded
 from tests.ptx.device import emulated_gpu
 from tests.ptx.program import Fault, parsed
-from tests.triton_emulated import Case, every, made, run
+from tests.triton_emulated import POOLED, Case, every, made, run
 
 PLAIN = Case("mixed", "bf16", 64)
 PADDED = Case("lists", "fp16", 128, causal=True, padded=True)
-FAR = Case("far", "bf16", 64, causal=True)
+FAR = Case("cells", "bf16", 64, causal=True)
 TESTED = [
     PLAIN,
     PADDED,
@@ -45,7 +45,7 @@ def unwritten_is_nan():
 def test_compiled_kernels_compute_what_the_reference_does(case):
     """Numbers, and nothing out of bounds, racing, in flight or uninitialised; most code is run."""
     _, gpu = run(case)
-    wanted = {"attend", "pool"} if case.kind == "far" else {"attend", "mass"}
+    wanted = {"attend", "pool"} if case.kind in POOLED else {"attend", "mass"}
     assert {kernel.program.name for kernel in gpu.done} == wanted
     for kernel, done in gpu.done.items():
         assert len(done) > 0.95 * len(kernel.program.instructions)

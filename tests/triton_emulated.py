@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sparse_dit.attention import attend
+from sparse_dit.backends.triton import launch
+from sparse_dit.backends.triton.config import configs_for
 from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
@@ -28,6 +30,7 @@ from tests.ptx.program import Fault
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MASS_BLOCK = 16
+POOLED = ("far", "cells")  # kinds with a far field
 SINKS = Pattern(Union((Window(0, 1, 1), Vertical((1, 3, 3), (4,)))), (2, 2, 2), sink_frames=1)
 MIXED = [
     SINKS,
@@ -91,10 +94,26 @@ def tiles_of_128(causal: bool) -> SparseIndex:
     return SparseIndex((dense(256, 200), dense(256, 200)), (0, 1), causal)
 
 
+def cells(causal: bool) -> SparseIndex:
+    """Pooled keys: cells of one token and of more than a step of `pool`, and more than a step of cells."""
+    n, m = 150, 211
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(1))
+    few, many = [0, 40, 47, 120, 121, 190, 211], range(0, 211, 3)
+    shuffled = entry(
+        m, [60, 40, 50], [[], range(16), [7]], k_order=order, cells=few,
+        pooled=[range(6), range(1, 6), []],
+    )  # fmt: skip
+    ordered = entry(
+        m, [64, 64, 22], [range(9), [], []], cells=many, pooled=[range(3, 70), range(70), [0, 69]]
+    )
+    return SparseIndex((shuffled, ordered, dense(n, m)), (0, 1, 2, 1), causal, 61 if causal else 0)
+
+
 INDICES = {
     "mixed": lambda causal: build_index(MIXED, RAGGED, causal=causal),
     "far": lambda causal: build_index(FAR, RAGGED, causal=causal),
     "lists": hand_made,
+    "cells": cells,
     "large": tiles_of_128,
 }
 
@@ -103,15 +122,15 @@ INDICES = {
 def made(case: Case) -> Made:
     """Index, inputs with two key heads, and truth of a case."""
     index, dtype = INDICES[case.kind](case.causal), DTYPES[case.dtype]
-    size = 0.5 if case.kind == "far" else 1.5
-    inputs = qkv(index, case.head_dim, batch=1 + case.padded, kv_heads=2, dtype=dtype, size=size)
+    size = 0.5 if case.kind in POOLED else 1.5
+    inputs = qkv(index, case.head_dim, batch=2, kv_heads=2, dtype=dtype, size=size)
     given = [within_others(x) for x in inputs]
     keywords: dict[str, object] = {}
     if case.padded:
         keywords["kv_len"] = torch.tensor([index.num_keys, index.num_keys - 90])
         for x in given[1:]:
             x[1, :, index.num_keys - 90 :] = torch.nan
-    if case.kind != "far":
+    if case.kind not in POOLED:
         keywords["mass_block"] = MASS_BLOCK
     return Made(index, inputs, given, keywords, truth_of(*inputs, index, **keywords))
 
@@ -133,10 +152,37 @@ def run(case: Case, change: Change | None = None) -> tuple[float, Emulated]:
     index, inputs, given, keywords, truth = made(case)
     with emulated_gpu(change) as gpu:
         ours = attend(*given, index, backend="triton", return_lse=True, **keywords)
-    if case.kind == "far":
+        assert_pooled(case)
+    if case.kind in POOLED:
         return assert_close_pooled(ours, inputs, index, **keywords), gpu
     close = functools.partial(assert_close, truth=truth, rounds_weights=True)
     return close(ours, inputs, index, **keywords), gpu
+
+
+def assert_pooled(case: Case) -> None:
+    """Run `pool` once more, and compare what it makes with means in float64, rounded once."""
+    index, inputs, given, keywords, _ = made(case)
+    lengths = keywords.get("kv_len")
+    work = launch.work_of(index, 2, *configs_for("sm80", case.head_dim))
+    k, v, bias, last = launch._pooled(*given[1:], work, lengths)
+    info, row, heads = torch.finfo(k.dtype), 0, index.num_heads
+    pairs = [(p, head * 2 // heads) for head, p in enumerate(index.head_to_pattern)]
+    for p, kv_head in dict.fromkeys(pairs):
+        e = index.entries[p]
+        bounds = [] if e.far is None else e.far.cell_offsets.tolist()
+        for (start, stop), b in itertools.product(itertools.pairwise(bounds), range(2)):
+            tokens = e.key_tokens[start:stop].long()
+            tokens = tokens if lengths is None else tokens[tokens < lengths[b]]
+            place = b, row + bounds.index(start)
+            for ours, x in ((k, inputs[1]), (v, inputs[2])):
+                mean = x[b, kv_head, tokens].double().sum(0) / max(1, len(tokens))
+                wrong = (ours[place].double() - mean).abs()
+                assert (wrong <= info.eps / 2 * mean.abs() + 1e-5).all(), "mean of a cell"
+            size = torch.tensor(float(len(tokens))).log2()
+            assert torch.equal(bias[place], size) or (bias[place] - size).abs() < 1e-6, "its size"
+            assert last[place] == max([-1, *tokens.tolist()]), "its last token"
+        row += max(0, len(bounds) - 1)
+    assert row == work.pooled_rows
 
 
 def every() -> list[Case]:
@@ -171,8 +217,8 @@ def swept(cases: list[Case]) -> int:
 MUTATED = [
     (Case("mixed", "bf16", 64), "attend"),
     (Case("lists", "fp16", 128, causal=True, padded=True), "attend"),
-    (Case("far", "bf16", 64, causal=True), "attend"),
-    (Case("far", "bf16", 64, causal=True), "pool"),
+    (Case("cells", "bf16", 64, causal=True), "attend"),
+    (Case("cells", "bf16", 64, padded=True), "pool"),
     (Case("lists", "fp16", 128, causal=True, padded=True), "mass"),
 ]
 
@@ -219,9 +265,8 @@ def fate(case: Case, kernel: str, seed: int) -> tuple[str, str, str]:
 def executed_lines(case: Case, kernel: str) -> tuple[int, ...]:
     """Numbers of the lines that a case executes in a kernel."""
     _, gpu = run(case)
-    done = {program.program: ran for program, ran in gpu.done.items()}
-    (found,) = [(p, ran) for p, ran in done.items() if p.name == kernel]
-    return tuple(sorted(found[0].instructions[i].line for i in found[1]))
+    (found,) = [x for x in gpu.done if x.program.name == kernel]
+    return tuple(sorted(found.program.instructions[i].line for i in gpu.done[found]))
 
 
 def main(arguments: list[str]) -> int:

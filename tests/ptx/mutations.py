@@ -8,10 +8,10 @@ import re
 INSTEAD = [
     ("add.f32", "sub.f32"), ("sub.f32", "add.f32"), ("mul.f32", "add.f32"), ("max.f32", "min.f32"),
     ("add.s32", "sub.s32"), ("add.s64", "sub.s64"), ("mul.lo", "add"), ("and.pred", "or.pred"),
-    ("or.b32", "xor.b32"), ("xor.b32", "or.b32"), ("and.b32", "or.b32"), ("shl.b32", "shr.u32"),
+    ("xor.b32", "or.b32"), ("and.b32", "or.b32"), ("shl.b32", "shr.u32"),
     ("shr.u32", "shl.b32"), ("setp.lt", "setp.le"), ("setp.le", "setp.lt"), ("setp.gt", "setp.ge"),
     ("setp.ne", "setp.eq"), ("setp.eq", "setp.ne"), (".trans", ""), ("fma.rn", "mul"),
-    ("mad.wide.s32", "mad.wide.u32"), ("bfly", "idx"),
+    ("bfly", "idx"),
 ]  # fmt: skip
 ORDERED = r"(sub|div|fma|selp|setp|shl|shr|mma|cvt\.rn\.(bf16x2|f16x2)|st)\b"
 ATTEMPTS = 1000
@@ -22,12 +22,13 @@ def mutant(text: str, lines: tuple[int, ...], seed: int) -> tuple[str, str, str]
     chance = random.Random(seed)
     whole = text.splitlines()
     for _ in range(ATTEMPTS):
-        kind = chance.choice(list(KINDS))
         number = chance.choice(lines) - 1
         before = whole[number].split("//")[0].rstrip()
-        after = KINDS[kind](before, chance)
-        if after is not None and after != before:
-            whole[number] = after
+        changes = {kind: change(before, chance) for kind, change in KINDS.items()}
+        possible = [kind for kind, after in changes.items() if after not in (None, before)]
+        if possible:
+            kind = chance.choice(possible)
+            whole[number] = after = changes[kind]
             return "\n".join(whole), kind, f"{number + 1}: {before.strip()} -> {after.strip()}"
     raise ValueError(f"no change found in {ATTEMPTS} attempts")
 
@@ -65,6 +66,8 @@ def _operands(line: str, chance: random.Random) -> str | None:
     if opcode.strip().startswith("mma"):
         opcode, first, rest = re.match(r"(\s*[\w.:]+)(\s*\{[^}]*\},)(.*)", line).groups()
     found = list(re.finditer(r"%(r|rd|rs|p)\d+", rest))
+    if "fma" in opcode:
+        found = found[1:]  # the others may change places
     pairs = [
         (a, b) for i, a in enumerate(found) for b in found[i + 1 :]
         if a[1] == b[1] and a[0] != b[0]
