@@ -90,7 +90,9 @@ class Threads:
 
     def assign(self, name: str, value: Array, mask: Array | None) -> None:
         """Write a register where `mask` is; None is everywhere."""
-        value = np.broadcast_to(value.view(register_kind(name)), (len(self),))
+        value = value.view(register_kind(name))
+        if len(value) != len(self):
+            value = np.broadcast_to(value, (len(self),))
         if mask is not None:
             before = self.registers.get(name, np.zeros_like(value))
             value = np.where(mask, value, before)

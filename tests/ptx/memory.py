@@ -6,6 +6,7 @@ Elements of a view count, not its storage: what lies between the rows of a slice
 from __future__ import annotations
 
 import ctypes
+import mmap
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .arithmetic import BITS
 from .program import Fault
 
-APART = 1 << 22  # bytes between tensors: never touched, so the system doesn't provide them
+APART = 1 << 22  # bytes between tensors, at least
 READ, WRITE = 1, 2
 
 
@@ -32,9 +33,9 @@ class GlobalMemory:
         for tensor, rights in tensors:
             self._placed.append((tensor, rights, place + tensor.data_ptr() % 256))
             place += -(-_extent(tensor) // APART) * APART + APART
-        self.bytes = np.zeros(place, np.uint8)
-        self._rights = np.zeros(place, np.uint8)
-        self._owner = np.zeros(place, np.int16)  # block that wrote it, from 1 on
+        self.bytes = _zeros(place, np.uint8)
+        self._rights = _zeros(place, np.uint8)
+        self._owner = _zeros(place, np.int16)  # block that wrote it, from 1 on
         for tensor, rights, start in self._placed:
             size = _extent(tensor)
             self.bytes[start : start + size] = _host(tensor, size)
@@ -121,6 +122,13 @@ class GlobalMemory:
         start, tensor = max(before, key=lambda x: x[0])
         kind = f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
         return f"{action} at byte {place - start} of {_extent(tensor)} of a tensor of {kind}"
+
+
+def _zeros(size: int, kind: type) -> Array:
+    """Memory that is provided only where it is touched, by small pages."""
+    pages = mmap.mmap(-1, size * np.dtype(kind).itemsize)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, kind)
 
 
 def _extent(tensor: Tensor) -> int:

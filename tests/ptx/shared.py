@@ -46,6 +46,7 @@ class SharedMemory:
         self.wrote_at = np.full(places, NEVER, np.int32)
         self.writer = np.zeros(places, np.int16)
         self.read_at = np.full((threads // WARP, places), NEVER, np.int32)  # by each warp
+        self.last_read = np.full(places, NEVER, np.int32)  # by any
         self.flying = np.zeros(places, bool)
         self.now = self.block_barrier = self.warp_barrier = 0
         self.groups: list[list[Copy]] = []
@@ -73,6 +74,7 @@ class SharedMemory:
         self._no_race(thread, rows, width, wrote_at, "read of what another thread wrote")
         by_warp = self.read_at.reshape(len(self.read_at), -1, width // self.unit)
         by_warp[thread % self.threads // WARP, rows] = self.now
+        self._places(self.last_read, width)[rows] = self.now
         word = BITS[8 * min(width, 4)]
         return self.bytes.view(word).reshape(-1, max(1, width // 4))[rows]
 
@@ -127,7 +129,7 @@ class SharedMemory:
         """That of some of the blocks, ascending."""
         other = SharedMemory(len(blocks), self.threads, self.size, self.unit)
         count = len(self.bytes) // self.stride
-        for name in ("bytes", "wrote_at", "writer", "flying"):
+        for name in ("bytes", "wrote_at", "writer", "last_read", "flying"):
             setattr(other, name, getattr(self, name).reshape(count, -1)[blocks].reshape(-1))
         warps = self.threads // WARP
         other.read_at = self.read_at.reshape(warps, count, -1)[:, blocks].reshape(warps, -1)
@@ -158,10 +160,11 @@ class SharedMemory:
         wrote_at = self._places(self.wrote_at, width)[rows]
         self._no_race(thread, rows, width, wrote_at, "write over what another thread wrote")
         mine = thread % self.threads
-        for warp, read_at in enumerate(self.read_at):
-            recent = self._places(read_at, width)[rows] >= self.block_barrier
-            if (recent.any(1) & (mine // WARP != warp)).any():
-                raise Fault("race: write over what another warp reads")
+        if (self._places(self.last_read, width)[rows] >= self.block_barrier).any():
+            for warp, read_at in enumerate(self.read_at):
+                recent = self._places(read_at, width)[rows] >= self.block_barrier
+                if (recent.any(1) & (mine // WARP != warp)).any():
+                    raise Fault("race: write over what another warp reads")
         self._places(self.writer, width)[rows] = mine[:, None]
         self._places(self.wrote_at, width)[rows] = self.now
         return rows
