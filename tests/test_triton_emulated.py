@@ -17,7 +17,7 @@ from tests.ptx.arithmetic import operation
 from tests.ptx.decode import decoded
 from tests.ptx.device import emulated_gpu
 from tests.ptx.program import Fault, parsed
-from tests.triton_emulated import POOLED, Case, every, made, run
+from tests.triton_emulated import POOLED, Case, made, run
 
 PLAIN = Case("mixed", "bf16", 64)
 PADDED = Case("lists", "fp16", 128, causal=True, padded=True)
@@ -49,12 +49,6 @@ def test_compiled_kernels_compute_what_the_reference_does(case):
     assert {kernel.program.name for kernel in gpu.done} == wanted
     for kernel, done in gpu.done.items():
         assert len(done) > 0.95 * len(kernel.program.instructions)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("case", every(), ids=str)
-def test_every_case(case):
-    run(case)
 
 
 def test_lines_of_nan_and_infinity():
