@@ -35,7 +35,7 @@ def multiplied(a: list[Array], b: list[Array], c: list[Array], bfloat16: bool) -
 
 def _matrix(x: Array, bfloat16: bool) -> Array:
     """float32 `[warps, 8, 8]` of a register that holds pairs of a row."""
-    halves = x.view(np.uint16)
+    halves = np.ascontiguousarray(x).view(np.uint16)
     numbers = from_bfloat16(halves) if bfloat16 else halves.view(np.float16).astype(np.float32)
     return numbers.reshape(-1, ROWS, 2 * PAIRS)
 
