@@ -24,7 +24,15 @@ from sparse_dit.backends.triton.config import configs_for
 from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
-from tests.kernel_cases import assert_close, assert_close_pooled, dense, entry, qkv, truth_of
+from tests.kernel_cases import (
+    assert_close,
+    assert_close_pooled,
+    dense,
+    entry,
+    one_head,
+    qkv,
+    truth_of,
+)
 from tests.ptx.device import Change, Emulated, emulated_gpu
 from tests.ptx.mutations import mutant
 from tests.ptx.program import Fault
@@ -91,8 +99,8 @@ def hand_made(causal: bool) -> SparseIndex:
 
 
 def tiles_of_128(causal: bool) -> SparseIndex:
-    """One group of all rows, which larger tiles suit."""
-    return SparseIndex((dense(256, 200), dense(256, 200)), (0, 1), causal)
+    """One group of all rows, which larger tiles suit, and more steps than are fetched ahead."""
+    return one_head(dense(256, 500), 2, causal=causal, causal_offset=244 * causal)
 
 
 def cells(causal: bool) -> SparseIndex:
@@ -218,6 +226,7 @@ def swept(cases: list[Case]) -> int:
 
 MUTATED = [
     (Case("mixed", "bf16", 64), "attend"),
+    (Case("large", "bf16", 64), "attend"),
     (Case("lists", "fp16", 128, causal=True, padded=True), "attend"),
     (Case("cells", "bf16", 64, causal=True), "attend"),
     (Case("cells", "bf16", 64, padded=True), "pool"),
