@@ -229,6 +229,23 @@ def assert_close(
     return worst
 
 
+def assert_close_pooled(
+    ours: Attended, inputs: Sequence[Tensor], index: SparseIndex, **keywords: object
+) -> float:
+    """As `assert_close` where keys are pooled in low precision; returns the largest error over its bound.
+
+    Means of keys are rounded too, once: a logit may be wrong by as much as that.
+    """
+    want, mean = truth_of(*inputs, index, **keywords)
+    rounding = torch.finfo(inputs[2].dtype).eps / 2 * (1 + logit_bound(*inputs[:2]))
+    empty = want.lse.isneginf()
+    assert torch.equal(ours.lse.isneginf(), empty), "lse is -inf elsewhere"
+    lse, right = (x.double().masked_fill(empty, 0) for x in (ours.lse, want.lse))
+    worst = _within(lse, right, rounding, "lse")
+    bound = 3 * rounding[..., None] * (mean + 0.1)
+    return max(worst, _within(ours.out.double(), want.out, bound, "out"))
+
+
 def _within(ours: Tensor, want: Tensor, bound: Tensor, name: str) -> float:
     assert want.isfinite().all(), f"{name} of the reference isn't finite"
     assert ours.shape == want.shape, f"{name} has shape {list(ours.shape)}"
