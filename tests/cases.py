@@ -46,6 +46,9 @@ SHAPES = {
             torch.tensor([[0, 0, 0], [0, 0, 1], [1, 0, -1], [0, 2, 0], [-1, 0, 0]])
         ),
         Stencil(()),
+        Stencil(
+            ((-1, 0, 0, 1), (0, 0, -1, 3), (0, 1, 1, 1)), (1, 1, 1)
+        ),  # goes on beyond its reach
     ],
     "vertical": [Vertical((2, 2, 3), (0, 5, 7)), Vertical((1, 1, 1), ())],
     "tile": [SlidingTile(1, 2, 3), SlidingTile(3, None, 1)],

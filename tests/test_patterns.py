@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -42,6 +43,8 @@ def sees(name, shape, q, k, order):
     tile_q, tile_k = ([x // t for x, t in zip(p, tile, strict=True)] for p in (q, k))
     if name == "stencil":
         delta = [b - a for a, b in zip(tile_q, tile_k, strict=True)]
+        reach = shape.reach or grid
+        delta = [max(-r, min(r, d)) for r, d in zip(reach, delta, strict=True)]
         return any([f, r] == delta[:2] and c <= delta[2] < c + n for f, r, c, n in shape.offsets)
     if name == "tile":
         for axis, count in enumerate((shape.frames, shape.rows, shape.columns)):
@@ -170,3 +173,29 @@ def test_bad_shapes_and_masks():
         Union((Window(),))
     with pytest.raises(ValueError, match="outside"):
         Vertical((1, 1, 1), (1,))
+
+
+def test_a_stencil_goes_on_beyond_what_it_was_found_in():
+    """At the size it was found at nothing changes; in a larger video the border stands for all beyond."""
+    tile, small, large = (1, 1, 1), TokenLayout.video(2, 3, 3), TokenLayout.video(4, 5, 3)
+    offsets = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 2, 1], [0, -1, 0]])
+    plain, going = (
+        Pattern(Stencil.from_offsets(offsets, reach), tile) for reach in (None, (1, 2, 2))
+    )
+    order = tile_order(small, tile)
+    assert torch.equal(seen_cells(plain, order), seen_cells(going, order))
+    order = tile_order(large, tile)
+    seen = seen_cells(going, order).view(4, 5, 3, 4, 5, 3)
+    for query in itertools.product(range(4), range(5), range(3)):
+        for key in itertools.product(range(4), range(5), range(3)):
+            delta = [k - q for q, k in zip(query, key, strict=True)]
+            kept = [max(-r, min(r, d)) for r, d in zip((1, 2, 2), delta, strict=True)]
+            assert bool(seen[query][key]) == (kept in offsets.tolist()), (query, key)
+    assert (
+        seen[0, 0, 0, 3, 0, 0] and not seen_cells(plain, order).view(seen.shape)[0, 0, 0, 3, 0, 0]
+    )
+
+
+def test_offsets_beyond_a_stencils_reach_are_refused():
+    with pytest.raises(ValueError, match=r"within its reach \[1, 1, 1\], got \[0, 0, -2, 2\]"):
+        Stencil(((0, 0, -2, 2),), (1, 1, 1))

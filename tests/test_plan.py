@@ -117,7 +117,7 @@ def test_the_golden_file_of_version_2_means_what_it_says():
     assert patterns[1:] == (
         Pattern(Window(columns=(0.0, 0.125)), Curve("frame"), far=True),
         Pattern(Stencil(((-1, 0, -2, 5), (0, 0, -2, 5))), Curve("frame", 16, 4), sink_frames=1),
-        Pattern(Stencil(((0, 0, -3, 7),)), Curve("video", None), cell=32),
+        Pattern(Stencil(((0, 0, -3, 7),), (0, 0, 9)), Curve("video", None), cell=32),
         Pattern(Window(1, 1, 1), far=True, every=2),
         Pattern(Dense(), every=3),
         Pattern(Skip(), (1, 8, 8), far=True, pool=16),

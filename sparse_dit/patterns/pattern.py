@@ -124,7 +124,9 @@ class Pattern:
     @property
     def version(self) -> int:
         """The first version of the plan format that can say this."""
-        later = isinstance(self.tile, Curve) or self.every > 1 or self.pool is not None
+        shapes = self.shape.of if isinstance(self.shape, Union) else (self.shape,)
+        reaches = any(isinstance(shape, Stencil) and shape.reach is not None for shape in shapes)
+        later = isinstance(self.tile, Curve) or self.every > 1 or self.pool is not None or reaches
         return 2 if later else 1
 
     def to_dict(self) -> dict[str, Any]:

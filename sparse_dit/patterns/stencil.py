@@ -1,7 +1,8 @@
 """Each tile sees the tiles at a fixed set of relative 3-D offsets.
 
 Found by averaging a head's attention over query positions. It contains windows, multi-diagonals and
-sliding tiles as shapes, and because it is geometry it moves to other sizes.
+sliding tiles as shapes, and because it is geometry it moves to other sizes: in a longer or larger video than
+the one it was found in, what holds at the greatest distance that was seen holds beyond it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ..layout import Boxes, TileOrder
-from .fields import CONFIG, Count, Offset
+from .fields import CONFIG, Count, Distance, Offset
 from .lattice import any_inside, summed
 
 
@@ -24,26 +25,41 @@ class Stencil:
 
     Args:
         offsets: Runs of offsets in tiles: `(frames, rows, first column, number of columns)`.
+        reach: The greatest distances, in tiles, that were looked at: an offset at one of them stands for all
+            beyond it on that side. None: there is nothing beyond the offsets.
     """
 
     offsets: tuple[tuple[Offset, Offset, Offset, Count], ...]
+    reach: tuple[Distance, Distance, Distance] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reach is None:
+            return
+        frames, rows, columns = self.reach
+        for frame, row, column, count in self.offsets:
+            last = max(abs(column), abs(column + count - 1))
+            if abs(frame) > frames or abs(row) > rows or last > columns:
+                raise ValueError(
+                    f"a stencil's offsets must lie within its reach {list(self.reach)}, "
+                    f"got {[frame, row, column, count]}"
+                )
 
     @staticmethod
-    def from_offsets(offsets: Tensor) -> Stencil:
-        """From single offsets, int `[n, 3]` (frames, rows, columns), in any order."""
+    def from_offsets(offsets: Tensor, reach: tuple[int, int, int] | None = None) -> Stencil:
+        """From single offsets, int `[n, 3]` (frames, rows, columns), in any order; see `Stencil`."""
         places = np.asarray(offsets, dtype=np.int64).reshape(-1, 3)
         places = places[np.lexsort(places.T[::-1])]
         goes_on = (places[1:, :2] == places[:-1, :2]).all(1) & (np.diff(places[:, 2]) == 1)
         first = np.flatnonzero(np.append(True, ~goes_on)[: len(places)])
         count = np.diff(first, append=len(places))
-        return Stencil(tuple(map(tuple, np.column_stack([places[first], count]).tolist())))
+        return Stencil(tuple(map(tuple, np.column_stack([places[first], count]).tolist())), reach)
 
     def covers(self, queries: Boxes, keys: Boxes, where: TileOrder) -> Tensor:
         """Whether a token of each query box sees one of each key box, bool `[Q, K]`."""
         size = torch.tensor(where.tile)
-        reach = tuple(-(-n // t) for n, t in zip(where.grid, where.tile, strict=True))
-        members, table = _members(self.offsets, reach)
-        shift = torch.tensor(reach) - 1
+        counts = tuple(-(-n // t) for n, t in zip(where.grid, where.tile, strict=True))
+        members, table = _members(self.offsets, self.reach, counts)
+        shift = torch.tensor(counts) - 1
         q_lo, q_hi, k_lo, k_hi = (x // size for x in (queries.lo, queries.hi, keys.lo, keys.hi))
         lo = k_lo[None] - q_hi[:, None] + shift
         if torch.equal(q_lo, q_hi) and torch.equal(k_lo, k_hi):  # no box spans tiles: one offset
@@ -53,13 +69,23 @@ class Stencil:
 
 @functools.lru_cache(maxsize=256)
 def _members(
-    offsets: tuple[tuple[int, int, int, int], ...], reach: tuple[int, int, int]
+    offsets: tuple[tuple[int, int, int, int], ...],
+    reach: tuple[int, int, int] | None,
+    counts: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
-    """The offsets that a video of `reach` tiles can have: bool lattice, and summed."""
-    members = torch.zeros([2 * n - 1 for n in reach], dtype=torch.bool)
+    """The offsets that a video of `counts` tiles can have: bool lattice, and summed."""
+    # no further than both the video and what was looked at
+    far = [
+        n - 1 if r is None else min(n - 1, r)
+        for n, r in zip(counts, reach or [None] * 3, strict=True)
+    ]
+    members = torch.zeros([2 * n + 1 for n in far], dtype=torch.bool)
     for frame, row, column, count in offsets:
-        if abs(frame) < reach[0] and abs(row) < reach[1]:
-            start = max(0, column + reach[2] - 1)
-            stop = max(start, column + count + reach[2] - 1)
-            members[frame + reach[0] - 1, row + reach[1] - 1, start:stop] = True
+        if abs(frame) <= far[0] and abs(row) <= far[1]:
+            start = max(0, column + far[2])
+            stop = max(start, column + count + far[2])
+            members[frame + far[0], row + far[1], start:stop] = True
+    for axis, (count, most) in enumerate(zip(counts, far, strict=True)):
+        places = torch.arange(1 - count, count).clamp(-most, most) + most
+        members = members.index_select(axis, places)
     return members, summed(members)

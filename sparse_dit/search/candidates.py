@@ -96,15 +96,16 @@ def found(
     table = cell_table(layout, tile)
     result = []
     lines = not isinstance(tile, Curve) and tile[0] is None
+    reach = _reach(table)
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
         budgets = BUDGETS if far or lines else DROP_BUDGETS
         kept = _kept(ranked, budgets, table)
-        stencils = {count: Stencil.from_offsets(ranked[:count]) for count in set(kept)}
+        stencils = {count: Stencil.from_offsets(ranked[:count], reach) for count in set(kept)}
         result += [Pattern(stencils[count], tile, far=far) for count in kept]
     for pool in pools:  # of the stencils with a far field, which came last
         counts = _kept(ranked, POOLED_BUDGETS, table)
-        pooled = [Stencil.from_offsets(ranked[:count]) for count in counts]
+        pooled = [Stencil.from_offsets(ranked[:count], reach) for count in counts]
         result += [Pattern(stencil, tile, far=True, pool=pool) for stencil in pooled]
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
@@ -113,7 +114,7 @@ def found(
         Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
     ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
-    stencil = Stencil.from_offsets(_within(ranked, 0.1, table))
+    stencil = Stencil.from_offsets(_within(ranked, 0.1, table), reach)
     result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
     if "block" in statistics:
         for budget in BLOCK_BUDGETS:
@@ -128,6 +129,12 @@ def best_columns(columns: Tensor, budget: float) -> tuple[int, ...]:
     """The share of columns with the greatest benefit, at least one, ascending."""
     count = max(1, round(budget * len(columns)))
     return tuple(columns.topk(count).indices.sort().values.tolist())
+
+
+def _reach(table: CellTable) -> tuple[int, int, int]:
+    """The greatest distances between tiles."""
+    frames, rows, columns = (table.counts - 1).tolist()
+    return frames, rows, columns
 
 
 def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
@@ -174,7 +181,7 @@ def single_stencil(
     """The stencil with far field of the best offsets within the budget of exact pairs."""
     table = cell_table(layout, tile)
     offsets = chosen_offsets(statistics, "offset_far", budget, table)
-    return Pattern(Stencil.from_offsets(offsets), tile, far=True)
+    return Pattern(Stencil.from_offsets(offsets, _reach(table)), tile, far=True)
 
 
 def all_candidates(

@@ -91,7 +91,9 @@ def _seen(pattern: Pattern, layout: TokenLayout) -> Tensor:
     counts = table.counts.numpy()
     lattice = 2 * counts - 1
     runs = np.array(getattr(shape, "offsets", ()), dtype=np.int64).reshape(-1, 4)
+    reach = getattr(shape, "reach", None)
     plain = not pattern.sink_frames and pattern.cell is None
+    plain = plain and (reach is None or bool((np.array(reach) >= counts - 1).all()))
     if not (isinstance(shape, Stencil) and plain and runs[:, 3].sum() <= lattice.prod()):
         return seen_cells(pattern, tile_order(layout, pattern.tile))
     count = runs[:, 3]
