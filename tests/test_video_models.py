@@ -17,8 +17,7 @@ from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
-from tests.tiny_pipelines import generate
-from tests.tiny_video_models import BUILDERS, PIPELINES, WAN, run
+from tests.tiny_video_models import BUILDERS, WAN, run
 
 # Mochi's own: it asks for autocast to float32, which a CPU doesn't have
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
@@ -147,13 +146,6 @@ def drift(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_models_without_a_pipeline_in_the_tests_are_told_so():
-    in_pipelines = {*PIPELINES, "wan_i2v", "wan_ti2v", "cogvideox15", "hunyuan_i2v"}
-    for name in BUILDERS:
-        family = FAMILIES[type(_built(name)[0]).__name__]
-        assert family.tested == ("pipeline" if name in in_pipelines else "transformer")
-
-
 @MODEL
 def test_dense_is_bit_equal_and_removal_restores_the_objects(name):
     transformer, calls, stock = _built(name)
@@ -216,41 +208,6 @@ def test_inference_mode_gives_the_same(name):
             ]
             inferred = run(transformer, copies)
     assert all(torch.equal(a, b) for a, b in zip(inferred, sparse, strict=True))
-
-
-# (layout, noise level, branch) of the first layer's calls in two steps, from the schedulers' tables
-STEPS = {
-    "mochi": [(_video(after=text), sigma, "any") for sigma in (1, 0.975) for text in (0, 0, 7, 12)],
-    "allegro": [(_video(), sigma, "any") for sigma in (0.5, 0)],
-    "skyreels": [(_video(), sigma, b) for sigma in (1, 0.06) for b in ("cond", "uncond")],
-    "wan_vace": [(_video(), sigma, b) for sigma in (1, 0.009) for b in ("cond", "uncond")],
-    "anyflow": [(_video(), sigma, "any") for sigma in (1, 0.5)],
-    "hunyuan15": [
-        (_video(after=729 + 6 + 12), sigma, b) for sigma in (1, 0.875) for b in ("cond", "uncond")
-    ],
-}
-
-
-@pytest.mark.parametrize("kind", PIPELINES)
-def test_whole_pipelines_dense_and_sparse(kind):
-    pipe, call = PIPELINES[kind]()
-    stock = generate(pipe, call)
-    recorder = Recorder()
-    attachment = attach(pipe.transformer, recorder)
-    assert torch.equal(generate(pipe, call), stock)
-    attachment.detach()
-    first = [c.context for c in recorder.calls if c.layer == LAYERS[kind][0]]
-    for context, (layout, sigma, branch) in zip(first, STEPS[kind], strict=True):
-        assert (context.layout, context.branch) == (layout, branch)
-        assert context.sigma == pytest.approx(sigma, abs=1e-3)
-    with patch(pipe, plan_for(pipe.transformer, NARROW)) as handle:
-        sparse = generate(pipe, call)
-    ran = handle.ran["transformer"]
-    assert {r.dense_because for r in ran} == {None}
-    assert {r.layer: r.calls for r in ran} == dict.fromkeys(LAYERS[kind], len(STEPS[kind]))
-    assert sparse.isfinite().all()
-    assert 0 < drift(sparse, stock) < 0.5
-    assert torch.equal(generate(pipe, call), stock)
 
 
 def test_validity_of_hunyuan15_is_what_its_masks_say():

@@ -14,12 +14,15 @@ import PIL.Image
 import torch
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 from tests import tiny_video_models as models
 from tests.tiny_pipelines import cogvideox, hunyuan_video, wan
 from tests.tiny_video_models import COG, HUNYUAN, mask_of, randn, wan_like
 
 Pipeline = tuple[Any, dict[str, Any]]
+SMALL = {"height": 64, "width": 64}  # 4 x 4 tokens, where a VAE has much to do
+IMAGE = PIL.Image.new("RGB", (128, 128), (200, 120, 40))
 
 
 def _finish(pipe: Any, call: dict[str, Any]) -> Pipeline:
@@ -134,6 +137,7 @@ def vace_pipeline() -> Pipeline:
         "prompt_embeds": randn(1, 12, 32),
         "negative_prompt_embeds": randn(1, 12, 32, seed=2),
         "num_frames": 9,
+        **SMALL,
     }
     return _finish(pipe, call)
 
@@ -146,9 +150,6 @@ def anyflow_pipeline() -> Pipeline:
     pipe = diffusers.AnyFlowPipeline(**parts, transformer=transformer, scheduler=scheduler)
     call = {"prompt_embeds": randn(2, 12, 32), "num_frames": 9}
     return _finish(pipe, call)
-
-
-IMAGE = PIL.Image.new("RGB", (128, 128), (200, 120, 40))
 
 
 def _texts(batch: int = 2, length: int = 12) -> dict[str, Any]:
@@ -229,6 +230,7 @@ def wan_animate_pipeline() -> Pipeline:
         "pose_video": [IMAGE] * 9,
         "face_video": [IMAGE.resize((16, 16))] * 9,
         "segment_frame_length": 5,
+        **SMALL,
         "guidance_scale": 2.0,
     }
     return _finish(pipe, call)
@@ -486,8 +488,50 @@ def helios_pipeline() -> Pipeline:
         "num_frames": 18,
         "num_latent_frames_per_chunk": 3,
         "history_sizes": [4, 2, 1],
+        **SMALL,
     }
     return _finish(pipe, call)
+
+
+def helios_pyramid_pipeline() -> Pipeline:
+    """Helios at three sizes, one after the other, each from the noise level where the last one ended."""
+    transformer, _ = models.helios(channels=16)
+    pipe = diffusers.HeliosPyramidPipeline(
+        **{**_wan_parts(), "scheduler": diffusers.HeliosScheduler()}, transformer=transformer
+    )
+    call = {
+        **_texts(1),
+        "num_frames": 9,
+        "num_latent_frames_per_chunk": 3,
+        "history_sizes": [4, 2, 1],
+        "pyramid_num_inference_steps_list": [1, 1, 1],
+    }
+    pipe, call = _finish(pipe, call)
+    return pipe, {name: value for name, value in call.items() if name != "num_inference_steps"}
+
+
+def skyreels_forcing_pipeline() -> Pipeline:
+    """SkyReels-V2 with diffusion forcing: later frames start later."""
+    transformer, _ = models.skyreels()
+    pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        transformer=transformer,
+        vae=wan()[0].vae,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+        ),
+    )
+    call = {**_texts(), "prompt": None, "num_frames": 9, "base_num_frames": 9, "ar_step": 1}
+    return _finish(pipe, {**call, "causal_block_size": 1})
+
+
+def ltx2_condition_pipeline() -> Pipeline:
+    """LTX 2 with a keyframe, whose tokens are appended."""
+    parts, call = ltx2_pipeline()
+    pipe = diffusers.LTX2ConditionPipeline(**parts.components)
+    frames = [LTX2VideoCondition(frames=IMAGE, index=index, crf=0) for index in (0, 2)]
+    return _finish(pipe, {**call, **_texts(1), **_masks(1), "conditions": frames})
 
 
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
@@ -513,4 +557,7 @@ PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "kandinsky": kandinsky_pipeline,
     "motif": motif_pipeline,
     "helios": helios_pipeline,
+    "helios_pyramid": helios_pyramid_pipeline,
+    "skyreels_forcing": skyreels_forcing_pipeline,
+    "ltx2_condition": ltx2_condition_pipeline,
 }

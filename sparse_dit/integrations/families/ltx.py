@@ -30,5 +30,5 @@ LAYERS = r"transformer_blocks\.\d+\.attn1"
 
 FAMILIES = {
     "LTXVideoTransformer3DModel": Family(LAYERS, _ltx),
-    "LTX2VideoTransformer3DModel": Family(LAYERS, _ltx2, tested="transformer"),
+    "LTX2VideoTransformer3DModel": Family(LAYERS, _ltx2),
 }
