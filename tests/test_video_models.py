@@ -228,6 +228,38 @@ def test_validity_of_hunyuan15_follows_a_mask_that_is_changed_in_place():
     assert (first[0].kv_len - second[0].kv_len).tolist() == [0, 1]
 
 
+def _coords(times, rows=2, columns=3):
+    """Coordinates of LTX's tokens, one frame a time: `[1, 3, N]`."""
+    axes = torch.as_tensor(times, dtype=torch.float), torch.arange(rows) * 32.0
+    return torch.cartesian_prod(*axes, torch.arange(columns) * 32.0).T[None]
+
+
+@pytest.mark.parametrize(
+    ("times", "frames", "before", "after"),
+    [
+        ([0.0], 1, 0, 0),
+        ([0.0, 0.04, 0.36], 3, 0, 0),
+        ([0.8, 0.0, 0.04, 0.36], 3, 1, 0),  # a keyframe
+        ([0.4, 0.8, 0.0, 0.04, 0.36], 3, 2, 0),  # two
+        ([0.8, 0.0], 1, 1, 0),
+        ([0.0, 0.04, 0.36, 0.0, -0.04], 3, 0, 2),  # frames out of turn at the end
+    ],
+)
+def test_the_grid_of_ltx_is_read_from_coordinates(times, frames, before, after):
+    layout = FAMILIES["LTXVideoTransformer3DModel"].layout
+    found = layout(None, {"video_coords": _coords(times), "num_frames": 1, "height": 1, "width": 1})
+    assert found == TokenLayout.video(frames, 2, 3, text_before=6 * before, text_after=6 * after)
+
+
+def test_coordinates_of_ltx_that_are_no_frames_give_no_layout():
+    layout = FAMILIES["LTXVideoTransformer3DModel"].layout
+    coords = _coords([0.0, 0.04, 0.36])
+    order = torch.arange(18)
+    order[[7, 8]] = order[[8, 7]]
+    for wrong in (coords[..., :-1], coords[..., order], torch.zeros(1, 3, 12), coords.flip(2)):
+        assert layout(None, {"video_coords": wrong}) is None
+
+
 def test_keyframes_that_are_appended_to_ltx2_are_tokens_that_all_see():
     transformer, calls, _ = _built("ltx2")
     coords = transformer.rope.prepare_video_coords(4, 3, 8, 8, torch.device("cpu"))

@@ -8,8 +8,8 @@ from sparse_dit.integrations.families import FAMILIES
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patch import patch
 from tests import tiny_image_models, tiny_pipelines
-from tests.test_video_models import NARROW, WAN_LAYERS, Recorder, drift, plan_for
 from tests.test_video_models import LAYERS as MODEL_LAYERS
+from tests.test_video_models import NARROW, WAN_LAYERS, Recorder, drift, plan_for
 from tests.tiny_pipelines import generate
 from tests.tiny_video_pipelines import PIPELINES
 
@@ -61,6 +61,8 @@ STEPS = {
         for branch, after in (("cond", 12), ("uncond", 8))
     ]
     * 2,
+    "ltx_condition": _steps(_video(5, before=64), (1, 0.975)),
+    "ltx_long": [step for after in (0, 64) for step in _steps(_video(4, after=after), (1, 0.5005))],
     # guidance in one batch, then the prompt alone with a layer perturbed, then without sound
     "ltx2": _steps(_video(), (1, 0.5), ("any",) * 3),
     "ltx2_condition": _steps(KEYFRAME, (1, 0.5), ("any",) * 3),
@@ -78,7 +80,7 @@ STEPS = {
 LAYERS = MODEL_LAYERS | {
     "skyreels_forcing": WAN_LAYERS,
     "cogvideox_i2v": MODEL_LAYERS["cogvideox15"],
-    "ltx2_condition": MODEL_LAYERS["ltx2"],
+    **dict.fromkeys(("ltx_condition", "ltx_long", "ltx2_condition"), MODEL_LAYERS["ltx2"]),
     "cosmos2": MODEL_LAYERS["cosmos"],
     "cosmos25": MODEL_LAYERS["cosmos"],
     "helios_pyramid": WAN_LAYERS,
@@ -121,7 +123,7 @@ def test_whole_pipelines_dense_and_sparse(kind):
     skipped = SKIPPED.get(kind, {})
     assert {(r.layer, r.dense_because): r.calls for r in handle.ran["transformer"]} == {
         **{(layer, None): forwards - skipped.get(layer, 0) for layer in LAYERS[kind]},
-        **{(layer, reason): forwards for layer, reason in dense.items()},
+        **dict.fromkeys(dense.items(), forwards),
     }
     assert handle.summary().dense_calls == forwards * len(dense)
     assert sparse.isfinite().all()

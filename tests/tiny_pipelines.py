@@ -306,4 +306,6 @@ def generate(pipe: Any, call: dict[str, Any], seed: int = 0, **overrides: Any) -
     generator = torch.Generator().manual_seed(seed)
     output = pipe(**{**call, **overrides}, generator=generator)
     video = output.images if hasattr(output, "images") else output.frames
-    return video[-1] if isinstance(video, list) else video  # FramePack: what there is after each section
+    return (
+        video[-1] if isinstance(video, list) else video
+    )  # FramePack: what there is after each section

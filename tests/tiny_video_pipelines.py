@@ -13,11 +13,12 @@ import diffusers
 import PIL.Image
 import torch
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 from tests import tiny_video_models as models
-from tests.tiny_pipelines import cogvideox, hunyuan_video, wan
+from tests.tiny_pipelines import cogvideox, hunyuan_video, ltx, wan
 from tests.tiny_video_models import COG, HUNYUAN, mask_of, randn, wan_like
 
 Pipeline = tuple[Any, dict[str, Any]]
@@ -393,6 +394,34 @@ def ltx2_pipeline() -> Pipeline:
     return _finish(pipe, {**call, "spatio_temporal_guidance_blocks": [1]})
 
 
+def ltx_condition_pipeline() -> Pipeline:
+    """LTX with a keyframe, whose tokens come first, and coordinates in place of a grid."""
+    parts, call = ltx()
+    pipe = diffusers.LTXConditionPipeline(**parts.components)
+    frames = [LTXVideoCondition(image=IMAGE, frame_index=index) for index in (0, 8)]
+    return _finish(
+        pipe, {**call, "height": 32, "width": 32, "num_frames": 17, "conditions": frames}
+    )
+
+
+def ltx_long_pipeline() -> Pipeline:
+    """LTX in two windows, a guiding frame out of turn at the end of each; sizes that say 1 x 1 x 1."""
+    parts, call = ltx()
+    pipe = diffusers.LTXI2VLongMultiPromptPipeline(
+        **{**parts.components, "scheduler": diffusers.LTXEulerAncestralRFScheduler()}
+    )
+    call = {
+        **{name: call[name] for name in ("prompt", "negative_prompt", "guidance_scale")},
+        "height": 32,
+        "width": 32,
+        "num_frames": 25,
+        "temporal_tile_size": 16,
+        "temporal_overlap": 4,
+        "num_inference_steps": 3,  # it leaves out the last one
+    }
+    return _finish(pipe, call)
+
+
 def easyanimate_pipeline() -> Pipeline:
     """EasyAnimate, guidance batched."""
     transformer, _ = models.easyanimate(text_embed_dim_t5=None)
@@ -549,6 +578,8 @@ PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "consisid": consisid_pipeline,
     "hunyuan_i2v": hunyuan_i2v_pipeline,
     "framepack": framepack_pipeline,
+    "ltx_condition": ltx_condition_pipeline,
+    "ltx_long": ltx_long_pipeline,
     "ltx2": ltx2_pipeline,
     "easyanimate": easyanimate_pipeline,
     "cosmos1": cosmos1_pipeline,
