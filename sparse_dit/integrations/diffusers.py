@@ -41,7 +41,7 @@ def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
         TypeError: If there is none.
         NotImplementedError: If there is one of a class that is not supported.
     """
-    supported = f"supported transformers: {sorted(FAMILIES)}"
+    supported = "`sparse-dit models` lists the transformers that are"
     kind = type(pipe_or_transformer).__name__
     if isinstance(pipe_or_transformer, nn.Module):
         found = {"transformer": pipe_or_transformer}
@@ -49,17 +49,21 @@ def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
         parts = getattr(pipe_or_transformer, "components", {})
         found = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
     if not found:
-        raise TypeError(f"{kind} is no transformer and no pipeline with one; {supported}")
+        raise TypeError(
+            f"{kind} is no transformer and no pipeline with one; pass a diffusers pipeline"
+        )
     # torch.compile(module) keeps the module itself here
     found = {name: getattr(part, "_orig_mod", part) for name, part in found.items()}
     for name, part in found.items():
         if family_of(part) is None:
-            what = type(part).__name__ if part is pipe_or_transformer else f"{kind}.{name}"
+            what = type(part).__name__
+            if part is not pipe_or_transformer:
+                what = f"{kind}.{name}, a {what},"
             reason = UNQUALIFIED.get(type(part).__name__)
             raise NotImplementedError(
-                f"{what} is a {type(part).__name__}: {reason}"
+                f"{what} can't be patched: {reason}"
                 if reason
-                else f"{what} is a {type(part).__name__}, which is not supported; {supported}; "
+                else f"{what} is not supported; {supported}, "
                 "sparse_dit.add_model makes another class known"
             )
     return found
@@ -166,25 +170,33 @@ class Attachment:
 
     @property
     def lost(self) -> list[str]:
-        """Layers whose processor the host replaced while attached: they run stock attention."""
+        """Layers that were replaced while attached, or whose processor was: they run stock attention."""
         if self._tap.intercept is None:
             return sorted(self._lost)
-        return sorted(n for n, p in self._patched.items() if self.layers[n].processor is not p)
+        return sorted(n for n, p in self._patched.items() if self._replaced(n, p))
 
     def detach(self) -> None:
         """Restore the very stock processors and take the hook off; twice is harmless."""
         if self._tap.intercept is None:
             return
         self._lost = set(self.lost)
-        for name, processor in self._stock.items():
-            if name not in self._lost:
-                _set(self.layers[name], processor)
+        for name, layer in self.layers.items():
+            if layer.processor is self._patched[name]:
+                _set(layer, self._stock[name])
         self._hook.remove()
         vars(self._transformer).pop("cache_context", None)
         delattr(self._transformer, self.KEY)
         self._tap.intercept = None  # a processor that the host kept runs stock from now on
         self._tap.mask = self._tap.arrangement = None
         self._course = Course()  # it holds tensors
+
+    def _replaced(self, name: str, processor: Any) -> bool:
+        """Whether another layer or processor is at this path now; nothing may be, in a cut model."""
+        try:
+            layer = self._transformer.get_submodule(name)
+        except AttributeError:
+            return False
+        return getattr(layer, "processor", None) is not processor
 
     @contextlib.contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
@@ -217,7 +229,8 @@ class Attachment:
         if lost - self._lost:
             logger.error(
                 "the attention processors of %d layers were replaced after patching "
-                "(fuse_qkv_projections? an IP adapter?) and run stock: do that first, then patch; %s",
+                "(fuse_qkv_projections? an IP adapter? other blocks?) and run stock: "
+                "do that first, then patch; %s",
                 len(lost),
                 sorted(lost),
             )
