@@ -97,7 +97,7 @@ def test_one_graph_over_layers_stages_and_runs(family, how, backend):
 
 @pytest.mark.parametrize("how", [compile_blocks, compile_whole, wrap_whole])
 def test_compiled_first_then_patched(how):
-    pipe, call = copy.deepcopy(_layers("wan"))
+    pipe, call = copy.deepcopy(_layers("wan")) if how is compile_blocks else wan()
     plan = plan_for(pipe, FAR, NARROW, stages=HALVES)
     with patch(pipe, plan):
         want = generate(pipe, call)
