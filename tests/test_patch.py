@@ -125,6 +125,26 @@ def test_an_all_dense_plan_is_bit_equal_and_counted_as_dense(family):
     assert [s.dense_calls for s in summary.stages] == [{ALL_DENSE: summary.dense_calls}]
 
 
+@FAMILY
+def test_prompts_of_different_lengths_several_times_each(family):
+    pipe, call, _ = _built(family)
+    many = "num_images_per_prompt" if family == "flux" else "num_videos_per_prompt"
+    prompts = ["a cat", "a dog runs along the shore of a wide lake in the evening"]
+    call = {**call, "prompt": prompts, many: 2}
+    if "negative_prompt" in call:
+        call["negative_prompt"] = ["", "blurred"]
+    stock = generate(pipe, call)
+    assert len(stock) == (
+        2 if family == "cogvideox" else 4
+    )  # the host itself leaves it at one each
+    with patch(pipe, plan_for(pipe, DENSE)):
+        assert torch.equal(generate(pipe, call), stock)
+    with patch(pipe, plan_for(pipe, NARROW)) as handle:
+        sparse = generate(pipe, call)
+    assert handle.summary().dense_calls == 0
+    assert all(0 < drift(a, b) < 0.2 for a, b in zip(sparse, stock, strict=True))
+
+
 def test_stages_branches_and_layers_outside_the_plan_run_stock_and_the_summary_says_so():
     pipe, call, stock = _built("wan")
     stages = (Stage(1.0, 0.5, "cond"), Stage(0.5, 0.0, "uncond"))
