@@ -13,7 +13,7 @@ from torch import nn
 
 from .call import AttentionCall, Intercept, StepContext
 from .course import Course
-from .families import FAMILIES, Family, family_of, forward_arguments, sigma_of
+from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
