@@ -141,6 +141,7 @@ class Attachment:
             n: wrap(p, Seam(n, self._tap, image_only(n) is not None))
             for n, p in self._stock.items()
         }
+        self._links = _links(transformer, self.layers)
         self._name: str | None = None
         self._course = Course()
         self._lost: set[str] = set()
@@ -190,6 +191,12 @@ class Attachment:
         self._tap.mask = self._tap.arrangement = None
         self._course = Course()  # it holds tensors
 
+    def _untouched(self) -> bool:
+        """Whether every layer is where it was, with our processor."""
+        return all(parent.get(name) is child for parent, name, child in self._links) and all(
+            self.layers[name].processor is processor for name, processor in self._patched.items()
+        )
+
     def _replaced(self, name: str, processor: Any) -> bool:
         """Whether another layer or processor is at this path now; nothing may be, in a cut model."""
         try:
@@ -225,6 +232,8 @@ class Attachment:
         self._tap.arrangement = told
 
     def _report_lost(self) -> None:
+        if not self._lost and self._untouched():  # the usual case, at a microsecond a layer
+            return
         lost = set(self.lost)
         if lost - self._lost:
             logger.error(
@@ -235,6 +244,18 @@ class Attachment:
                 sorted(lost),
             )
         self._lost = lost
+
+
+def _links(root: nn.Module, layers: dict[str, Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Which module holds which on the way to the layers, each once: `(the holder's modules, name, module)`."""
+    links = {}
+    for path in layers:
+        parent: Any = root
+        for name in path.split("."):
+            child = parent._modules[name]
+            links[id(parent), name] = (parent._modules, name, child)
+            parent = child
+    return list(links.values())
 
 
 def _set(layer: Any, processor: Any) -> None:
