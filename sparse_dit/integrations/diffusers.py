@@ -247,7 +247,7 @@ class Attachment:
 
 
 def _links(root: nn.Module, layers: dict[str, Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """Which module holds which on the way to the layers, each once: `(the holder's modules, name, module)`."""
+    """Which module holds which on the way to the layers: `(modules of the holder, name, module)`."""
     links = {}
     for path in layers:
         parent: Any = root
