@@ -39,7 +39,7 @@ def patch(
     Raises:
         ValueError: If the plan is for another model, the backend is unknown, or the pipeline is
             patched already.
-        TypeError: If there is no transformer, or an attention layer can't be patched.
+        TypeError: If there is no transformer, an attention layer can't be patched, or `plan` is no plan.
         NotImplementedError: If the transformer's class is not supported.
     """
     from .integrations.diffusers import attach, attachment_of, components
@@ -51,6 +51,10 @@ def patch(
     found = components(pipe_or_transformer)
     if any(attachment_of(transformer) for transformer in found.values()):
         raise ValueError("already patched; call handle.remove() or sparse_dit.unpatch(pipe) first")
+    if not isinstance(plan, Plan | str | os.PathLike):
+        raise TypeError(
+            f"plan must be a path, a built-in name, a hub id or a Plan, got {type(plan).__name__}"
+        )
     if not isinstance(plan, Plan):
         plan = Plan.from_pretrained(plan)
     targets = _targets(pipe_or_transformer, found, plan)

@@ -26,6 +26,10 @@ NOT_NAMED = "layer not in the plan"
 NOT_COVERED = "noise level or branch not in the plan"
 ALL_DENSE = "every head dense in the plan"
 PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE}
+NOT_TOLD = (
+    "the plan has stages for one guidance branch each, and this forward is of both, or unnamed "
+    '(in a loop of your own: with transformer.cache_context("cond"))'
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,11 @@ class Runtime:
     def _planned_dense(self, call: AttentionCall, stage: int | None) -> str | None:
         if call.layer not in self.plan.layers:
             return NOT_NAMED
-        return NOT_COVERED if stage is None else None
+        if stage is not None:
+            return None
+        sigma, branch = call.context.sigma, call.context.branch
+        told = branch != "any" or all(self.plan.stage(sigma, b) is None for b in ("cond", "uncond"))
+        return NOT_COVERED if told else NOT_TOLD
 
     def _forced_dense(self, call: AttentionCall) -> str | None:
         """Why the plan can't be followed in this call; None if it can."""

@@ -1,5 +1,6 @@
 """Context parallelism: parts of an index, heads on processes, and real processes against one."""
 
+import multiprocessing
 import os
 import socket
 from dataclasses import replace
@@ -133,6 +134,26 @@ def test_shards_keep_each_segment_apart():
 # processes ------------------------------------------------------------------------------------
 
 
+# imported once, by a server that each process is a fork of; it has run nothing, so it has no threads
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    [
+        "pytest",
+        "sparse_dit.integrations.diffusers",
+        "diffusers.hooks.context_parallel",
+        *(
+            f"diffusers.pipelines.{name}"
+            for name in (
+                "wan.pipeline_wan",
+                "flux.pipeline_flux",
+                "ltx.pipeline_ltx",
+                "cogvideo.pipeline_cogvideox",
+                "hunyuan_video.pipeline_hunyuan_video",
+            )
+        ),
+    ]
+)
+
+
 def tiny_wan(heads=4):
     torch.manual_seed(0)
     return diffusers.WanTransformer3DModel(
@@ -230,7 +251,8 @@ def together(world, case):
         port = free.getsockname()[1]
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(run, (world, port, results, case), nprocs=world)
+        arguments = (run, (world, port, results, case), world)
+        torch.multiprocessing.start_processes(*arguments, start_method="forkserver")
         return [results[rank] for rank in range(world)]
 
 

@@ -14,7 +14,14 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch, unpatch
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, PlanError, Stage, config_hash
-from sparse_dit.runtime import ALL_DENSE, MAX_LAYOUTS, NOT_COVERED, NOT_NAMED, Runtime
+from sparse_dit.runtime import (
+    ALL_DENSE,
+    MAX_LAYOUTS,
+    NOT_COVERED,
+    NOT_NAMED,
+    NOT_TOLD,
+    Runtime,
+)
 from tests.tiny_pipelines import BUILDERS, generate, wan
 
 FAMILY = pytest.mark.parametrize("family", BUILDERS)
@@ -116,6 +123,26 @@ def test_an_all_dense_plan_is_bit_equal_and_counted_as_dense(family):
     summary = handle.summary()
     assert (summary.sparse_calls, summary.density) == (0, 1.0)
     assert [s.dense_calls for s in summary.stages] == [{ALL_DENSE: summary.dense_calls}]
+
+
+@FAMILY
+def test_prompts_of_different_lengths_several_times_each(family):
+    pipe, call, _ = _built(family)
+    many = "num_images_per_prompt" if family == "flux" else "num_videos_per_prompt"
+    prompts = ["a cat", "a dog runs along the shore of a wide lake in the evening"]
+    call = {**call, "prompt": prompts, many: 2}
+    if "negative_prompt" in call:
+        call["negative_prompt"] = ["", "blurred"]
+    stock = generate(pipe, call)
+    assert len(stock) == (
+        2 if family == "cogvideox" else 4
+    )  # the host itself leaves it at one each
+    with patch(pipe, plan_for(pipe, DENSE)):
+        assert torch.equal(generate(pipe, call), stock)
+    with patch(pipe, plan_for(pipe, NARROW)) as handle:
+        sparse = generate(pipe, call)
+    assert handle.summary().dense_calls == 0
+    assert all(0 < drift(a, b) < 0.2 for a, b in zip(sparse, stock, strict=True))
 
 
 def test_stages_branches_and_layers_outside_the_plan_run_stock_and_the_summary_says_so():
@@ -427,12 +454,15 @@ def test_other_wrong_arguments_are_errors():
         match=r"unknown backend 'cuda'; expected 'auto' or one of \['block_sparse_attn', 'cpu'",
     ):
         patch(pipe, plan, backend="cuda")
-    with pytest.raises(
-        TypeError, match=r"str is no transformer.*supported transformers: \[.*'CogV"
-    ):
+    with pytest.raises(TypeError, match=r"str is no transformer.*; pass a diffusers pipeline"):
         patch("pipe", plan)
-    with pytest.raises(NotImplementedError, match=r"is a Linear, which is not supported; supp"):
-        patch(torch.nn.Linear(1, 1), plan)
+    with pytest.raises(TypeError, match=r"plan must be a path, a built-in name.*got dict"):
+        patch(pipe, {})  # pyright: ignore[reportArgumentType]
+    for component in (pipe.vae, pipe.text_encoder, pipe.transformer.blocks[0]):
+        with pytest.raises(
+            NotImplementedError, match=rf"^{type(component).__name__} is not supported; `sparse-dit"
+        ):
+            patch(component, plan)
     with pytest.raises(PlanError):
         patch(pipe, "no-such-plan")
 
@@ -452,6 +482,42 @@ def test_layers_lost_to_the_host_are_in_the_summary(caplog):
         handle.remove()
     assert handle.summary().density is None
     assert len(caplog.records) == 1
+
+
+def test_a_layer_that_is_replaced_after_patching_is_told_and_one_that_is_cut_off_is_not(caplog):
+    pipe, call = wan(num_layers=3)
+    blocks = pipe.transformer.blocks
+    stock = [block.attn1.processor for block in blocks]
+    handle = patch(pipe, plan_for(pipe, NARROW))
+    pipe.transformer.blocks = torch.nn.ModuleList([copy.deepcopy(blocks[0]), blocks[1]])
+    unpatched = pipe.transformer.blocks[0].attn1
+    unpatched.set_processor(stock[0])
+    generate(pipe, call)
+    assert handle.summary().lost == {"transformer": ("blocks.0.attn1",)}
+    assert {r.layer for r in handle.ran["transformer"]} == {"blocks.1.attn1"}
+    (record,) = caplog.records
+    assert "other blocks?) and run stock: do that first, then patch; ['blocks.0.attn1']" in (
+        record.message
+    )
+    handle.remove()
+    assert [block.attn1.processor for block in blocks] == stock
+    assert unpatched.processor is stock[0]
+
+
+def test_a_plan_for_one_branch_on_forwards_of_both_runs_dense_and_says_so(caplog):
+    """CogVideoX batches guidance: which half of it is the prompt's, no forward tells."""
+    pipe, call, stock = _built("cogvideox")
+    halves = (Stage(1.0, 0.0, "cond"), Stage(1.0, 0.0, "uncond"))
+    with patch(pipe, plan_for(pipe, NARROW, stages=halves)) as handle:
+        assert torch.equal(generate(pipe, call), stock)
+    assert handle.summary().stages[-1].dense_calls == {NOT_TOLD: 4}
+    assert [r.message for r in caplog.records] == [f"transformer runs dense attention: {NOT_TOLD}"]
+    one = (Stage(1.0, 0.4, "any"), Stage(0.4, 0.0, "cond"))
+    with patch(pipe, plan_for(pipe, NARROW, stages=one)) as handle:
+        generate(pipe, call)  # noise levels 0.5 and 0
+    ran = {s.stage: (s.sparse_calls, s.dense_calls) for s in handle.summary().stages}
+    assert ran["sigma 1 to 0.4"] == (2, {})
+    assert ran["outside"] == (0, {NOT_TOLD: 2})
 
 
 def test_the_runtime_moves_an_index_once_a_device():

@@ -6,6 +6,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import diffusers
 import peft
 import pytest
 import torch
@@ -15,16 +16,24 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sparse_dit import cli
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations import traced
-from sparse_dit.integrations.diffusers import attachment_of, components, self_attention_layers
+from sparse_dit.integrations.diffusers import (
+    attach,
+    attachment_of,
+    components,
+    self_attention_layers,
+)
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch, unpatch
 from sparse_dit.plan import Stage
 from sparse_dit.search.check import check_plan
+from tests import tiny_image_models as image_models
 from tests.eval_cases import WINDOW, uniform_plan
 from tests.test_combinations import drift, fresh, lora
 from tests.test_patch import DENSE, FAR, NARROW, plan_for
 from tests.test_search_check import _with_errors
+from tests.test_video_models import Recorder
 from tests.tiny_pipelines import BUILDERS, generate, wan
+from tests.tiny_video_pipelines import PIPELINES as VIDEO_PIPELINES
 
 HALVES = (Stage(1.0, 0.5), Stage(0.5, 0.0))
 
@@ -88,7 +97,7 @@ def test_one_graph_over_layers_stages_and_runs(family, how, backend):
 
 @pytest.mark.parametrize("how", [compile_blocks, compile_whole, wrap_whole])
 def test_compiled_first_then_patched(how):
-    pipe, call = copy.deepcopy(_layers("wan"))
+    pipe, call = copy.deepcopy(_layers("wan")) if how is compile_blocks else wan()
     plan = plan_for(pipe, FAR, NARROW, stages=HALVES)
     with patch(pipe, plan):
         want = generate(pipe, call)
@@ -169,24 +178,67 @@ def test_two_patched_pipelines_interleaved_and_in_threads():
     assert [s.sparse_calls for s in calls] == [3 * 16, 3 * 16, 2 * 8]
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8])
-def test_distilled_schedules_follow_sigma_not_a_count_of_steps(steps):
-    pipe, call = wan()
-    call = {**call, "num_inference_steps": steps, "guidance_scale": 1.0}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+# model, its scheduler or None for its own, what its call is given, forwards of a run
+SCHEDULES = {
+    "1 step": ("wan", None, {"num_inference_steps": 1}, 1),
+    "4 steps": ("wan", None, {"num_inference_steps": 4}, 4),
+    "8 steps": ("wan", None, {"num_inference_steps": 8}, 8),
+    "UniPC": ("wan", diffusers.UniPCMultistepScheduler(**FLOW), {"num_inference_steps": 5}, 5),
+    "DPM++": ("wan", diffusers.DPMSolverMultistepScheduler(**FLOW), {"num_inference_steps": 5}, 5),
+    # the same noise level twice, but at the end
+    "Heun": ("wan", diffusers.FlowMatchHeunDiscreteScheduler(), {"num_inference_steps": 3}, 5),
+    "flow LCM": ("wan", diffusers.FlowMatchLCMScheduler(shift=5.0), {"num_inference_steps": 4}, 4),
+    "LCM": ("pixart", diffusers.LCMScheduler(), {"num_inference_steps": 4}, 4),
+    "DMD": ("pixart", diffusers.LCMScheduler(), {"timesteps": [999, 749, 499, 249]}, 4),
+    "DPM of CogVideoX": ("cogvideox", diffusers.CogVideoXDPMScheduler(), {}, 2),
+    # of the model's own card
+    "LTX distilled": (
+        "ltx_condition",
+        None,
+        {"timesteps": [1000, 993, 987, 981, 975, 909, 725, 0.03]},
+        8,
+    ),
+    "given sigmas": ("flux", None, {"sigmas": [1.0, 0.75, 0.5, 0.25]}, 4),
+}
+
+
+def seeded(pipe, call):
+    torch.manual_seed(0)  # Wan gives its scheduler no generator
+    return generate(pipe, call)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # schedulers give numpy tensors
+def test_any_schedule_is_followed_by_sigma_and_not_by_a_count_of_steps(name):
+    family, scheduler, given, forwards = SCHEDULES[name]
+    pipe, call = (BUILDERS | image_models.BUILDERS | VIDEO_PIPELINES)[family]()
+    if scheduler is not None:
+        pipe.scheduler = scheduler
+    call = {**call, "guidance_scale": 1.0, **given}
     seen = []
     hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["timestep"].max().item() / 1000),
-        with_kwargs=True,
+        lambda _, args, kwargs: seen.append(kwargs["timestep"].max().item()), with_kwargs=True
     )
+    recorder = Recorder()
+    attachment = attach(pipe.transformer, recorder)
+    stock = [seeded(pipe, call) for _ in range(2)]
+    attachment.detach()
+    layers = len(self_attention_layers(pipe.transformer))
+    told = [c.context for c in recorder.calls[::layers]]
+    levels = [t if family == "flux" else t / 1000 for t in seen]
+    assert [c.sigma for c in told] == pytest.approx(levels)
+    assert [(c.run, c.step) for c in told] == [(r, s) for r in range(2) for s in range(forwards)]
     with patch(pipe, plan_for(pipe, NARROW, stages=HALVES)) as handle:
-        first, second = generate(pipe, call), generate(pipe, call)
+        first, second = seeded(pipe, call), seeded(pipe, call)
     hook.remove()
-    assert torch.equal(first, second)
-    high = 2 * sum(sigma > 0.5 for sigma in seen)
+    assert torch.equal(first, second) and torch.equal(*stock)
+    assert 0 < drift(first, stock[0]) < 0.5
+    high = layers * sum(sigma > 0.5 for sigma in levels)
     ran = {s.stage: s.sparse_calls for s in handle.summary().stages}
-    assert ran["sigma 1 to 0.5"] == high > 0
-    assert ran.get("sigma 0.5 to 0", 0) == 2 * len(seen) - high
-    assert len(seen) == 2 * steps
+    assert ran["sigma 1 to 0.5"] == high
+    assert ran["sigma 0.5 to 0"] == layers * 2 * forwards - high
+    assert handle.summary().dense_calls == 0
 
 
 def test_branches_with_plans_of_their_own_run_their_own():

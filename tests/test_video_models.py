@@ -17,8 +17,7 @@ from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
-from tests.tiny_pipelines import generate
-from tests.tiny_video_models import BUILDERS, PIPELINES, WAN, run
+from tests.tiny_video_models import BUILDERS, WAN, run
 
 # Mochi's own: it asks for autocast to float32, which a CPU doesn't have
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
@@ -147,13 +146,6 @@ def drift(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_models_without_a_pipeline_in_the_tests_are_told_so():
-    in_pipelines = {*PIPELINES, "wan_i2v", "wan_ti2v", "cogvideox15", "hunyuan_i2v"}
-    for name in BUILDERS:
-        family = FAMILIES[type(_built(name)[0]).__name__]
-        assert family.tested == ("pipeline" if name in in_pipelines else "transformer")
-
-
 @MODEL
 def test_dense_is_bit_equal_and_removal_restores_the_objects(name):
     transformer, calls, stock = _built(name)
@@ -218,41 +210,6 @@ def test_inference_mode_gives_the_same(name):
     assert all(torch.equal(a, b) for a, b in zip(inferred, sparse, strict=True))
 
 
-# (layout, noise level, branch) of the first layer's calls in two steps, from the schedulers' tables
-STEPS = {
-    "mochi": [(_video(after=text), sigma, "any") for sigma in (1, 0.975) for text in (0, 0, 7, 12)],
-    "allegro": [(_video(), sigma, "any") for sigma in (0.5, 0)],
-    "skyreels": [(_video(), sigma, b) for sigma in (1, 0.06) for b in ("cond", "uncond")],
-    "wan_vace": [(_video(), sigma, b) for sigma in (1, 0.009) for b in ("cond", "uncond")],
-    "anyflow": [(_video(), sigma, "any") for sigma in (1, 0.5)],
-    "hunyuan15": [
-        (_video(after=729 + 6 + 12), sigma, b) for sigma in (1, 0.875) for b in ("cond", "uncond")
-    ],
-}
-
-
-@pytest.mark.parametrize("kind", PIPELINES)
-def test_whole_pipelines_dense_and_sparse(kind):
-    pipe, call = PIPELINES[kind]()
-    stock = generate(pipe, call)
-    recorder = Recorder()
-    attachment = attach(pipe.transformer, recorder)
-    assert torch.equal(generate(pipe, call), stock)
-    attachment.detach()
-    first = [c.context for c in recorder.calls if c.layer == LAYERS[kind][0]]
-    for context, (layout, sigma, branch) in zip(first, STEPS[kind], strict=True):
-        assert (context.layout, context.branch) == (layout, branch)
-        assert context.sigma == pytest.approx(sigma, abs=1e-3)
-    with patch(pipe, plan_for(pipe.transformer, NARROW)) as handle:
-        sparse = generate(pipe, call)
-    ran = handle.ran["transformer"]
-    assert {r.dense_because for r in ran} == {None}
-    assert {r.layer: r.calls for r in ran} == dict.fromkeys(LAYERS[kind], len(STEPS[kind]))
-    assert sparse.isfinite().all()
-    assert 0 < drift(sparse, stock) < 0.5
-    assert torch.equal(generate(pipe, call), stock)
-
-
 def test_validity_of_hunyuan15_is_what_its_masks_say():
     transformer, calls, _ = _built("hunyuan15")
     seen, _ = recorded(transformer, calls)
@@ -269,6 +226,38 @@ def test_validity_of_hunyuan15_follows_a_mask_that_is_changed_in_place():
     call["encoder_attention_mask"][1, 6] = 0
     second, _ = recorded(transformer, [call])
     assert (first[0].kv_len - second[0].kv_len).tolist() == [0, 1]
+
+
+def _coords(times, rows=2, columns=3):
+    """Coordinates of LTX's tokens, one frame a time: `[1, 3, N]`."""
+    axes = torch.as_tensor(times, dtype=torch.float), torch.arange(rows) * 32.0
+    return torch.cartesian_prod(*axes, torch.arange(columns) * 32.0).T[None]
+
+
+@pytest.mark.parametrize(
+    ("times", "frames", "before", "after"),
+    [
+        ([0.0], 1, 0, 0),
+        ([0.0, 0.04, 0.36], 3, 0, 0),
+        ([0.8, 0.0, 0.04, 0.36], 3, 1, 0),  # a keyframe
+        ([0.4, 0.8, 0.0, 0.04, 0.36], 3, 2, 0),  # two
+        ([0.8, 0.0], 1, 1, 0),
+        ([0.0, 0.04, 0.36, 0.0, -0.04], 3, 0, 2),  # frames out of turn at the end
+    ],
+)
+def test_the_grid_of_ltx_is_read_from_coordinates(times, frames, before, after):
+    layout = FAMILIES["LTXVideoTransformer3DModel"].layout
+    found = layout(None, {"video_coords": _coords(times), "num_frames": 1, "height": 1, "width": 1})
+    assert found == TokenLayout.video(frames, 2, 3, text_before=6 * before, text_after=6 * after)
+
+
+def test_coordinates_of_ltx_that_are_no_frames_give_no_layout():
+    layout = FAMILIES["LTXVideoTransformer3DModel"].layout
+    coords = _coords([0.0, 0.04, 0.36])
+    order = torch.arange(18)
+    order[[7, 8]] = order[[8, 7]]
+    for wrong in (coords[..., :-1], coords[..., order], torch.zeros(1, 3, 12), coords.flip(2)):
+        assert layout(None, {"video_coords": wrong}) is None
 
 
 def test_keyframes_that_are_appended_to_ltx2_are_tokens_that_all_see():

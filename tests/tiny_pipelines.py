@@ -305,4 +305,7 @@ def generate(pipe: Any, call: dict[str, Any], seed: int = 0, **overrides: Any) -
     """The pipeline's latents of its default call."""
     generator = torch.Generator().manual_seed(seed)
     output = pipe(**{**call, **overrides}, generator=generator)
-    return output.images if hasattr(output, "images") else output.frames
+    video = output.images if hasattr(output, "images") else output.frames
+    return (
+        video[-1] if isinstance(video, list) else video
+    )  # FramePack: what there is after each section

@@ -1,8 +1,7 @@
 """Tiny random video transformers, and the arguments that their pipelines give to a forward.
 
 Every one of `BUILDERS` returns `(transformer, [arguments of a forward, ...])`, two prompts in each;
-forwards of two guidance branches differ in their text. Those of `PIPELINES` return `(pipe, call)` as
-in `tests.tiny_pipelines`, with embeddings in place of text encoders.
+forwards of two guidance branches differ in their text. Whole pipelines: `tests.tiny_video_pipelines`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
-
-from tests.tiny_pipelines import wan
 
 Built = tuple[Any, list[dict[str, Any]]]
 WAN = {
@@ -59,37 +56,37 @@ COG = {
 }
 
 
-def _random(*shape: int, seed: int = 1) -> Tensor:
+def randn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _mask(*lengths: int, size: int) -> Tensor:
+def mask_of(*lengths: int, size: int) -> Tensor:
     return (torch.arange(size) < torch.tensor(lengths)[:, None]).long()
 
 
 def _branches(call: dict[str, Any], texts: int = 12) -> list[dict[str, Any]]:
     """One forward a branch: the same but for its text."""
-    return [{**call, "encoder_hidden_states": _random(2, texts, 32, seed=s)} for s in (2, 3)]
+    return [{**call, "encoder_hidden_states": randn(2, texts, 32, seed=s)} for s in (2, 3)]
 
 
-def _wan(kind: str, channels: int = 16, texts: int = 12, **options: Any) -> Built:
+def wan_like(kind: str, channels: int = 16, texts: int = 12, **options: Any) -> Built:
     torch.manual_seed(0)
     transformer = getattr(diffusers, kind)(**{**WAN, **options}).eval()
-    call = {"hidden_states": _random(2, channels, 3, 16, 16), "timestep": torch.full((2,), 700)}
+    call = {"hidden_states": randn(2, channels, 3, 16, 16), "timestep": torch.full((2,), 700)}
     return transformer, _branches(call, texts)
 
 
 def wan_i2v() -> Built:
     """Wan image to video: keys of an image in cross-attention."""
-    transformer, calls = _wan(
+    transformer, calls = wan_like(
         "WanTransformer3DModel", 36, 512, in_channels=36, image_dim=16, added_kv_proj_dim=48
     )
-    return transformer, [{**c, "encoder_hidden_states_image": _random(2, 5, 16)} for c in calls]
+    return transformer, [{**c, "encoder_hidden_states_image": randn(2, 5, 16)} for c in calls]
 
 
 def wan_ti2v() -> Built:
     """Wan 2.2 TI2V: a timestep for each token, 0 in the first frame."""
-    transformer, calls = _wan("WanTransformer3DModel")
+    transformer, calls = wan_like("WanTransformer3DModel")
     timestep = torch.full((2, 3 * 8 * 8), 700)
     timestep[:, : 8 * 8] = 0
     return transformer, [{**c, "timestep": timestep} for c in calls]
@@ -97,13 +94,13 @@ def wan_ti2v() -> Built:
 
 def wan_vace() -> Built:
     """Wan VACE: blocks of their own for the control video."""
-    transformer, calls = _wan("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=8)
-    return transformer, [{**c, "control_hidden_states": _random(2, 8, 3, 16, 16)} for c in calls]
+    transformer, calls = wan_like("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=8)
+    return transformer, [{**c, "control_hidden_states": randn(2, 8, 3, 16, 16)} for c in calls]
 
 
 def wan_animate() -> Built:
     """Wan Animate: pose added to the tokens, a face by adapters of another attention."""
-    transformer, calls = _wan(
+    transformer, calls = wan_like(
         "WanAnimateTransformer3DModel",
         36,
         512,
@@ -121,16 +118,16 @@ def wan_animate() -> Built:
         inject_face_latents_blocks=2,
     )
     extra = {
-        "encoder_hidden_states_image": _random(2, 5, 16),
-        "pose_hidden_states": _random(2, 16, 2, 16, 16),
-        "face_pixel_values": _random(2, 3, 5, 16, 16),
+        "encoder_hidden_states_image": randn(2, 5, 16),
+        "pose_hidden_states": randn(2, 16, 2, 16, 16),
+        "face_pixel_values": randn(2, 3, 5, 16, 16),
     }
     return transformer, [{**c, **extra} for c in calls]
 
 
 def skyreels() -> Built:
     """SkyReels-V2 with diffusion forcing: a timestep for each frame."""
-    transformer, calls = _wan("SkyReelsV2Transformer3DModel")
+    transformer, calls = wan_like("SkyReelsV2Transformer3DModel")
     forcing = {
         "timestep": torch.tensor([[0, 300, 700]] * 2),
         "enable_diffusion_forcing": True,
@@ -140,21 +137,21 @@ def skyreels() -> Built:
 
 def chronoedit() -> Built:
     """ChronoEdit: two frames of which the last is far in time."""
-    transformer, calls = _wan(
+    transformer, calls = wan_like(
         "ChronoEditTransformer3DModel", 36, 512, in_channels=36, image_dim=16, added_kv_proj_dim=48
     )
     return transformer, [
         {
             **c,
             "hidden_states": c["hidden_states"][:, :, :2],
-            "encoder_hidden_states_image": _random(2, 5, 16),
+            "encoder_hidden_states_image": randn(2, 5, 16),
         }
         for c in calls
     ]
 
 
 def _rotary(tokens: int) -> tuple[Tensor, Tensor]:
-    angle = _random(tokens, 8, seed=5).repeat_interleave(2, -1)
+    angle = randn(tokens, 8, seed=5).repeat_interleave(2, -1)
     return angle.cos(), angle.sin()
 
 
@@ -165,15 +162,15 @@ def cogvideox15() -> Built:
         **{**COG, "patch_size_t": 2, "patch_bias": False}
     ).eval()
     call = {
-        "hidden_states": _random(4, 4, 4, 16, 16),
-        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "hidden_states": randn(4, 4, 4, 16, 16),
+        "encoder_hidden_states": randn(4, 12, 32, seed=2),
         "timestep": torch.full((4,), 700),
         "image_rotary_emb": _rotary(2 * 8 * 8),
     }
     return transformer, [call]
 
 
-def consisid() -> Built:
+def consisid(**options: Any) -> Built:
     """ConsisID: 12 text tokens, then 3 x 8 x 8; an attention of its own for the face."""
     torch.manual_seed(0)
     face = {
@@ -192,24 +189,24 @@ def consisid() -> Built:
         "LFE_ff_mult": 1,
         "LFE_num_scale": 1,
     }
-    transformer = diffusers.ConsisIDTransformer3DModel(**COG, **face).eval()
+    transformer = diffusers.ConsisIDTransformer3DModel(**{**COG, **face, **options}).eval()
     call = {
-        "hidden_states": _random(4, 3, 4, 16, 16),
-        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "hidden_states": randn(4, 3, 4, 16, 16),
+        "encoder_hidden_states": randn(4, 12, 32, seed=2),
         "timestep": torch.full((4,), 700),
         "image_rotary_emb": _rotary(3 * 8 * 8),
-        "id_cond": _random(4, 2),
-        "id_vit_hidden": [_random(4, 2, 2)],
+        "id_cond": randn(4, 2),
+        "id_vit_hidden": [randn(4, 2, 2)],
     }
     return transformer, [call]
 
 
 def _hunyuan_call(frames: int = 3) -> dict[str, Any]:
     return {
-        "hidden_states": _random(2, 4, frames, 16, 16),
+        "hidden_states": randn(2, 4, frames, 16, 16),
         "timestep": torch.full((2,), 700.0),
-        "encoder_hidden_states": _random(2, 12, 32, seed=2),
-        "encoder_attention_mask": _mask(12, 7, size=12),
+        "encoder_hidden_states": randn(2, 12, 32, seed=2),
+        "encoder_attention_mask": mask_of(12, 7, size=12),
     }
 
 
@@ -223,7 +220,7 @@ def hunyuan_i2v() -> Built:
         guidance_embeds=False,
         image_condition_type="token_replace",
     ).eval()
-    return transformer, [{**_hunyuan_call(), "pooled_projections": _random(2, 32)}]
+    return transformer, [{**_hunyuan_call(), "pooled_projections": randn(2, 32)}]
 
 
 def framepack() -> Built:
@@ -240,14 +237,14 @@ def framepack() -> Built:
     ).eval()
     several = {
         **_hunyuan_call(),
-        "pooled_projections": _random(2, 32),
-        "image_embeds": _random(2, 5, 16),
+        "pooled_projections": randn(2, 32),
+        "image_embeds": randn(2, 5, 16),
         "indices_latents": torch.arange(8, 11),
-        "latents_clean": _random(2, 4, 2, 16, 16, seed=3),
+        "latents_clean": randn(2, 4, 2, 16, 16, seed=3),
         "indices_latents_clean": torch.tensor([0, 11]),
-        "latents_history_2x": _random(2, 4, 2, 16, 16, seed=4),
+        "latents_history_2x": randn(2, 4, 2, 16, 16, seed=4),
         "indices_latents_history_2x": torch.arange(12, 14),
-        "latents_history_4x": _random(2, 4, 4, 16, 16, seed=5),
+        "latents_history_4x": randn(2, 4, 4, 16, 16, seed=5),
         "indices_latents_history_4x": torch.arange(14, 18),
     }
     one = {  # whose padding is cut off
@@ -264,14 +261,14 @@ def hunyuan15() -> Built:
     ).eval()
     call = {
         **_hunyuan_call(),
-        "encoder_hidden_states_2": _random(2, 6, 16),
-        "encoder_attention_mask_2": _mask(0, 4, size=6),
+        "encoder_hidden_states_2": randn(2, 6, 16),
+        "encoder_attention_mask_2": mask_of(0, 4, size=6),
         "image_embeds": torch.zeros(2, 4, 16),
     }
-    return transformer, [call, {**call, "image_embeds": _random(2, 4, 16)}]
+    return transformer, [call, {**call, "image_embeds": randn(2, 4, 16)}]
 
 
-def ltx2() -> Built:
+def ltx2(**options: Any) -> Built:
     """LTX 2: 3 x 8 x 8 beside sound, which has attention of its own; guidance batched."""
     torch.manual_seed(0)
     transformer = diffusers.LTX2VideoTransformer3DModel(
@@ -288,14 +285,15 @@ def ltx2() -> Built:
         num_layers=2,
         caption_channels=32,
         rope_double_precision=False,
+        **options,
     ).eval()
     call = {
-        "hidden_states": _random(4, 3 * 8 * 8, 4),
-        "audio_hidden_states": _random(4, 9, 4),
-        "encoder_hidden_states": _random(4, 12, 32, seed=2),
-        "audio_encoder_hidden_states": _random(4, 12, 32, seed=2),
-        "encoder_attention_mask": _mask(12, 7, 1, 3, size=12),
-        "audio_encoder_attention_mask": _mask(12, 7, 1, 3, size=12),
+        "hidden_states": randn(4, 3 * 8 * 8, 4),
+        "audio_hidden_states": randn(4, 9, 4),
+        "encoder_hidden_states": randn(4, 12, 32, seed=2),
+        "audio_encoder_hidden_states": randn(4, 12, 32, seed=2),
+        "encoder_attention_mask": mask_of(12, 7, 1, 3, size=12),
+        "audio_encoder_attention_mask": mask_of(12, 7, 1, 3, size=12),
         "timestep": torch.full((4,), 700),
         "num_frames": 3,
         "height": 8,
@@ -320,10 +318,10 @@ def mochi() -> Built:
         max_sequence_length=12,
     ).eval()
     call = {
-        "hidden_states": _random(4, 4, 3, 16, 16),
-        "encoder_hidden_states": _random(4, 12, 32, seed=2),
+        "hidden_states": randn(4, 4, 3, 16, 16),
+        "encoder_hidden_states": randn(4, 12, 32, seed=2),
         "timestep": torch.full((4,), 300),
-        "encoder_attention_mask": _mask(0, 2, 12, 7, size=12).bool(),
+        "encoder_attention_mask": mask_of(0, 2, 12, 7, size=12).bool(),
     }
     return transformer, [call]
 
@@ -342,17 +340,18 @@ def allegro() -> Built:
         caption_channels=32,
     ).eval()
     call = {
-        "hidden_states": _random(4, 4, 3, 16, 16),
-        "encoder_hidden_states": _random(4, 1, 12, 32, seed=2),
+        "hidden_states": randn(4, 4, 3, 16, 16),
+        "encoder_hidden_states": randn(4, 1, 12, 32, seed=2),
         "timestep": torch.full((4,), 700),
-        "encoder_attention_mask": _mask(12, 7, 1, 3, size=12),
+        "encoder_attention_mask": mask_of(12, 7, 1, 3, size=12),
     }
     return transformer, [call]
 
 
-def easyanimate() -> Built:
+def easyanimate(**options: Any) -> Built:
     """EasyAnimate: 12 + 5 text tokens, then 3 x 8 x 8; guidance batched."""
     torch.manual_seed(0)
+    config = {"text_embed_dim_t5": 16, **options}
     transformer = diffusers.EasyAnimateTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -362,14 +361,14 @@ def easyanimate() -> Built:
         num_layers=2,
         time_embed_dim=4,
         text_embed_dim=32,
-        text_embed_dim_t5=16,
         sample_width=16,
         sample_height=16,
+        **config,
     ).eval()
     call = {
-        "hidden_states": _random(4, 4, 3, 16, 16),
-        "encoder_hidden_states": _random(4, 12, 32, seed=2),
-        "encoder_hidden_states_t5": _random(4, 5, 16, seed=3),
+        "hidden_states": randn(4, 4, 3, 16, 16),
+        "encoder_hidden_states": randn(4, 12, 32, seed=2),
+        "encoder_hidden_states_t5": randn(4, 5, 16, seed=3),
         "timestep": torch.full((4,), 700),
     }
     return transformer, [call]
@@ -378,10 +377,9 @@ def easyanimate() -> Built:
 def cosmos(**options: Any) -> Built:
     """Cosmos 2: 3 x 8 x 8, guidance in two calls, a noise level for each frame."""
     torch.manual_seed(0)
-    config = {"concat_padding_mask": False, "extra_pos_embed_type": None, **options}
+    config = {"in_channels": 4, "out_channels": 4, "extra_pos_embed_type": None, **options}
     transformer = diffusers.CosmosTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
+        concat_padding_mask=False,  # it is resized by torchvision, which needn't be installed
         num_attention_heads=2,
         attention_head_dim=16,
         num_layers=2,
@@ -392,7 +390,7 @@ def cosmos(**options: Any) -> Built:
         **config,
     ).eval()
     sigmas = torch.tensor([0.1, 0.7, 0.7]).view(1, 1, 3, 1, 1).expand(2, -1, -1, -1, -1)
-    calls = _branches({"hidden_states": _random(2, 4, 3, 16, 16), "timestep": sigmas})
+    calls = _branches({"hidden_states": randn(2, 4, 3, 16, 16), "timestep": sigmas})
     return transformer, calls
 
 
@@ -423,8 +421,8 @@ def kandinsky6() -> Built:
         out_audio_dim=4,
     ).eval()
     call = {
-        "hidden_states": _random(2, 3, 16, 16, 4),
-        "pooled_projections": _random(2, 16),
+        "hidden_states": randn(2, 3, 16, 16, 4),
+        "pooled_projections": randn(2, 16),
         "timestep": torch.full((2,), 700.0),
     }
     return transformer, _branches(call)
@@ -435,7 +433,7 @@ def anyflow() -> Built:
     torch.manual_seed(0)
     options = {k: v for k, v in WAN.items() if k != "rope_max_seq_len"}
     transformer = diffusers.AnyFlowTransformer3DModel(**options, rope_max_seq_len=32).eval()
-    call = {"hidden_states": _random(2, 3, 16, 16, 16)}
+    call = {"hidden_states": randn(2, 3, 16, 16, 16)}
     levels = {"timestep": torch.full((2, 3), 700.0), "r_timestep": torch.full((2, 3), 300.0)}
     return transformer, _branches({**call, **levels})
 
@@ -451,7 +449,7 @@ def joyimage() -> Built:
         num_layers=2,
         rope_dim_list=[4, 6, 6],
     ).eval()
-    call = {"hidden_states": _random(2, 2, 4, 1, 16, 16), "timestep": torch.full((2,), 700.0)}
+    call = {"hidden_states": randn(2, 2, 4, 1, 16, 16), "timestep": torch.full((2,), 700.0)}
     return transformer, _branches(call)
 
 
@@ -475,9 +473,9 @@ def kandinsky() -> Built:
             torch.nn.init.normal_(parameter, std=0.3)
     calls = [
         {
-            "hidden_states": _random(1, 3, 16, 16, 4),
-            "encoder_hidden_states": _random(1, 12, 32, seed=seed),
-            "pooled_projections": _random(1, 16, seed=seed),
+            "hidden_states": randn(1, 3, 16, 16, 4),
+            "encoder_hidden_states": randn(1, 12, 32, seed=seed),
+            "pooled_projections": randn(1, 16, seed=seed),
             "timestep": torch.full((1,), 700.0),
             "visual_rope_pos": [torch.arange(3), torch.arange(8), torch.arange(8)],
             "text_rope_pos": torch.arange(12),
@@ -487,39 +485,38 @@ def kandinsky() -> Built:
     return transformer, calls
 
 
-def motif() -> Built:
+def motif(**options: Any) -> Built:
     """Motif-Video: 3 x 8 x 8, then 12 text tokens of which some are padding; guidance in two calls."""
     torch.manual_seed(0)
+    config = {"in_channels": 4, "out_channels": 4, "num_single_layers": 1, **options}
     transformer = diffusers.MotifVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
         num_layers=1,
-        num_single_layers=1,
         text_embed_dim=32,
         rope_axes_dim=(4, 6, 6),
+        **config,
     ).eval()
     calls = [
         {
-            "hidden_states": _random(2, 4, 3, 16, 16),
-            "encoder_hidden_states": _random(2, 12, 32, seed=seed),
+            "hidden_states": randn(2, 4, 3, 16, 16),
+            "encoder_hidden_states": randn(2, 12, 32, seed=seed),
             "encoder_attention_mask": mask,
             "timestep": torch.full((2,), 700),
         }
-        for seed, mask in ((2, _mask(12, 7, size=12)), (3, _mask(3, 3, size=12)))
+        for seed, mask in ((2, mask_of(12, 7, size=12)), (3, mask_of(3, 3, size=12)))
     ]
     return transformer, calls
 
 
-def helios() -> Built:
+def helios(channels: int = 4) -> Built:
     """Helios: history of 5 x 4 x 4 + 2 x 8 x 8 in three scales, then 3 x 8 x 8; two calls."""
     torch.manual_seed(0)
     transformer = diffusers.HeliosTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=32,
         freq_dim=32,
         ffn_dim=32,
@@ -530,16 +527,16 @@ def helios() -> Built:
     history = {
         "indices_hidden_states": torch.arange(7, 10)[None],
         "indices_latents_history_long": torch.arange(4)[None],
-        "latents_history_long": _random(1, 4, 4, 16, 16, seed=4),
+        "latents_history_long": randn(1, 4, 4, 16, 16, seed=4),
         "indices_latents_history_mid": torch.arange(4, 6)[None],
-        "latents_history_mid": _random(1, 4, 2, 16, 16, seed=5),
+        "latents_history_mid": randn(1, 4, 2, 16, 16, seed=5),
         "indices_latents_history_short": torch.arange(6, 7)[None],
-        "latents_history_short": _random(1, 4, 1, 16, 16, seed=6),
+        "latents_history_short": randn(1, 4, 1, 16, 16, seed=6),
     }
     calls = [
         {
-            "hidden_states": _random(1, 4, 3, 16, 16),
-            "encoder_hidden_states": _random(1, 12, 32, seed=seed),
+            "hidden_states": randn(1, 4, 3, 16, 16),
+            "encoder_hidden_states": randn(1, 12, 32, seed=seed),
             "timestep": torch.full((1,), 700),
             **history,
         }
@@ -579,139 +576,3 @@ def run(transformer: Any, calls: list[dict[str, Any]]) -> list[Tensor]:
     """The video output of each forward."""
     with torch.no_grad():
         return [transformer(return_dict=False, **call)[0] for call in calls]
-
-
-def _finish(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    pipe.set_progress_bar_config(disable=True)
-    size = {"height": 128, "width": 128, "num_inference_steps": 2, "output_type": "latent"}
-    return pipe, {**size, **call}
-
-
-def mochi_pipeline() -> tuple[Any, dict[str, Any]]:
-    """Mochi with the scheduler of its checkpoint, which inverts noise levels."""
-    transformer, _ = mochi()
-    pipe = diffusers.MochiPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-    )
-    call = {
-        "prompt_embeds": _random(2, 12, 32),
-        "prompt_attention_mask": _mask(7, 12, size=12).bool(),
-        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
-        "negative_prompt_attention_mask": _mask(0, 0, size=12).bool(),
-        "num_frames": 13,
-    }
-    return _finish(pipe, call)
-
-
-def allegro_pipeline() -> tuple[Any, dict[str, Any]]:
-    """Allegro, guidance batched."""
-    transformer, _ = allegro()
-    pipe = diffusers.AllegroPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=transformer,
-        scheduler=diffusers.DDIMScheduler(),
-    )
-    call = {
-        "prompt_embeds": _random(2, 12, 32),
-        "prompt_attention_mask": _mask(7, 12, size=12),
-        "negative_prompt": None,
-        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
-        "negative_prompt_attention_mask": _mask(3, 3, size=12),
-        "num_frames": 12,
-    }
-    return _finish(pipe, call)
-
-
-def skyreels_pipeline() -> tuple[Any, dict[str, Any]]:
-    """SkyReels-V2, cond and uncond in two calls."""
-    transformer, _ = skyreels()
-    pipe = diffusers.SkyReelsV2Pipeline(
-        tokenizer=None,
-        text_encoder=None,
-        transformer=transformer,
-        vae=None,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
-    )
-    call = {
-        "prompt_embeds": _random(2, 12, 32),
-        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
-        "num_frames": 9,
-    }
-    return _finish(pipe, call)
-
-
-def hunyuan15_pipeline() -> tuple[Any, dict[str, Any]]:
-    """HunyuanVideo 1.5, text to video: cond and uncond in two calls by a guider."""
-    torch.manual_seed(0)
-    transformer = diffusers.HunyuanVideo15Transformer3DModel(
-        **{**HUNYUAN, "num_layers": 2, "in_channels": 9}, text_embed_2_dim=16, image_embed_dim=16
-    ).eval()
-    vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4,
-        block_out_channels=(16, 16, 16, 16),
-        layers_per_block=1,
-        spatial_compression_ratio=8,
-        temporal_compression_ratio=4,
-    ).eval()
-    pipe = diffusers.HunyuanVideo15Pipeline(
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-        vae=vae,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=None,
-        tokenizer_2=None,
-        guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
-    )
-    call = {
-        "prompt_embeds": _random(2, 12, 32),
-        "prompt_embeds_mask": _mask(7, 12, size=12),
-        "negative_prompt_embeds": _random(2, 12, 32, seed=2),
-        "negative_prompt_embeds_mask": _mask(3, 3, size=12),
-        "prompt_embeds_2": _random(2, 6, 16),
-        "prompt_embeds_mask_2": _mask(0, 4, size=6),
-        "negative_prompt_embeds_2": _random(2, 6, 16, seed=2),
-        "negative_prompt_embeds_mask_2": _mask(0, 0, size=6),
-        "num_frames": 9,
-    }
-    return _finish(pipe, call)
-
-
-def vace_pipeline() -> tuple[Any, dict[str, Any]]:
-    """Wan VACE with a grey control video, cond and uncond in two calls."""
-    transformer, _ = _wan("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=96)
-    parts = {k: wan()[0].components[k] for k in ("vae", "tokenizer", "text_encoder")}
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = diffusers.WanVACEPipeline(**parts, transformer=transformer, scheduler=scheduler)
-    call = {
-        "prompt_embeds": _random(1, 12, 32),
-        "negative_prompt_embeds": _random(1, 12, 32, seed=2),
-        "num_frames": 9,
-    }
-    return _finish(pipe, call)
-
-
-def anyflow_pipeline() -> tuple[Any, dict[str, Any]]:
-    """AnyFlow, which its distillation spares the guidance."""
-    transformer, _ = anyflow()
-    parts = {k: wan()[0].components[k] for k in ("vae", "tokenizer", "text_encoder")}
-    scheduler = diffusers.FlowMapEulerDiscreteScheduler()
-    pipe = diffusers.AnyFlowPipeline(**parts, transformer=transformer, scheduler=scheduler)
-    call = {"prompt_embeds": _random(2, 12, 32), "num_frames": 9}
-    return _finish(pipe, call)
-
-
-PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-    "mochi": mochi_pipeline,
-    "allegro": allegro_pipeline,
-    "skyreels": skyreels_pipeline,
-    "hunyuan15": hunyuan15_pipeline,
-    "wan_vace": vace_pipeline,
-    "anyflow": anyflow_pipeline,
-}

@@ -13,7 +13,7 @@ from torch import nn
 
 from .call import AttentionCall, Intercept, StepContext
 from .course import Course
-from .families import FAMILIES, Family, family_of, forward_arguments, sigma_of
+from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
@@ -41,7 +41,7 @@ def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
         TypeError: If there is none.
         NotImplementedError: If there is one of a class that is not supported.
     """
-    supported = f"supported transformers: {sorted(FAMILIES)}"
+    supported = "`sparse-dit models` lists the transformers that are"
     kind = type(pipe_or_transformer).__name__
     if isinstance(pipe_or_transformer, nn.Module):
         found = {"transformer": pipe_or_transformer}
@@ -49,17 +49,21 @@ def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
         parts = getattr(pipe_or_transformer, "components", {})
         found = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
     if not found:
-        raise TypeError(f"{kind} is no transformer and no pipeline with one; {supported}")
+        raise TypeError(
+            f"{kind} is no transformer and no pipeline with one; pass a diffusers pipeline"
+        )
     # torch.compile(module) keeps the module itself here
     found = {name: getattr(part, "_orig_mod", part) for name, part in found.items()}
     for name, part in found.items():
         if family_of(part) is None:
-            what = type(part).__name__ if part is pipe_or_transformer else f"{kind}.{name}"
+            what = type(part).__name__
+            if part is not pipe_or_transformer:
+                what = f"{kind}.{name}, a {what},"
             reason = UNQUALIFIED.get(type(part).__name__)
             raise NotImplementedError(
-                f"{what} is a {type(part).__name__}: {reason}"
+                f"{what} can't be patched: {reason}"
                 if reason
-                else f"{what} is a {type(part).__name__}, which is not supported; {supported}; "
+                else f"{what} is not supported; {supported}, "
                 "sparse_dit.add_model makes another class known"
             )
     return found
@@ -137,6 +141,7 @@ class Attachment:
             n: wrap(p, Seam(n, self._tap, image_only(n) is not None))
             for n, p in self._stock.items()
         }
+        self._links = _links(transformer, self.layers)
         self._name: str | None = None
         self._course = Course()
         self._lost: set[str] = set()
@@ -166,25 +171,39 @@ class Attachment:
 
     @property
     def lost(self) -> list[str]:
-        """Layers whose processor the host replaced while attached: they run stock attention."""
+        """Layers that were replaced while attached, or whose processor was: they run stock attention."""
         if self._tap.intercept is None:
             return sorted(self._lost)
-        return sorted(n for n, p in self._patched.items() if self.layers[n].processor is not p)
+        return sorted(n for n, p in self._patched.items() if self._replaced(n, p))
 
     def detach(self) -> None:
         """Restore the very stock processors and take the hook off; twice is harmless."""
         if self._tap.intercept is None:
             return
         self._lost = set(self.lost)
-        for name, processor in self._stock.items():
-            if name not in self._lost:
-                _set(self.layers[name], processor)
+        for name, layer in self.layers.items():
+            if layer.processor is self._patched[name]:
+                _set(layer, self._stock[name])
         self._hook.remove()
         vars(self._transformer).pop("cache_context", None)
         delattr(self._transformer, self.KEY)
         self._tap.intercept = None  # a processor that the host kept runs stock from now on
         self._tap.mask = self._tap.arrangement = None
         self._course = Course()  # it holds tensors
+
+    def _untouched(self) -> bool:
+        """Whether every layer is where it was, with our processor."""
+        return all(parent.get(name) is child for parent, name, child in self._links) and all(
+            self.layers[name].processor is processor for name, processor in self._patched.items()
+        )
+
+    def _replaced(self, name: str, processor: Any) -> bool:
+        """Whether another layer or processor is at this path now; nothing may be, in a cut model."""
+        try:
+            layer = self._transformer.get_submodule(name)
+        except AttributeError:
+            return False
+        return getattr(layer, "processor", None) is not processor
 
     @contextlib.contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
@@ -213,15 +232,30 @@ class Attachment:
         self._tap.arrangement = told
 
     def _report_lost(self) -> None:
+        if not self._lost and self._untouched():  # the usual case, at a microsecond a layer
+            return
         lost = set(self.lost)
         if lost - self._lost:
             logger.error(
                 "the attention processors of %d layers were replaced after patching "
-                "(fuse_qkv_projections? an IP adapter?) and run stock: do that first, then patch; %s",
+                "(fuse_qkv_projections? an IP adapter? other blocks?) and run stock: "
+                "do that first, then patch; %s",
                 len(lost),
                 sorted(lost),
             )
         self._lost = lost
+
+
+def _links(root: nn.Module, layers: dict[str, Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Which module holds which on the way to the layers: `(modules of the holder, name, module)`."""
+    links = {}
+    for path in layers:
+        parent: Any = root
+        for name in path.split("."):
+            child = parent._modules[name]
+            links[id(parent), name] = (parent._modules, name, child)
+            parent = child
+    return list(links.values())
 
 
 def _set(layer: Any, processor: Any) -> None:

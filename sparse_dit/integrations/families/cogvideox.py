@@ -22,5 +22,5 @@ LAYERS = r"transformer_blocks\.\d+\.attn1"
 
 FAMILIES = {
     "CogVideoXTransformer3DModel": Family(LAYERS, _cogvideox),
-    "ConsisIDTransformer3DModel": Family(LAYERS, _cogvideox, tested="transformer"),
+    "ConsisIDTransformer3DModel": Family(LAYERS, _cogvideox),
 }

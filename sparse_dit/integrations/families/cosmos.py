@@ -29,7 +29,6 @@ FAMILIES = {
         r"transformer_blocks\.\d+\.attn1",
         _cosmos,
         noise=_noise,
-        tested="transformer",
         two_calls=True,
     ),
 }

@@ -20,7 +20,5 @@ def _easyanimate(config: Any, arguments: Arguments) -> TokenLayout:
 
 
 FAMILIES = {
-    "EasyAnimateTransformer3DModel": Family(
-        r"transformer_blocks\.\d+\.attn1", _easyanimate, tested="transformer"
-    ),
+    "EasyAnimateTransformer3DModel": Family(r"transformer_blocks\.\d+\.attn1", _easyanimate),
 }

@@ -34,5 +34,5 @@ def _helios(config: Any, arguments: Arguments) -> TokenLayout:
 
 
 FAMILIES = {
-    "HeliosTransformer3DModel": Family(r"blocks\.\d+\.attn1", _helios, tested="transformer"),
+    "HeliosTransformer3DModel": Family(r"blocks\.\d+\.attn1", _helios),
 }

@@ -91,9 +91,7 @@ LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"
 
 FAMILIES = {
     "HunyuanVideoTransformer3DModel": Family(LAYERS, _hunyuan_video, two_calls=True),
-    "HunyuanVideoFramepackTransformer3DModel": Family(
-        LAYERS, _framepack, tested="transformer", two_calls=True
-    ),
+    "HunyuanVideoFramepackTransformer3DModel": Family(LAYERS, _framepack, two_calls=True),
     "HunyuanVideo15Transformer3DModel": Family(
         r"transformer_blocks\.\d+\.attn", _hunyuan_video15, arrange=_padded
     ),

@@ -25,7 +25,6 @@ FAMILIES = {
         r"visual_transformer_blocks\.\d+\.self_attention",
         _kandinsky,
         heads=_heads,
-        tested="transformer",
         two_calls=True,
     ),
     "Kandinsky6Transformer3DModel": Family(

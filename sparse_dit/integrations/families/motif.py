@@ -23,7 +23,5 @@ def _motif(config: Any, arguments: Arguments) -> TokenLayout:
 
 
 FAMILIES = {
-    "MotifVideoTransformer3DModel": Family(
-        r"(single_)?transformer_blocks\.\d+\.attn", _motif, tested="transformer"
-    ),
+    "MotifVideoTransformer3DModel": Family(r"(single_)?transformer_blocks\.\d+\.attn", _motif),
 }

@@ -21,7 +21,7 @@ LAYERS = r"blocks\.\d+\.attn1"
 FAMILIES = {
     "WanTransformer3DModel": Family(LAYERS, _wan, two_calls=True),
     "WanVACETransformer3DModel": Family(rf"(vace_)?{LAYERS}", _wan, two_calls=True),
-    "WanAnimateTransformer3DModel": Family(LAYERS, _wan, two_calls=True, tested="transformer"),
+    "WanAnimateTransformer3DModel": Family(LAYERS, _wan, two_calls=True),
     "SkyReelsV2Transformer3DModel": Family(LAYERS, _wan, two_calls=True),
-    "ChronoEditTransformer3DModel": Family(LAYERS, _wan, two_calls=True, tested="transformer"),
+    "ChronoEditTransformer3DModel": Family(LAYERS, _wan, two_calls=True),
 }
