@@ -108,13 +108,11 @@ def _traced(
     return Attended(out, lse if return_lse else None, mass)
 
 
-@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton was told to interpret kernels, which works on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@torch.compiler.assume_constant_result
 def _absent() -> bool:
     return _ABSENT
 
@@ -130,7 +128,6 @@ def _configs(q: Tensor) -> tuple[Config, Config]:
     return configs_for(architecture, q.shape[-1])
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _architecture(device: torch.device) -> str | None:
     """The device's name in `CONFIGS`, None if it has none."""
