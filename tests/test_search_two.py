@@ -324,10 +324,18 @@ def test_the_commands(tmp_path, capsys):
     assert "compare the plans with `sparse-dit eval`" in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_is_for_one_transformer_says_so(pipe, searched, tmp_path):
+def test_the_error_bar_is_of_both(searched):
     whole = searched[0]
-    with pytest.raises(ValueError, match="must be of one transformer, got transformer and tr"):
-        damage_error(whole.profile.components["transformer"], whole.problem, whole.choice.pick)
+    parts, task, pick = whole.profile.components, whole.problem, whole.choice.pick
+    alone = []
+    for name in BOTH:
+        only = torch.zeros_like(pick).index_copy(0, task.units_of(name), pick[task.units_of(name)])
+        alone.append(damage_error(parts, task, only))
+    assert min(alone) > 0
+    assert damage_error(parts, task, pick) == pytest.approx(math.hypot(*alone))
+
+
+def test_what_is_for_one_transformer_says_so(pipe, tmp_path):
     request = FrontierRequest(
         [CASE], [Case("a boat")], SETTINGS, (0.5,), ("searched",), tmp_path / "f.json"
     )
