@@ -19,7 +19,7 @@ from sparse_dit.plan.evidence import prompt_dependent
 from sparse_dit.search import engine, plan_of, search, search_plan
 from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
-from sparse_dit.search.profile_file import read_profile
+from sparse_dit.search.profile_file import FORMAT, read_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.rivals import least_damage_at_density
 from sparse_dit.search.solve import evaluate
@@ -229,7 +229,7 @@ def test_a_damaged_profile_is_one_clear_line(pipe, tmp_path):
         "empty": b"",
         "truncated": data[: len(data) // 2],
         "text": b"{}",
-        "other version": data.replace(b"sparse_dit profile 2", b"sparse_dit profile 9"),
+        "other version": data.replace(FORMAT.encode(), b"sparse_dit profile 9"),
         "no components": data.replace(b'\\"components\\"', b'\\"companents\\"'),
         "a wrong key": data.replace(b'\\"head_dim\\"', b'\\"head_dum\\"'),
         "a missing layer": data.replace(b"blocks.0.attn1|norm", b"blocks.7.attn1|norm"),
@@ -330,7 +330,7 @@ def test_a_failure_in_any_phase_leaves_the_pipeline_as_it_was(pipe, fast, monkey
 
     place, name = {
         "profile_pipeline": (sampling, "sampled_rows"),
-        "sensitivity": (sensitivity, "sparse_attention"),
+        "sensitivity": (sensitivity, "attention_over"),
         "dense_reference": (engine, "dense_reference"),
         "tune": (tune, "verify"),
     }[phase]

@@ -1,5 +1,6 @@
 """Searching a pipeline with two transformers, as Wan 2.2: one budget, a plan that names both."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -124,16 +125,18 @@ def test_one_problem_holds_both_with_their_own_calls(searched):
 
 
 def test_the_budget_is_spent_where_it_does_most_good(searched):
-    """Neither half alone could spend it better: no unit of one and of the other would exchange."""
+    """No other division of the seconds between the two, each at a price of its own, is better."""
     task = searched[0].problem
-    price = 1e2
-    choice = at_price(task, price)
-    for name in BOTH:
-        mine = task.units_of(name)
-        value = task.seconds[mine] + price * task.damage[mine]
-        assert choice.pick[mine].equal(value.argmin(1))
-    importance = [task.importance[task.units_of(name)].sum().item() for name in BOTH]
+    high, low = (task.units_of(name) for name in BOTH)
+    importance = [task.importance[units].sum().item() for units in (high, low)]
     assert min(importance) > 0 and importance[0] != pytest.approx(importance[1], rel=0.05)
+    unit = task.dense_seconds / task.damage.max().item()
+    choices = [at_price(task, unit * 10**step) for step in (-4, -3, -2, -1, 0, 1)]
+    assert len({round(choice.seconds, 9) for choice in choices}) > 2
+    for one, two, shared in itertools.product(choices, repeat=3):
+        divided = evaluated(task, torch.cat([one.pick[high], two.pick[low]]))
+        slower = divided.seconds > shared.seconds * (1 + 1e-9)
+        assert slower or divided.damage >= shared.damage * (1 - 1e-9)
 
 
 def test_it_goes_on_from_its_profile(pipe, searched, monkeypatch):
@@ -321,10 +324,18 @@ def test_the_commands(tmp_path, capsys):
     assert "compare the plans with `sparse-dit eval`" in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_is_for_one_transformer_says_so(pipe, searched, tmp_path):
+def test_the_error_bar_is_of_both(searched):
     whole = searched[0]
-    with pytest.raises(ValueError, match="must be of one transformer, got transformer and tr"):
-        damage_error(whole.profile.components["transformer"], whole.problem, whole.choice.pick)
+    parts, task, pick = whole.profile.components, whole.problem, whole.choice.pick
+    alone = []
+    for name in BOTH:
+        only = torch.zeros_like(pick).index_copy(0, task.units_of(name), pick[task.units_of(name)])
+        alone.append(damage_error(parts, task, only))
+    assert min(alone) > 0
+    assert damage_error(parts, task, pick) == pytest.approx(math.hypot(*alone))
+
+
+def test_what_is_for_one_transformer_says_so(pipe, tmp_path):
     request = FrontierRequest(
         [CASE], [Case("a boat")], SETTINGS, (0.5,), ("searched",), tmp_path / "f.json"
     )

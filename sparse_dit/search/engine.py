@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +24,12 @@ from .joint import joined, pair_shares
 from .objective import Objective
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline, profiling_steps
+from .prompts import TuneOn, split_cases
 from .provenance import measured_of, provenance
 from .sensitivity import Sensitivity, reduced, sensitivity
 from .solve import Choice, Problem, problem, stages_of
 from .tune import Clock, Report, Session, tune
 from .verify import Reference, dense_reference
-
-TuneOn = Literal["held_out", "calibration"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +123,7 @@ def search_plan(
     elsewhere = Elsewhere.of(device_table, dense_seconds)
     if elsewhere is not None and elsewhere.table.caveat:
         say(elsewhere.table.caveat)
-    calibration, held = _split(_cases("prompts", prompts), held_out, tune_on)
+    calibration, held = split_cases(prompts, held_out, tune_on)
     for transformer in _searchable(pipe).values():
         if elsewhere is not None:
             elsewhere.check(transformer)
@@ -176,13 +175,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("references")
     local_seconds = sum(r.seconds for r in references) / len(references)
     calls = {name: references[0].calls(name, stages[name]) for name in parts}
-    stock = sum(
-        tables[name].dense * sum(calls[name]) * len(part.layers) * part.num_heads
-        for name, part in parts.items()
-    )
-    dense_seconds = (
-        run.elsewhere.generation(local_seconds, stock) if run.elsewhere else local_seconds
-    )
+    dense_seconds = _dense_seconds(run, parts, tables, calls, local_seconds)
     problems = {
         name: problem(part, stages[name], matters[name], tables[name], calls[name], dense_seconds)
         for name, part in parts.items()
@@ -206,6 +199,23 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
         measured=measured_of(objective, verified, len(run.held_out), run.elsewhere),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
+
+
+def _dense_seconds(
+    run: _Run,
+    parts: Mapping[str, ComponentProfile],
+    tables: Mapping[str, CostTable],
+    calls: Mapping[str, Sequence[int]],
+    measured: float,
+) -> float:
+    """Of a dense generation on the device that is solved for."""
+    if run.elsewhere is None:
+        return measured
+    stock = sum(
+        tables[name].dense * sum(calls[name]) * len(part.layers) * part.num_heads
+        for name, part in parts.items()
+    )
+    return run.elsewhere.generation(measured, stock)
 
 
 def _references(run: _Run, profiled: Profile) -> list[Reference]:
@@ -292,41 +302,3 @@ def _with_break_even(
             tokens = break_even_tokens(table, density, heads, head_dim, others)
             found[name] = replace(component, valid_tokens=(tokens, None))
     return replace(plan, components=found)
-
-
-def _cases(name: str, prompts: Sequence[str | Case]) -> list[Case]:
-    if isinstance(prompts, str | Case) or not isinstance(prompts, Sequence):
-        raise TypeError(f"{name} must be a list of texts, got {prompts!r:.60}; put it in a list")
-    return [p if isinstance(p, Case) else Case(p, seed) for seed, p in enumerate(prompts)]
-
-
-def _split(
-    cases: list[Case], held_out: Sequence[str | Case] | None, tune_on: str
-) -> tuple[list[Case], list[Case]]:
-    """Calibration and held-out cases; none are held out if the plan is tuned on calibration."""
-    if tune_on not in get_args(TuneOn):
-        raise ValueError(f"tune_on must be one of {get_args(TuneOn)}, got {tune_on!r}")
-    if not cases:
-        raise ValueError("searching needs at least one prompt, got none")
-    if tune_on == "calibration":
-        if held_out is not None:
-            raise ValueError(
-                "tune_on='calibration' takes no held_out prompts; leave them out, and verify on them "
-                "afterwards"
-            )
-        return cases, []
-    if held_out is None:
-        if len(cases) < 2:
-            raise ValueError(
-                "give held_out prompts, or two or more prompts, so that one is held out"
-            )
-        cases, held = cases[:-1], cases[-1:]
-    else:
-        held = _cases("held_out", held_out)
-    if not held:
-        raise ValueError("held_out must hold at least one prompt, got none")
-    if shared := sorted({c.prompt for c in cases} & {c.prompt for c in held}):
-        raise ValueError(
-            f"held-out prompts must not be calibration prompts, got both: {shared[:3]}"
-        )
-    return cases, held
