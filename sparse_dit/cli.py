@@ -27,6 +27,7 @@ from .options import (
     Guidance,
     Height,
     Model,
+    ProfileSteps,
     Prompt,
     Prompts,
     Seed,
@@ -104,6 +105,7 @@ def search(
     profile: Annotated[
         Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
     ] = None,
+    profile_steps: ProfileSteps = None,
     wide: Wide = False,
     cost_table: Annotated[
         str | None,
@@ -159,6 +161,7 @@ def search(
             held_out=later or None,
             settings=settings,
             profile=kept,
+            profile_steps=profile_steps,
             wide=wide,
             report=say,
             device_table=cost_table,

@@ -28,6 +28,10 @@ Text = Annotated[int | None, typer.Option(help="Text tokens; the pipeline's own 
 Wide = Annotated[
     bool, typer.Option("--wide", help="Also try orders along curves and finer pooled keys.")
 ]
+ProfileSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of profiling runs: the noise levels told apart; default a third."),
+]
 Seed = Annotated[int, typer.Option(help="Of the first prompt; the next ones count up.")]
 
 

@@ -19,6 +19,7 @@ from .options import (
     Guidance,
     Height,
     Model,
+    ProfileSteps,
     Prompt,
     Prompts,
     Seed,
@@ -65,6 +66,7 @@ def profile(
     guidance: Guidance = None,
     max_sequence_length: Text = None,
     rows: Annotated[int, typer.Option(min=1, help="Sampled query rows of each call.")] = 64,
+    profile_steps: ProfileSteps = None,
     wide: Wide = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     seed: Seed = 0,
@@ -75,7 +77,7 @@ def profile(
 
     Under torchrun each process takes its share of the prompts. Search with the same options, all of the
     prompts, other prompts as --held-out, and --profile. Steps are those of the generation: a third of them
-    is run, at least 4.
+    is run, at least 4, unless --profile-steps says how many.
     """
     from .generation import Case
     from .inputs import check_device, check_model, read_prompts
@@ -84,7 +86,7 @@ def profile(
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
-    settings = replace(settings, steps=profiling_steps(settings.steps))
+    settings = replace(settings, steps=profile_steps or profiling_steps(settings.steps))
     cases = [Case(text, seed + number) for number, text in enumerate(texts)]
     check_model(model)
     check_device(device)

@@ -218,6 +218,25 @@ def test_show(here, capsys):
     assert "speedup 1.5" in shown
 
 
+def test_show_says_what_backs_a_plan(here, capsys):
+    plan = Plan.load("plan.json")
+    ((name, part),) = plan.components.items()
+    layer = next(iter(part.layers))
+    marked = {name: {layer: [[0, 1]]}}
+    backing = {"row_error": 0.05, "gap": 0.001, "prompt_dependent": marked}
+    replace(plan, provenance={"evidence": backing}).save("backed.json")
+    assert cli.run(["show", "backed.json", "--heads"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "standard error 5.0%" in said and "lower by more than 0.10%" in said
+    assert re.search(r"depend on the prompt: 1 of \d+ sparse heads", said)
+    assert "1*" in said and "*: its best places depend on the prompt" in said
+    for odd in ([], {"prompt_dependent": {name: [1]}}, {"prompt_dependent": {name: {layer: [1]}}}):
+        replace(plan, provenance={"evidence": odd}).save("odd.json", overwrite=True)
+        assert cli.run(["show", "odd.json", "--heads"]) == 0
+    for file in ("backed.json", "odd.json"):
+        (here / file).unlink()
+
+
 def test_diff(here, capsys):
     assert cli.run(["diff", "plan.json", "plan.json"]) == 0
     assert "equal" in capsys.readouterr().out
@@ -302,6 +321,7 @@ def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
     import sparse_dit.search
 
     def missed(pipe, prompts, **options):
+        assert options["profile_steps"] == 7 and options["wide"]
         plan = Plan.load("plan.json")
         measured = {"psnr_db": 21.04, "speedup": 1.4, "met": False}
         plan = replace(plan, measured=measured, provenance={"objective": {"min_psnr": 30.0}})
@@ -311,6 +331,7 @@ def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
 
     monkeypatch.setattr(sparse_dit.search, "search_plan", missed)
     arguments = ["search", "model", "--prompts", "prompts.txt", *SIZE, "--min-psnr", "30"]
+    arguments += ["--profile-steps", "7", "--wide"]
     assert cli.run([*arguments, "--out", "new.json"]) == 1
     said = capsys.readouterr().err
     assert "not met: 30 dB were asked for" in said and "21.0 dB" in said
