@@ -348,6 +348,8 @@ def test_ctrl_c_stops_a_process_at_once():
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # in the background of a shell the tests would hand on that it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     process.stdout.readline()
