@@ -188,6 +188,8 @@ class SampledRows:
 
 def _by_runs(x: Tensor, count: int, length: int) -> Tensor:
     """Sums of `[C, n, *]` over `count` runs of `length` of the second axis, `[C, count, *]`."""
+    if count == 1:
+        return x.sum(1, keepdim=True)
     whole = x.new_zeros(len(x), count * length, *x.shape[2:])
     whole[:, : x.shape[1]] = x
     return whole.unflatten(1, (count, length)).sum(2)
