@@ -385,7 +385,7 @@ HOLES = torch.tensor([[[[True, False, True, False]]]])
         ({"attn_mask": ~HOLES & HOLES}, "a mask whose valid keys are not the first ones"),
         ({"attn_mask": DENSE_MASK[:, :, :1]}, None),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value),
 )
 def test_everything_reaches_stock_and_what_only_stock_honours_is_told(options, reason):
     call = _attend(torch.zeros(1, 4, 2, 8), **options)
