@@ -112,6 +112,11 @@ class Pattern:
         return NAMES[type(self.shape)]
 
     @property
+    def shapes(self) -> tuple[Any, ...]:
+        """The shapes of a union; else the one shape."""
+        return self.shape.of if isinstance(self.shape, Union) else (self.shape,)
+
+    @property
     def is_dense(self) -> bool:
         """Whether everything is computed exactly, at every step."""
         return isinstance(self.shape, Dense) and self.every == 1
@@ -124,8 +129,7 @@ class Pattern:
     @property
     def version(self) -> int:
         """The first version of the plan format that can say this."""
-        shapes = self.shape.of if isinstance(self.shape, Union) else (self.shape,)
-        reaches = any(isinstance(shape, Stencil) and shape.reach is not None for shape in shapes)
+        reaches = any(isinstance(s, Stencil) and s.reach is not None for s in self.shapes)
         later = isinstance(self.tile, Curve) or self.every > 1 or self.pool is not None or reaches
         return 2 if later else 1
 
@@ -142,10 +146,9 @@ class Pattern:
         """What lies beside the plan in safetensors: masks of "blocks" shapes, uint8 `[bytes]`."""
         import torch
 
-        shapes = self.shape.of if isinstance(self.shape, Union) else (self.shape,)
         return {
             shape.tensor_name: torch.frombuffer(bytearray(shape.bits), dtype=torch.uint8)
-            for shape in shapes
+            for shape in self.shapes
             if isinstance(shape, Blocks)
         }
 

@@ -84,13 +84,14 @@ def layers_of(name: str, part: ComponentProfile, task: Problem, choice: Choice) 
     """What each head of each of a transformer's layers gets at each of its stages, with its error and the
     runner-up."""
     second = runner_up(task, choice)
-    place = {number: level for level, number in enumerate(task.stages_of(name))}
-    rows: dict[str, list[list[HeadChoice]]] = {layer: [[] for _ in place] for layer in part.layers}
+    rows: dict[str, list[list[HeadChoice]]] = {
+        layer: [[] for _ in task.stages_of(name)] for layer in part.layers
+    }
     for number in task.units_of(name).tolist():
         stage, layer, _ = task.units[number]
         pick, other = int(choice.pick[number]), int(second[number])
         patterns, error = task.candidates[number], task.error[number].sqrt()
-        rows[layer][place[stage]].append(
+        rows[layer][task.level_of[stage]].append(
             HeadChoice(
                 patterns[pick],
                 round(error[pick].item(), 6),

@@ -118,10 +118,21 @@ class CellSums:
 
         In units of the row's squared output. With the far field, of pooling it; else of dropping it.
         """
-        error = self.exact - self.mass[..., None] * self.out[:, None]
-        if far:
-            error = error - (self.far_output - self.pooled[..., None] * self.out[:, None])
-        return error.square().sum(-1) / self.out.square().sum(-1, keepdim=True).clamp_min(1e-20)
+        return self._far_benefit if far else self._relative(self._dropped())
+
+    @functools.cached_property
+    def _far_benefit(self) -> Tensor:
+        """Kept: finding asks for it twice."""
+        pooled = self.far_output - self.pooled[..., None] * self.out[:, None]
+        return self._relative(self._dropped() - pooled)
+
+    def _dropped(self) -> Tensor:
+        """`[R, C, D]`, by how much the output moves without a cell."""
+        return self.exact - self.mass[..., None] * self.out[:, None]
+
+    def _relative(self, error: Tensor) -> Tensor:
+        power = self.out.square().sum(-1, keepdim=True)
+        return error.square().sum(-1) / power.clamp_min(1e-20)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..patterns import Pattern, Union, Vertical
+from ..patterns import Pattern, Vertical
 from .candidates import best_columns, chosen_offsets, tilings
 from .cells import CellSums, CellTable, cell_table
 from .profile import HALF, LATER, ComponentProfile
@@ -88,8 +88,7 @@ def depends(regret: Tensor, pattern: Pattern) -> bool:
     """
     if pattern.is_dense:
         return False
-    shapes = pattern.shape.of if isinstance(pattern.shape, Union) else (pattern.shape,)
-    columns = [isinstance(shape, Vertical) for shape in shapes]
+    columns = [isinstance(shape, Vertical) for shape in pattern.shapes]
     of = ([0] if not all(columns) else []) + ([1] if any(columns) else [])
     return bool(regret[of].max() > MARKED)
 

@@ -27,11 +27,10 @@ def damage_error(parts: Mapping[str, ComponentProfile], problem: Problem, pick: 
     Raises:
         ValueError: If a unit's place or candidate isn't in the profile.
     """
-    level_of = {n: k for name in parts for k, n in enumerate(problem.stages_of(name))}
     together: dict[tuple[int, str], float] = {}
     columns = zip(problem.units, problem.importance.tolist(), pick.tolist(), strict=True)
     for (stage, layer, head), importance, candidate in columns:
-        profile, level = parts[problem.components[stage]], level_of[stage]
+        profile, level = parts[problem.components[stage]], problem.level_of[stage]
         if (level, layer) not in profile.scores:
             raise ValueError(
                 f"{layer} at noise level {level} isn't in the profile; profile it first"

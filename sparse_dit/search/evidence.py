@@ -47,11 +47,10 @@ def _dependent(
     name: str, part: ComponentProfile, problem: Problem, choice: Choice
 ) -> dict[str, list[list[int]]]:
     """By layer, the heads whose chosen pattern is of places that depend on the prompt."""
-    level_of = {stage: level for level, stage in enumerate(problem.stages_of(name))}
     regrets, result = prompt_dependence(part), {}
     for unit in problem.units_of(name).tolist():
         stage, layer, head = problem.units[unit]
-        level = level_of[stage]
+        level = problem.level_of[stage]
         pattern = problem.candidates[unit][int(choice.pick[unit])]
         regret = regrets.get((level, layer))
         if regret is not None and depends(regret[head], pattern):

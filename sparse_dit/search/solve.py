@@ -72,6 +72,13 @@ class Problem:
         numbers: dict[tuple[int, str], int] = {}
         return torch.tensor([numbers.setdefault(unit[:2], len(numbers)) for unit in self.units])
 
+    @functools.cached_property
+    def level_of(self) -> tuple[int, ...]:
+        """For each stage its place among those of its transformer."""
+        return tuple(
+            self.components[:stage].count(name) for stage, name in enumerate(self.components)
+        )
+
     def stages_of(self, component: str) -> list[int]:
         """Numbers of a transformer's stages."""
         return [number for number, name in enumerate(self.components) if name == component]
