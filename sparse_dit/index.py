@@ -99,7 +99,7 @@ class PatternIndex:
     def group_cells(self) -> Tensor:
         """int64 `[G]`: cells that each group sees pooled."""
         if self.far is None:
-            return torch.zeros(self.num_groups, dtype=torch.int64)
+            return torch.zeros_like(self.group_keys)
         return _per_group(self.far.run_offsets, self.far.runs[:, 1])
 
     @functools.cached_property
@@ -411,10 +411,10 @@ def visible(entry: PatternIndex, group: int, kv_len: int) -> tuple[Tensor, Tenso
 def last_tokens(far: FarField, order: Tensor, kv_len: int) -> Tensor:
     """int64 `[C]`: the largest token number below `kv_len` in each cell, -1 if there is none."""
     sizes = far.cell_offsets.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
     tokens = order[far.cell_offsets[0] : far.cell_offsets[-1]].long()
     tokens = torch.where(tokens < kv_len, tokens, -1)
-    last = torch.full((len(sizes),), -1, dtype=torch.int64)
+    last = torch.full_like(sizes, -1)
     return last.scatter_reduce_(0, owner, tokens, "amax")
 
 

@@ -50,3 +50,11 @@ def test_no_number_is_specialised(name):
         if not p.is_constexpr and not p.do_not_specialize
     ]
     assert set(free) <= {*triton_aot.POINTERS, *triton_aot.TENSORS, "scale"}
+
+
+def test_registers_that_nothing_is_written_to_are_found():
+    """The fault of `ptxas` that made head_dim 96 wrong on an H200, where channels are two unequal pieces."""
+    case = Case("sm_90", 96, Config(64, 64, 4, 3))
+    assert any("may not be written" in x for x in compiled(case).faults(case))
+    whole = Case("sm_90", 96, Config(64, 64, 4, 3, whole=True))
+    assert compiled(whole).faults(whole) == []

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from sparse_dit.backends.triton import kernel
 from sparse_dit.backends.triton.config import Config, configs_for
 from sparse_dit.backends.triton.launch import widths
+from tests.sass_flow import uninitialised
 
 RECORD = Path(__file__).parent / "golden" / "triton_instructions.json"
 BIN = Path(nvidia.__file__).parent / "bin"
@@ -76,6 +77,7 @@ class Built(NamedTuple):
         tensor: Tensor-core instructions among them.
         loads: Loads among them that move keys and values.
         wide: Those of 16 bytes a thread; asynchronous on NVIDIA.
+        uninitialised: Uniform registers that may be read before they are written, see `sass_flow.py`.
     """
 
     registers: int
@@ -85,6 +87,7 @@ class Built(NamedTuple):
     tensor: int
     loads: int
     wide: int
+    uninitialised: tuple[str, ...] = ()
 
     def faults(self, case: Case) -> list[str]:
         """What is wrong with it."""
@@ -96,6 +99,7 @@ class Built(NamedTuple):
             found.append("no tensor core in the step")
         if self.loads == 0 or self.wide < self.loads:
             found.append(f"{self.wide} of {self.loads} loads are wide")
+        found += self.uninitialised
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, more than {limit}")
         return found
@@ -105,7 +109,7 @@ def compiled(case: Case) -> Built:
     """Compile the attention kernel and read its code."""
     constants = {
         "D": case.head_dim,
-        **widths(case.head_dim),
+        **widths(case.config, case.head_dim),
         "BLOCK_M": case.config.block_m,
         "BLOCK_N": case.config.block_n,
         **case.flags,
@@ -145,6 +149,7 @@ def _nvidia(built, case: Case) -> Built:
         _count(body, TARGETS[case.target][1]),
         _count(body, r"LDGSTS"),
         _count(body, WIDE if case.head_dim in (64, 128) else rf"{WIDE}|LDGSTS\S*\.64"),
+        tuple(uninitialised(code)),
     )
 
 

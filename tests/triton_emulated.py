@@ -168,12 +168,14 @@ def run(case: Case, change: Change | None = None) -> tuple[float, Emulated]:
     return close(ours, inputs, index, **keywords), gpu
 
 
-def assert_pooled(case: Case) -> None:
+def assert_pooled(case: Case, device: torch.device | str = "cpu") -> None:
     """Run `pool` once more, and compare what it makes with means in float64, rounded once."""
     index, inputs, given, keywords, _ = made(case)
     lengths = keywords.get("kv_len")
-    work = launch.work_of(index, 2, *configs_for("sm80", case.head_dim))
-    k, v, bias, last = launch._pooled(*given[1:], work, lengths)
+    work = launch.work_of(index.to(device), 2, *configs_for("sm80", case.head_dim))
+    there = [x.to(device) for x in given[1:]]
+    on_device = None if lengths is None else lengths.to(device)
+    k, v, bias, last = (x.cpu() for x in launch._pooled(*there, work, on_device))
     info, row, heads = torch.finfo(k.dtype), 0, index.num_heads
     pairs = [(p, head * 2 // heads) for head, p in enumerate(index.head_to_pattern)]
     for p, kv_head in dict.fromkeys(pairs):

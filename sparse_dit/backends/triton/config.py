@@ -1,7 +1,7 @@
 """Block sizes, warps and stages for each architecture: a table, so that no first call searches for them.
 
-Chosen by what the kernels compile to (no spills, tensor cores, shared memory within bounds), which
-`tests/test_triton_compiled.py` checks; none of it has been timed.
+Those of sm_90 were chosen by their times on an H200 (`docs/gpu.md`), the others by what the kernels compile
+to (no spills, tensor cores, shared memory within bounds), which `tests/test_triton_compiled.py` checks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,25 @@ class Config(NamedTuple):
         block_m: Query rows of a tile.
         block_n: Keys of a step.
         warps, stages: Of Triton.
+        whole: Whether channels are one piece, padded to a power of two and at least 64. Else they are
+            two, which saves products; on sm_90 `ptxas` (12.8) then makes wrong code for narrow pieces.
     """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    whole: bool = False
+
+    def channels(self, head_dim: int) -> tuple[int, int]:
+        """Widths of the pieces that a kernel handles channels in; the second is 0 if there is one."""
+        above = 1 << (head_dim - 1).bit_length()
+        if self.whole:
+            return max(64, above), 0
+        first = 1 << (head_dim.bit_length() - 1)
+        if head_dim == first:
+            return first, 0
+        return first, max(16, 1 << (head_dim - first - 1).bit_length())
 
 
 # architecture -> head_dim up to -> (for small tiles, for large tiles); the same twice where tiles of 128
@@ -38,9 +51,8 @@ CONFIGS: dict[str, dict[int, tuple[Config, Config]]] = {
         128: (Config(64, 32, 4, 3), Config(64, 32, 4, 3)),
     },
     "sm90": {
-        64: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
-        96: (Config(64, 64, 8, 3), Config(128, 64, 8, 3)),
-        128: (Config(64, 64, 8, 3), Config(128, 64, 8, 3)),
+        64: (Config(64, 64, 4, 4, True), Config(64, 64, 4, 4, True)),
+        128: (Config(64, 64, 4, 3, True), Config(128, 64, 8, 3, True)),
     },
     "sm100": {
         64: (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),

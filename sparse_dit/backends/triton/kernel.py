@@ -7,7 +7,7 @@ costs no copy and columns fill whole steps. What the next step fetches is carrie
 table read in the step that needs it, Triton would not fetch keys ahead (measured on what it compiles to:
 shared memory then no longer grows with the number of stages).
 
-Channels come as D0, a power of two, and D1, what is left of head_dim; strides in units of 8 elements.
+Channels come as D0, a power of two, and D1, what is left of head_dim or 0; strides in units of 8 elements.
 `CellLast` and `KvLen` are read only where causal order or padding asks for them.
 """
 
@@ -194,7 +194,7 @@ def attend(
     where = Out + (q_token * (son * 8))[:, None]
     column = tl.arange(0, D0)
     tl.store(where + column[None, :], (acc0 / total[:, None]).to(Out.dtype.element_ty),
-             mask=real[:, None])  # fmt: skip
+             mask=real[:, None] & (column < D)[None, :])  # fmt: skip
     if D1 > 0:
         column = D0 + tl.arange(0, D1)
         tl.store(where + column[None, :], (acc1 / total[:, None]).to(Out.dtype.element_ty),

@@ -42,7 +42,7 @@ def forward(
         *_units(q), *_units(k), *_units(v), *_units(out),
         heads, heads // k.shape[1], queries, index.causal_offset, work.pooled_rows,
         scale / math.log(2),
-        D=dim, **widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        D=dim, **widths(config, dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=index.causal, HAS_LEN=kv_len is not None, HAS_FAR=work.pooled_rows > 0,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def block_mass(
         *_units(q), *_units(k),
         heads, heads // k.shape[1], queries, index.causal_offset, groups, mass_block, blocks,
         scale / math.log(2),
-        D=dim, **widths(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        D=dim, **widths(config, dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=index.causal, HAS_LEN=kv_len is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -95,10 +95,9 @@ def _pooled(k: Tensor, v: Tensor, work: Work, kv_len: Tensor | None) -> tuple[Te
     return means, values, bias, last
 
 
-def widths(dim: int) -> dict[str, int]:
-    """Channels as a power of two and what is left."""
-    first = 1 << (dim.bit_length() - 1)
-    return {"D0": first, "D1": _power(max(16, dim - first)) if dim > first else 0}
+def widths(config: Config, dim: int) -> dict[str, int]:
+    """The kernels' pieces of channels."""
+    return dict(zip(("D0", "D1"), config.channels(dim), strict=True))
 
 
 def _power(n: int) -> int:

@@ -11,7 +11,7 @@ from ...index import SparseIndex
 from .config import Config
 from .tables import HEAD_FIELDS, SLOT_FIELDS, TILE_BITS, Tables, tables_of
 
-SMALL_TILE = 1.15  # cost of two tiles of 64 rows over one of 128: keys are fetched twice
+SMALL_TILE = 1.05  # cost of two tiles of 64 rows over one of 128, measured on an H200
 
 
 @dataclass(frozen=True, eq=False)
