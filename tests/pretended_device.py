@@ -1,26 +1,29 @@
-"""Tensors that lie on the CPU and say they are on a GPU, so that mixing devices fails here as it does there.
+"""Tensors that lie on the CPU and say they don't, so that mixing devices fails here as it does with a GPU.
 
-What computes with torch alone (the gather backend, indices, lists for others) runs on them as it is. As on a
-GPU, an operation must not take tensors of both kinds, but for scalars; indices may lie on the CPU.
+What computes with torch alone (the gather backend, indices, lists for others) runs on them as it is. An
+operation must not take tensors of both kinds, but for scalars and indices. Torch learns of the device when
+this is imported, for good: only a process of its own should (`test_pretended_device.py` starts one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-DEVICE = torch.device("cuda", 0)
-MAY_MIX = (
-    torch.ops.aten._to_copy.default,
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten._index_put_impl_.default,
-    torch.ops.aten.index_put_.default,
-)
+_setup_privateuseone_for_python_backend("pretended")
+DEVICE = torch.device("pretended", 0)
+MAY_MIX = {
+    "aten::_to_copy",
+    "aten::copy_",
+    "aten::index",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+}
 
 
 class Pretended(Tensor):
@@ -31,7 +34,12 @@ class Pretended(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> Pretended:
         made = Tensor._make_wrapper_subclass(
-            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=DEVICE
+            cls,
+            inner.shape,
+            inner.stride(),
+            inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
         )
         made.inner = inner
         return made
@@ -40,26 +48,36 @@ class Pretended(Tensor):
     def __torch_dispatch__(
         cls, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        mine = [x for x in given if isinstance(x, Pretended)]
-        strange = [x for x in given if not isinstance(x, Pretended) and x.dim() > 0]
-        if strange and op not in MAY_MIX:
-            raise RuntimeError(f"{op}: Expected all tensors to be on the same device, cuda:0 and cpu")
-        there = bool(mine)
-        if (wanted := kwargs.get("device")) is not None:
-            there = torch.device(wanted).type == "cuda"
-            kwargs["device"] = torch.device("cpu")
-        plain = tree_map(_inner, (args, kwargs))
-        out = op(*plain[0], **plain[1])
-        if op is torch.ops.aten.copy_.default or op._schema.is_mutable and given:
-            return args[0]
-        return tree_map(lambda x: Pretended(x) if isinstance(x, Tensor) and there else x, out)
+        return _run(op, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
 
 
-def pretended(x: Tensor) -> Tensor:
-    """The same numbers on the device that isn't there."""
-    return Pretended(x)
+class PretendedDevice(TorchDispatchMode):
+    """Inside, `device=DEVICE` makes such tensors too."""
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        return _run(op, args, kwargs or {})
+
+
+def _run(op: Any, args: tuple, kwargs: dict) -> Any:
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    there = any(isinstance(x, Pretended) for x in given)
+    strange = any(not isinstance(x, Pretended) and x.dim() > 0 for x in given)
+    if there and strange and op._schema.name not in MAY_MIX:
+        raise RuntimeError(f"{op}: all tensors must be on the same device, got {DEVICE} and cpu")
+    if kwargs.get("device") is not None:
+        there = torch.device(kwargs["device"]).type == DEVICE.type
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    plain_args, plain_kwargs = tree_map(_inner, (args, kwargs))
+    out = op(*plain_args, **plain_kwargs)
+    same = {id(_inner(x)): x for x in given}  # what was written in place comes back as itself
+    return tree_map(
+        lambda x: same.get(id(x), Pretended(x) if there else x) if isinstance(x, Tensor) else x, out
+    )
 
 
 def _inner(x: Any) -> Any:

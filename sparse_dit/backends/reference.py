@@ -28,7 +28,9 @@ def forward(
     return_lse: bool,
     mass_block: int | None,
 ) -> Attended:
-    """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
+    """Attention over `[B, H, N, D]`, on the CPU wherever `q` is; arguments as in `sparse_attention`."""
+    device = q.device
+    q, k, v = q.cpu(), k.cpu(), v.cpu()
     batch, heads, n, _ = q.shape
     group_size = heads // k.shape[1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -46,8 +48,8 @@ def forward(
             out[b, h] = weights @ values
             if mass_block:
                 masses[b][h] = _mass(weights[:, : k.shape[2]], entry, mass_block)
-    mass = _stack(masses, index.max_groups) if mass_block else None
-    return Attended(out, lse.float() if return_lse else None, mass)
+    mass = _stack(masses, index.max_groups).to(device) if mass_block else None
+    return Attended(out.to(device), lse.float().to(device) if return_lse else None, mass)
 
 
 def block_mass(
@@ -60,6 +62,8 @@ def block_mass(
     mass_block: int,
 ) -> Tensor:
     """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
+    device = q.device
+    q, k, lse = q.cpu(), k.cpu(), lse.cpu()
     batch, heads, num_keys = q.shape[0], q.shape[1], k.shape[2]
     masses = [[q] * heads for _ in range(batch)]
     for b in range(batch):
@@ -70,7 +74,7 @@ def block_mass(
             row = lse[b, h, :, None]
             weights = (logits[:, :num_keys] - row).exp().masked_fill(row.isneginf(), 0.0)
             masses[b][h] = _mass(weights, entry, mass_block)
-    return _stack(masses, index.max_groups)
+    return _stack(masses, index.max_groups).to(device)
 
 
 def token_mask(entry: PatternIndex) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,107 @@
+"""What computes with torch alone, on a device that only says it is another.
+
+`test_pretended_device.py` runs this in a process of its own: torch learns of the device for good.
+"""
+
+import sys
+
+import pytest
+import torch
+
+if "tests.test_pretended_device" in sys.modules:
+    pytest.skip("a process of its own runs this", allow_module_level=True)
+
+from sparse_dit.attention import BACKENDS, attend, block_mass
+from sparse_dit.backends import selfcheck
+from sparse_dit.backends.flex import _call
+from sparse_dit.backends.flex_lists import lists_of
+from sparse_dit.index import build_index
+from sparse_dit.layout import TokenLayout
+from sparse_dit.nan_guard import finite_or_dense
+from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.kernel_cases import qkv
+from tests.pretended_device import DEVICE, PretendedDevice
+
+FIRSTS = range(0, len(PATTERN_CASES), 18)
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with PretendedDevice():
+        yield
+
+
+def made(layout, first, causal=False):
+    patterns = (PATTERN_CASES[first : first + 6] * 6)[:6]
+    index = build_index(patterns, layout, group=32, causal=causal, causal_offset=2 * causal)
+    return index, qkv(index, 16, batch=2, kv_heads=3, seed=first)
+
+
+def test_mixed_devices_are_told():
+    there = torch.ones(3).to(DEVICE)
+    assert there.device == DEVICE and (there + 1).device == DEVICE
+    assert torch.equal((there + there).cpu(), torch.full((3,), 2.0))
+    with pytest.raises(RuntimeError, match="same device"):
+        there + torch.ones(3)
+
+
+@pytest.mark.parametrize("name", ["gather", "reference"])
+def test_the_check_before_first_use(name):
+    assert selfcheck.examine(BACKENDS[name], DEVICE, 16, torch.float32).problem is None
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("first", FIRSTS)
+def test_gathering(first, causal):
+    layout = LAYOUTS[first // 18 % 4 + 1]
+    index, inputs = made(layout, first, causal)
+    kv_len = torch.tensor([layout.seq_len, layout.seq_len - 5]) if first % 4 else None
+    request = {"backend": "gather", "return_lse": True, "mass_block": 8}
+    want = attend(*inputs, index, kv_len=kv_len, **request)
+    there = [x.to(DEVICE) for x in inputs]
+    moved, lengths = index.to(DEVICE), None if kv_len is None else kv_len.to(DEVICE)
+    got = attend(*there, moved, kv_len=lengths, **request)
+    plain = attend(*there, moved, kv_len=lengths, backend="gather")
+    for mine, right in ((got.out, want.out), (plain.out, want.out), (got.lse, want.lse),
+                        (got.mass, want.mass)):  # fmt: skip
+        assert mine.device == DEVICE
+        torch.testing.assert_close(mine.cpu(), right, atol=1e-5, rtol=1e-5)
+    again = block_mass(*there[:2], moved, got.lse, mass_block=8, kv_len=lengths, backend="gather")
+    torch.testing.assert_close(again.cpu(), want.mass, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("first", FIRSTS)
+def test_what_flex_is_given(first, causal):
+    """Its lists and sorted tensors; FlexAttention itself must compile for a device."""
+    index, inputs = made(LAYOUTS[2], first, causal)
+    kv_len = torch.tensor([LAYOUTS[2].seq_len, 5])
+    moved = index.to(DEVICE)
+    for made_here, right in (
+        (lists_of(moved, 64), lists_of(index, 64)),
+        (_call(*[x.to(DEVICE) for x in inputs], moved, kv_len.to(DEVICE)),
+         _call(*inputs, index, kv_len)),
+    ):  # fmt: skip
+        for field, want in vars(right).items():
+            if isinstance(want, torch.Tensor):
+                got = getattr(made_here, field)
+                assert got.device == DEVICE
+                torch.testing.assert_close(got.cpu(), want)
+
+
+def test_heads_with_nan_are_computed_dense():
+    index, inputs = made(TokenLayout.video(2, 4, 6), 0)
+    out = torch.zeros_like(inputs[0])
+    out[0, 1, 3] = torch.nan
+    want = finite_or_dense(out.clone(), *inputs, index, None, None)
+    there = [x.to(DEVICE) for x in (out, *inputs)]
+    got = finite_or_dense(*there, index.to(DEVICE), None, None)
+    torch.testing.assert_close(got.cpu(), want)
+
+
+def test_what_an_index_tells():
+    index, _ = made(TokenLayout.video(2, 4, 6), 6)
+    moved = index.to(DEVICE)
+    assert moved.density == pytest.approx(index.density) and moved.is_dense == index.is_dense
+    causal, _ = made(TokenLayout.video(2, 4, 6), 6, causal=True)
+    assert causal.to(DEVICE).density == pytest.approx(causal.density)
