@@ -83,6 +83,8 @@ def main(arguments: Sequence[str]) -> int:
         forecast = "" if row.forecast is None else f"  forecast {row.forecast:.2f}x"
         print(f"{row.name:34} density {row.density:6.1%} {1e3 * row.seconds:9.1f} ms "
               f"{row.speedup:5.2f}x{forecast}  {', '.join(row.backends)}")  # fmt: skip
+    if options.dry:
+        print("a dry run: its times are of this CPU and of a tiny model, and say nothing of a GPU")
     report = {
         "version": 1, "dry": options.dry, "model": options.model, "grid": layout.grid, "layers": layers,
         "environment": {**environment(device), **packages()}, "cost": table.to_dict(),

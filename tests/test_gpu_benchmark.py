@@ -110,3 +110,25 @@ def test_tiles_take_the_slot_that_is_free_first():
     steps = [2048 / 64 * 0.25] * math.ceil(2048 / 128) * 3
     assert model.seconds(steps) == pytest.approx(model.uniform(2048, 3, 0.25))
     assert model.seconds([]) == 1.0
+
+
+def test_a_step_of_wan_in_the_dry(tmp_path):
+    """As a user runs it; on the CPU, tiny."""
+    script, file = SCRIPT.with_name("wan_step.py"), tmp_path / "wan.json"
+    done = subprocess.run(
+        [sys.executable, str(script), "--dry", "--density", ".3", "--rounds", "1", "--json", str(file)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    data = json.loads(file.read_text())
+    stock, dense, sparse = data["rows"]
+    assert data["dry"] and "say nothing of a GPU" in done.stdout
+    assert dense["density"] == 1 and dense["backends"] == ["stock"]
+    assert 0 < sparse["density"] < 1 and sparse["backends"] == ["cpu"] and sparse["forecast"] > 0
+    for row in data["rows"]:
+        assert row["speedup"] == pytest.approx(stock["seconds"] / row["seconds"])
+    refused = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])})  # fmt: skip
+    if not torch.cuda.is_available():
+        assert refused.returncode == 2 and "--dry" in refused.stderr
