@@ -22,8 +22,8 @@ from sparse_dit.search.cost import CostTable
 from sparse_dit.search.profile_file import FORMAT, read_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.rivals import least_damage_at_density
+from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
-from sparse_dit.search.statistics import density
 from tests import tiny_pipelines
 from tests.search_cases import accounts, stub_costs
 

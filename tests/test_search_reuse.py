@@ -21,8 +21,8 @@ from sparse_dit.search.playback import recording, replaying
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
+from sparse_dit.search.seen import seen_tiles
 from sparse_dit.search.solve import stages_of
-from sparse_dit.search.statistics import seen_tiles
 from tests import tiny_pipelines
 from tests.cases import LAYOUTS
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,17 +14,6 @@ from ..integrations.arrangement import with_bias
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import TokenLayout
 from .cells import SampledRows, sampled_rows
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Many small operations: waking other threads for each of them costs more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def in_turn(context: StepContext) -> bool:
@@ -45,6 +34,47 @@ def whole_layout(call: AttentionCall) -> TokenLayout | None:
     return layout if whole and layout.num_video else None
 
 
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One item of a call's batch, on the CPU; H heads, fewer of keys and values if several share them.
+
+    Args:
+        q, k, v: `[N, H, D]`, a bias on the logits being part of queries and keys.
+        valid: Keys from here on are padding.
+        scale: Factor of the logits.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    valid: int
+    scale: float
+
+    def sampled(self, head: int, rows: Tensor, behind: Tensor | None) -> SampledRows:
+        """The exact attention of sampled rows; see `sampled_heads`."""
+        shared = head // (self.q.shape[1] // self.k.shape[1])
+        values = self.v[:, shared]
+        if behind is not None:
+            values = values.float() @ behind[head]
+        return sampled_rows(
+            self.q[:, head], self.k[:, shared], values, rows, self.scale, self.valid
+        )
+
+
+def items_of(call: AttentionCall, layout: TokenLayout) -> Iterator[Item]:
+    """The items of a call over a layout's sequence."""
+    scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
+    for batch in range(call.q.shape[0]):
+        valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
+        q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
+        if call.bias is not None:
+            bias = call.bias[None, batch].to("cpu", torch.float32)
+            (q, k) = (
+                x[0] for x in with_bias(q[None].float(), k[None].float(), v[None], bias, scale)[:2]
+            )
+        yield Item(q, k, v, valid, scale)
+
+
 def sampled_heads(
     call: AttentionCall,
     layout: TokenLayout,
@@ -63,22 +93,9 @@ def sampled_heads(
         behind: `[H, D, D]` that values are multiplied by, see `projections`; None for heads' own outputs.
         heads: Which; None for all.
     """
-    scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
-    repeat = call.q.shape[2] // call.k.shape[2]
-    for batch in range(call.q.shape[0]):
-        valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
-        q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
-        if call.bias is not None:
-            bias = call.bias[None, batch].to("cpu", torch.float32)
-            (q, k) = (
-                x[0] for x in with_bias(q[None].float(), k[None].float(), v[None], bias, scale)[:2]
-            )
-        for head in range(q.shape[1]) if heads is None else heads:
-            values = v[:, head // repeat]
-            if behind is not None:
-                values = values.float() @ behind[head]
-            keys = k[:, head // repeat]
-            yield head, sampled_rows(q[:, head], keys, values, rows, scale, valid)
+    for item in items_of(call, layout):
+        for head in range(item.q.shape[1]) if heads is None else heads:
+            yield head, item.sampled(head, rows, behind)
 
 
 def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
