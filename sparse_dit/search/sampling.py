@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import sparse_attention
 from ..index import SparseIndex
@@ -100,11 +101,33 @@ def sampled_heads(
 
 def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
     """Attention of a call over the index, `[B, N, H, D]`."""
-    q, k, v = call.q, call.k, call.v
-    scale = call.scale
-    if call.bias is not None:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        q, k, v = with_bias(q, k, v, call.bias, scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v, scale = _by_head(call)
     out = sparse_attention(q, k, v, index.to(q.device), kv_len=call.kv_len, scale=scale)
     return out[..., : call.v.shape[-1]].transpose(1, 2)
+
+
+def exact_rows(call: AttentionCall, rows: Tensor) -> Tensor:
+    """Dense attention of some rows of a call, on its device, `[B, R, H, D]`.
+
+    Args:
+        call: Plain attention.
+        rows: int64 `[R]`, tokens.
+    """
+    q, k, v, scale = _by_head(call)
+    mask = None
+    if call.kv_len is not None:
+        mask = (torch.arange(k.shape[2], device=k.device) < call.kv_len[:, None])[:, None, None]
+    shared = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(
+        q[:, :, rows.to(q.device)], k, v, attn_mask=mask, scale=scale, enable_gqa=shared
+    )
+    return out[..., : call.v.shape[-1]].transpose(1, 2)
+
+
+def _by_head(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k, v `[B, H, N, D]`, a bias on the logits in extra channels, and the factor of the logits."""
+    q, k, v = call.q, call.k, call.v
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    if call.bias is not None:
+        q, k, v = with_bias(q, k, v, call.bias, scale)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale
