@@ -153,7 +153,7 @@ def problem(
             candidates.append(patterns)
             importance.append(sensitivity.stages[stage] * matters[layer] * share[head].item())
             weight.append(calls[stage] / total)
-            stock.append(table.dense * calls[stage])
+            stock.append(table.stock_seconds * calls[stage])
     columns = {name: torch.cat(parts).double() for name, parts in table_.items()}
     return Problem(
         units,
