@@ -58,7 +58,7 @@ def inside(
     """The tables, at the speed that attention had in the dense generations, of all transformers together.
 
     Whatever slows it down there (other programs, heat) slows down sparse attention too. By the tables alone
-    it would be taken for time outside of attention, which stays: forecasts came out 8 to 16 % too low.
+    it would be taken for time outside of attention, which stays when attention is sparse.
     """
     taken = sum(sum(r.attention.values()) for r in references) / len(references)
     times = taken / _stock(tables, parts, calls)
