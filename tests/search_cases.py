@@ -5,18 +5,19 @@ import numpy as np
 import sparse_dit
 from sparse_dit.generation import generate
 from sparse_dit.plan import Plan
-from sparse_dit.search import engine
+from sparse_dit.search import engine, pricing
 from sparse_dit.search.cost import CostTable
 
 
 def stub_costs(monkeypatch):
     """Sparse attention at a price in proportion to density, on any machine, at any size."""
 
-    def measured(layout, num_heads, head_dim, *, device, dtype, backend):
+    def measured(layout, num_heads, head_dim, *, device, dtype, backend, orders):
         points = ((0.01, 1e-5), (1.0, 1e-3))
         return CostTable(layout, 1e-3, {False: points, True: points}, backend, 1, "cpu", "float32")
 
-    monkeypatch.setattr(engine, "measure_cost", measured)
+    monkeypatch.setattr(pricing, "measure_cost", measured)
+    monkeypatch.setattr(engine, "inside", lambda tables, *measured: tables)
     monkeypatch.setattr(engine, "break_even_tokens", lambda *args: 0)
 
 

@@ -12,7 +12,7 @@ from sparse_dit.index import build_index, seen_cells
 from sparse_dit.layout import Segment, TokenLayout, tile_order
 from sparse_dit.patterns import Pattern, Skip, SlidingTile, Stencil, Vertical, Window
 from sparse_dit.search.cells import cell_table
-from sparse_dit.search.statistics import density, seen_tiles
+from sparse_dit.search.seen import density, seen_tiles
 
 GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 CURVES = [

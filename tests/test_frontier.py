@@ -24,7 +24,7 @@ from sparse_dit.search.rivals import (
 from sparse_dit.search.rivals.families import families
 from sparse_dit.search.rivals.fed_forward import _Sequential
 from sparse_dit.search.rivals.rule import Rule, modes_of
-from sparse_dit.search.statistics import density
+from sparse_dit.search.seen import density
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ from sparse_dit.index import build_index
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import PlanError
 from sparse_dit.plan.evidence import prompt_dependent
-from sparse_dit.search import engine, plan_of, search, search_plan
+from sparse_dit.search import engine, plan_of, pricing, search, search_plan
 from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
 from sparse_dit.search.profile_file import FORMAT, read_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.rivals import least_damage_at_density
+from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
-from sparse_dit.search.statistics import density
 from tests import tiny_pipelines
 from tests.search_cases import accounts, stub_costs
 
@@ -347,7 +347,7 @@ def test_out_of_reach_and_declined(pipe, fast, monkeypatch):
         points = ((0.01, 2.0), (1.0, 3.0))
         return CostTable(layout, 1.0, {False: points, True: points}, "auto", 1, "cpu", "float32")
 
-    monkeypatch.setattr(engine, "measure_cost", slow)
+    monkeypatch.setattr(pricing, "measure_cost", slow)
     said = []
     plan = _search(pipe, min_psnr=20.0, report=said.append).plan
     assert plan.density == 1 and plan.forecast["speedup"] == 1 and plan.measured["met"]

@@ -11,7 +11,8 @@ from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import Pattern, Stencil, Vertical
 from sparse_dit.search.candidates import DENSE, all_candidates, fixed, found, tilings
 from sparse_dit.search.cells import cell_sums, cell_table, sample_rows
-from sparse_dit.search.statistics import density, discover, empty_statistics, score
+from sparse_dit.search.seen import density
+from sparse_dit.search.statistics import discover, empty_statistics, score
 
 LAYOUT = TokenLayout.video(8, 16, 16, text_after=4)
 CUBE = (4, 4, 4)

@@ -13,7 +13,8 @@ from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Blocks, Pattern, Stencil
 from sparse_dit.search.candidates import DENSE, fixed, tilings
 from sparse_dit.search.cells import cell_sums, cell_table, sample_rows, sampled_rows
-from sparse_dit.search.statistics import density, score, seen_tiles
+from sparse_dit.search.seen import density, seen_tiles
+from sparse_dit.search.statistics import score
 from tests.cases import LAYOUTS, PATTERN_CASES
 
 VIDEOS = [layout for layout in LAYOUTS if layout.num_video]

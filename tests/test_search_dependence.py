@@ -8,7 +8,8 @@ from sparse_dit.patterns import Dense, Pattern, Stencil, Union, Vertical
 from sparse_dit.search.cells import cell_table
 from sparse_dit.search.dependence import depends, prompt_dependence
 from sparse_dit.search.profile import HALF, LATER, ComponentProfile
-from sparse_dit.search.statistics import empty_statistics, relative_cells
+from sparse_dit.search.seen import relative_cells
+from sparse_dit.search.statistics import empty_statistics
 
 LAYOUT = TokenLayout.video(8, 16, 16)
 CUBE = (4, 4, 4)

@@ -8,8 +8,11 @@ import torch
 
 from sparse_dit.eval import heads as quality
 from sparse_dit.generation import Case, generate
+from sparse_dit.index import build_index
+from sparse_dit.integrations.call import AttentionCall, StepContext
 from sparse_dit.integrations.diffusers import attach, attachment_of
-from sparse_dit.patterns import Pattern, Skip
+from sparse_dit.layout import TokenLayout
+from sparse_dit.patterns import Dense, Pattern, Skip
 from sparse_dit.runtime import PLANNED, Runtime
 from sparse_dit.search import search_plan
 from sparse_dit.search.cells import cell_table, sample_rows
@@ -19,7 +22,7 @@ from sparse_dit.search.profile_file import write_profile
 from sparse_dit.search.profiling import Phase, profile_pipeline, run_phase, started
 from sparse_dit.search.rivals import METHODS, plan_at, score_rivals
 from sparse_dit.search.rivals import scores as rivals
-from sparse_dit.search.sampling import sampled_heads, whole_layout
+from sparse_dit.search.sampling import attention_over, exact_rows, sampled_heads, whole_layout
 from tests import tiny_image_models, tiny_image_transformers, tiny_pipelines, tiny_video_models
 from tests.prompted import cut, prompted, settings_of
 from tests.search_cases import accounts, stub_costs
@@ -278,3 +281,22 @@ def test_a_layer_that_projects_its_mlp_too_is_measured_by_heads_outputs():
         "transformer_blocks", "single_transformer_blocks",
     }  # fmt: skip
     assert all(scores["norm"].min() > 0 for scores in part.scores.values())
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "bias"), [(4, False), (4, True), (2, False)], ids=["plain", "bias", "shared"]
+)
+def test_exact_rows_are_those_of_whole_attention(kv_heads, bias):
+    generator = torch.Generator().manual_seed(0)
+    layout = TokenLayout.video(2, 4, 5, text_after=3)
+    q, k, v = (
+        torch.randn(2, layout.seq_len, heads, 8, generator=generator)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    call = AttentionCall(
+        "blocks.0.attn1", q, k, v, None, torch.tensor([43, 40]), 0.5, StepContext(layout, 0.5), None,
+        lambda: q, bias=torch.randn(2, layout.seq_len, generator=generator) if bias else None,
+    )  # fmt: skip
+    whole = attention_over(call, build_index([Pattern(Dense())] * 4, layout))
+    rows = torch.tensor([0, 7, 31, 42])
+    torch.testing.assert_close(exact_rows(call, rows), whole[:, rows], rtol=1e-4, atol=1e-5)

@@ -21,8 +21,8 @@ from sparse_dit.search.playback import recording, replaying
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
+from sparse_dit.search.seen import seen_tiles
 from sparse_dit.search.solve import stages_of
-from sparse_dit.search.statistics import seen_tiles
 from tests import tiny_pipelines
 from tests.cases import LAYOUTS
 
@@ -141,6 +141,19 @@ def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
     monkeypatch.setattr(sensitivity, "replaying", whole)
     assert sensitivity.sensitivity(*options) == ours
     assert len(ours.layers) == len(layers) and sum(ours.layers) == pytest.approx(1)
+
+
+def test_layers_are_probed_without_guidance_if_it_takes_forwards_of_its_own(pipe, monkeypatch):
+    probed, prober = [], sensitivity._prober
+
+    def noted(pipe, component, case, settings, clean):
+        probed.append((settings.guidance, clean.in_halves))
+        return prober(pipe, component, case, settings, clean)
+
+    monkeypatch.setattr(sensitivity, "_prober", noted)
+    layers = list(self_attention_layers(pipe.transformer))
+    sensitivity.sensitivity(pipe, "transformer", stages_of([1.0, 0.4]), layers, CASES[0], SHORT)
+    assert probed == [(3.0, True), (1.0, False)]
 
 
 def test_a_layer_that_moves_nothing_has_no_share(pipe):

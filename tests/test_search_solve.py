@@ -15,6 +15,7 @@ from sparse_dit.search.candidates import tilings
 from sparse_dit.search.cells import cell_sums, cell_table, sample_rows
 from sparse_dit.search.cost import CostTable, break_even_tokens, measure_cost, rising
 from sparse_dit.search.profile import ComponentProfile
+from sparse_dit.search.seen import density
 from sparse_dit.search.sensitivity import Sensitivity, filled
 from sparse_dit.search.solve import (
     Problem,
@@ -26,7 +27,7 @@ from sparse_dit.search.solve import (
     runner_up,
     stages_of,
 )
-from sparse_dit.search.statistics import density, discover, empty_statistics
+from sparse_dit.search.statistics import discover, empty_statistics
 
 PATTERNS = (Pattern(Dense()), Pattern(Skip()), Pattern(Window(0)), Pattern(Window(1), far=True))
 LAYOUT = TokenLayout.video(8, 16, 16)

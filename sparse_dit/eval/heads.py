@@ -16,7 +16,7 @@ from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
 from ..search.cells import cell_table, sample_rows
 from ..search.sampling import sampled_heads, whole_layout
-from ..search.statistics import cells_of, seen_tiles
+from ..search.seen import cells_of, seen_tiles
 
 ROWS = 48
 

@@ -10,8 +10,8 @@ from ..patterns import Pattern
 from ..plan import ComponentPlan, HeadChoice, Plan
 from .candidates import DENSE, single_stencil, tilings
 from .profile import ComponentProfile, Profile
+from .seen import density
 from .solve import Choice, Problem, evaluate
-from .statistics import density
 
 
 def uniform_pattern(profile: ComponentProfile, target: float) -> Pattern:

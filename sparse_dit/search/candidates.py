@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,12 +103,12 @@ def found(
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
         budgets = BUDGETS if far or lines else DROP_BUDGETS
         kept = _kept(ranked, budgets, table)
-        stencils = {count: Stencil.from_offsets(ranked[:count], reach) for count in set(kept)}
+        stencils = _nested(ranked, sorted(set(kept)), table)
         result += [Pattern(stencils[count], tile, far=far) for count in kept]
     for pool in pools:  # of the stencils with a far field, which came last
         counts = _kept(ranked, POOLED_BUDGETS, table)
-        pooled = [Stencil.from_offsets(ranked[:count], reach) for count in counts]
-        result += [Pattern(stencil, tile, far=True, pool=pool) for stencil in pooled]
+        pooled = _nested(ranked, sorted(set(counts)), table)
+        result += [Pattern(pooled[count], tile, far=True, pool=pool) for count in counts]
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
@@ -145,6 +147,29 @@ def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
     order = mean.flatten().argsort(descending=True, stable=True)
     order = order[mean.flatten()[order] > -torch.inf]
     return torch.stack(torch.unravel_index(order, mean.shape), 1) - reach
+
+
+def _nested(ranked: Tensor, counts: Sequence[int], table: CellTable) -> dict[int, Stencil]:
+    """By their number, stencils of the best offsets, so many each; all at once.
+
+    Args:
+        ranked: Offsets, int64 `[n, 3]`, best first.
+        counts: How many, ascending.
+        table: Cells of their order.
+    """
+    reach = (table.counts - 1).numpy()
+    place = np.full(2 * reach + 1, len(ranked))
+    place[tuple((ranked.numpy() + reach).T)] = np.arange(len(ranked))
+    member = np.pad(place < np.reshape(counts, (-1, 1, 1, 1)), ((0, 0), (0, 0), (0, 0), (1, 1)))
+    edge = np.diff(member.astype(np.int8), axis=-1)
+    number, *first = np.nonzero(edge > 0)
+    length = np.nonzero(edge < 0)[-1] - first[-1]
+    runs = np.column_stack([np.stack(first, 1) - reach, length]).tolist()
+    bounds = np.searchsorted(number, np.arange(len(counts) + 1)).tolist()
+    return {
+        count: Stencil(tuple(map(tuple, runs[a:b])), _reach(table))
+        for count, (a, b) in zip(counts, itertools.pairwise(bounds), strict=True)
+    }
 
 
 def _kept(ranked: Tensor, budgets: Sequence[float], table: CellTable) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
 
 from ..layout import Tile, TokenLayout, tile_order
 
@@ -118,21 +119,22 @@ class CellSums:
 
         In units of the row's squared output. With the far field, of pooling it; else of dropping it.
         """
-        return self._far_benefit if far else self._relative(self._dropped())
+        return self._far_benefit if far else self._relative(self._dropped)
 
     @functools.cached_property
     def _far_benefit(self) -> Tensor:
         """Kept: finding asks for it twice."""
-        pooled = self.far_output - self.pooled[..., None] * self.out[:, None]
-        return self._relative(self._dropped() - pooled)
+        kept = torch.addcmul(self._dropped, self.pooled[..., None], self.out[:, None])
+        return self._relative(kept.sub_(self.far_output))
 
+    @functools.cached_property
     def _dropped(self) -> Tensor:
         """`[R, C, D]`, by how much the output moves without a cell."""
-        return self.exact - self.mass[..., None] * self.out[:, None]
+        return torch.addcmul(self.exact, self.mass[..., None], self.out[:, None], value=-1)
 
     def _relative(self, error: Tensor) -> Tensor:
         power = self.out.square().sum(-1, keepdim=True)
-        return error.square().sum(-1) / power.clamp_min(1e-20)
+        return torch.linalg.vector_norm(error, dim=-1).square() / power.clamp_min(1e-20)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,12 +164,12 @@ class SampledRows:
             pool: Largest number of tokens of a cell that one mean key stands for; None for all.
         """
         shape, flat = (*table.tokens.shape, -1), table.tokens.flatten()
-        p, keys, values = (
-            x.index_select(0, flat).view(shape) for x in (self.p, self.keys, self.values)
+        p, values = (
+            x.index_select(0, flat).view(shape) for x in (self.p, self.values)
         )  # [C, n, *]
         if table.ragged:
-            p, keys, values = (x * table.real[..., None] for x in (p, keys, values))
-        pooled, far_output = self._pooled(keys, values, table.real, pool)
+            p = p * table.real[..., None]
+        pooled, far_output = self._pooled(table, pool)
         exact = torch.bmm(p.transpose(1, 2), values).transpose(0, 1)  # [R, C, D]
         text_p = self.p[table.text]
         text_value = text_p.T @ self.values[table.text]
@@ -182,28 +184,31 @@ class SampledRows:
             table.cell_of_token[self.rows],
         )
 
-    def _pooled(
-        self, keys: Tensor, values: Tensor, real: Tensor, pool: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _pooled(self, table: CellTable, pool: int | None) -> tuple[Tensor, Tensor]:
         """Weight of each cell's mean keys `[R, C]`, and their mean values times that `[R, C, D]`."""
-        length = real.shape[1] if pool is None else min(pool, real.shape[1])
-        count = -(-real.shape[1] // length)
-        sizes = _by_runs(real, count, length)  # [C, P]
-        means = [_by_runs(x, count, length) / sizes.clamp_min(1)[..., None] for x in (keys, values)]
-        logits = self.queries @ means[0].flatten(0, 1).T + sizes.flatten().log()
-        weight = (logits - self.lse[:, None]).exp().unflatten(1, sizes.shape)  # [R, C, P]
-        if count == 1:
-            return weight[..., 0], weight * means[1][:, 0]
-        return weight.sum(-1), torch.einsum("rcp,cpd->rcd", weight, means[1])
+        longest = table.real.shape[1]
+        length = longest if pool is None else min(pool, longest)
+        tokens, real = (_by_runs(x, length) for x in (table.tokens, table.real))  # [C * P, length]
+        sizes = real.sum(1)
+        weight = real if bool((real == 0).any()) else None
+        means = [
+            embedding_bag(tokens, x, mode="sum", per_sample_weights=weight)
+            / sizes.clamp_min(1)[:, None]
+            for x in (self.keys, self.values)
+        ]
+        logits = self.queries @ means[0].T + sizes.log()
+        share = (
+            (logits - self.lse[:, None]).exp().unflatten(1, (len(table.tokens), -1))
+        )  # [R, C, P]
+        if share.shape[2] == 1:
+            return share[..., 0], share * means[1]
+        means[1] = means[1].view(*share.shape[1:], -1)
+        return share.sum(-1), torch.einsum("rcp,cpd->rcd", share, means[1])
 
 
-def _by_runs(x: Tensor, count: int, length: int) -> Tensor:
-    """Sums of `[C, n, *]` over `count` runs of `length` of the second axis, `[C, count, *]`."""
-    if count == 1:
-        return x.sum(1, keepdim=True)
-    whole = x.new_zeros(len(x), count * length, *x.shape[2:])
-    whole[:, : x.shape[1]] = x
-    return whole.unflatten(1, (count, length)).sum(2)
+def _by_runs(x: Tensor, length: int) -> Tensor:
+    """`[C, n]` cut into runs of `length` along the second axis, `[C * P, length]`, 0 for what is lacking."""
+    return pad(x, (0, -x.shape[1] % length)).view(-1, length)
 
 
 def sampled_rows(

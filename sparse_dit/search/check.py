@@ -27,8 +27,10 @@ from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
 from .candidates import DENSE
 from .cells import sample_rows
 from .projection import projections
-from .sampling import one_thread, sampled_heads, whole_layout
-from .statistics import cells_of, score, sums_of
+from .sampling import sampled_heads, whole_layout
+from .seen import cells_of
+from .side_by_side import one_thread
+from .statistics import score, sums_of
 
 ROWS = 64
 GROWTH = 1.5  # times the planned error that a head may have

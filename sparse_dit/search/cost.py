@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,15 @@ from torch.nn import functional as F
 
 from ..attention import backend_name, sparse_attention
 from ..index import SparseIndex, build_index, pattern_index
-from ..layout import TokenLayout
+from ..layout import Tile, TokenLayout
 from ..patterns import Dense, Pattern, Stencil
+from ..patterns.pattern import tile_text
 from .candidates import tilings
 from .cells import cell_table
 
 BUDGETS = (0.02, 0.07, 0.15, 0.3, 0.5, 0.75)
-REPEATS = 3
+ORDER_BUDGET = 0.2  # density at which token orders are compared
+REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class CostTable:
         index_seconds: What the first call of a pattern at this size takes longer, as its index is built; None
             if unknown.
         source: Name of the device table that it is from; None if it was measured for the search.
+        orders: For token orders other than the first of `tilings`, which `sparse` is of: how many times as
+            long a head takes at the same density. Tiles that don't divide the video waste part of a block.
+        in_generation: How many times as long the same calls take inside a generation; see `pricing.inside`.
     """
 
     layout: TokenLayout
@@ -52,12 +57,24 @@ class CostTable:
     dense_head: float | None = None
     index_seconds: float | None = None
     source: str | None = None
+    orders: Mapping[Tile, float] = field(default_factory=dict)
+    in_generation: float = 1.0
+
+    @property
+    def stock_seconds(self) -> float:
+        """Of a head in a layer that is all dense, in a generation."""
+        return self.dense * self.in_generation
 
     def seconds(self, pattern: Pattern, density: float) -> float:
-        """Of a head in a layer that isn't all dense; interpolated in density."""
+        """Of a head in a layer that isn't all dense, in a generation; interpolated in density."""
         if pattern.is_dense:
-            return self.dense if self.dense_head is None else self.dense_head
-        points = self.sparse[pattern.far]
+            head = self.dense if self.dense_head is None else self.dense_head
+            return head * self.in_generation
+        longer = self.orders.get(pattern.tile, 1.0) * self.in_generation
+        return longer * self._in_the_first_order(pattern.far, density)
+
+    def _in_the_first_order(self, far: bool, density: float) -> float:
+        points = self.sparse[far]
         densities, seconds = zip(*points, strict=True)
         if density > densities[-1]:  # beyond the table: in proportion
             return seconds[-1] * density / densities[-1]
@@ -77,6 +94,8 @@ class CostTable:
             "dtype": self.dtype,
             "index_seconds": self.index_seconds,
             "device_table": self.source,
+            "orders": {tile_text(tile): round(times, 4) for tile, times in self.orders.items()},
+            "in_generation": round(self.in_generation, 4),
         }
 
 
@@ -89,6 +108,7 @@ def measure_cost(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     budgets: Sequence[float] = BUDGETS,
+    orders: Sequence[Tile] = (),
 ) -> CostTable:
     """Time dense and sparse attention on random data, interleaved; the fastest of three of each.
 
@@ -100,6 +120,7 @@ def measure_cost(
         num_heads, head_dim: Of the calls.
         device, dtype, backend: As `sparse_attention` takes them.
         budgets: Densities, less the far field; a size has its own nearest ones.
+        orders: Token orders to compare with the first one, at one density.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1, layout.seq_len, num_heads, head_dim)  # as hosts hold it
@@ -107,7 +128,7 @@ def measure_cost(
         torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
     )
     dense = build_index([Pattern(Dense())] * num_heads, layout).to(device)
-    runs: dict[tuple[bool, float] | str, Any] = {
+    runs: dict[Any, Any] = {
         "stock": lambda: F.scaled_dot_product_attention(q, k, v),
         "dense": lambda: sparse_attention(q, k, v, dense, backend=backend),
     }
@@ -118,6 +139,11 @@ def measure_cost(
             backend = backend_name(q, index, backend)  # so that the table names what was timed
             last = key = (far, index.density)
             runs[key] = lambda i=index, name=backend: sparse_attention(q, k, v, i, backend=name)
+    ordered = {}
+    for tile in orders:
+        index = build_index([nearest_tiles(layout, ORDER_BUDGET, True, tile)] * num_heads, layout)
+        ordered[tile] = index = index.to(device)
+        runs["order", tile] = lambda i=index: sparse_attention(q, k, v, i, backend=backend)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(REPEATS + 1):  # the first fills caches
         for key, run in runs.items():
@@ -127,7 +153,7 @@ def measure_cost(
         far: rising([(key[1], s / num_heads) for key, s in best.items() if key[0] is far])
         for far in (False, True)
     }
-    return CostTable(
+    table = CostTable(
         layout,
         best["stock"] / num_heads,
         sparse,
@@ -138,6 +164,11 @@ def measure_cost(
         best["dense"] / num_heads,
         max(first, 0.0),
     )
+    times = {
+        tile: best["order", tile] / num_heads / table._in_the_first_order(True, index.density)
+        for tile, index in ordered.items()
+    }
+    return replace(table, orders=times)
 
 
 def _first_call(
@@ -189,7 +220,10 @@ def break_even_tokens(
         if small.seq_len >= best:
             break
         cost = measure(small)
-        if cost is None or cost.seconds(nearest_tiles(small, density, True), density) >= cost.dense:
+        if (
+            cost is None
+            or cost.seconds(nearest_tiles(small, density, True), density) >= cost.stock_seconds
+        ):
             break
         best = small.seq_len
     return best
@@ -210,9 +244,11 @@ def _measuring(
 
 
 @functools.lru_cache(maxsize=64)
-def nearest_tiles(layout: TokenLayout, budget: float, far: bool) -> Pattern:
-    """A stencil of about this density: the nearest tiles."""
-    tile = tilings(layout)[0]
+def nearest_tiles(
+    layout: TokenLayout, budget: float, far: bool, tile: Tile | None = None
+) -> Pattern:
+    """A stencil of about this density: the nearest tiles, in the first of `tilings` if none is named."""
+    tile = tile or tilings(layout)[0]
     counts = cell_table(layout, tile).counts
     lattice = torch.cartesian_prod(*(torch.arange(1 - n, n) for n in counts.tolist()))
     ranked = lattice[lattice.square().sum(1).argsort(stable=True)]

@@ -17,7 +17,8 @@ from ..patterns import Pattern, Vertical
 from .candidates import best_columns, chosen_offsets, tilings
 from .cells import CellSums, CellTable, cell_table
 from .profile import HALF, LATER, ComponentProfile
-from .statistics import look_shapes, relative_cells
+from .seen import relative_cells
+from .statistics import look_shapes
 
 BUDGET = 0.2  # share of the pairs, or of the columns, that is chosen
 MARKED = 0.1  # from this regret on a head counts as depending on the prompt
@@ -37,10 +38,11 @@ def look(
     layout, key = profile.known_layout, (kind, level, layer)
     tile = tilings(layout)[0]
     if key not in profile.looks:
-        profile.looks[key] = {
+        fresh = {
             name: torch.zeros(profile.num_heads, *shape)
             for name, shape in look_shapes(layout).items()
         }
+        profile.looks.setdefault(key, fresh)  # other heads, on other threads, come to it too
     rows = slice(None, None, 2) if kind == HALF else slice(None)
     saved = sums.benefit(far=True)[rows]
     places = relative_cells(layout, tile)[sums.cell[rows]].flatten()

@@ -9,19 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import attachment_of, components
-from ..layout import TokenLayout
 from ..plan import Plan, Stage
-from .cost import CostTable, break_even_tokens, measure_cost
+from .cost import break_even_tokens
 from .elsewhere import Elsewhere
 from .evidence import evidence
 from .front import Front, front_of, model_hash
 from .joint import joined, pair_shares
 from .objective import Objective
+from .pricing import cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline, profiling_steps
 from .prompts import TuneOn, split_cases
@@ -163,9 +162,13 @@ class _Run:
 
 def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
-    clock, say, settings = run.clock, run.say, run.settings
+    clock, say, settings, elsewhere = run.clock, run.say, run.settings, run.elsewhere
     parts = profiled.components
-    tables = _costs(run, parts)
+    of_device = (
+        f"those of the device table {elsewhere.table.name}" if elsewhere else "measured here"
+    )
+    say(f"costs are {of_device}")
+    tables = cost_tables(components(run.pipe), parts, run.backend, elsewhere)
     clock.lap("cost")
     stages = {name: stages_of(part.sigmas) for name, part in parts.items()}
     say("measuring how much each noise level and layer matters")
@@ -175,7 +178,9 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("references")
     local_seconds = sum(r.seconds for r in references) / len(references)
     calls = {name: references[0].calls(name, stages[name]) for name in parts}
-    dense_seconds = _dense_seconds(run, parts, tables, calls, local_seconds)
+    if elsewhere is None:
+        tables = inside(tables, parts, calls, references)
+    dense_seconds = dense_generation(tables, parts, calls, local_seconds, elsewhere)
     problems = {
         name: problem(part, stages[name], matters[name], tables[name], calls[name], dense_seconds)
         for name, part in parts.items()
@@ -201,23 +206,6 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
 
-def _dense_seconds(
-    run: _Run,
-    parts: Mapping[str, ComponentProfile],
-    tables: Mapping[str, CostTable],
-    calls: Mapping[str, Sequence[int]],
-    measured: float,
-) -> float:
-    """Of a dense generation on the device that is solved for."""
-    if run.elsewhere is None:
-        return measured
-    stock = sum(
-        tables[name].dense * sum(calls[name]) * len(part.layers) * part.num_heads
-        for name, part in parts.items()
-    )
-    return run.elsewhere.generation(measured, stock)
-
-
 def _references(run: _Run, profiled: Profile) -> list[Reference]:
     """Dense generations to tune with: of the held-out cases, or the one that profiling made."""
     if not run.held_out:
@@ -237,39 +225,6 @@ def _searchable(pipe: Any) -> dict[str, nn.Module]:
             "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe), then search"
         )
     return found
-
-
-def _costs(run: _Run, parts: Mapping[str, ComponentProfile]) -> dict[str, CostTable]:
-    """By component name, of the device that is solved for; transformers that are alike have one table."""
-    if run.elsewhere is not None:
-        run.say(f"costs are those of the device table {run.elsewhere.table.name}")
-    else:
-        run.say("measuring cost on this device")
-    known: dict[tuple[Any, ...], CostTable] = {}
-    tables = {}
-    for name, part in parts.items():
-        module: Any = components(run.pipe)[name]
-        key = part.known_layout, part.num_heads, part.head_dim, module.device, module.dtype
-        if key not in known:
-            known[key] = _cost(run, *key)
-        tables[name] = known[key]
-    return tables
-
-
-def _cost(
-    run: _Run,
-    layout: TokenLayout,
-    num_heads: int,
-    head_dim: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> CostTable:
-    """Measured here, or from the table of another device."""
-    if run.elsewhere is not None:
-        return run.elsewhere.cost(layout, head_dim, dtype)
-    return measure_cost(
-        layout, num_heads, head_dim, device=device, dtype=dtype, backend=run.backend
-    )
 
 
 def _sensitivities(

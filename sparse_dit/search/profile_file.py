@@ -22,7 +22,7 @@ from .statistics import empty_statistics, look_shapes
 from .verify import Reference
 
 VIDEO = "reference|video"
-FORMAT = "sparse_dit profile 3"  # counts up when candidates change: scores go by their place
+FORMAT = "sparse_dit profile 4"  # counts up when candidates change too: scores go by their place
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
@@ -55,6 +55,7 @@ def write_profile(profile: Profile, path: str | Path) -> None:
             "seed": reference.case.seed,
             "seconds": reference.seconds,
             "forwards": reference.forwards,
+            "attention": reference.attention,
         }
     with whole_file(Path(path)) as partial:
         metadata = {"format": FORMAT, "header": json.dumps(header)}
@@ -143,7 +144,8 @@ def _reference(data: dict[str, Any] | None, video: Tensor | None) -> Reference |
         raise ValueError("the dense reference is not whole")
     forwards = {name: [float(s) for s in sigmas] for name, sigmas in data["forwards"].items()}
     case = Case(data["prompt"], data["seed"])
-    return Reference(case, video.numpy(), float(data["seconds"]), forwards)
+    attention = {name: float(seconds) for name, seconds in data["attention"].items()}
+    return Reference(case, video.numpy(), float(data["seconds"]), forwards, attention)
 
 
 def _check(part: ComponentProfile) -> None:

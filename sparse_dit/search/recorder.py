@@ -14,16 +14,10 @@ from .candidates import tilings
 from .cells import CellSums, sample_rows
 from .dependence import look
 from .profile import HALF, LATER, ComponentProfile
-from .sampling import in_turn, one_thread, sampled_heads, whole_layout
-from .statistics import (
-    Cells,
-    HeadStatistics,
-    cells_of,
-    discover,
-    empty_statistics,
-    score,
-    sums_of,
-)
+from .sampling import Item, in_turn, items_of, whole_layout
+from .seen import Cells, cells_of
+from .side_by_side import each_head
+from .statistics import HeadStatistics, discover, empty_statistics, score, sums_of
 
 PICTURE = 96
 
@@ -68,8 +62,7 @@ class Recorder:
         turn = not self.alternate or in_turn(call.context)
         if layout is not None and sigma is not None and turn:
             started = time.perf_counter()
-            with one_thread():
-                self._record(call, layout, sigma)
+            self._record(call, layout, sigma)
             self.seconds += time.perf_counter() - started
         return call.stock()
 
@@ -87,14 +80,18 @@ class Recorder:
         if not finding:
             patterns = profile.candidates(level, call.layer)[0][1:]
             cells |= dict.fromkeys(cells_of(pattern) for pattern in patterns)
-        for head, sampled in sampled_heads(call, layout, rows, behind):
-            sums = sums_of(sampled, cells, layout)
-            if not torch.isfinite(next(iter(sums.values())).out).all():
-                raise ValueError(
-                    f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
-                    "the stock pipeline is broken at this size or dtype"
-                )
-            record(level, call.layer, head, sums)
+        for item in items_of(call, layout):
+
+            def one(head: int, item: Item = item) -> None:
+                sums = sums_of(item.sampled(head, rows, behind), cells, layout)
+                if not torch.isfinite(next(iter(sums.values())).out).all():
+                    raise ValueError(
+                        f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
+                        "the stock pipeline is broken at this size or dtype"
+                    )
+                record(level, call.layer, head, sums)
+
+            each_head(one, item.q.shape[1])
 
     def _level(self, sigma: float) -> int:
         """Place of a noise level among the recorded ones; while finding, new ones are added."""
@@ -112,10 +109,11 @@ class Recorder:
     def _find(self, level: int, layer: str, head: int, sums: dict[Cells, CellSums]) -> None:
         profile, layout = self.profile, self.profile.known_layout
         if (level, layer) not in profile.found:
-            profile.found[level, layer] = [
+            fresh = [
                 {tile: empty_statistics(layout, tile) for tile, _ in sums}
                 for _ in range(profile.num_heads)
             ]
+            profile.found.setdefault((level, layer), fresh)  # heads come side by side
         statistics: HeadStatistics = profile.found[level, layer][head]
         for (tile, _), part in sums.items():
             discover(statistics[tile], part, layout, tile)
@@ -127,10 +125,11 @@ class Recorder:
         error, square, recall, norm = score(sums, candidates, profile.known_layout)
         if (level, layer) not in profile.scores:
             shape = (heads, len(candidates))
-            profile.scores[level, layer] = {
+            fresh = {
                 **{key: torch.zeros(shape) for key in ("error", "error_squared", "recall")},
                 **{key: torch.zeros(heads) for key in ("norm", "rows")},
             }
+            profile.scores.setdefault((level, layer), fresh)
         scores = profile.scores[level, layer]
         rows = len(next(iter(sums.values())).out)
         for key, value in (
@@ -154,6 +153,6 @@ class Recorder:
         image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
         pictures = self.profile.pictures
         if (layer, tile) not in pictures:
-            pictures[layer, tile] = torch.zeros(heads, *size)
+            pictures.setdefault((layer, tile), torch.zeros(heads, *size))
         if image.shape == pictures[layer, tile].shape[1:]:
             pictures[layer, tile][head] = image

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import sparse_attention
 from ..index import SparseIndex
@@ -14,17 +15,6 @@ from ..integrations.arrangement import with_bias
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import TokenLayout
 from .cells import SampledRows, sampled_rows
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Many small operations: waking other threads for each of them costs more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def in_turn(context: StepContext) -> bool:
@@ -45,6 +35,47 @@ def whole_layout(call: AttentionCall) -> TokenLayout | None:
     return layout if whole and layout.num_video else None
 
 
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One item of a call's batch, on the CPU; H heads, fewer of keys and values if several share them.
+
+    Args:
+        q, k, v: `[N, H, D]`, a bias on the logits being part of queries and keys.
+        valid: Keys from here on are padding.
+        scale: Factor of the logits.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    valid: int
+    scale: float
+
+    def sampled(self, head: int, rows: Tensor, behind: Tensor | None) -> SampledRows:
+        """The exact attention of sampled rows; see `sampled_heads`."""
+        shared = head // (self.q.shape[1] // self.k.shape[1])
+        values = self.v[:, shared]
+        if behind is not None:
+            values = values.float() @ behind[head]
+        return sampled_rows(
+            self.q[:, head], self.k[:, shared], values, rows, self.scale, self.valid
+        )
+
+
+def items_of(call: AttentionCall, layout: TokenLayout) -> Iterator[Item]:
+    """The items of a call over a layout's sequence."""
+    scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
+    for batch in range(call.q.shape[0]):
+        valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
+        q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
+        if call.bias is not None:
+            bias = call.bias[None, batch].to("cpu", torch.float32)
+            (q, k) = (
+                x[0] for x in with_bias(q[None].float(), k[None].float(), v[None], bias, scale)[:2]
+            )
+        yield Item(q, k, v, valid, scale)
+
+
 def sampled_heads(
     call: AttentionCall,
     layout: TokenLayout,
@@ -63,31 +94,40 @@ def sampled_heads(
         behind: `[H, D, D]` that values are multiplied by, see `projections`; None for heads' own outputs.
         heads: Which; None for all.
     """
-    scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
-    repeat = call.q.shape[2] // call.k.shape[2]
-    for batch in range(call.q.shape[0]):
-        valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
-        q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
-        if call.bias is not None:
-            bias = call.bias[None, batch].to("cpu", torch.float32)
-            (q, k) = (
-                x[0] for x in with_bias(q[None].float(), k[None].float(), v[None], bias, scale)[:2]
-            )
-        for head in range(q.shape[1]) if heads is None else heads:
-            values = v[:, head // repeat]
-            if behind is not None:
-                values = values.float() @ behind[head]
-            keys = k[:, head // repeat]
-            yield head, sampled_rows(q[:, head], keys, values, rows, scale, valid)
+    for item in items_of(call, layout):
+        for head in range(item.q.shape[1]) if heads is None else heads:
+            yield head, item.sampled(head, rows, behind)
 
 
 def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
     """Attention of a call over the index, `[B, N, H, D]`."""
-    q, k, v = call.q, call.k, call.v
-    scale = call.scale
-    if call.bias is not None:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        q, k, v = with_bias(q, k, v, call.bias, scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v, scale = _by_head(call)
     out = sparse_attention(q, k, v, index.to(q.device), kv_len=call.kv_len, scale=scale)
     return out[..., : call.v.shape[-1]].transpose(1, 2)
+
+
+def exact_rows(call: AttentionCall, rows: Tensor) -> Tensor:
+    """Dense attention of some rows of a call, on its device, `[B, R, H, D]`.
+
+    Args:
+        call: Plain attention.
+        rows: int64 `[R]`, tokens.
+    """
+    q, k, v, scale = _by_head(call)
+    mask = None
+    if call.kv_len is not None:
+        mask = (torch.arange(k.shape[2], device=k.device) < call.kv_len[:, None])[:, None, None]
+    shared = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(
+        q[:, :, rows.to(q.device)], k, v, attn_mask=mask, scale=scale, enable_gqa=shared
+    )
+    return out[..., : call.v.shape[-1]].transpose(1, 2)
+
+
+def _by_head(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k, v `[B, H, N, D]`, a bias on the logits in extra channels, and the factor of the logits."""
+    q, k, v = call.q, call.k, call.v
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    if call.bias is not None:
+        q, k, v = with_bias(q, k, v, call.bias, scale)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale

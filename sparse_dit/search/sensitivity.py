@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..generation import Case, GenerationSettings, generate
@@ -24,20 +25,22 @@ from ..index import build_index
 from ..integrations.call import AttentionCall
 from ..integrations.diffusers import components
 from ..plan import Stage
+from .cells import sample_rows
 from .cost import nearest_tiles
 from .playback import recording, replaying
-from .sampling import attention_over, in_turn, whole_layout
+from .sampling import attention_over, exact_rows, in_turn, whole_layout
 from .verify import stock
 
 WHOLE = Stage(1.0, 0.0)
 LAYER_GROUPS = 8
 PROBE_BUDGET = 0.25  # share of the pairs that the probing pattern computes
+ERROR_ROWS = 128  # tokens in which its error is measured
 
 
 class _Probe:
     """An intercept that computes a local pattern while sigma is inside a stage, and notes its error.
 
-    The error is that of one half of guidance at a time; see `in_turn`.
+    The error is that of one half of guidance at a time, see `in_turn`, in sampled rows.
 
     Args:
         stage: Noise levels to disturb.
@@ -58,10 +61,11 @@ class _Probe:
         pattern = nearest_tiles(layout, PROBE_BUDGET, far=False)
         probed = attention_over(call, build_index([pattern] * call.q.shape[2], layout))
         if in_turn(call.context):
-            out = call.stock()
-            power = out.float().square().sum((1, 3)).clamp_min(1e-20)
-            error = (probed - out).float().square().sum((1, 3)) / power
-            self.errors.append(error.mean().item())
+            rows = sample_rows(layout, ERROR_ROWS, torch.Generator().manual_seed(0))
+            out = exact_rows(call, rows).float()
+            power = out.square().sum((1, 3)).clamp_min(1e-20)
+            wrong = probed[:, rows.to(probed.device)].float() - out
+            self.errors.append((wrong.square().sum((1, 3)) / power).mean().item())
         return probed
 
 
@@ -122,11 +126,13 @@ def sensitivity(
     Raises:
         ValueError: If the pipeline gives NaN or Inf.
     """
-    probe = _prober(pipe, component, case, settings)
+    clean = _clean(pipe, case, settings)
+    probe = _prober(pipe, component, case, settings, clean)
     of_stages = filled([probe(stage, None) for stage in stages])
-    # what layers share hardly depends on the steps
-    few = replace(settings, steps=max(4, levels or len(stages)))
-    probe = _prober(pipe, component, case, few)
+    # what layers share hardly depends on the steps, nor on guidance that takes a forward of its own
+    guidance = 1.0 if clean.in_halves else settings.guidance
+    few = replace(settings, steps=max(4, levels or len(stages)), guidance=guidance)
+    probe = _prober(pipe, component, case, few, _clean(pipe, case, few))
     return Sensitivity(of_stages, _shares([(g, probe(WHOLE, g)) for g in _groups(layers)]))
 
 
@@ -143,6 +149,12 @@ class _Clean:
     video: np.ndarray
     records: dict[str, list[tuple[float, Any]]]
     order: list[str]
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether guidance takes forwards of its own: a transformer ran twice at a noise level."""
+        sigmas = [[sigma for sigma, _ in record] for record in self.records.values()]
+        return any(len(set(values)) < len(values) for values in sigmas)
 
     def before(self, component: str, stage: Stage) -> dict[str, list[Any]] | None:
         """What each transformer gave until this one first ran in the stage; None if it never did."""
@@ -178,10 +190,9 @@ def _note(order: list[str], name: str, *_: Any) -> None:
 
 
 def _prober(
-    pipe: Any, component: str, case: Case, settings: GenerationSettings
+    pipe: Any, component: str, case: Case, settings: GenerationSettings, clean: _Clean
 ) -> Callable[[Stage, Collection[str] | None], float | None]:
     """Gives the change of the video for a squared relative error of 1 in some layers at a stage."""
-    clean = _clean(pipe, case, settings)
 
     def probe(stage: Stage, layers: Collection[str] | None) -> float | None:
         given = clean.before(component, stage)

@@ -19,8 +19,8 @@ from ..patterns import Pattern
 from ..plan import Stage
 from .cost import CostTable
 from .profile import ComponentProfile, bounds_of
+from .seen import densities
 from .sensitivity import Sensitivity
-from .statistics import density
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ def problem(
         table_["error"].append(profile.relative_error(stage, layer))
         table_["recall"].append(scores["recall"] / scores["rows"][:, None])
         for head, patterns in enumerate(profile.candidates(stage, layer)):
-            dens = [density(p, layout) for p in patterns]
+            dens = densities(patterns, layout)
             cost = [table.seconds(p, d) * calls[stage] for p, d in zip(patterns, dens, strict=True)]
             table_["density"].append(torch.tensor([dens], dtype=torch.float64))
             table_["seconds"].append(torch.tensor([cost], dtype=torch.float64))
@@ -153,7 +153,7 @@ def problem(
             candidates.append(patterns)
             importance.append(sensitivity.stages[stage] * matters[layer] * share[head].item())
             weight.append(calls[stage] / total)
-            stock.append(table.dense * calls[stage])
+            stock.append(table.stock_seconds * calls[stage])
     columns = {name: torch.cat(parts).double() for name, parts in table_.items()}
     return Problem(
         units,

@@ -6,22 +6,18 @@ saves when it is computed exactly. Scoring then measures, on other prompts, ever
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..index import seen_cells
-from ..layout import Tile, TokenLayout, tile_order
-from ..patterns import Pattern, Stencil
+from ..layout import Tile, TokenLayout
+from ..patterns import Pattern
 from .candidates import MAX_BLOCK_CELLS, tilings
-from .cells import CellSums, CellTable, SampledRows, cell_table
+from .cells import CellSums, SampledRows, cell_table
+from .seen import Cells, grouped, relative_cells
 
 HeadStatistics = dict[Tile, dict[str, Tensor]]
-Cells = tuple[Tile, int | None]  # token order, and tokens of a pooled key
 
 
 def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
@@ -60,74 +56,6 @@ def discover(
         statistics["block"].index_add_(0, sums.cell, far)
 
 
-@functools.lru_cache(maxsize=16)
-def relative_cells(layout: TokenLayout, tile: Tile) -> Tensor:
-    """For each pair of tiles the flat index of their offset in the lattice, int64 `[T, T]`."""
-    table: CellTable = cell_table(layout, tile)
-    lattice = (2 * table.counts - 1).tolist()
-    delta = table.place[None] - table.place[:, None] + table.counts - 1
-    strides = torch.tensor([math.prod(lattice[1:]), lattice[2], 1])
-    return (delta * strides).sum(-1)
-
-
-SMALL = 160  # tiles up to which masks are kept: 25 KB each
-
-
-def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
-    """Which tiles each tile sees exactly, bool `[T, T]`; kept if small, as most are needed again."""
-    if len(cell_table(layout, pattern.tile).tokens) <= SMALL:
-        return _kept(pattern, layout)
-    return _seen(pattern, layout)
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _kept(pattern: Pattern, layout: TokenLayout) -> Tensor:
-    return _seen(pattern, layout)
-
-
-def _seen(pattern: Pattern, layout: TokenLayout) -> Tensor:
-    """What `index.seen_cells` says; sets of relative tiles, most of the candidates, by table."""
-    table, shape = cell_table(layout, pattern.tile), pattern.shape
-    counts = table.counts.numpy()
-    lattice = 2 * counts - 1
-    runs = np.array(getattr(shape, "offsets", ()), dtype=np.int64).reshape(-1, 4)
-    reach = getattr(shape, "reach", None)
-    plain = not pattern.sink_frames and pattern.cell is None
-    plain = plain and (reach is None or bool((np.array(reach) >= counts - 1).all()))
-    if not (isinstance(shape, Stencil) and plain and runs[:, 3].sum() <= lattice.prod()):
-        return seen_cells(pattern, tile_order(layout, pattern.tile))
-    count = runs[:, 3]
-    offsets = np.repeat(runs[:, :3], count, 0)
-    offsets[:, 2] += np.arange(len(offsets)) - np.repeat(count.cumsum() - count, count)
-    offsets = offsets[(np.abs(offsets) < counts).all(1)] + counts - 1
-    member = np.zeros(lattice, dtype=bool)
-    member[tuple(offsets.T)] = True
-    return torch.from_numpy(member.reshape(-1))[relative_cells(layout, pattern.tile)]
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def density(pattern: Pattern, layout: TokenLayout) -> float:
-    """Computed pairs over all pairs, far field included: what its index reports, without building it.
-
-    For patterns whose cells are whole tiles.
-    """
-    if pattern.is_dense:
-        return 1.0
-    sizes = tile_order(layout, pattern.tile).tile_offsets.diff().double()
-    seen = seen_tiles(pattern, layout).double()
-    total, text, video = layout.seq_len, layout.num_text, layout.num_video
-    pairs = sizes @ seen @ sizes + text * total + video * text
-    if pattern.far:
-        pooled = torch.ones_like(sizes) if pattern.pool is None else (sizes / pattern.pool).ceil()
-        pairs = pairs + sizes @ (1 - seen) @ pooled
-    return float(pairs) / total**2
-
-
-def cells_of(pattern: Pattern) -> Cells:
-    """What a pattern's error is computed from: one entry of `sums_of`."""
-    return pattern.tile, pattern.pool if pattern.far else None
-
-
 def sums_of(
     sampled: SampledRows, wanted: Iterable[Cells], layout: TokenLayout
 ) -> dict[Cells, CellSums]:
@@ -144,8 +72,8 @@ def score(
     """Squared error of every candidate's output on the sampled rows of one head.
 
     Args:
-        sums: Of the head, for the cells of every candidate but the first.
-        candidates: The first is dense.
+        sums: Of the head, for the cells of every candidate that isn't dense.
+        candidates: What is judged.
         layout: Their grid.
 
     Returns:
@@ -153,19 +81,13 @@ def score(
         `recall` `[K]`: sum over rows of the attention mass seen exactly; `norm` `[]`: sum over rows of
         the squared output.
     """
-    count = len(candidates)
-    error, square, recall = torch.zeros(count), torch.zeros(count), torch.zeros(count)
+    error, square = torch.zeros(2, len(candidates))
     first = next(iter(sums.values()))
-    recall[0] = len(first.out)  # the first candidate is dense
-    groups: dict[tuple[Cells, bool], list[int]] = {}
-    for place, pattern in enumerate(candidates[1:], 1):
-        groups.setdefault((cells_of(pattern), pattern.far), []).append(place)
-    for (cells, far), places in groups.items():
-        part = sums[cells]
-        seen = torch.stack([seen_tiles(candidates[p], layout)[part.cell] for p in places])
-        outputs, mass = part.outputs_and_recall(seen, far)
+    recall = torch.tensor([float(len(first.out)) * p.is_dense for p in candidates])
+    for where, group in grouped(candidates, layout):
+        part = sums[group.cells]
+        outputs, mass = part.outputs_and_recall(group.rows(part.cell, layout), group.far)
         rows = (outputs - part.out).square().sum(-1)  # [K, R]
-        where = torch.tensor(places)
         error[where], square[where] = rows.sum(1), rows.square().sum(1)
         recall[where] = mass.sum(1)
     return error, square, recall, first.out.square().sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ..integrations.call import AttentionCall, Intercept
 from ..integrations.diffusers import attach, components
 from ..patch import patch
 from ..plan import Plan, Stage
+from .stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +27,14 @@ class Reference:
         video: `[T, H, W, 3]` in 0..1.
         seconds: Of the whole call.
         forwards: For each component the noise level of each of its forwards (times the batch).
+        attention: For each component the part of `seconds` that its self-attention took.
     """
 
     case: Case
     video: np.ndarray
     seconds: float
     forwards: dict[str, list[float]]
+    attention: dict[str, float]
 
     def calls(self, component: str, stages: Sequence[Stage]) -> list[int]:
         """Forwards that fall into each stage."""
@@ -44,10 +48,12 @@ def stock(call: AttentionCall) -> Tensor:
 
 
 class _Count:
-    """An intercept that notes the noise level of each forward and item, at the first attention layer."""
+    """An intercept that notes the noise level of each forward and item, at the first attention layer, and
+    how long stock attention takes."""
 
     def __init__(self, then: Intercept) -> None:
         self.sigmas: list[float] = []
+        self.watch = Stopwatch()
         self._then = then
         self._first: str | None = None
 
@@ -55,6 +61,7 @@ class _Count:
         self._first = self._first or call.layer
         if call.layer == self._first and call.context.sigma is not None:
             self.sigmas += [call.context.sigma] * call.q.shape[0]
+        call.stock = functools.partial(self.watch.run, call.stock, call.q.device)
         return self._then(call)
 
 
@@ -64,7 +71,7 @@ def dense_reference(
     settings: GenerationSettings,
     watched_by: Mapping[str, Intercept] | None = None,
 ) -> Reference:
-    """Generate with stock attention and count forwards.
+    """Generate with stock attention, count forwards and time attention.
 
     Args:
         pipe: Stock pipeline.
@@ -87,7 +94,9 @@ def dense_reference(
             attachment.detach()
     if not np.isfinite(video).all():
         raise ValueError(f"the stock pipeline gives NaN or Inf for {case.prompt!r}")
-    return Reference(case, video, seconds, {n: c.sigmas for n, c in counters.items()})
+    forwards = {name: counter.sigmas for name, counter in counters.items()}
+    attention = {name: counter.watch.seconds for name, counter in counters.items()}
+    return Reference(case, video, seconds, forwards, attention)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from ...index import build_index
 from ...integrations.call import AttentionCall
 from ...layout import TokenLayout
 from ..candidates import DENSE
-from ..sampling import attention_over, one_thread, whole_layout
+from ..sampling import attention_over, whole_layout
+from ..side_by_side import one_thread
 from .rule import Rule, picked_density
 from .scores import Judge, RivalScores
 

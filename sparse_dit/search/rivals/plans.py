@@ -18,8 +18,8 @@ from ..assemble import plan_of
 from ..baselines import random_choice
 from ..candidates import DENSE
 from ..engine import Searched
+from ..seen import density
 from ..solve import Problem, evaluate
-from ..statistics import density
 from .fed_forward import fed_forward
 from .rule import best_rule
 from .scores import RivalScores

@@ -19,8 +19,10 @@ from ..candidates import DENSE, tilings
 from ..cells import sample_rows
 from ..profile import ComponentProfile
 from ..projection import projections
-from ..sampling import one_thread, sampled_heads, whole_layout
-from ..statistics import cells_of, density, score, sums_of
+from ..sampling import sampled_heads, whole_layout
+from ..seen import cells_of, density
+from ..side_by_side import one_thread
+from ..statistics import score, sums_of
 from .families import families, row_wise_blocks, vertical_stripes
 
 Unit = tuple[int, str, int]

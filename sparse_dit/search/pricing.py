@@ -1,0 +1,86 @@
+"""What attention costs in the searched generation: measured or by a table, at the speed it has in there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .candidates import tilings
+from .cost import CostTable, measure_cost
+from .elsewhere import Elsewhere
+from .profile import ComponentProfile
+from .verify import Reference
+
+Parts = Mapping[str, ComponentProfile]  # by component name, as all mappings here
+Calls = Mapping[str, Sequence[int]]  # for each stage the forwards of a generation, times the batch
+
+
+def cost_tables(
+    modules: Mapping[str, nn.Module], parts: Parts, backend: str, elsewhere: Elsewhere | None
+) -> dict[str, CostTable]:
+    """Of the device that is solved for, measured here if None; transformers that are alike have one table.
+
+    Args:
+        modules: The transformers.
+        parts: Their profiles.
+        backend: Sparse backend to time.
+        elsewhere: Another device.
+    """
+    known: dict[tuple[Any, ...], CostTable] = {}
+    tables = {}
+    for name, part in parts.items():
+        module: Any = modules[name]
+        layout, head_dim = part.known_layout, part.head_dim
+        orders = tilings(layout, part.wide)[1:]
+        key = layout, part.num_heads, head_dim, module.device, module.dtype, orders
+        if key not in known and elsewhere is not None:
+            known[key] = elsewhere.cost(layout, head_dim, module.dtype)
+        elif key not in known:
+            known[key] = measure_cost(
+                layout,
+                part.num_heads,
+                head_dim,
+                device=module.device,
+                dtype=module.dtype,
+                backend=backend,
+                orders=orders,
+            )
+        tables[name] = known[key]
+    return tables
+
+
+def inside(
+    tables: Mapping[str, CostTable], parts: Parts, calls: Calls, references: Sequence[Reference]
+) -> dict[str, CostTable]:
+    """The tables, at the speed that attention had in the dense generations, of all transformers together.
+
+    Whatever slows it down there (other programs, heat) slows down sparse attention too. By the tables alone
+    it would be taken for time outside of attention, which stays when attention is sparse.
+    """
+    taken = sum(sum(r.attention.values()) for r in references) / len(references)
+    times = taken / _stock(tables, parts, calls)
+    return {name: replace(table, in_generation=times) for name, table in tables.items()}
+
+
+def dense_generation(
+    tables: Mapping[str, CostTable],
+    parts: Parts,
+    calls: Calls,
+    measured: float,
+    elsewhere: Elsewhere | None,
+) -> float:
+    """Seconds of a dense generation on the device that is solved for; `measured` is that of this one."""
+    if elsewhere is None:
+        return measured
+    return elsewhere.generation(measured, _stock(tables, parts, calls))
+
+
+def _stock(tables: Mapping[str, CostTable], parts: Parts, calls: Calls) -> float:
+    """Seconds of a generation's dense attention by the tables."""
+    return sum(
+        tables[name].dense * sum(calls[name]) * len(part.layers) * part.num_heads
+        for name, part in parts.items()
+    )

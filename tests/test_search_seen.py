@@ -1,0 +1,79 @@
+"""Many candidates at once are what each is alone; heads side by side are what they are in turn."""
+
+import pytest
+import torch
+
+from sparse_dit.index import build_index, seen_cells
+from sparse_dit.layout import TokenLayout, tile_order
+from sparse_dit.patterns import Stencil
+from sparse_dit.search.candidates import _nested, _reach, all_candidates, tilings
+from sparse_dit.search.cells import cell_table
+from sparse_dit.search.seen import densities, grouped
+from sparse_dit.search.side_by_side import each_head
+from sparse_dit.search.statistics import empty_statistics
+
+VIDEOS = [
+    TokenLayout.video(5, 7, 9, text_before=6),
+    TokenLayout.video(1, 12, 20, text_after=3),
+    TokenLayout.video(70, 3, 4),
+]
+
+
+def _candidates(layout):
+    generator = torch.Generator().manual_seed(0)
+    statistics = {tile: empty_statistics(layout, tile) for tile in tilings(layout, wide=True)}
+    for part in statistics.values():
+        for values in part.values():
+            values += torch.rand(values.shape, generator=generator)
+    return all_candidates(statistics, layout)
+
+
+@pytest.mark.parametrize("layout", VIDEOS, ids=str)
+def test_candidates_judged_together_see_what_each_sees(layout):
+    candidates = _candidates(layout)
+    told = {0}  # the dense one
+    share = densities(candidates, layout)
+    for places, group in grouped(candidates, layout):
+        cell = torch.arange(len(cell_table(layout, group.cells[0]).tokens))
+        seen = group.rows(cell, layout)
+        for place, mine in zip(places.tolist(), seen, strict=True):
+            pattern = candidates[place]
+            assert mine.equal(seen_cells(pattern, tile_order(layout, pattern.tile))), pattern
+            told.add(place)
+    assert told == set(range(len(candidates)))
+    for place in range(0, len(candidates), 7):
+        index = build_index([candidates[place]], layout)
+        assert share[place] == pytest.approx(index.density, rel=1e-9), candidates[place]
+
+
+@pytest.mark.parametrize("layout", VIDEOS, ids=str)
+def test_nested_stencils_are_those_of_their_offsets(layout):
+    table = cell_table(layout, (1, 2, 3))
+    reach = table.counts - 1
+    lattice = torch.cartesian_prod(*(torch.arange(-n, n + 1) for n in reach.tolist()))
+    ranked = lattice[torch.randperm(len(lattice), generator=torch.Generator().manual_seed(0))]
+    counts = sorted({1, 2, len(ranked) // 3, len(ranked)} - {0})
+    for count, stencil in _nested(ranked, counts, table).items():
+        assert stencil == Stencil.from_offsets(ranked[:count], _reach(table))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_head_is_called_once_and_computes_on_one_thread(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        seen = []
+        with torch.inference_mode():
+            each_head(
+                lambda head: seen.append(
+                    (head, torch.get_num_threads(), torch.is_inference_mode_enabled())
+                ),
+                7,
+            )
+        assert sorted(seen) == [(head, 1, True) for head in range(7)]
+        assert torch.get_num_threads() == threads
+        with pytest.raises(ZeroDivisionError):
+            each_head(lambda head: 1 / (2 - head), 5)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
