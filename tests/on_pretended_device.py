@@ -15,12 +15,19 @@ from sparse_dit.attention import BACKENDS, attend, block_mass
 from sparse_dit.backends import selfcheck
 from sparse_dit.backends.flex import _call
 from sparse_dit.backends.flex_lists import lists_of
+from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.index import build_index
+from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
 from sparse_dit.nan_guard import finite_or_dense
+from sparse_dit.resources import shipped
+from sparse_dit.search import search_plan
+from sparse_dit.search.check import check_plan
+from sparse_dit.search.stopwatch import Stopwatch
 from tests.cases import LAYOUTS, PATTERN_CASES
 from tests.kernel_cases import qkv
 from tests.pretended_device import DEVICE, PretendedDevice
+from tests.search_cases import stub_costs
 
 FIRSTS = range(0, len(PATTERN_CASES), 18)
 
@@ -105,3 +112,19 @@ def test_what_an_index_tells():
     assert moved.density == pytest.approx(index.density) and moved.is_dense == index.is_dense
     causal, _ = made(TokenLayout.video(2, 4, 6), 6, causal=True)
     assert causal.to(DEVICE).density == pytest.approx(causal.density)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the host, once for each generation
+def test_a_whole_search(monkeypatch):
+    """Profile, sensitivity, choice, verification and check of the embedded model, its text encoder too."""
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    monkeypatch.setattr(Stopwatch, "seconds", 1e-3)  # this device has no events
+    stub_costs(monkeypatch)
+    pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32").to(DEVICE)
+    settings = GenerationSettings(64, 64, 9, steps=2, guidance=3.0)
+    prompts, held_out = ["a blue square moves right slowly"], ["a red circle moves left slowly"]
+    options = {"held_out": held_out, "profile_steps": 2, "rows": 8, "max_error": 0.4}
+    plan = search_plan(pipe, prompts, settings=settings, **options).plan
+    assert 0 < plan.density < 1 and plan.measured["psnr_db"] > 10
+    assert next(pipe.transformer.parameters()).device == DEVICE
+    assert check_plan(pipe, plan, Case(held_out[0], 1), settings, rows=8).heads
