@@ -23,6 +23,7 @@ from ..patterns import (
     Window,
 )
 from .cells import CellTable, cell_table
+from .reach import ranks, stencils
 
 BUDGETS = (
     *(0.01, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125, 0.15, 0.175),
@@ -88,7 +89,8 @@ def found(
 
     Args:
         statistics: `offset_far`, `offset_drop`, `offset_count` (lattice of relative tiles),
-            `column` `[C]`, and maybe `block` `[C, C]`; see `Discovery`.
+            `column` `[C]`, maybe `block` `[C, C]`, and maybe `beyond_far`, `beyond_drop` and `beyond_count`
+            of a larger lattice; see `discover` and `look_beyond`.
         tile: The order.
         layout: Calibration layout.
         pools: Stencils are also tried with pooled keys of so many tokens.
@@ -96,17 +98,17 @@ def found(
     table = cell_table(layout, tile)
     result = []
     lines = not isinstance(tile, Curve) and tile[0] is None
-    reach = _reach(table)
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
+        place = ranks(statistics, key, ranked)
         budgets = BUDGETS if far or lines else DROP_BUDGETS
         kept = _kept(ranked, budgets, table)
-        stencils = {count: Stencil.from_offsets(ranked[:count], reach) for count in set(kept)}
-        result += [Pattern(stencils[count], tile, far=far) for count in kept]
+        shapes = stencils(place, sorted(set(kept)))
+        result += [Pattern(shapes[count], tile, far=far) for count in kept]
     for pool in pools:  # of the stencils with a far field, which came last
         counts = _kept(ranked, POOLED_BUDGETS, table)
-        pooled = [Stencil.from_offsets(ranked[:count], reach) for count in counts]
-        result += [Pattern(stencil, tile, far=True, pool=pool) for stencil in pooled]
+        shapes = stencils(place, sorted(set(counts)))
+        result += [Pattern(shapes[count], tile, far=True, pool=pool) for count in counts]
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
@@ -114,7 +116,7 @@ def found(
         Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
     ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
-    stencil = Stencil.from_offsets(_within(ranked, 0.1, table), reach)
+    (stencil,) = stencils(place, _kept(ranked, (0.1,), table)).values()
     result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
     if "block" in statistics:
         for budget in BLOCK_BUDGETS:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..index import seen_cells
@@ -91,6 +92,7 @@ def _seen(pattern: Pattern, layout: TokenLayout) -> Tensor:
     counts = table.counts.numpy()
     lattice = 2 * counts - 1
     runs = np.array(getattr(shape, "offsets", ()), dtype=np.int64).reshape(-1, 4)
+    runs = _inside(runs, counts)
     reach = getattr(shape, "reach", None)
     plain = not pattern.sink_frames and pattern.cell is None
     plain = plain and (reach is None or bool((np.array(reach) >= counts - 1).all()))
@@ -99,10 +101,18 @@ def _seen(pattern: Pattern, layout: TokenLayout) -> Tensor:
     count = runs[:, 3]
     offsets = np.repeat(runs[:, :3], count, 0)
     offsets[:, 2] += np.arange(len(offsets)) - np.repeat(count.cumsum() - count, count)
-    offsets = offsets[(np.abs(offsets) < counts).all(1)] + counts - 1
+    offsets += counts - 1
     member = np.zeros(lattice, dtype=bool)
     member[tuple(offsets.T)] = True
     return torch.from_numpy(member.reshape(-1))[relative_cells(layout, pattern.tile)]
+
+
+def _inside(runs: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What a video of so many tiles can have of a stencil's runs, `[n, 4]`; those left may be empty."""
+    runs = runs[(np.abs(runs[:, :2]) < counts[:2]).all(1)]
+    first = np.maximum(runs[:, 2], 1 - counts[2])
+    stop = np.minimum(runs[:, 2] + runs[:, 3], counts[2])
+    return np.column_stack([runs[:, :2], first, np.maximum(stop - first, 0)])
 
 
 @functools.lru_cache(maxsize=1 << 16)
