@@ -11,7 +11,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
 from sparse_dit.resources import shipped
-from sparse_dit.search import beyond
+from sparse_dit.search import beyond, reach
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.reach import ranks, stencils, whole_beyond
@@ -21,6 +21,7 @@ SETTINGS = GenerationSettings(64, 64, 15, steps=4, guidance=3.0, max_sequence_le
 CASES = [Case("a red circle moves left", 0), Case("a yellow triangle moves down", 1)]
 SMALL, LARGE = TokenLayout.video(2, 8, 8), TokenLayout.video(2, 8, 16)
 TILE = (None, 8, 1)
+REACH = torch.tensor([0, 0, 7])
 KEYS = ("offset_far", "offset_drop", "offset_count")
 
 
@@ -58,7 +59,7 @@ def _seen(stencil, counts):
 def test_without_the_run_the_border_stands_for_all_beyond():
     near = _line(8, {0: 1.0, 1: 0.5, -7: 0.25, 2: 0.1})
     ranked = _order(near)
-    made = stencils(ranks(near, "offset_far", ranked), [1, 3, 4])
+    made = stencils(ranks(near, "offset_far", ranked), [1, 3, 4], REACH)
     assert made == {n: Stencil.from_offsets(ranked[:n], (0, 0, 7)) for n in (1, 3, 4)}
     assert _seen(made[3], 16) == {0, 1, *range(-15, -6)}
 
@@ -71,7 +72,7 @@ def test_a_far_offset_comes_with_the_one_that_saves_no_more(scale):
     for key in KEYS[:2]:
         wide[key][wide[key] == 1e-9] *= scale
     both = _with_beyond(near, wide)
-    made = stencils(ranks(both, "offset_far", _order(near)), [1, 2, 3, 4])
+    made = stencils(ranks(both, "offset_far", _order(near)), [1, 2, 3, 4], REACH)
     assert _seen(made[2], 16) == {0, 1}
     assert _seen(made[3], 16) == {0, 1, -1, 12}
     assert _seen(made[4], 16) == {0, 1, -1, 2, 12}
@@ -84,16 +85,25 @@ def test_a_far_offset_comes_with_the_one_that_saves_no_more(scale):
 def test_the_own_tile_of_a_head_that_looks_elsewhere_does_not_matter():
     near = _line(8, {0: 1e-12, 3: 0.5, -3: 0.2})
     wide = _line(16, {0: 1e-12, 3: 0.5, -3: 0.2, 11: 0.3})
-    made = stencils(ranks(_with_beyond(near, wide), "offset_drop", _order(near)), [2, 3])
+    made = stencils(ranks(_with_beyond(near, wide), "offset_drop", _order(near)), [2, 3], REACH)
     assert _seen(made[2], 16) == {0, 3}
     assert _seen(made[3], 16) == {0, 3, -3, 11}
+
+
+def test_a_plan_grows_by_so_many_runs_at_most(monkeypatch):
+    near = _line(8, {0: 1.0, 1: 0.5, 2: 0.25, 3: 0.1})
+    wide = _line(16, {0: 1.0, 1: 0.5, 2: 0.25, 3: 0.1, 9: 0.3, -9: 0.2, 11: 0.2})
+    place = ranks(_with_beyond(near, wide), "offset_far", _order(near))
+    monkeypatch.setattr(reach, "MOST_RUNS", 2)
+    made = stencils(place, [2, 3, 4], REACH)
+    assert [_seen(made[n], 16) for n in (2, 3, 4)] == [{0, 1}, {0, 1, 2, 9}, {0, 1, 2, 3, 9}]
 
 
 def test_what_was_not_sampled_is_like_the_border():
     near = _line(8, {0: 1.0, 7: 0.5})
     wide = _line(16, {0: 1.0, 7: 0.5, 8: 0.5})
     wide["offset_count"][0, 0, 15 + 9] = 0
-    made = stencils(ranks(_with_beyond(near, wide), "offset_far", _order(near)), [2])
+    made = stencils(ranks(_with_beyond(near, wide), "offset_far", _order(near)), [2], REACH)
     assert _seen(made[2], 16) == {0, 7, 8, 9}
 
 

@@ -103,11 +103,11 @@ def found(
         place = ranks(statistics, key, ranked)
         budgets = BUDGETS if far or lines else DROP_BUDGETS
         kept = _kept(ranked, budgets, table)
-        shapes = stencils(place, sorted(set(kept)))
+        shapes = stencils(place, sorted(set(kept)), table.counts - 1)
         result += [Pattern(shapes[count], tile, far=far) for count in kept]
     for pool in pools:  # of the stencils with a far field, which came last
         counts = _kept(ranked, POOLED_BUDGETS, table)
-        shapes = stencils(place, sorted(set(counts)))
+        shapes = stencils(place, sorted(set(counts)), table.counts - 1)
         result += [Pattern(shapes[count], tile, far=True, pool=pool) for count in counts]
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
@@ -116,7 +116,7 @@ def found(
         Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
     ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
-    (stencil,) = stencils(place, _kept(ranked, (0.1,), table)).values()
+    (stencil,) = stencils(place, _kept(ranked, (0.1,), table), table.counts - 1).values()
     result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
     if "block" in statistics:
         for budget in BLOCK_BUDGETS:

@@ -7,15 +7,16 @@ from a run of more rows and columns (see `beyond`), where they save as much erro
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..patterns import Stencil
 
+MOST_RUNS = 512  # of a stencil with offsets beyond, 7 KB in a plan
 BEYOND = {"offset_far": "beyond_far", "offset_drop": "beyond_drop", "offset_count": "beyond_count"}
 
 
@@ -60,25 +61,38 @@ def whole_beyond(statistics: dict[str, Tensor]) -> bool:
     return odd and len(found) == len(BEYOND) and all(value.shape == shape for value in found)
 
 
-def stencils(place: Tensor, counts: Sequence[int]) -> dict[int, Stencil]:
+def stencils(place: Tensor, counts: Sequence[int], near: Tensor) -> dict[int, Stencil]:
     """By their number, stencils of the offsets whose place is below it; all at once.
+
+    Of those that no video of the calibrated size has only as many as `MOST_RUNS` allows, the best ones.
 
     Args:
         place: From `ranks`.
         counts: Ascending.
+        near: The greatest distances of the calibrated size, int64 `[3]`.
     """
     reach = np.array(place.shape) // 2
-    member = place.numpy() < np.reshape(counts, (-1, 1, 1, 1))
-    edge = np.diff(np.pad(member, ((0, 0), (0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
-    number, *first = np.nonzero(edge > 0)
-    length = np.nonzero(edge < 0)[-1] - first[-1]
-    runs = np.column_stack([np.stack(first, 1) - reach, length]).tolist()
-    bounds = np.searchsorted(number, np.arange(len(counts) + 1)).tolist()
-    frames, rows, columns = reach.tolist()
-    return {
-        count: Stencil(tuple(map(tuple, runs[a:b])), (frames, rows, columns))
-        for count, (a, b) in zip(counts, itertools.pairwise(bounds), strict=True)
-    }
+    far = np.zeros(place.shape, dtype=bool)
+    for axis, (most, known) in enumerate(zip(reach.tolist(), near.tolist(), strict=True)):
+        beyond = np.abs(np.arange(-most, most + 1)) > known
+        far |= beyond.reshape([-1 if axis == n else 1 for n in range(3)])
+    result, cut = {}, 0
+    for count in counts:
+        runs = _runs(place.numpy() < count, reach)
+        if len(runs) <= MOST_RUNS:
+            cut = count
+        else:
+            runs = _runs(place.numpy() < np.where(far, cut, count), reach)
+        frames, rows, columns = reach.tolist()
+        result[count] = Stencil(tuple(map(tuple, runs.tolist())), (frames, rows, columns))
+    return result
+
+
+def _runs(member: NDArray[np.bool_], reach: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The members of a lattice as a stencil's runs, `[n, 4]`."""
+    edge = np.diff(np.pad(member, ((0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
+    first, last = np.argwhere(edge > 0), np.argwhere(edge < 0)
+    return np.column_stack([first - reach, last[:, 2] - first[:, 2]])
 
 
 def _mean(statistics: dict[str, Tensor], benefit: str, count: Tensor) -> Tensor:
