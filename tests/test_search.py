@@ -152,7 +152,7 @@ def test_an_interrupted_search_goes_on_from_its_profile(pipe, fast, tmp_path):
     assert resumed.problem.error.equal(whole.problem.error)
     said.clear()
     _search(pipe, max_error=0.2, profile=path, report=said.append)  # another dial, nothing profiled
-    assert [text for text in said if text.startswith("profile ")] == ["profile 2/2 profiled"]
+    assert [text for text in said if text.startswith("profile ")] == ["profile 3/3 profiled"]
 
 
 def test_an_interruption_inside_a_generation_leaves_no_file(pipe, fast, tmp_path, monkeypatch):

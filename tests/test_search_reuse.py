@@ -61,7 +61,7 @@ def test_tuning_on_calibration_makes_no_dense_generation_of_its_own(pipe, monkey
     assert plan.provenance["cases"]["calibration"][1] == {"prompt": CASES[1].prompt, "seed": 5}
     said = []
     again = _search(pipe, profile=path, report=said.append)  # nothing is generated densely
-    assert [text for text in said if text.startswith("profile ")] == ["profile 2/2 profiled"]
+    assert [text for text in said if text.startswith("profile ")] == ["profile 3/3 profiled"]
     assert again.problem.error.equal(searched.problem.error)
     assert np.array_equal(again.references[0].video, stock)
     with pytest.raises(ValueError, match="another list of prompts"):

@@ -6,8 +6,9 @@ import torch
 from sparse_dit.index import build_index, seen_cells
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Stencil
-from sparse_dit.search.candidates import _nested, _reach, all_candidates, tilings
+from sparse_dit.search.candidates import _reach, all_candidates, tilings
 from sparse_dit.search.cells import cell_table
+from sparse_dit.search.reach import stencils
 from sparse_dit.search.seen import densities, grouped
 from sparse_dit.search.side_by_side import each_head
 from sparse_dit.search.statistics import empty_statistics
@@ -53,7 +54,9 @@ def test_nested_stencils_are_those_of_their_offsets(layout):
     lattice = torch.cartesian_prod(*(torch.arange(-n, n + 1) for n in reach.tolist()))
     ranked = lattice[torch.randperm(len(lattice), generator=torch.Generator().manual_seed(0))]
     counts = sorted({1, 2, len(ranked) // 3, len(ranked)} - {0})
-    for count, stencil in _nested(ranked, counts, table).items():
+    place = torch.empty((2 * reach + 1).tolist(), dtype=torch.int64)
+    place[tuple((ranked + reach).T)] = torch.arange(len(ranked))
+    for count, stencil in stencils(place, counts, reach).items():
         assert stencil == Stencil.from_offsets(ranked[:count], _reach(table))
 
 

@@ -106,7 +106,9 @@ def test_a_stopped_profile_goes_on_from_the_runs_that_are_there(pipe, whole, tmp
         pipe, CASES, SETTINGS, path, rank=0, world=1, barrier=lambda: None, rows=ROWS,
         report=said.append,
     )  # fmt: skip
-    assert written and len(said) == 3 and not any(CASES[0].prompt in text for text in said)
+    kinds = [text.split(", ")[1].split(":")[0] for text in said]
+    assert kinds == ["find", "beyond", "score", "score"]
+    assert written and not any(f"find: {CASES[0].prompt}" in text for text in said)
     _assert_equal(read_profile(path), read_profile(whole))
 
 
@@ -136,7 +138,7 @@ def test_a_search_goes_on_from_a_profile_of_the_command(pipe, tmp_path):
         pipe, CASES[:2], held_out=CASES[2:3], settings=SETTINGS, rows=ROWS, max_error=0.5,
         profile=path, report=said.append,
     )  # fmt: skip
-    assert [text for text in said if text.startswith("profile ")] == ["profile 2/2 profiled"]
+    assert [text for text in said if text.startswith("profile ")] == ["profile 3/3 profiled"]
 
 
 def test_files_that_do_not_fit_are_not_merged(pipe, whole, tmp_path):
@@ -188,7 +190,7 @@ def test_a_whole_profile_is_read_by_any_number_of_searches(pipe, whole):
         profile_pipeline(
             pipe, CASES, SETTINGS, rows=ROWS, path=whole, report=lambda *text: said.append(text)
         )
-    assert said == [(4, 4, "profiled")]
+    assert said == [(5, 5, "profiled")]
 
 
 def test_under_torchrun_processes_are_not_started(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_it_goes_on_from_its_profile(pipe, searched, monkeypatch):
     assert list(read_profile(path).components) == BOTH
     said = []
     again = _search(pipe, max_error=0.3, profile=path, report=said.append)
-    assert [text for text in said if text.startswith("profile ")] == ["profile 2/2 profiled"]
+    assert [text for text in said if text.startswith("profile ")] == ["profile 3/3 profiled"]
     assert again.problem.error.equal(whole.problem.error)
     for name in BOTH:
         assert again.plan.components[name].stages == whole.plan.components[name].stages

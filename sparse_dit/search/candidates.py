@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from ..patterns import (
     Window,
 )
 from .cells import CellTable, cell_table
+from .reach import MOST_RUNS, ranks, stencils
 
 BUDGETS = (
     *(0.01, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125, 0.15, 0.175),
@@ -84,31 +83,37 @@ def fixed(layout: TokenLayout) -> list[Pattern]:
 
 
 def found(
-    statistics: dict[str, Tensor], tile: Tile, layout: TokenLayout, pools: Sequence[int] = ()
+    statistics: dict[str, Tensor],
+    tile: Tile,
+    layout: TokenLayout,
+    pools: Sequence[int] = (),
+    most_runs: int = MOST_RUNS,
 ) -> list[Pattern]:
     """Candidates that follow a head's statistics in one token order.
 
     Args:
         statistics: `offset_far`, `offset_drop`, `offset_count` (lattice of relative tiles),
-            `column` `[C]`, and maybe `block` `[C, C]`; see `Discovery`.
+            `column` `[C]`, maybe `block` `[C, C]`, and maybe `beyond_far`, `beyond_drop` and `beyond_count`
+            of a larger lattice; see `discover` and `look_beyond`.
         tile: The order.
         layout: Calibration layout.
         pools: Stencils are also tried with pooled keys of so many tokens.
+        most_runs: Of a stencil, see `reach.stencils`.
     """
     table = cell_table(layout, tile)
     result = []
     lines = not isinstance(tile, Curve) and tile[0] is None
-    reach = _reach(table)
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
+        place = ranks(statistics, key, ranked)
         budgets = BUDGETS if far or lines else DROP_BUDGETS
         kept = _kept(ranked, budgets, table)
-        stencils = _nested(ranked, sorted(set(kept)), table)
-        result += [Pattern(stencils[count], tile, far=far) for count in kept]
+        shapes = stencils(place, sorted(set(kept)), table.counts - 1, most_runs)
+        result += [Pattern(shapes[count], tile, far=far) for count in kept]
     for pool in pools:  # of the stencils with a far field, which came last
         counts = _kept(ranked, POOLED_BUDGETS, table)
-        pooled = _nested(ranked, sorted(set(counts)), table)
-        result += [Pattern(pooled[count], tile, far=True, pool=pool) for count in counts]
+        shapes = stencils(place, sorted(set(counts)), table.counts - 1, most_runs)
+        result += [Pattern(shapes[count], tile, far=True, pool=pool) for count in counts]
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
@@ -116,7 +121,7 @@ def found(
         Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
     ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
-    stencil = Stencil.from_offsets(_within(ranked, 0.1, table), reach)
+    (stencil,) = stencils(place, _kept(ranked, (0.1,), table), table.counts - 1, most_runs).values()
     result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
     if "block" in statistics:
         for budget in BLOCK_BUDGETS:
@@ -147,29 +152,6 @@ def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
     order = mean.flatten().argsort(descending=True, stable=True)
     order = order[mean.flatten()[order] > -torch.inf]
     return torch.stack(torch.unravel_index(order, mean.shape), 1) - reach
-
-
-def _nested(ranked: Tensor, counts: Sequence[int], table: CellTable) -> dict[int, Stencil]:
-    """By their number, stencils of the best offsets, so many each; all at once.
-
-    Args:
-        ranked: Offsets, int64 `[n, 3]`, best first.
-        counts: How many, ascending.
-        table: Cells of their order.
-    """
-    reach = (table.counts - 1).numpy()
-    place = np.full(2 * reach + 1, len(ranked))
-    place[tuple((ranked.numpy() + reach).T)] = np.arange(len(ranked))
-    member = np.pad(place < np.reshape(counts, (-1, 1, 1, 1)), ((0, 0), (0, 0), (0, 0), (1, 1)))
-    edge = np.diff(member.astype(np.int8), axis=-1)
-    number, *first = np.nonzero(edge > 0)
-    length = np.nonzero(edge < 0)[-1] - first[-1]
-    runs = np.column_stack([np.stack(first, 1) - reach, length]).tolist()
-    bounds = np.searchsorted(number, np.arange(len(counts) + 1)).tolist()
-    return {
-        count: Stencil(tuple(map(tuple, runs[a:b])), _reach(table))
-        for count, (a, b) in zip(counts, itertools.pairwise(bounds), strict=True)
-    }
 
 
 def _kept(ranked: Tensor, budgets: Sequence[float], table: CellTable) -> list[int]:
@@ -210,14 +192,19 @@ def single_stencil(
 
 
 def all_candidates(
-    statistics: dict[Tile, dict[str, Tensor]], layout: TokenLayout
+    statistics: dict[Tile, dict[str, Tensor]], layout: TokenLayout, most_runs: int = MOST_RUNS
 ) -> tuple[Pattern, ...]:
     """Dense first, then all others; as many, in the same order, for every head of a layout.
 
     Of the wide family, if there are statistics of its orders.
+
+    Args:
+        statistics: Of a head, for each token order; see `found`.
+        layout: Calibration layout.
+        most_runs: Of a stencil, see `reach.stencils`.
     """
     wide = any(isinstance(tile, Curve) for tile in statistics)
     patterns = [DENSE, *fixed(layout)]
     for tile in tilings(layout, wide):
-        patterns += found(statistics[tile], tile, layout, POOLS if wide else ())
+        patterns += found(statistics[tile], tile, layout, POOLS if wide else (), most_runs)
     return tuple(patterns)

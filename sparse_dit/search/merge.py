@@ -16,7 +16,7 @@ from torch import Tensor
 from .profile import LATER, ComponentProfile, Profile
 from .profile_file import read_profile
 
-FIND = "find"
+SCORE = "score"
 
 
 def merge_profiles(paths: Sequence[str | Path]) -> Profile:
@@ -44,8 +44,8 @@ def merge_profiles(paths: Sequence[str | Path]) -> Profile:
 
 
 def found_on(profile: Profile) -> list[str]:
-    """Labels of the runs that found, in order."""
-    return [label for label in profile.done if label.startswith(FIND)]
+    """Labels of the runs that candidates follow from, in order."""
+    return [label for label in profile.done if not label.startswith(SCORE)]
 
 
 def _misfit(a: Profile, b: Profile) -> str | None:
@@ -112,8 +112,7 @@ def _add_found(mine: ComponentProfile, part: ComponentProfile) -> None:
     for key, heads in part.found.items():
         for head, more in zip(mine.found[key], heads, strict=True):
             for tile, statistics in more.items():
-                for what, value in statistics.items():
-                    head[tile][what] += value
+                _add_to(head[tile], statistics)
     mine._candidates.clear()
 
 

@@ -12,6 +12,7 @@ from ..generation import GenerationSettings
 from ..layout import Tile, TokenLayout
 from ..patterns import Pattern
 from .candidates import all_candidates
+from .reach import runs_each
 from .statistics import HeadStatistics
 from .verify import Reference
 
@@ -89,8 +90,9 @@ class ComponentProfile:
         """Candidates of each head of a layer at a noise level: `[H][K]` patterns."""
         key = (level, layer)
         if key not in self._candidates:
+            runs = runs_each(len(self.found) * self.num_heads)
             self._candidates[key] = [
-                all_candidates(head, self.known_layout) for head in self.found[key]
+                all_candidates(head, self.known_layout, runs) for head in self.found[key]
             ]
         return self._candidates[key]
 

@@ -18,11 +18,12 @@ from ..plan.errors import PlanError
 from ..whole_file import whole_file
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
+from .reach import BEYOND, whole_beyond
 from .statistics import empty_statistics, look_shapes
 from .verify import Reference
 
 VIDEO = "reference|video"
-FORMAT = "sparse_dit profile 4"  # counts up when candidates change too: scores go by their place
+FORMAT = "sparse_dit profile 5"  # counts up when candidates change too: scores go by their place
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
@@ -156,9 +157,14 @@ def _check(part: ComponentProfile) -> None:
     expected = _statistics_shapes(part) if every else {}
     for heads in part.found.values():
         for head in heads:
-            shapes = {t: {k: v.shape for k, v in s.items()} for t, s in head.items()}
+            shapes = {
+                t: {k: v.shape for k, v in s.items() if k not in BEYOND.values()}
+                for t, s in head.items()
+            }
             if len(heads) != part.num_heads or shapes != expected:
                 raise ValueError("statistics don't have the layout's shape")
+            if not all(map(whole_beyond, head.values())):
+                raise ValueError("statistics of greater distances aren't whole")
     shapes = look_shapes(part.known_layout) if every else {}
     for looks in part.looks.values():
         if {k: list(v.shape[1:]) for k, v in looks.items()} != shapes or any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components, heads_of
 from ..plan import config_hash
+from .beyond import has_frames, look_beyond
 from .lock import only_writer
 from .profile import ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
@@ -28,6 +30,7 @@ def profile_pipeline(
     reference_steps: int | None = None,
     path: str | Path | None = None,
     wide: bool = False,
+    beyond: bool = True,
     report: Callable[[int, int, str], None] | None = None,
 ) -> Profile:
     """Run the stock pipeline over the cases and record every head.
@@ -46,6 +49,8 @@ def profile_pipeline(
         path: Where the profile is saved after each case; an existing one of the same model and
             settings is taken up where it stopped.
         wide: Try more token orders, and finer pooled keys; takes about half as long again.
+        beyond: For larger videos, also look at what heads do at greater distances than this size has, in a
+            run of as many tokens, more rows and columns and fewer frames; see `look_beyond`.
         report: Called with `(done, total, text)`.
 
     Raises:
@@ -57,17 +62,18 @@ def profile_pipeline(
         raise ValueError("profiling needs at least one prompt, got none")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows must be a whole number >= 1, got {rows!r}")
-    phases = phases_of(cases, reference_steps)
+    phases = phases_of(cases, reference_steps, beyond=beyond and has_frames(settings))
     profile = started(pipe, settings, rows, phases, path, wide)
     lock = only_writer(path) if path is not None and len(profile.done) < len(phases) else None
     with lock or contextlib.nullcontext():
         if lock:  # another may have gone on in between
             profile = started(pipe, settings, rows, phases, path, wide)
         for number in range(len(profile.done), len(phases)):
-            phase = phases[number]
+            phase, say = phases[number], None
             if report:
-                report(number, len(phases), f"{phase.kind}: {phase.case.prompt}")
-            run_phase(pipe, profile, phase)
+                say = functools.partial(report, number, len(phases))
+                say(f"{phase.kind}: {phase.case.prompt}")
+            run_phase(pipe, profile, phase, say)
             if path is not None:
                 write_profile(profile, path)
     if report:
@@ -77,7 +83,7 @@ def profile_pipeline(
 
 @dataclass(frozen=True)
 class Phase:
-    """One profiling run: `"find"` or `"score"`, and the steps of one whose video is kept."""
+    """One profiling run: `"find"`, `"beyond"` or `"score"`, and the steps of one whose video is kept."""
 
     kind: str
     case: Case
@@ -94,14 +100,17 @@ def profiling_steps(steps: int) -> int:
     return max(4, steps // 3)
 
 
-def phases_of(cases: Sequence[Case], reference_steps: int | None = None) -> list[Phase]:
-    """The runs of a profile, in order: those that find, then those that score."""
+def phases_of(
+    cases: Sequence[Case], reference_steps: int | None = None, *, beyond: bool
+) -> list[Phase]:
+    """The runs of a profile, in order: those that find, the one beyond the size, those that score."""
     if len(cases) == 1:
         cases = [cases[0], Case(cases[0].prompt, cases[0].seed + 1)]
     half = len(cases) // 2
     find = [Phase("find", case) for case in cases[:half]]
     score = [Phase("score", case) for case in cases[half:-1]]
-    return [*find, *score, Phase("score", cases[-1], reference_steps)]
+    further = [Phase("beyond", cases[0])] if beyond else []
+    return [*find, *further, *score, Phase("score", cases[-1], reference_steps)]
 
 
 def started(
@@ -150,8 +159,21 @@ def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Pa
     return profile
 
 
-def run_phase(pipe: Any, profile: Profile, phase: Phase) -> None:
-    """One generation with a recorder on every transformer; the pipeline is then as it was."""
+def run_phase(
+    pipe: Any, profile: Profile, phase: Phase, say: Callable[[str], None] | None = None
+) -> None:
+    """One generation with a recorder on every transformer; the pipeline is then as it was.
+
+    Args:
+        pipe: A diffusers pipeline of a supported class, not patched.
+        profile: What is recorded into.
+        phase: Which run.
+        say: Called with a line of text if one can't be made that can be done without.
+    """
+    if phase.kind == "beyond":
+        look_beyond(pipe, profile, phase.case, say)
+        profile.done.append(phase.label)
+        return
     settings, rows, steps = profile.settings, profile.rows, phase.reference_steps
     if steps is not None:
         rows = max(1, round(rows * settings.steps / steps))

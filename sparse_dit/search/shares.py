@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
+from .beyond import has_frames
 from .merge import found_on, merge_profiles, without_scores
 from .profile import Profile
-from .profile_file import write_profile
+from .profile_file import read_profile, write_profile
 from .profiling import Phase, phases_of, run_phase, started
 
 Report = Callable[[str], None]
@@ -54,7 +55,7 @@ def profile_share(
     """
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
-    phases = phases_of(cases)
+    phases = phases_of(cases, beyond=has_frames(settings))
     base = started(pipe, settings, rows, phases, path, wide)
     left = phases[len(base.done) :]
     if not left:
@@ -65,6 +66,9 @@ def profile_share(
     barrier()
     first = [share.path] if base.done else []
     found = merge_profiles([*first, *files])
+    if further := share.run(found, [phase for phase in left if phase.kind == "beyond"]):
+        barrier()
+        (found,) = map(read_profile, further)
     files = share.run(without_scores(found), [phase for phase in left if phase.kind == "score"])
     barrier()
     if rank == 0:

@@ -100,6 +100,7 @@ def _solve_all(
             settings,
             rows=request.rows,
             path=request.profiles / f"{count}-prompts.safetensors",
+            beyond=False,  # all is judged at this size
         )
         parts.append(profile.components[name])
     stages = stages_of(parts[0].sigmas)

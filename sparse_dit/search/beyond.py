@@ -1,0 +1,143 @@
+"""A run of more rows and columns than the calibrated video has, and fewer frames: as many tokens, but greater
+distances.
+
+What heads do at distances that no calibration run shows, they do in larger videos: see `reach`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..curve import Curve
+from ..generation import Case, GenerationSettings, call_arguments
+from ..integrations.call import AttentionCall
+from ..integrations.diffusers import components
+from ..layout import Tile, TokenLayout
+from .candidates import tilings
+from .cells import sample_rows
+from .profile import ComponentProfile, Profile
+from .projection import projections
+from .reach import BEYOND
+from .sampling import Item, items_of, whole_layout
+from .side_by_side import each_head
+from .statistics import discover, empty_statistics, sums_of
+from .verify import dense_reference
+
+WIDER = 2  # times the rows and the columns
+
+
+def has_frames(settings: GenerationSettings) -> bool:
+    """Whether there are frames to be given for rows and columns."""
+    return settings.num_frames >= WIDER**2
+
+
+def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
+    """Settings of twice the height and width and a quarter of the frames; None if there are none that the
+    pipeline takes.
+
+    Without guidance, which would run everything twice, unless it is embedded.
+    """
+    if not has_frames(settings):
+        return None
+    wide = replace(settings, height=settings.height * WIDER, width=settings.width * WIDER)
+    if not any(getattr(m.config, "guidance_embeds", False) for m in components(pipe).values()):
+        wide = replace(wide, guidance=1.0)
+    for frames in range(settings.num_frames // WIDER**2, settings.num_frames):
+        try:
+            found = replace(wide, num_frames=frames)
+            call_arguments(pipe, Case("size"), found)
+            return found
+        except ValueError:  # a number of frames that the pipeline can't make
+            continue
+    return None
+
+
+def look_beyond(
+    pipe: Any, profile: Profile, case: Case, say: Callable[[str], None] | None = None
+) -> None:
+    """Add to what was found of every head, in orders by tiles, what it does at greater distances.
+
+    A pipeline that refuses the size is left as it is, with what it says told to `say`: what holds at the
+    calibrated video's greatest distances then stands for all beyond.
+
+    Args:
+        pipe: A diffusers pipeline of a supported class, not patched.
+        profile: Of it, with the finding runs.
+        case: Prompt and seed.
+        say: Called with a line of text if there is nothing to be added.
+    """
+    settings = wider(pipe, profile.settings)
+    tell = say or (lambda text: None)
+    if settings is None:
+        tell("the pipeline makes no fewer frames, so greater distances aren't looked at")
+        return
+    modules = components(pipe)
+    looks = {
+        name: _Look(part, profile.rows, case.seed, projections(modules[name], part.num_heads))
+        for name, part in profile.components.items()
+    }
+    try:
+        made = dense_reference(pipe, case, settings, looks)
+    except ValueError as error:
+        tell(f"greater distances can't be looked at: {error}")
+        return
+    profile.seconds += made.seconds
+    for name, look in looks.items():
+        look.keep(profile.components[name])
+
+
+class _Look:
+    """An intercept that sums the benefits of offsets in another video than the profile's.
+
+    Args:
+        profile: Says which noise levels, layers and token orders.
+        rows: Sampled rows for each call.
+        seed: Of the sampling.
+        behind: For layers by name what values are multiplied by, see `projections`.
+    """
+
+    def __init__(
+        self, profile: ComponentProfile, rows: int, seed: int, behind: Mapping[str, Tensor]
+    ) -> None:
+        self.profile, self.rows, self.behind = profile, rows, behind
+        self.generator = torch.Generator().manual_seed(seed)
+        orders = tilings(profile.known_layout)
+        self.tiles: list[Tile] = [tile for tile in orders if not isinstance(tile, Curve)]
+        self.found: dict[tuple[int, str], list[dict[Tile, dict[str, Tensor]]]] = {}
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        layout, sigma = whole_layout(call), call.context.sigma
+        if layout is not None and sigma is not None and call.layer in self.profile.layers:
+            self._add(call, layout, self.profile.nearest_level(sigma))
+        return call.stock()
+
+    def _add(self, call: AttentionCall, layout: TokenLayout, level: int) -> None:
+        rows = sample_rows(layout, self.rows, self.generator)
+        if (level, call.layer) not in self.found:
+            self.found[level, call.layer] = [
+                {tile: empty_statistics(layout, tile) for tile in self.tiles}
+                for _ in range(self.profile.num_heads)
+            ]
+        heads, behind = self.found[level, call.layer], self.behind.get(call.layer)
+        for item in items_of(call, layout):
+
+            def one(head: int, item: Item = item) -> None:
+                sampled = item.sampled(head, rows, behind)
+                sums = sums_of(sampled, [(tile, None) for tile in self.tiles], layout)
+                for (tile, _), part in sums.items():
+                    discover(heads[head][tile], part, layout, tile)
+
+            each_head(one, item.q.shape[1])
+
+    def keep(self, profile: ComponentProfile) -> None:
+        """Put the sums over offsets beside those of the profile."""
+        for key, heads in self.found.items():
+            for known, head in zip(profile.found[key], heads, strict=True):
+                for tile, statistics in head.items():
+                    known[tile] |= {BEYOND[name]: statistics[name] for name in BEYOND}
+        profile._candidates.clear()

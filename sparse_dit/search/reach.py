@@ -1,0 +1,134 @@
+"""Stencils that also say what a head sees at distances that the calibrated video doesn't have.
+
+Rotary positions bring attention back at distances where their waves meet again: a head that looks at its
+neighbours in 24 columns may look at its neighbours and 31 columns further in 32. Such offsets are taken up
+from a run of more rows and columns (see `beyond`), where they save as much error as those that are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..patterns import Stencil
+
+MOST_RUNS = 512  # of a stencil with offsets beyond, 7 KB in a plan
+PLAN_RUNS = 1 << 19  # of all such stencils in a plan: 15 MB with the runners-up
+BEYOND = {"offset_far": "beyond_far", "offset_drop": "beyond_drop", "offset_count": "beyond_count"}
+
+
+def ranks(statistics: dict[str, Tensor], benefit: str, ranked: Tensor) -> Tensor:
+    """Place of every offset in the order in which stencils take them up, int64, a lattice of offsets.
+
+    As large as the calibrated video's lattice of offsets, or as that of the run beyond, if there was one. An
+    offset that no video of the calibrated size has is taken up with the first one there that saves no more
+    error than it; one that wasn't looked at, like the nearest at the border.
+
+    Args:
+        statistics: Of a head in one token order.
+        benefit: `"offset_far"` or `"offset_drop"`.
+        ranked: The calibrated video's offsets, int64 `[n, 3]`, best first. What isn't among them has place n
+            or a greater one.
+    """
+    shape = statistics["offset_count"].shape
+    reach = torch.tensor(shape) // 2
+    order = tuple((ranked + reach).T)
+    place = torch.full(shape, len(ranked))
+    place[order] = torch.arange(len(ranked))
+    if BEYOND[benefit] not in statistics:
+        return place
+    near = _mean(statistics, benefit, statistics["offset_count"])
+    wide = _mean(statistics, BEYOND[benefit], statistics[BEYOND["offset_count"]])
+    far = torch.maximum(reach, torch.tensor(wide.shape) // 2)
+    at_border, calibrated = _stretched(place, far)
+    value, _ = _stretched(wide * _scale(near, wide), far)
+    falling = near[order]
+    falling[0] = falling.max()  # the own tile, which is first whatever it saves
+    taken = torch.searchsorted(-falling, -value)
+    return torch.where(calibrated | value.isneginf(), at_border, taken)
+
+
+def whole_beyond(statistics: dict[str, Tensor]) -> bool:
+    """Whether a head's sums of the run beyond are all there and of one lattice of offsets, or not at all."""
+    found = [statistics[key] for key in BEYOND.values() if key in statistics]
+    if not found:
+        return True
+    shape = found[0].shape
+    odd = len(shape) == 3 and all(size % 2 for size in shape)
+    return odd and len(found) == len(BEYOND) and all(value.shape == shape for value in found)
+
+
+def runs_each(choices: int) -> int:
+    """Runs that a stencil with offsets beyond may have, in a plan of so many choices of a pattern."""
+    return min(MOST_RUNS, PLAN_RUNS // max(1, choices))
+
+
+def stencils(
+    place: Tensor, counts: Sequence[int], near: Tensor, most_runs: int = MOST_RUNS
+) -> dict[int, Stencil]:
+    """By their number, stencils of the offsets whose place is below it; all at once.
+
+    Args:
+        place: From `ranks`.
+        counts: Ascending.
+        near: The greatest distances of the calibrated size, int64 `[3]`.
+        most_runs: Of a stencil, up to which offsets that no video of the calibrated size has are added, the
+            best ones first.
+    """
+    reach = np.array(place.shape) // 2
+    far = np.zeros(place.shape, dtype=bool)
+    for axis, (longest, known) in enumerate(zip(reach.tolist(), near.tolist(), strict=True)):
+        beyond = np.abs(np.arange(-longest, longest + 1)) > known
+        far |= beyond.reshape([-1 if axis == n else 1 for n in range(3)])
+    result, cut = {}, 0
+    for count in counts:
+        runs = _runs(place.numpy() < count, reach)
+        if len(runs) <= most_runs:
+            cut = count
+        else:
+            runs = _runs(place.numpy() < np.where(far, cut, count), reach)
+        frames, rows, columns = reach.tolist()
+        result[count] = Stencil(tuple(map(tuple, runs.tolist())), (frames, rows, columns))
+    return result
+
+
+def _runs(member: NDArray[np.bool_], reach: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The members of a lattice as a stencil's runs, `[n, 4]`."""
+    edge = np.diff(np.pad(member, ((0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
+    first, last = np.argwhere(edge > 0), np.argwhere(edge < 0)
+    return np.column_stack([first - reach, last[:, 2] - first[:, 2]])
+
+
+def _mean(statistics: dict[str, Tensor], benefit: str, count: Tensor) -> Tensor:
+    """Mean benefit of each offset, -inf where none was sampled."""
+    return torch.where(count > 0, statistics[benefit] / count.clamp_min(1), -torch.inf)
+
+
+def _stretched(lattice: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """A lattice whose border stands for all beyond, up to the distances `far`; which places are its own."""
+    own = torch.ones((), dtype=torch.bool)
+    for axis, (size, most) in enumerate(zip(lattice.shape, far.tolist(), strict=True)):
+        distance = torch.arange(-most, most + 1)
+        reach = size // 2
+        lattice = lattice.index_select(axis, distance.clamp(-reach, reach) + reach)
+        own = own[..., None] & (distance.abs() <= reach)
+    return lattice, own
+
+
+def _scale(near: Tensor, wide: Tensor) -> Tensor:
+    """By how much more an offset saves in the calibrated video than in the run beyond: over those that both
+    have, less the own tile, as fewer frames change most what that saves."""
+    middles = [torch.tensor(x.shape) // 2 for x in (near, wide)]
+    least = torch.minimum(*middles).tolist()
+    near, wide = (
+        x[tuple(slice(m - n, m + n + 1) for m, n in zip(middle.tolist(), least, strict=True))]
+        for x, middle in zip((near, wide), middles, strict=True)
+    )
+    both = (near > 0) & (wide > 0)
+    both[tuple(least)] = False
+    total = wide[both].sum()
+    return near[both].sum() / total if total > 0 else torch.ones(())
