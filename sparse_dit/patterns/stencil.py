@@ -35,14 +35,14 @@ class Stencil:
     def __post_init__(self) -> None:
         if self.reach is None:
             return
-        frames, rows, columns = self.reach
-        for frame, row, column, count in self.offsets:
-            last = max(abs(column), abs(column + count - 1))
-            if abs(frame) > frames or abs(row) > rows or last > columns:
-                raise ValueError(
-                    f"a stencil's offsets must lie within its reach {list(self.reach)}, "
-                    f"got {[frame, row, column, count]}"
-                )
+        runs = np.array(self.offsets, dtype=np.int64).reshape(-1, 4)
+        last = runs[:, 2] + runs[:, 3] - 1
+        beyond = (np.abs(runs[:, :3]) > self.reach).any(1) | (np.abs(last) > self.reach[2])
+        if beyond.any():
+            raise ValueError(
+                f"a stencil's offsets must lie within its reach {list(self.reach)}, "
+                f"got {runs[beyond][0].tolist()}"
+            )
 
     @staticmethod
     def from_offsets(offsets: Tensor, reach: tuple[int, int, int] | None = None) -> Stencil:

@@ -23,7 +23,7 @@ from .cells import sample_rows
 from .profile import ComponentProfile, Profile
 from .projection import projections
 from .reach import BEYOND
-from .sampling import Item, items_of, whole_layout
+from .sampling import Item, items_of, whole_layout, without_guidance
 from .side_by_side import each_head
 from .statistics import discover, empty_statistics, sums_of
 from .verify import dense_reference
@@ -40,13 +40,12 @@ def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
     """Settings of twice the height and width and a quarter of the frames; None if there are none that the
     pipeline takes.
 
-    Without guidance, which would run everything twice, unless it is embedded.
+    Without guidance, see `without_guidance`.
     """
     if not has_frames(settings):
         return None
+    settings = without_guidance(pipe, settings)
     wide = replace(settings, height=settings.height * WIDER, width=settings.width * WIDER)
-    if not any(getattr(m.config, "guidance_embeds", False) for m in components(pipe).values()):
-        wide = replace(wide, guidance=1.0)
     for frames in range(settings.num_frames // WIDER**2, settings.num_frames):
         try:
             found = replace(wide, num_frames=frames)
@@ -78,7 +77,9 @@ def look_beyond(
         return
     modules = components(pipe)
     looks = {
-        name: _Look(part, profile.rows, case.seed, projections(modules[name], part.num_heads))
+        name: _Look(
+            part, max(1, profile.rows // 2), case.seed, projections(modules[name], part.num_heads)
+        )
         for name, part in profile.components.items()
     }
     try:

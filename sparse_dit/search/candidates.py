@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -60,7 +61,8 @@ def tilings(layout: TokenLayout, wide: bool = False) -> tuple[Tile, ...]:
     return tuple(dict.fromkeys([(4, 4, 4), (1, 8, 8), *lines, *more]))
 
 
-def fixed(layout: TokenLayout) -> list[Pattern]:
+@functools.lru_cache(maxsize=16)
+def fixed(layout: TokenLayout) -> tuple[Pattern, ...]:
     """Geometric candidates, the same for every head (without the dense one)."""
     cube, *others = tilings(layout)
     _, height, width = layout.grid
@@ -79,7 +81,7 @@ def fixed(layout: TokenLayout) -> list[Pattern]:
             strides = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
             shapes += [(Stripe(time_width=w, time_stride=s), tile) for w, s in strides]
     patterns = [Pattern(shape, tile, far=far) for shape, tile in shapes for far in (False, True)]
-    return list(dict.fromkeys(p for p in patterns if p.shape != Window()))
+    return tuple(dict.fromkeys(p for p in patterns if p.shape != Window()))
 
 
 def found(

@@ -18,7 +18,10 @@ from .profile import ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
 from .projection import projections
 from .recorder import Recorder
+from .sampling import turns, without_guidance
 from .verify import dense_reference
+
+TURNS = 2  # steps of a kept generation that are recorded, for each step of the other runs
 
 
 def profile_pipeline(
@@ -42,10 +45,12 @@ def profile_pipeline(
         pipe: A diffusers pipeline of a supported class, not patched.
         cases: Calibration prompts and seeds.
         settings: Size and steps of the profiling runs; few steps suffice, as plans go by noise level.
-        rows: Sampled query rows for each head, layer, step and case.
+        rows: Sampled query rows for each head, layer, step and case; twice as many where candidates are
+            found, which runs without guidance.
         reference_steps: If given, the last case is generated with so many steps while it is scored, and
             its video is kept as `Profile.reference`: it needn't be generated densely once more. The
-            rows are then spread over the steps, and over the halves of guidance in turn.
+            rows are then spread over `TURNS` times as many steps as `settings` have, and over the halves of
+            guidance in turn.
         path: Where the profile is saved after each case; an existing one of the same model and
             settings is taken up where it stopped.
         wide: Try more token orders, and finer pooled keys; takes about half as long again.
@@ -175,8 +180,12 @@ def run_phase(
         profile.done.append(phase.label)
         return
     settings, rows, steps = profile.settings, profile.rows, phase.reference_steps
+    if phase.kind == "find" and (plain := without_guidance(pipe, settings)) != settings:
+        settings, rows = plain, 2 * rows  # as many as both halves of guidance would give
+    recorded = None
     if steps is not None:
-        rows = max(1, round(rows * settings.steps / steps))
+        recorded = turns(steps, TURNS * settings.steps)
+        rows = max(1, round(rows * settings.steps / len(recorded)))
         settings = replace(settings, steps=steps)
     recorders = {
         name: Recorder(
@@ -184,7 +193,7 @@ def run_phase(
             phase.kind,
             rows,
             phase.case.seed,
-            alternate=steps is not None,
+            turns=recorded,
             projections=projections(components(pipe)[name], part.num_heads),
         )
         for name, part in profile.components.items()

@@ -7,6 +7,7 @@ from a run of more rows and columns (see `beyond`), where they save as much erro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -84,23 +85,29 @@ def stencils(
     for axis, (longest, known) in enumerate(zip(reach.tolist(), near.tolist(), strict=True)):
         beyond = np.abs(np.arange(-longest, longest + 1)) > known
         far |= beyond.reshape([-1 if axis == n else 1 for n in range(3)])
-    result, cut = {}, 0
-    for count in counts:
-        runs = _runs(place.numpy() < count, reach)
-        if len(runs) <= most_runs:
-            cut = count
-        else:
-            runs = _runs(place.numpy() < np.where(far, cut, count), reach)
-        frames, rows, columns = reach.tolist()
-        result[count] = Stencil(tuple(map(tuple, runs.tolist())), (frames, rows, columns))
-    return result
+    order, limits = place.numpy(), np.reshape(counts, (-1, 1, 1, 1))
+    runs = _runs(order < limits, reach)
+    fits = np.array([len(part) <= most_runs for part in runs], dtype=bool)
+    if not fits.all():  # with the offsets beyond of the last that does
+        cut = np.maximum.accumulate(np.where(fits, counts, 0)).reshape(limits.shape)
+        cut_short = _runs(order < np.where(far, cut, limits)[~fits], reach)
+        for number, part in zip(np.flatnonzero(~fits).tolist(), cut_short, strict=True):
+            runs[number] = part
+    frames, rows, columns = reach.tolist()
+    return {
+        count: Stencil(tuple(map(tuple, part)), (frames, rows, columns))
+        for count, part in zip(counts, runs, strict=True)
+    }
 
 
-def _runs(member: NDArray[np.bool_], reach: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The members of a lattice as a stencil's runs, `[n, 4]`."""
-    edge = np.diff(np.pad(member, ((0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
-    first, last = np.argwhere(edge > 0), np.argwhere(edge < 0)
-    return np.column_stack([first - reach, last[:, 2] - first[:, 2]])
+def _runs(members: NDArray[np.bool_], reach: NDArray[np.int64]) -> list[list[list[int]]]:
+    """The members of each of several lattices `[K, F, R, C]` as a stencil's runs, `[K][n][4]`."""
+    edge = np.diff(np.pad(members, ((0, 0), (0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
+    number, *first = np.nonzero(edge > 0)
+    length = np.nonzero(edge < 0)[-1] - first[-1]
+    runs = np.column_stack([np.stack(first, 1) - reach, length]).tolist()
+    bounds = np.searchsorted(number, np.arange(len(members) + 1)).tolist()
+    return [runs[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _mean(statistics: dict[str, Tensor], benefit: str, count: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..integrations.call import AttentionCall
+from ..integrations.call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, sample_rows
 from .dependence import look
 from .profile import HALF, LATER, ComponentProfile
-from .sampling import Item, in_turn, items_of, whole_layout
+from .sampling import Item, items_of, whole_layout
 from .seen import Cells, cells_of
 from .side_by_side import each_head
 from .statistics import HeadStatistics, discover, empty_statistics, score, sums_of
@@ -30,8 +30,8 @@ class Recorder:
         phase: `"find"` or `"score"`.
         rows: Sampled rows for each call.
         seed: Of the sampling.
-        alternate: Record every other forward: one half of guidance at one step, the other half at the
-            next. Forwards of a pipeline that has no halves are all recorded.
+        turns: Steps to record and the half of guidance at each, see `sampling.turns`; all if None. A
+            pipeline that has no halves is recorded whole at these steps.
         projections: For each layer `[H, D, D]` that values are multiplied by, so that errors are those
             behind the output projection; see `projections`.
 
@@ -46,25 +46,31 @@ class Recorder:
         rows: int,
         seed: int,
         *,
-        alternate: bool = False,
+        turns: Mapping[int, str] | None = None,
         projections: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.profile = profile
         self.phase = phase
         self.rows = rows
-        self.alternate = alternate
+        self.turns = turns
         self.projections = projections or {}
         self.generator = torch.Generator().manual_seed(seed)
         self.seconds = 0.0
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, sigma = whole_layout(call), call.context.sigma
-        turn = not self.alternate or in_turn(call.context)
-        if layout is not None and sigma is not None and turn:
+        if layout is not None and sigma is not None and self._due(call.context):
             started = time.perf_counter()
             self._record(call, layout, sigma)
             self.seconds += time.perf_counter() - started
         return call.stock()
+
+    def _due(self, context: StepContext) -> bool:
+        """Whether this forward is to be recorded."""
+        if self.turns is None:
+            return True
+        half = self.turns.get(context.step)
+        return half is not None and context.branch in ("any", half)
 
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
         profile = self.profile

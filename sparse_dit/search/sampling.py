@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import sparse_attention
+from ..generation import GenerationSettings
 from ..index import SparseIndex
 from ..integrations.arrangement import with_bias
 from ..integrations.call import AttentionCall, StepContext
+from ..integrations.diffusers import components
 from ..layout import TokenLayout
 from .cells import SampledRows, sampled_rows
+
+
+def without_guidance(pipe: Any, settings: GenerationSettings) -> GenerationSettings:
+    """Settings of a run without guidance, which computes everything twice; a model that takes guidance as
+    an input keeps it."""
+    if any(getattr(m.config, "guidance_embeds", False) for m in components(pipe).values()):
+        return settings
+    return replace(settings, guidance=1.0)
 
 
 def in_turn(context: StepContext) -> bool:
@@ -23,6 +34,12 @@ def in_turn(context: StepContext) -> bool:
     Forwards of a pipeline that has no halves are all in turn.
     """
     return context.branch in ("any", "uncond" if context.step % 2 else "cond")
+
+
+def turns(steps: int, looked_at: int) -> dict[int, str]:
+    """Steps of a run that are looked at, evenly spread, and which half of guidance at each, in turn."""
+    chosen = range(min(steps, looked_at))
+    return {number * steps // len(chosen): "uncond" if number % 2 else "cond" for number in chosen}
 
 
 def whole_layout(call: AttentionCall) -> TokenLayout | None:
