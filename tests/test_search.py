@@ -402,9 +402,11 @@ def test_the_wide_family_adds_curves_and_finer_pools(pipe, fast, tmp_path):
     for place in range(0, len(some), 7):  # what is solved with is what its index computes
         index = build_index([some[place]], layout)
         assert wide.problem.density[0, place] == pytest.approx(index.density, rel=1e-5)
-    # more to choose from: never more damage at a density
+    kept = [place for place, pattern in enumerate(some) if pattern in few]
+    torch.testing.assert_close(wide.problem.error[0, kept], narrow.problem.error[0])
+    # more to choose from: no more damage at a density, but for what a choice by the hull leaves
     best = [least_damage_at_density(s, 0.4).forecast["error"] for s in (narrow, wide)]
-    assert best[1] <= best[0] * 1.0001
+    assert best[1] <= best[0] * 1.02
     again = read_profile(file).components["transformer"]
     assert again.wide and again.candidates(0, again.layers[0])[0] == tuple(some)
     with pytest.raises(ValueError, match="another family of candidates"):
