@@ -143,17 +143,21 @@ def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
     assert len(ours.layers) == len(layers) and sum(ours.layers) == pytest.approx(1)
 
 
-def test_layers_are_probed_without_guidance_if_it_takes_forwards_of_its_own(pipe, monkeypatch):
+@pytest.mark.parametrize("embedded", [False, True])
+def test_layers_are_probed_without_guidance_that_computes_twice(monkeypatch, embedded):
+    """A model that takes guidance as an input keeps it."""
     probed, prober = [], sensitivity._prober
+    pipe = tiny_pipelines.wan()[0]
+    pipe.transformer.register_to_config(guidance_embeds=embedded)
 
     def noted(pipe, component, case, settings, clean):
-        probed.append((settings.guidance, clean.in_halves))
+        probed.append((settings.guidance, len(clean.order) > settings.steps))
         return prober(pipe, component, case, settings, clean)
 
     monkeypatch.setattr(sensitivity, "_prober", noted)
     layers = list(self_attention_layers(pipe.transformer))
     sensitivity.sensitivity(pipe, "transformer", stages_of([1.0, 0.4]), layers, CASES[0], SHORT)
-    assert probed == [(3.0, True), (1.0, False)]
+    assert probed == [(3.0, True), (3.0, True) if embedded else (1.0, False)]
 
 
 def test_a_layer_that_moves_nothing_has_no_share(pipe):

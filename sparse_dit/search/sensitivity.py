@@ -28,7 +28,7 @@ from ..plan import Stage
 from .cells import sample_rows
 from .cost import nearest_tiles
 from .playback import recording, replaying
-from .sampling import attention_over, exact_rows, in_turn, whole_layout
+from .sampling import attention_over, exact_rows, in_turn, whole_layout, without_guidance
 from .verify import stock
 
 WHOLE = Stage(1.0, 0.0)
@@ -129,9 +129,8 @@ def sensitivity(
     clean = _clean(pipe, case, settings)
     probe = _prober(pipe, component, case, settings, clean)
     of_stages = filled([probe(stage, None) for stage in stages])
-    # what layers share hardly depends on the steps, nor on guidance that takes a forward of its own
-    guidance = 1.0 if clean.in_halves else settings.guidance
-    few = replace(settings, steps=max(4, levels or len(stages)), guidance=guidance)
+    # what layers share hardly depends on the steps, nor on guidance
+    few = replace(without_guidance(pipe, settings), steps=max(4, levels or len(stages)))
     probe = _prober(pipe, component, case, few, _clean(pipe, case, few))
     return Sensitivity(of_stages, _shares([(g, probe(WHOLE, g)) for g in _groups(layers)]))
 
@@ -149,12 +148,6 @@ class _Clean:
     video: np.ndarray
     records: dict[str, list[tuple[float, Any]]]
     order: list[str]
-
-    @property
-    def in_halves(self) -> bool:
-        """Whether guidance takes forwards of its own: a transformer ran twice at a noise level."""
-        sigmas = [[sigma for sigma, _ in record] for record in self.records.values()]
-        return any(len(set(values)) < len(values) for values in sigmas)
 
     def before(self, component: str, stage: Stage) -> dict[str, list[Any]] | None:
         """What each transformer gave until this one first ran in the stage; None if it never did."""
