@@ -3,13 +3,8 @@
 `test_pretended_device.py` runs this in a process of its own: torch learns of the device for good.
 """
 
-import sys
-
 import pytest
 import torch
-
-if "tests.test_pretended_device" in sys.modules:
-    pytest.skip("a process of its own runs this", allow_module_level=True)
 
 from sparse_dit.attention import BACKENDS, attend, block_mass
 from sparse_dit.backends import selfcheck

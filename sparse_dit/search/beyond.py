@@ -25,7 +25,7 @@ from .projection import projections
 from .reach import BEYOND
 from .sampling import Item, items_of, whole_layout, without_guidance
 from .side_by_side import each_head
-from .statistics import discover, empty_statistics, sums_of
+from .statistics import HeadStatistics, discover, empty_heads, sums_of
 from .verify import dense_reference
 
 WIDER = 2  # times the rows and the columns
@@ -59,7 +59,8 @@ def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
 def look_beyond(
     pipe: Any, profile: Profile, case: Case, say: Callable[[str], None] | None = None
 ) -> None:
-    """Add to what was found of every head, in orders by tiles, what it does at greater distances.
+    """Add to what was found of every head, in orders by tiles, what it does at greater distances, by half as
+    many sampled rows.
 
     A pipeline that refuses the size is left as it is, with what it says told to `say`: what holds at the
     calibrated video's greatest distances then stands for all beyond.
@@ -109,7 +110,7 @@ class _Look:
         self.generator = torch.Generator().manual_seed(seed)
         orders = tilings(profile.known_layout)
         self.tiles: list[Tile] = [tile for tile in orders if not isinstance(tile, Curve)]
-        self.found: dict[tuple[int, str], list[dict[Tile, dict[str, Tensor]]]] = {}
+        self.found: dict[tuple[int, str], list[HeadStatistics]] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, sigma = whole_layout(call), call.context.sigma
@@ -120,10 +121,7 @@ class _Look:
     def _add(self, call: AttentionCall, layout: TokenLayout, level: int) -> None:
         rows = sample_rows(layout, self.rows, self.generator)
         if (level, call.layer) not in self.found:
-            self.found[level, call.layer] = [
-                {tile: empty_statistics(layout, tile) for tile in self.tiles}
-                for _ in range(self.profile.num_heads)
-            ]
+            self.found[level, call.layer] = empty_heads(layout, self.tiles, self.profile.num_heads)
         heads, behind = self.found[level, call.layer], self.behind.get(call.layer)
         for item in items_of(call, layout):
 

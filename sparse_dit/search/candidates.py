@@ -24,7 +24,7 @@ from ..patterns import (
     Window,
 )
 from .cells import CellTable, cell_table
-from .reach import MOST_RUNS, ranks, stencils
+from .reach import MOST_RUNS, mean_benefit, ranks, stencils
 
 BUDGETS = (
     *(0.01, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125, 0.15, 0.175),
@@ -149,7 +149,7 @@ def _reach(table: CellTable) -> tuple[int, int, int]:
 def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
     """Offsets that occur, int64 `[n, 3]`, by falling mean benefit; the own tile always first."""
     reach = table.counts - 1
-    mean = torch.where(count > 0, benefit / count.clamp_min(1), -torch.inf)
+    mean = mean_benefit(benefit, count)
     mean[tuple(reach.tolist())] = torch.inf
     order = mean.flatten().argsort(descending=True, stable=True)
     order = order[mean.flatten()[order] > -torch.inf]

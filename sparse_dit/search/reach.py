@@ -42,8 +42,8 @@ def ranks(statistics: dict[str, Tensor], benefit: str, ranked: Tensor) -> Tensor
     place[order] = torch.arange(len(ranked))
     if BEYOND[benefit] not in statistics:
         return place
-    near = _mean(statistics, benefit, statistics["offset_count"])
-    wide = _mean(statistics, BEYOND[benefit], statistics[BEYOND["offset_count"]])
+    near = mean_benefit(statistics[benefit], statistics["offset_count"])
+    wide = mean_benefit(statistics[BEYOND[benefit]], statistics[BEYOND["offset_count"]])
     far = torch.maximum(reach, torch.tensor(wide.shape) // 2)
     at_border, calibrated = _stretched(place, far)
     value, _ = _stretched(wide * _scale(near, wide), far)
@@ -110,9 +110,9 @@ def _runs(members: NDArray[np.bool_], reach: NDArray[np.int64]) -> list[list[lis
     return [runs[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _mean(statistics: dict[str, Tensor], benefit: str, count: Tensor) -> Tensor:
+def mean_benefit(total: Tensor, count: Tensor) -> Tensor:
     """Mean benefit of each offset, -inf where none was sampled."""
-    return torch.where(count > 0, statistics[benefit] / count.clamp_min(1), -torch.inf)
+    return torch.where(count > 0, total / count.clamp_min(1), -torch.inf)
 
 
 def _stretched(lattice: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:

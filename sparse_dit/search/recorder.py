@@ -17,7 +17,7 @@ from .profile import HALF, LATER, ComponentProfile
 from .sampling import Item, items_of, whole_layout
 from .seen import Cells, cells_of
 from .side_by_side import each_head
-from .statistics import HeadStatistics, discover, empty_statistics, score, sums_of
+from .statistics import HeadStatistics, discover, empty_heads, score, sums_of
 
 PICTURE = 96
 
@@ -115,10 +115,7 @@ class Recorder:
     def _find(self, level: int, layer: str, head: int, sums: dict[Cells, CellSums]) -> None:
         profile, layout = self.profile, self.profile.known_layout
         if (level, layer) not in profile.found:
-            fresh = [
-                {tile: empty_statistics(layout, tile) for tile, _ in sums}
-                for _ in range(profile.num_heads)
-            ]
+            fresh = empty_heads(layout, (tile for tile, _ in sums), profile.num_heads)
             profile.found.setdefault((level, layer), fresh)  # heads come side by side
         statistics: HeadStatistics = profile.found[level, layer][head]
         for (tile, _), part in sums.items():

@@ -32,6 +32,12 @@ def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
     return result
 
 
+def empty_heads(layout: TokenLayout, tiles: Iterable[Tile], count: int) -> list[HeadStatistics]:
+    """Zeroed accumulators of so many heads, in each token order."""
+    orders = list(tiles)
+    return [{tile: empty_statistics(layout, tile) for tile in orders} for _ in range(count)]
+
+
 def look_shapes(layout: TokenLayout) -> dict[str, list[int]]:
     """Of what heads are compared by from prompt to prompt; see `dependence.look`."""
     table = cell_table(layout, tilings(layout)[0])

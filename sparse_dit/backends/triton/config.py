@@ -9,6 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+def power_of_two(n: int) -> int:
+    """The least one that isn't below n."""
+    return 1 << (n - 1).bit_length()
+
+
 class Config(NamedTuple):
     """How a kernel is launched.
 
@@ -28,13 +33,12 @@ class Config(NamedTuple):
 
     def channels(self, head_dim: int) -> tuple[int, int]:
         """Widths of the pieces that a kernel handles channels in; the second is 0 if there is one."""
-        above = 1 << (head_dim - 1).bit_length()
         if self.whole:
-            return max(64, above), 0
+            return max(64, power_of_two(head_dim)), 0
         first = 1 << (head_dim.bit_length() - 1)
         if head_dim == first:
             return first, 0
-        return first, max(16, 1 << (head_dim - first - 1).bit_length())
+        return first, max(16, power_of_two(head_dim - first))
 
 
 # architecture -> head_dim up to -> (for small tiles, for large tiles); the same twice where tiles of 128

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...index import SparseIndex
 from ..attended import Attended
 from . import kernel
-from .config import Config
+from .config import Config, power_of_two
 from .work import Work, work_of
 
 POOL_ROWS = 32
@@ -89,7 +89,7 @@ def _pooled(k: Tensor, v: Tensor, work: Work, kv_len: Tensor | None) -> tuple[Te
         kernel.pool[(work.cells, len(work.slots), k.shape[0])](
             k, v, means, values, bias, last, bias if kv_len is None else kv_len, work.slots,
             *_units(k), *_units(v), work.pooled_rows,
-            D=k.shape[3], WIDTH=_power(k.shape[3]), ROWS=POOL_ROWS, HAS_LEN=kv_len is not None,
+            D=k.shape[3], WIDTH=power_of_two(k.shape[3]), ROWS=POOL_ROWS, HAS_LEN=kv_len is not None,
             num_warps=1,
         )  # fmt: skip
     return means, values, bias, last
@@ -98,10 +98,6 @@ def _pooled(k: Tensor, v: Tensor, work: Work, kv_len: Tensor | None) -> tuple[Te
 def widths(config: Config, dim: int) -> dict[str, int]:
     """The kernels' pieces of channels."""
     return dict(zip(("D0", "D1"), config.channels(dim), strict=True))
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _readable(x: Tensor) -> Tensor:
