@@ -11,10 +11,11 @@ from sparse_dit.curve import Curve
 from sparse_dit.index import build_index, pattern_index
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Blocks, Pattern, Stencil
-from sparse_dit.search.candidates import DENSE, fixed, tilings
+from sparse_dit.search.candidates import DENSE, fixed
 from sparse_dit.search.cells import cell_sums, cell_table, sample_rows, sampled_rows
+from sparse_dit.search.nested import Candidates
 from sparse_dit.search.seen import density, seen_tiles
-from sparse_dit.search.statistics import score
+from sparse_dit.search.statistics import score_all
 from tests.cases import LAYOUTS, PATTERN_CASES
 
 VIDEOS = [layout for layout in LAYOUTS if layout.num_video]
@@ -158,12 +159,9 @@ def test_benefit_is_the_first_order_error_of_one_cell(far):
 def test_score_agrees_with_running_each_candidate(layout):
     q, k, v = _heads(layout)
     rows = _rows(layout)
-    candidates = (DENSE, *fixed(layout))
-    sums = {
-        (tile, None): cell_sums(q, k, v, rows, cell_table(layout, tile), SCALE, layout.seq_len)
-        for tile in tilings(layout)
-    }
-    error, square, recall, norm = score(sums, candidates, layout)
+    candidates = Candidates([DENSE, *fixed(layout)])
+    sampled = sampled_rows(q, k, v, rows, SCALE, layout.seq_len)
+    error, square, recall, norm = score_all(sampled, candidates, layout)
     assert error[0] == square[0] == 0 and recall[0] == len(rows)
     dense = sparse_attention(
         *(x[None, None] for x in (q, k, v)), build_index([DENSE], layout), scale=SCALE

@@ -10,15 +10,18 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Pattern, SlidingTile, Window
 from sparse_dit.plan import Stage
 from sparse_dit.search.candidates import DENSE
-from sparse_dit.search.cells import cell_sums, cell_table, sample_rows
+from sparse_dit.search.cells import sample_rows, sampled_rows
 from sparse_dit.search.error_bar import damage_error
+from sparse_dit.search.nested import Candidates
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.solve import Problem, evaluate
-from sparse_dit.search.statistics import score
+from sparse_dit.search.statistics import score_all
 
 LAYOUT = TokenLayout.video(4, 16, 16)
 CUBE = (4, 4, 4)
-CANDIDATES = (DENSE, Pattern(Window(1, 4, 4), CUBE), Pattern(SlidingTile(None, 3, 1), CUBE))
+CANDIDATES = Candidates(
+    [DENSE, Pattern(Window(1, 4, 4), CUBE), Pattern(SlidingTile(None, 3, 1), CUBE)]
+)
 LAYERS = ("a", "b")
 PICK = torch.tensor([1, 2, 1, 1])
 
@@ -41,10 +44,8 @@ def _profile(heads, rows, seed):
         drawn = sample_rows(LAYOUT, rows, generator)
         scores = []
         for q, k, v in parts:
-            sums = cell_sums(q, k, v, drawn, cell_table(LAYOUT, CUBE), 1.0, LAYOUT.seq_len)
-            scores.append(
-                [*score({(CUBE, None): sums}, CANDIDATES, LAYOUT), torch.tensor(float(rows))]
-            )
+            sampled = sampled_rows(q, k, v, drawn, 1.0, LAYOUT.seq_len)
+            scores.append([*score_all(sampled, CANDIDATES, LAYOUT), torch.tensor(float(rows))])
         names = ("error", "error_squared", "recall", "norm", "rows")
         columns = zip(*scores, strict=True)
         part.scores[0, layer] = {n: torch.stack(c) for n, c in zip(names, columns, strict=True)}

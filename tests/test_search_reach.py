@@ -14,7 +14,7 @@ from sparse_dit.resources import shipped
 from sparse_dit.search import beyond
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
-from sparse_dit.search.reach import MOST_RUNS, ranks, runs_each, stencils, whole_beyond
+from sparse_dit.search.reach import MOST_RUNS, nested_stencil, ranks, runs_each, whole_beyond
 from sparse_dit.search.seen import density, seen_tiles
 from sparse_dit.search.statistics import empty_statistics
 
@@ -42,6 +42,14 @@ def _with_beyond(near, wide):
     return near | {name: wide[key] for name, key in zip(names, KEYS, strict=True)}
 
 
+def _stencils(place, counts, near, most_runs=MOST_RUNS):
+    """By their counts."""
+    return {
+        count: nested_stencil(place, counts, number, near, most_runs)
+        for number, count in enumerate(counts)
+    }
+
+
 def _order(statistics):
     """Distances along the row by what they save, the own tile first."""
     value = statistics["offset_far"][0, 0].clone()
@@ -60,7 +68,7 @@ def _seen(stencil, counts):
 def test_without_the_run_the_border_stands_for_all_beyond():
     near = _line(8, {0: 1.0, 1: 0.5, -7: 0.25, 2: 0.1})
     ranked = _order(near)
-    made = stencils(ranks(near, "offset_far", ranked), [1, 3, 4], REACH)
+    made = _stencils(ranks(near, "offset_far", ranked), [1, 3, 4], REACH)
     assert made == {n: Stencil.from_offsets(ranked[:n], (0, 0, 7)) for n in (1, 3, 4)}
     assert _seen(made[3], 16) == {0, 1, *range(-15, -6)}
 
@@ -73,7 +81,7 @@ def test_a_far_offset_comes_with_the_one_that_saves_no_more(scale):
     for key in KEYS[:2]:
         wide[key][wide[key] == 1e-9] *= scale
     both = _with_beyond(near, wide)
-    made = stencils(ranks(both, "offset_far", _order(near)), [1, 2, 3, 4], REACH)
+    made = _stencils(ranks(both, "offset_far", _order(near)), [1, 2, 3, 4], REACH)
     assert _seen(made[2], 16) == {0, 1}
     assert _seen(made[3], 16) == {0, 1, -1, 12}
     assert _seen(made[4], 16) == {0, 1, -1, 2, 12}
@@ -86,7 +94,7 @@ def test_a_far_offset_comes_with_the_one_that_saves_no_more(scale):
 def test_the_own_tile_of_a_head_that_looks_elsewhere_does_not_matter():
     near = _line(8, {0: 1e-12, 3: 0.5, -3: 0.2})
     wide = _line(16, {0: 1e-12, 3: 0.5, -3: 0.2, 11: 0.3})
-    made = stencils(ranks(_with_beyond(near, wide), "offset_drop", _order(near)), [2, 3], REACH)
+    made = _stencils(ranks(_with_beyond(near, wide), "offset_drop", _order(near)), [2, 3], REACH)
     assert _seen(made[2], 16) == {0, 3}
     assert _seen(made[3], 16) == {0, 3, -3, 11}
 
@@ -95,7 +103,7 @@ def test_a_plan_grows_by_so_many_runs_at_most():
     near = _line(8, {0: 1.0, 1: 0.5, 2: 0.25, 3: 0.1})
     wide = _line(16, {0: 1.0, 1: 0.5, 2: 0.25, 3: 0.1, 9: 0.3, -9: 0.2, 11: 0.2})
     place = ranks(_with_beyond(near, wide), "offset_far", _order(near))
-    made = stencils(place, [2, 3, 4], REACH, 2)
+    made = _stencils(place, [2, 3, 4], REACH, 2)
     assert [_seen(made[n], 16) for n in (2, 3, 4)] == [{0, 1}, {0, 1, 2, 9}, {0, 1, 2, 3, 9}]
     assert runs_each(48) == MOST_RUNS  # a plan of few heads
     assert runs_each(40 * 40 * 5) * 40 * 40 * 5 * 14 < 8 << 20  # bytes: of a large one
@@ -105,7 +113,7 @@ def test_what_was_not_sampled_is_like_the_border():
     near = _line(8, {0: 1.0, 7: 0.5})
     wide = _line(16, {0: 1.0, 7: 0.5, 8: 0.5})
     wide["offset_count"][0, 0, 15 + 9] = 0
-    made = stencils(ranks(_with_beyond(near, wide), "offset_far", _order(near)), [2], REACH)
+    made = _stencils(ranks(_with_beyond(near, wide), "offset_far", _order(near)), [2], REACH)
     assert _seen(made[2], 16) == {0, 7, 8, 9}
 
 

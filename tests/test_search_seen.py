@@ -8,9 +8,10 @@ from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Stencil
 from sparse_dit.search.candidates import _reach, all_candidates, tilings
 from sparse_dit.search.cells import cell_table
-from sparse_dit.search.reach import stencils
+from sparse_dit.search.nested import kind_of
+from sparse_dit.search.reach import nested_stencil
 from sparse_dit.search.seen import densities, grouped
-from sparse_dit.search.side_by_side import each_head
+from sparse_dit.search.side_by_side import side_by_side
 from sparse_dit.search.statistics import empty_statistics
 
 VIDEOS = [
@@ -32,6 +33,7 @@ def _candidates(layout):
 @pytest.mark.parametrize("layout", VIDEOS, ids=str)
 def test_candidates_judged_together_see_what_each_sees(layout):
     candidates = _candidates(layout)
+    assert [kind_of(pattern) for pattern in candidates] == list(candidates.kinds)
     told = {0}  # the dense one
     share = densities(candidates, layout)
     for places, group in grouped(candidates, layout):
@@ -56,18 +58,19 @@ def test_nested_stencils_are_those_of_their_offsets(layout):
     counts = sorted({1, 2, len(ranked) // 3, len(ranked)} - {0})
     place = torch.empty((2 * reach + 1).tolist(), dtype=torch.int64)
     place[tuple((ranked + reach).T)] = torch.arange(len(ranked))
-    for count, stencil in stencils(place, counts, reach).items():
+    for number, count in enumerate(counts):
+        stencil = nested_stencil(place, counts, number, reach)
         assert stencil == Stencil.from_offsets(ranked[:count], _reach(table))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_each_head_is_called_once_and_computes_on_one_thread(threads):
+def test_each_call_is_made_once_and_computes_on_one_thread(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         seen = []
         with torch.inference_mode():
-            each_head(
+            side_by_side(
                 lambda head: seen.append(
                     (head, torch.get_num_threads(), torch.is_inference_mode_enabled())
                 ),
@@ -76,7 +79,7 @@ def test_each_head_is_called_once_and_computes_on_one_thread(threads):
         assert sorted(seen) == [(head, 1, True) for head in range(7)]
         assert torch.get_num_threads() == threads
         with pytest.raises(ZeroDivisionError):
-            each_head(lambda head: 1 / (2 - head), 5)
+            side_by_side(lambda head: 1 / (2 - head), 5)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

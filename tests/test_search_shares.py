@@ -50,7 +50,7 @@ def _assert_equal(a, b):
         assert (part.sigmas, part.layers) == (other.sigmas, other.layers)
         close = {"rtol": 1e-4, "atol": 1e-6}
         for key, heads in part.found.items():
-            assert part.candidates(*key) == other.candidates(*key)
+            assert [*map(list, part.candidates(*key))] == [*map(list, other.candidates(*key))]
             for head, same in zip(heads, other.found[key], strict=True):
                 torch.testing.assert_close(head, same, **close)
         assert part.scores.keys() == other.scores.keys()

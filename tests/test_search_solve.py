@@ -251,7 +251,7 @@ def test_the_problem_weighs_heads_by_their_output_and_stages_by_their_calls():
     assert task.dense_seconds == pytest.approx(500)
     for unit, (stage, layer, head) in enumerate(task.units):
         patterns = profile.candidates(stage, layer)[head]
-        assert task.candidates[unit] == patterns
+        assert task.candidates[unit] is patterns
         expected = [density(p, LAYOUT) for p in patterns]
         assert task.density[unit].tolist() == pytest.approx(expected)
         relative = profile.relative_error(stage, layer)[head].double()

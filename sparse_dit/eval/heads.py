@@ -15,8 +15,9 @@ from ..layout import TokenLayout
 from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
 from ..search.cells import cell_table, sample_rows
+from ..search.nested import kind_of
 from ..search.sampling import sampled_heads, whole_layout
-from ..search.seen import cells_of, seen_tiles
+from ..search.seen import seen_tiles
 
 ROWS = 48
 
@@ -78,7 +79,7 @@ class _Watch:
         totals.rows += len(rows) * call.q.shape[0]
         for head, sampled in sampled_heads(call, layout, rows, None):
             pattern = patterns[head]
-            tile, pool = ((4, 4, 4), None) if pattern.is_dense else cells_of(pattern)
+            tile, pool = ((4, 4, 4), None) if pattern.is_dense else kind_of(pattern).cells
             sums = sampled.by_cells(cell_table(layout, tile), pool)
             totals.norm[head] += sums.out.square().sum()
             if pattern.is_dense:

@@ -54,6 +54,10 @@ class Stencil:
         count = np.diff(first, append=len(places))
         return Stencil(tuple(map(tuple, np.column_stack([places[first], count]).tolist())), reach)
 
+    def members(self, counts: tuple[int, int, int]) -> Tensor:
+        """The offsets that a video of `counts` tiles can have, bool, a lattice around offset 0."""
+        return _members(self.offsets, self.reach, counts)[0]
+
     def covers(self, queries: Boxes, keys: Boxes, where: TileOrder) -> Tensor:
         """Whether a token of each query box sees one of each key box, bool `[Q, K]`."""
         size = torch.tensor(where.tile)

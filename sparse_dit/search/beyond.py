@@ -19,13 +19,14 @@ from ..integrations.call import AttentionCall
 from ..integrations.diffusers import components
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
-from .cells import sample_rows
+from .cells import CellSums, sample_rows
+from .nested import Cells
 from .profile import ComponentProfile, Profile
 from .projection import projections
 from .reach import BEYOND
-from .sampling import Item, items_of, whole_layout, without_guidance
-from .side_by_side import each_head
-from .statistics import HeadStatistics, discover, empty_heads, sums_of
+from .sampling import items_of, whole_layout, without_guidance
+from .side_by_side import each_sum
+from .statistics import HeadStatistics, discover, empty_heads
 from .verify import dense_reference
 
 WIDER = 2  # times the rows and the columns
@@ -123,15 +124,12 @@ class _Look:
         if (level, call.layer) not in self.found:
             self.found[level, call.layer] = empty_heads(layout, self.tiles, self.profile.num_heads)
         heads, behind = self.found[level, call.layer], self.behind.get(call.layer)
+
+        def add(head: int, cells: Cells, sums: CellSums) -> None:
+            discover(heads[head][cells[0]], sums, layout, cells[0])
+
         for item in items_of(call, layout):
-
-            def one(head: int, item: Item = item) -> None:
-                sampled = item.sampled(head, rows, behind)
-                sums = sums_of(sampled, [(tile, None) for tile in self.tiles], layout)
-                for (tile, _), part in sums.items():
-                    discover(heads[head][tile], part, layout, tile)
-
-            each_head(one, item.q.shape[1])
+            each_sum(item, rows, behind, [(tile, None) for tile in self.tiles], layout, add)
 
     def keep(self, profile: ComponentProfile) -> None:
         """Put the sums over offsets beside those of the profile."""

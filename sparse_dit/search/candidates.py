@@ -24,7 +24,8 @@ from ..patterns import (
     Window,
 )
 from .cells import CellTable, cell_table
-from .reach import MOST_RUNS, mean_benefit, ranks, stencils
+from .nested import Candidates, Kind, Nested
+from .reach import MOST_RUNS, mean_benefit, ranks
 
 BUDGETS = (
     *(0.01, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125, 0.15, 0.175),
@@ -90,7 +91,7 @@ def found(
     layout: TokenLayout,
     pools: Sequence[int] = (),
     most_runs: int = MOST_RUNS,
-) -> list[Pattern]:
+) -> list[Pattern | Nested]:
     """Candidates that follow a head's statistics in one token order.
 
     Args:
@@ -100,22 +101,22 @@ def found(
         tile: The order.
         layout: Calibration layout.
         pools: Stencils are also tried with pooled keys of so many tokens.
-        most_runs: Of a stencil, see `reach.stencils`.
+        most_runs: Of a stencil, see `reach.nested_stencil`.
     """
     table = cell_table(layout, tile)
-    result = []
+    result: list[Pattern | Nested] = []
     lines = not isinstance(tile, Curve) and tile[0] is None
+
+    def nested(place: Tensor, counts: Sequence[int], far: bool, pool: int | None = None) -> Nested:
+        return Nested(Kind(tile, far, pool), place, tuple(counts), table.counts - 1, most_runs)
+
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
         ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
-        place = ranks(statistics, key, ranked)
+        place = ranks(statistics, key, ranked).int()
         budgets = BUDGETS if far or lines else DROP_BUDGETS
-        kept = _kept(ranked, budgets, table)
-        shapes = stencils(place, sorted(set(kept)), table.counts - 1, most_runs)
-        result += [Pattern(shapes[count], tile, far=far) for count in kept]
+        result.append(nested(place, _kept(ranked, budgets, table), far))
     for pool in pools:  # of the stencils with a far field, which came last
-        counts = _kept(ranked, POOLED_BUDGETS, table)
-        shapes = stencils(place, sorted(set(counts)), table.counts - 1, most_runs)
-        result += [Pattern(shapes[count], tile, far=True, pool=pool) for count in counts]
+        result.append(nested(place, _kept(ranked, POOLED_BUDGETS, table), True, pool))
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
@@ -123,7 +124,7 @@ def found(
         Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
     ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
-    (stencil,) = stencils(place, _kept(ranked, (0.1,), table), table.counts - 1, most_runs).values()
+    stencil = nested(place, _kept(ranked, (0.1,), table), True).pattern(0).shape
     result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
     if "block" in statistics:
         for budget in BLOCK_BUDGETS:
@@ -195,7 +196,7 @@ def single_stencil(
 
 def all_candidates(
     statistics: dict[Tile, dict[str, Tensor]], layout: TokenLayout, most_runs: int = MOST_RUNS
-) -> tuple[Pattern, ...]:
+) -> Candidates:
     """Dense first, then all others; as many, in the same order, for every head of a layout.
 
     Of the wide family, if there are statistics of its orders.
@@ -203,10 +204,10 @@ def all_candidates(
     Args:
         statistics: Of a head, for each token order; see `found`.
         layout: Calibration layout.
-        most_runs: Of a stencil, see `reach.stencils`.
+        most_runs: Of a stencil, see `reach.nested_stencil`.
     """
     wide = any(isinstance(tile, Curve) for tile in statistics)
-    patterns = [DENSE, *fixed(layout)]
+    parts: list[Pattern | Nested] = [DENSE, *fixed(layout)]
     for tile in tilings(layout, wide):
-        patterns += found(statistics[tile], tile, layout, POOLS if wide else (), most_runs)
-    return tuple(patterns)
+        parts += found(statistics[tile], tile, layout, POOLS if wide else (), most_runs)
+    return Candidates(parts)

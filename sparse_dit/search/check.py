@@ -24,13 +24,12 @@ from ..integrations.diffusers import (
 from ..layout import TokenLayout
 from ..patterns import Pattern
 from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
-from .candidates import DENSE
 from .cells import sample_rows
+from .nested import Candidates
 from .projection import projections
 from .sampling import sampled_heads, whole_layout
-from .seen import cells_of
 from .side_by_side import one_thread
-from .statistics import score, sums_of
+from .statistics import score_all
 
 ROWS = 64
 GROWTH = 1.5  # times the planned error that a head may have
@@ -140,10 +139,9 @@ class _Watch:
         sparse = [head for head, pattern in enumerate(patterns) if not pattern.is_dense]
         behind = self.behind.get(call.layer)
         for head, sampled in sampled_heads(call, layout, rows, behind, sparse):
-            sums = sums_of(sampled, [cells_of(patterns[head])], layout)
-            error, square, _, norm = score(sums, (DENSE, patterns[head]), layout)
-            totals.error[head] += error[1]
-            totals.square[head] += square[1]
+            error, square, _, norm = score_all(sampled, Candidates([patterns[head]]), layout)
+            totals.error[head] += error[0]
+            totals.square[head] += square[0]
             totals.norm[head] += norm
 
 

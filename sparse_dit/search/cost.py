@@ -20,6 +20,7 @@ from ..patterns import Dense, Pattern, Stencil
 from ..patterns.pattern import tile_text
 from .candidates import tilings
 from .cells import cell_table
+from .nested import Kind
 
 BUDGETS = (0.02, 0.07, 0.15, 0.3, 0.5, 0.75)
 ORDER_BUDGET = 0.2  # density at which token orders are compared
@@ -65,13 +66,13 @@ class CostTable:
         """Of a head in a layer that is all dense, in a generation."""
         return self.dense * self.in_generation
 
-    def seconds(self, pattern: Pattern, density: float) -> float:
+    def seconds(self, kind: Kind | Pattern, density: float) -> float:
         """Of a head in a layer that isn't all dense, in a generation; interpolated in density."""
-        if pattern.is_dense:
+        if kind.is_dense:
             head = self.dense if self.dense_head is None else self.dense_head
             return head * self.in_generation
-        longer = self.orders.get(pattern.tile, 1.0) * self.in_generation
-        return longer * self._in_the_first_order(pattern.far, density)
+        longer = self.orders.get(kind.tile, 1.0) * self.in_generation
+        return longer * self._in_the_first_order(kind.far, density)
 
     def _in_the_first_order(self, far: bool, density: float) -> float:
         points = self.sparse[far]

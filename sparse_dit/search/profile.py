@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..generation import GenerationSettings
 from ..layout import Tile, TokenLayout
-from ..patterns import Pattern
 from .candidates import all_candidates
+from .nested import Candidates
 from .reach import runs_each
 from .statistics import HeadStatistics
 from .verify import Reference
@@ -55,9 +55,7 @@ class ComponentProfile:
     pictures: dict[tuple[str, Tile], Tensor] = field(default_factory=dict)
     looks: dict[tuple[str, int, str], dict[str, Tensor]] = field(default_factory=dict)
     wide: bool = False
-    _candidates: dict[tuple[int, str], list[tuple[Pattern, ...]]] = field(
-        default_factory=dict, repr=False
-    )
+    _candidates: dict[tuple[int, str], list[Candidates]] = field(default_factory=dict, repr=False)
 
     @property
     def known_layout(self) -> TokenLayout:
@@ -86,8 +84,8 @@ class ComponentProfile:
         """Number of the recorded noise level whose range holds sigma."""
         return sum(bound >= sigma for bound in bounds_of(self.sigmas)[1:-1])
 
-    def candidates(self, level: int, layer: str) -> list[tuple[Pattern, ...]]:
-        """Candidates of each head of a layer at a noise level: `[H][K]` patterns."""
+    def candidates(self, level: int, layer: str) -> list[Candidates]:
+        """Candidates of each head of a layer at a noise level: `[H]`, of K patterns each."""
         key = (level, layer)
         if key not in self._candidates:
             runs = runs_each(len(self.found) * self.num_heads)

@@ -7,7 +7,6 @@ from a run of more rows and columns (see `beyond`), where they save as much erro
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,46 +67,46 @@ def runs_each(choices: int) -> int:
     return min(MOST_RUNS, PLAN_RUNS // max(1, choices))
 
 
-def stencils(
-    place: Tensor, counts: Sequence[int], near: Tensor, most_runs: int = MOST_RUNS
-) -> dict[int, Stencil]:
-    """By their number, stencils of the offsets whose place is below it; all at once.
+def nested_stencil(
+    place: Tensor, counts: Sequence[int], number: int, near: Tensor, most_runs: int = MOST_RUNS
+) -> Stencil:
+    """The stencil of the offsets whose place is below `counts[number]`.
 
     Args:
         place: From `ranks`.
-        counts: Ascending.
+        counts: Ascending, of this stencil and those that it is nested with.
+        number: Which.
         near: The greatest distances of the calibrated size, int64 `[3]`.
-        most_runs: Of a stencil, up to which offsets that no video of the calibrated size has are added, the
-            best ones first.
+        most_runs: Of a stencil. One that had more takes its offsets that no video of the calibrated size has
+            from the largest of the smaller ones that has no more.
     """
-    reach = np.array(place.shape) // 2
-    far = np.zeros(place.shape, dtype=bool)
-    for axis, (longest, known) in enumerate(zip(reach.tolist(), near.tolist(), strict=True)):
-        beyond = np.abs(np.arange(-longest, longest + 1)) > known
-        far |= beyond.reshape([-1 if axis == n else 1 for n in range(3)])
-    order, limits = place.numpy(), np.reshape(counts, (-1, 1, 1, 1))
-    runs = _runs(order < limits, reach)
-    fits = np.array([len(part) <= most_runs for part in runs], dtype=bool)
-    if not fits.all():  # with the offsets beyond of the last that does
-        cut = np.maximum.accumulate(np.where(fits, counts, 0)).reshape(limits.shape)
-        cut_short = _runs(order < np.where(far, cut, limits)[~fits], reach)
-        for number, part in zip(np.flatnonzero(~fits).tolist(), cut_short, strict=True):
-            runs[number] = part
+    order, count = place.numpy(), counts[number]
+    reach = np.array(order.shape) // 2
+    runs = _runs(order < count, reach)
+    if len(runs) > most_runs:
+        smaller = sorted(set(counts[:number]), reverse=True)
+        fits = (n for n in smaller if len(_runs(order < n, reach)) <= most_runs)
+        far = _beyond(reach, near.numpy())
+        runs = _runs(order < np.where(far, next(fits, 0), count), reach)
     frames, rows, columns = reach.tolist()
-    return {
-        count: Stencil(tuple(map(tuple, part)), (frames, rows, columns))
-        for count, part in zip(counts, runs, strict=True)
-    }
+    return Stencil(tuple(map(tuple, runs)), (frames, rows, columns))
 
 
-def _runs(members: NDArray[np.bool_], reach: NDArray[np.int64]) -> list[list[list[int]]]:
-    """The members of each of several lattices `[K, F, R, C]` as a stencil's runs, `[K][n][4]`."""
-    edge = np.diff(np.pad(members, ((0, 0), (0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
-    number, *first = np.nonzero(edge > 0)
+def _beyond(reach: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which offsets up to the distances `reach` no video of the calibrated size has, a lattice."""
+    far = np.zeros(2 * reach + 1, dtype=bool)
+    for axis, (longest, known) in enumerate(zip(reach.tolist(), near.tolist(), strict=True)):
+        distant = np.abs(np.arange(-longest, longest + 1)) > known
+        far |= distant.reshape([-1 if axis == n else 1 for n in range(3)])
+    return far
+
+
+def _runs(members: NDArray[np.bool_], reach: NDArray[np.int64]) -> list[list[int]]:
+    """The members of a lattice as a stencil's runs, `[n][4]`."""
+    edge = np.diff(np.pad(members, ((0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
+    first = np.nonzero(edge > 0)
     length = np.nonzero(edge < 0)[-1] - first[-1]
-    runs = np.column_stack([np.stack(first, 1) - reach, length]).tolist()
-    bounds = np.searchsorted(number, np.arange(len(members) + 1)).tolist()
-    return [runs[a:b] for a, b in itertools.pairwise(bounds)]
+    return np.column_stack([np.stack(first, 1) - reach, length]).tolist()
 
 
 def mean_benefit(total: Tensor, count: Tensor) -> Tensor:

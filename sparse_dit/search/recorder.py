@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, sample_rows
 from .dependence import look
+from .nested import Cells
 from .profile import HALF, LATER, ComponentProfile
-from .sampling import Item, items_of, whole_layout
-from .seen import Cells, cells_of
-from .side_by_side import each_head
-from .statistics import HeadStatistics, discover, empty_heads, score, sums_of
+from .sampling import items_of, whole_layout
+from .side_by_side import each_sum
+from .statistics import discover, empty_heads, score
 
 PICTURE = 96
+Use = Callable[[int, Cells, CellSums], None]  # for a head and what was summed by
 
 
 class Recorder:
@@ -79,25 +80,13 @@ class Recorder:
         if call.layer not in profile.layers:
             profile.layers.append(call.layer)
         rows = sample_rows(layout, self.rows, self.generator)
-        finding = self.phase == "find"
-        record = self._find if finding else self._score
-        behind = self.projections.get(call.layer)
-        cells: dict[Cells, None] = dict.fromkeys((t, None) for t in tilings(layout, profile.wide))
-        if not finding:
-            patterns = profile.candidates(level, call.layer)[0][1:]
-            cells |= dict.fromkeys(cells_of(pattern) for pattern in patterns)
+        orders: list[Cells] = [(tile, None) for tile in tilings(layout, profile.wide)]
+        if self.phase == "find":
+            use, wanted = self._finding(level, call.layer), orders
+        else:
+            use, wanted = self._scoring(level, call.layer, orders)
         for item in items_of(call, layout):
-
-            def one(head: int, item: Item = item) -> None:
-                sums = sums_of(item.sampled(head, rows, behind), cells, layout)
-                if not torch.isfinite(next(iter(sums.values())).out).all():
-                    raise ValueError(
-                        f"{call.layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
-                        "the stock pipeline is broken at this size or dtype"
-                    )
-                record(level, call.layer, head, sums)
-
-            each_head(one, item.q.shape[1])
+            each_sum(item, rows, self.projections.get(call.layer), wanted, layout, use)
 
     def _level(self, sigma: float) -> int:
         """Place of a noise level among the recorded ones; while finding, new ones are added."""
@@ -112,50 +101,68 @@ class Recorder:
         sigmas.append(sigma)
         return len(sigmas) - 1
 
-    def _find(self, level: int, layer: str, head: int, sums: dict[Cells, CellSums]) -> None:
+    def _finding(self, level: int, layer: str) -> Use:
+        """What is done with the sums of one head in one token order while finding."""
         profile, layout = self.profile, self.profile.known_layout
+        orders = tilings(layout, profile.wide)
         if (level, layer) not in profile.found:
-            fresh = empty_heads(layout, (tile for tile, _ in sums), profile.num_heads)
-            profile.found.setdefault((level, layer), fresh)  # heads come side by side
-        statistics: HeadStatistics = profile.found[level, layer][head]
-        for (tile, _), part in sums.items():
-            discover(statistics[tile], part, layout, tile)
-        look(profile, HALF, level, layer, head, next(iter(sums.values())))
+            profile.found[level, layer] = empty_heads(layout, orders, profile.num_heads)
+        heads = profile.found[level, layer]
 
-    def _score(self, level: int, layer: str, head: int, sums: dict[Cells, CellSums]) -> None:
-        profile, heads = self.profile, self.profile.num_heads
-        candidates = profile.candidates(level, layer)[head]
-        error, square, recall, norm = score(sums, candidates, profile.known_layout)
+        def use(head: int, cells: Cells, sums: CellSums) -> None:
+            tile, _ = cells
+            discover(heads[head][tile], sums, layout, tile)
+            if tile == orders[0]:
+                _check_finite(sums, layer, head, profile.sigmas[level])
+                look(profile, HALF, level, layer, head, sums)
+
+        return use
+
+    def _scoring(self, level: int, layer: str, orders: list[Cells]) -> tuple[Use, list[Cells]]:
+        """What is done with the sums of one head over some cells while scoring, and which cells."""
+        profile, layout = self.profile, self.profile.known_layout
+        candidates = profile.candidates(level, layer)
+        kinds = candidates[0].kinds
         if (level, layer) not in profile.scores:
-            shape = (heads, len(candidates))
-            fresh = {
+            shape = (profile.num_heads, len(kinds))
+            profile.scores[level, layer] = {
                 **{key: torch.zeros(shape) for key in ("error", "error_squared", "recall")},
-                **{key: torch.zeros(heads) for key in ("norm", "rows")},
+                **{key: torch.zeros(profile.num_heads) for key in ("norm", "rows")},
             }
-            profile.scores.setdefault((level, layer), fresh)
         scores = profile.scores[level, layer]
-        rows = len(next(iter(sums.values())).out)
-        for key, value in (
-            ("error", error),
-            ("error_squared", square),
-            ("recall", recall),
-            ("norm", norm),
-            ("rows", rows),
-        ):
-            scores[key][head] += value
-        look(profile, LATER, level, layer, head, next(iter(sums.values())))
-        if level == len(profile.sigmas) // 2:
-            for (tile, pool), part in sums.items():
-                if pool is None:
-                    self._picture(layer, tile, head, heads, part)
+        dense = torch.tensor([kind.is_dense for kind in kinds])
 
-    def _picture(self, layer: str, tile: Tile, head: int, heads: int, sums: CellSums) -> None:
+        def use(head: int, cells: Cells, sums: CellSums) -> None:
+            for where, error, square, recall in score(sums, cells, candidates[head], layout):
+                scores["error"][head, where] += error
+                scores["error_squared"][head, where] += square
+                scores["recall"][head, where] += recall
+            if cells == orders[0]:
+                _check_finite(sums, layer, head, profile.sigmas[level])
+                scores["recall"][head, dense] += len(sums.out)
+                scores["norm"][head] += sums.out.square().sum()
+                scores["rows"][head] += len(sums.out)
+                look(profile, LATER, level, layer, head, sums)
+            if cells in orders and level == len(profile.sigmas) // 2:
+                self._picture(layer, cells[0], head, sums)
+
+        return use, list(dict.fromkeys([*orders, *candidates[0].cells]))
+
+    def _picture(self, layer: str, tile: Tile, head: int, sums: CellSums) -> None:
         """Attention of the sampled rows over tiles, both in tile order, at most 96 x 96."""
         image = sums.mass[sums.cell.argsort(stable=True)]
         size = (min(PICTURE, image.shape[0]), min(PICTURE, image.shape[1]))
         image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
-        pictures = self.profile.pictures
+        pictures, heads = self.profile.pictures, self.profile.num_heads
         if (layer, tile) not in pictures:
-            pictures.setdefault((layer, tile), torch.zeros(heads, *size))
+            pictures.setdefault((layer, tile), torch.zeros(heads, *size))  # heads come side by side
         if image.shape == pictures[layer, tile].shape[1:]:
             pictures[layer, tile][head] = image
+
+
+def _check_finite(sums: CellSums, layer: str, head: int, sigma: float) -> None:
+    if not torch.isfinite(sums.out).all():
+        raise ValueError(
+            f"{layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
+            "the stock pipeline is broken at this size or dtype"
+        )

@@ -7,25 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..index import seen_cells
 from ..layout import Tile, TokenLayout, tile_order
-from ..patterns import Pattern, Stencil
+from ..patterns import Blocks, Pattern, Stencil, Union, Vertical
 from .cells import CellTable, cell_table
+from .nested import Candidates, Cells, Nested, kind_of
 
 SMALL = 160  # tiles up to which masks are kept: 25 KB each
-Cells = tuple[Tile, int | None]  # token order, and tokens of a pooled key
-
-
-def cells_of(pattern: Pattern) -> Cells:
-    """What a pattern's error is computed from: one entry of `statistics.sums_of`."""
-    return pattern.tile, pattern.pool if pattern.far else None
 
 
 @functools.lru_cache(maxsize=16)
@@ -39,13 +33,34 @@ def relative_cells(layout: TokenLayout, tile: Tile) -> Tensor:
 
 
 def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
-    """Which tiles each tile sees exactly, bool `[T, T]`: what `index.seen_cells` says, stencils by table."""
-    if _by_lattice(pattern, layout):
-        (members,) = _members([pattern], layout)
-        return members[relative_cells(layout, pattern.tile)]
+    """Which tiles each tile sees exactly, bool `[T, T]`: what `index.seen_cells` says, by table where one
+    tells it."""
+    if _by_lattice(pattern):
+        return _members(pattern, layout)[relative_cells(layout, pattern.tile)]
+    if (told := _told(pattern, layout)) is not None:
+        return told
     if len(cell_table(layout, pattern.tile).tokens) <= SMALL:
         return _kept(pattern, layout)
     return seen_cells(pattern, tile_order(layout, pattern.tile))
+
+
+def _told(pattern: Pattern, layout: TokenLayout) -> Tensor | None:
+    """What columns and blocks of this very lattice of whole tiles, and unions with them, say themselves."""
+    shape, order = pattern.shape, tile_order(layout, pattern.tile)
+    ragged = any(n % size for n, size in zip(order.grid, order.tile, strict=True))
+    if ragged or pattern.sink_frames or pattern.cell is not None:
+        return None
+    counts = tuple(n // size for n, size in zip(order.grid, order.tile, strict=True))
+    if isinstance(shape, Vertical) and shape.lattice == counts:
+        columns = torch.zeros(math.prod(counts), dtype=torch.bool)
+        columns[list(shape.cells)] = True
+        return columns.expand(len(columns), -1)
+    if isinstance(shape, Blocks) and shape.lattice == counts:
+        return shape.mask()
+    if isinstance(shape, Union) and any(getattr(s, "lattice", None) == counts for s in shape.of):
+        parts = [seen_tiles(replace(pattern, shape=part), layout) for part in shape.of]
+        return torch.stack(parts).any(0)
+    return None
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -59,10 +74,11 @@ def density(pattern: Pattern, layout: TokenLayout) -> float:
 
     For patterns whose cells are whole tiles.
     """
-    return 1.0 if pattern.is_dense else Group.of([pattern], layout).densities(layout)[0].item()
+    (share,) = densities(Candidates([pattern]), layout)
+    return share
 
 
-def densities(candidates: tuple[Pattern, ...], layout: TokenLayout) -> list[float]:
+def densities(candidates: Candidates, layout: TokenLayout) -> list[float]:
     """`density` of each candidate."""
     result = torch.ones(len(candidates), dtype=torch.float64)
     for places, group in grouped(candidates, layout):
@@ -85,19 +101,6 @@ class Group:
     far: bool
     members: Tensor
     others: tuple[Pattern, ...]
-
-    @staticmethod
-    def of(patterns: Sequence[Pattern], layout: TokenLayout) -> Group:
-        """A group of patterns; those that `_by_lattice` names first."""
-        stencils = [p for p in patterns if _by_lattice(p, layout)]
-        first = patterns[0]
-        others = tuple(patterns[len(stencils) :])
-        return Group(
-            cells_of(first),
-            first.far,
-            _members(stencils or [first], layout)[: len(stencils)],
-            others,
-        )
 
     def rows(self, cell: Tensor, layout: TokenLayout) -> Tensor:
         """Which tiles are seen by the tiles `cell`, bool `[K, R, T]`."""
@@ -129,46 +132,65 @@ class Group:
         return (exact + always) / total**2
 
 
-@functools.lru_cache(maxsize=256)
 def grouped(
-    candidates: tuple[Pattern, ...], layout: TokenLayout
-) -> tuple[tuple[Tensor, Group], ...]:
-    """The groups of candidates that aren't dense, and before each the numbers of its own, int64 `[K]`."""
-    places: dict[tuple[Cells, bool], list[int]] = {}
-    for place, pattern in enumerate(candidates):
-        if not pattern.is_dense:
-            places.setdefault((cells_of(pattern), pattern.far), []).append(place)
-    result = []
-    for listed in places.values():
-        listed.sort(key=lambda place: not _by_lattice(candidates[place], layout))  # is stable
-        group = Group.of([candidates[place] for place in listed], layout)
-        result.append((torch.tensor(listed), group))
-    return tuple(result)
+    candidates: Candidates, layout: TokenLayout, cells: Cells | None = None
+) -> list[tuple[Tensor, Group]]:
+    """The groups of candidates that aren't dense, and before each the numbers of its own, int64 `[K]`.
+
+    Args:
+        candidates: To be grouped.
+        layout: Their grid.
+        cells: Only the groups whose errors are computed from these; None for all.
+    """
+    made: dict[tuple[Cells, bool], _Gathered] = {}
+    for first, part in candidates.numbered_parts():
+        kind = part.kind if isinstance(part, Nested) else kind_of(part)
+        if kind.is_dense or cells not in (None, kind.cells):
+            continue
+        group = made.setdefault((kind.cells, kind.far), _Gathered())
+        if isinstance(part, Nested) and part.fits(layout):
+            group.add(range(first, first + len(part)), part.members())
+        else:
+            for place in range(first, first + (len(part) if isinstance(part, Nested) else 1)):
+                pattern = candidates[place]
+                if _by_lattice(pattern):
+                    group.add([place], _members(pattern, layout)[None])
+                else:
+                    group.others[place] = pattern
+    return [
+        (
+            torch.tensor([*group.stencils, *group.others]),
+            Group(of, far, group.joined(layout, of[0]), tuple(group.others.values())),
+        )
+        for (of, far), group in made.items()
+    ]
 
 
-def _by_lattice(pattern: Pattern, layout: TokenLayout) -> bool:
-    """Whether a pattern is a set of relative tiles that the lattice tells all of."""
-    shape = pattern.shape
-    if not isinstance(shape, Stencil) or pattern.sink_frames or pattern.cell is not None:
-        return False
-    counts = cell_table(layout, pattern.tile).counts.tolist()
-    return shape.reach is None or all(r >= n - 1 for r, n in zip(shape.reach, counts, strict=True))
+@dataclass
+class _Gathered:
+    """The candidates of a group: numbers and members of stencils, and the others by number."""
+
+    stencils: list[int] = field(default_factory=list)
+    members: list[Tensor] = field(default_factory=list)
+    others: dict[int, Pattern] = field(default_factory=dict)
+
+    def add(self, places: Iterable[int], members: Tensor) -> None:
+        self.stencils += places
+        self.members.append(members)
+
+    def joined(self, layout: TokenLayout, tile: Tile) -> Tensor:
+        """The members of all stencils, bool `[k, L]`."""
+        lattice = 2 * cell_table(layout, tile).counts - 1
+        none = torch.zeros(0, math.prod(lattice.tolist()), dtype=torch.bool)
+        return torch.cat([none, *self.members])
 
 
-def _members(stencils: Sequence[Pattern], layout: TokenLayout) -> Tensor:
-    """The relative tiles of stencils in one token order, bool `[k, L]`; nothing of other shapes."""
-    counts = cell_table(layout, stencils[0].tile).counts.numpy()
-    runs = [getattr(pattern.shape, "offsets", ()) for pattern in stencils]
-    owner = np.repeat(np.arange(len(runs)), [len(part) for part in runs])
-    flat = [number for part in runs for run in part for number in run]
-    frame, row, column, length = np.array(flat, dtype=np.int64).reshape(-1, 4).T
-    reach = counts - 1
-    first = np.clip(column, -reach[2], counts[2])
-    last = np.clip(column + length, -reach[2], counts[2])  # exclusive
-    inside = (np.abs(frame) <= reach[0]) & (np.abs(row) <= reach[1]) & (first < last)
-    edges = np.zeros((len(runs), *(2 * reach + 1)[:2], 2 * counts[2]), dtype=np.int32)
-    place = owner[inside], frame[inside] + reach[0], row[inside] + reach[1]
-    np.add.at(edges, (*place, first[inside] + reach[2]), 1)
-    np.add.at(edges, (*place, last[inside] + reach[2]), -1)
-    member = edges.cumsum(-1)[..., :-1] > 0
-    return torch.from_numpy(member.reshape(len(runs), -1))
+def _by_lattice(pattern: Pattern) -> bool:
+    """Whether a pattern is a set of relative tiles."""
+    return isinstance(pattern.shape, Stencil) and not pattern.sink_frames and pattern.cell is None
+
+
+def _members(pattern: Pattern, layout: TokenLayout) -> Tensor:
+    """The relative tiles of a stencil, bool `[L]`."""
+    frames, rows, columns = cell_table(layout, pattern.tile).counts.tolist()
+    return pattern.shape.members((frames, rows, columns)).flatten()

@@ -146,7 +146,8 @@ def problem(
         table_["recall"].append(scores["recall"] / scores["rows"][:, None])
         for head, patterns in enumerate(profile.candidates(stage, layer)):
             dens = densities(patterns, layout)
-            cost = [table.seconds(p, d) * calls[stage] for p, d in zip(patterns, dens, strict=True)]
+            priced = zip(patterns.kinds, dens, strict=True)
+            cost = [table.seconds(kind, share) * calls[stage] for kind, share in priced]
             table_["density"].append(torch.tensor([dens], dtype=torch.float64))
             table_["seconds"].append(torch.tensor([cost], dtype=torch.float64))
             units.append((stage, layer, head))

@@ -6,16 +6,16 @@ saves when it is computed exactly. Scoring then measures, on other prompts, ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..layout import Tile, TokenLayout
-from ..patterns import Pattern
 from .candidates import MAX_BLOCK_CELLS, tilings
 from .cells import CellSums, SampledRows, cell_table
-from .seen import Cells, grouped, relative_cells
+from .nested import Candidates, Cells
+from .seen import grouped, relative_cells
 
 HeadStatistics = dict[Tile, dict[str, Tensor]]
 
@@ -62,38 +62,44 @@ def discover(
         statistics["block"].index_add_(0, sums.cell, far)
 
 
-def sums_of(
-    sampled: SampledRows, wanted: Iterable[Cells], layout: TokenLayout
-) -> dict[Cells, CellSums]:
-    """The sums over cells that `score` needs of a head's sampled rows, each once."""
-    return {
-        (tile, pool): sampled.by_cells(cell_table(layout, tile), pool)
-        for tile, pool in dict.fromkeys(wanted)
-    }
-
-
 def score(
-    sums: Mapping[Cells, CellSums], candidates: tuple[Pattern, ...], layout: TokenLayout
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squared error of every candidate's output on the sampled rows of one head.
+    sums: CellSums, cells: Cells, candidates: Candidates, layout: TokenLayout
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Squared errors of candidates' outputs on the sampled rows of one head, a group of them at a time.
 
     Args:
-        sums: Of the head, for the cells of every candidate that isn't dense.
+        sums: Of the head.
+        cells: What was summed over; candidates of others are left out, the dense one too.
         candidates: What is judged.
-        layout: Their grid.
+        layout: Their grid, with or without text.
 
     Returns:
-        `error` `[K]` and `error_squared` `[K]`: sum over rows of the squared error, and of its square;
-        `recall` `[K]`: sum over rows of the attention mass seen exactly; `norm` `[]`: sum over rows of
-        the squared output.
+        Of each group the candidates' numbers, int64 `[k]`; `error` and `error_squared`, `[k]`: sum over rows
+        of the squared error, and of its square; `recall`, `[k]`: sum over rows of the mass seen exactly.
     """
-    error, square = torch.zeros(2, len(candidates))
-    first = next(iter(sums.values()))
-    recall = torch.tensor([float(len(first.out)) * p.is_dense for p in candidates])
-    for where, group in grouped(candidates, layout):
-        part = sums[group.cells]
-        outputs, mass = part.outputs_and_recall(group.rows(part.cell, layout), group.far)
-        rows = (outputs - part.out).square().sum(-1)  # [K, R]
-        error[where], square[where] = rows.sum(1), rows.square().sum(1)
-        recall[where] = mass.sum(1)
-    return error, square, recall, first.out.square().sum()
+    for where, group in grouped(candidates, layout, cells):
+        outputs, mass = sums.outputs_and_recall(group.rows(sums.cell, layout), group.far)
+        rows = (outputs - sums.out).square().sum(-1)  # [k, R]
+        yield where, rows.sum(1), rows.square().sum(1), mass.sum(1)
+
+
+def score_all(
+    sampled: SampledRows, candidates: Candidates, layout: TokenLayout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of every candidate on the sampled rows of one head; see `score`.
+
+    Returns:
+        `error`, `error_squared` and `recall`, `[K]`; `norm` `[]`: sum over rows of the squared output.
+    """
+    error, square, recall = torch.zeros(3, len(candidates))
+    recall[torch.tensor([kind.is_dense for kind in candidates.kinds])] = float(len(sampled.rows))
+    norm, grid = (
+        torch.zeros(()),
+        layout.without_text(),
+    )  # so that all texts share what is kept of it
+    for cells in candidates.cells:
+        sums = sampled.by_cells(cell_table(layout, cells[0]), cells[1])
+        norm = sums.out.square().sum()
+        for where, *found in score(sums, cells, candidates, grid):
+            error[where], square[where], recall[where] = found
+    return error, square, recall, norm

@@ -15,14 +15,15 @@ from ...integrations.call import AttentionCall, Intercept
 from ...integrations.diffusers import attach, components
 from ...layout import TokenLayout
 from ...patterns import Pattern
-from ..candidates import DENSE, tilings
+from ..candidates import tilings
 from ..cells import sample_rows
+from ..nested import Candidates
 from ..profile import ComponentProfile
 from ..projection import projections
 from ..sampling import sampled_heads, whole_layout
-from ..seen import cells_of, density
+from ..seen import density
 from ..side_by_side import one_thread
-from ..statistics import score, sums_of
+from ..statistics import score_all
 from .families import families, row_wise_blocks, vertical_stripes
 
 Unit = tuple[int, str, int]
@@ -58,8 +59,6 @@ class Judge:
     ) -> tuple[Tensor, Tensor]:
         """Squared errors float64 `[H, K]` and squared outputs `[H]`, summed over rows and batch.
 
-        `score` needs the grid alone, so all texts share what it keeps.
-
         Args:
             call: What the host computes.
             layout: Its sequence.
@@ -68,11 +67,9 @@ class Judge:
         error = torch.zeros(len(patterns), len(patterns[0]), dtype=torch.float64)
         norm = torch.zeros(len(patterns), dtype=torch.float64)
         rows = sample_rows(layout, self.rows, self.generator)
-        cells = {cells_of(pattern) for listed in patterns for pattern in listed}
         for head, sampled in sampled_heads(call, layout, rows, self.behind.get(call.layer)):
-            sums = sums_of(sampled, cells, layout)
-            found = score(sums, (DENSE, *patterns[head]), self.profile.known_layout)
-            error[head] += found[0][1:]
+            found = score_all(sampled, Candidates(patterns[head]), layout)
+            error[head] += found[0]
             norm[head] += found[3]
         return error, norm
 
