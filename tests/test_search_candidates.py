@@ -1,5 +1,6 @@
 """Planted heads: discovery finds what a head looks at, and scoring gives it an error near zero."""
 
+import itertools
 import json
 import math
 
@@ -8,11 +9,11 @@ import torch
 
 from sparse_dit.index import build_index
 from sparse_dit.layout import Segment, TokenLayout
-from sparse_dit.patterns import Pattern, Stencil, Vertical
+from sparse_dit.patterns import Pattern, Stencil, Vertical, Window
 from sparse_dit.search.candidates import DENSE, all_candidates, fixed, found, tilings
 from sparse_dit.search.cells import cell_sums, cell_table, sample_rows, sampled_rows
 from sparse_dit.search.nested import Candidates
-from sparse_dit.search.seen import density
+from sparse_dit.search.seen import density, seen_tiles
 from sparse_dit.search.statistics import discover, empty_statistics, score_all
 
 LAYOUT = TokenLayout.video(8, 16, 16, text_after=4)
@@ -188,4 +189,18 @@ def test_tiles_hold_about_as_many_tokens_as_a_group():
         for frames, rows, columns in tilings(layout):
             frames = layout.grid[0] if frames is None else frames
             assert frames * rows * columns <= max(64, layout.grid[0])
-        assert len(fixed(layout)) == len(set(fixed(layout)))
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, *ODD_LAYOUTS, TokenLayout.video(2, 8, 8)], ids=str)
+def test_fixed_candidates_differ_at_the_calibrated_size(layout):
+    known = [(p.tile, p.far, seen_tiles(p, layout)) for p in fixed(layout)]
+    assert len(known) >= 2 and not any(seen.all() for _, _, seen in known)
+    for (tile, far, seen), (other, with_far, others) in itertools.combinations(known, 2):
+        assert (tile, far) != (other, with_far) or not torch.equal(seen, others)
+
+
+def test_what_limits_nothing_at_the_calibrated_size_is_no_candidate():
+    eight, nine = ({p.shape for p in fixed(TokenLayout.video(frames, 24, 24))} for frames in (8, 9))
+    assert Window(None, 4, 4) in eight and Window(0, None, None) in eight
+    assert not eight & {Window(2, 4, 4), Window(2, None, None), Window()}
+    assert {Window(None, 4, 4), Window(2, 4, 4), Window(2, None, None)} <= nine

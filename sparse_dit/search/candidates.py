@@ -26,6 +26,7 @@ from ..patterns import (
 from .cells import CellTable, cell_table
 from .nested import Candidates, Kind, Nested
 from .reach import MOST_RUNS, mean_benefit, ranks
+from .seen import seen_tiles
 
 BUDGETS = (
     *(0.01, 0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.125, 0.15, 0.175),
@@ -64,16 +65,19 @@ def tilings(layout: TokenLayout, wide: bool = False) -> tuple[Tile, ...]:
 
 @functools.lru_cache(maxsize=16)
 def fixed(layout: TokenLayout) -> tuple[Pattern, ...]:
-    """Geometric candidates, the same for every head (without the dense one)."""
+    """Geometric candidates, the same for every head (without the dense one).
+
+    None of them sees everything at this size, and no two see the same: see `_distinct`.
+    """
     cube, *others = tilings(layout)
     _, height, width = layout.grid
     shapes: list[tuple[object, Tile]] = [(Skip(), cube)]
-    for frames in (0, 2, None):
+    for frames in (None, 2, 0):
         for side in (max(1, max(height, width) // 6), None):
             shapes.append((Window(frames, side, side), cube))
-    shapes += [(SlidingTile(1, 3, 3), cube), (SlidingTile(None, 3, 3), cube)]
-    shapes += [(SlidingTile(1, None, None), cube), (SlidingTile(None, 1, None), cube)]
-    shapes.append((SlidingTile(None, None, 1), cube))
+    shapes += [(SlidingTile(None, 3, 3), cube), (SlidingTile(1, 3, 3), cube)]
+    shapes += [(SlidingTile(None, 1, None), cube), (SlidingTile(None, None, 1), cube)]
+    shapes.append((SlidingTile(1, None, None), cube))
     for tile in others:
         if tile[0] is None:
             shapes += [(Stripe(space_width=width), tile) for width in ((0, 1), (2, 0))]
@@ -81,8 +85,31 @@ def fixed(layout: TokenLayout) -> tuple[Pattern, ...]:
             shapes += [(Stripe(time_width=w), tile) for w in (1, 2)]
             strides = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
             shapes += [(Stripe(time_width=w, time_stride=s), tile) for w, s in strides]
-    patterns = [Pattern(shape, tile, far=far) for shape, tile in shapes for far in (False, True)]
-    return tuple(dict.fromkeys(p for p in patterns if p.shape != Window()))
+    distinct = _distinct(shapes, layout)
+    return tuple(Pattern(shape, tile, far=far) for shape, tile in distinct for far in (False, True))
+
+
+def _distinct(
+    shapes: Sequence[tuple[object, Tile]], layout: TokenLayout
+) -> list[tuple[object, Tile]]:
+    """Of shapes that see the same at this size the first one, and none that sees everything.
+
+    A window of two frames on either side, in cubes of four, sees all of 8 frames. It would be found free of
+    error, but of 9 frames it doesn't see all: what limits nothing here must not be a limit at other sizes.
+
+    Args:
+        shapes: With their token orders, those without a limit first.
+        layout: At calibration.
+    """
+    known: dict[Tile, list[Tensor]] = {}
+    result = []
+    for shape, tile in shapes:
+        seen = seen_tiles(Pattern(shape, tile), layout)
+        others = known.setdefault(tile, [torch.ones_like(seen)])
+        if not any(torch.equal(seen, other) for other in others):
+            others.append(seen)
+            result.append((shape, tile))
+    return result
 
 
 def found(

@@ -23,7 +23,7 @@ from .statistics import empty_statistics, look_shapes
 from .verify import Reference
 
 VIDEO = "reference|video"
-FORMAT = "sparse_dit profile 5"  # counts up when candidates change too: scores go by their place
+FORMAT = "sparse_dit profile 6"  # counts up when candidates change too: scores go by their place
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
