@@ -107,6 +107,14 @@ def search(
     ] = None,
     profile_steps: ProfileSteps = None,
     wide: Wide = False,
+    merge_stages: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="More damage, relative, that is accepted for heads that keep one pattern over several "
+            "noise levels: 0.1, say. Profiles candidates for it.",
+        ),
+    ] = None,
     cost_table: Annotated[
         str | None,
         typer.Option(
@@ -163,6 +171,7 @@ def search(
             profile=kept,
             profile_steps=profile_steps,
             wide=wide,
+            merge_stages=merge_stages,
             report=say,
             device_table=cost_table,
             dense_seconds=dense_seconds,

@@ -55,7 +55,7 @@ def tuned(monkeypatch):
 
         monkeypatch.setattr(tune, "verify", verified)
         monkeypatch.setattr(Session, "plan", lambda self, choice: choice)
-        session = Session(None, "", task, None, None, Objective(min_psnr=WANTED), None, "auto", [])
+        session = Session(None, "", task, None, None, Objective(min_psnr=WANTED), None, "auto")
         clock = SimpleNamespace(elapsed=0.0)
         return seen, tune.tune(session, [], budget, clock, lambda text: None)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..eval.atlas import StageAtlas, stage_atlas
@@ -156,12 +157,16 @@ def atlases(searched: Searched) -> list[StageAtlas]:
     """Every head in every stage: its pattern, its attention where it was recorded, its mask."""
     ((name, part),) = searched.profile.components.items()
     component = searched.plan.components[name]
-    recall: dict[int, dict[str, list[float | None]]] = {}
-    for number, (stage, layer, _) in enumerate(searched.problem.units):
-        pick = searched.choice.pick[number]
-        heads = recall.setdefault(stage, {}).setdefault(layer, [])
-        heads.append(searched.problem.recall[number, pick].item())
-    recorded = len(part.sigmas) // 2
+    stage_of = [  # of each level; several may be one stage
+        next(n for n, stage in enumerate(component.stages) if stage.covers(sigma, "any"))
+        for sigma in part.sigmas
+    ]
+    recall: dict[int, dict[str, list[list[float]]]] = {}
+    for number, (level, layer, head) in enumerate(searched.problem.units):
+        fresh = [[] for _ in range(part.num_heads)]
+        heads = recall.setdefault(stage_of[level], {}).setdefault(layer, fresh)
+        heads[head].append(searched.problem.recall[number, searched.choice.pick[number]].item())
+    recorded = stage_of[len(part.sigmas) // 2]
     pictures = {
         layer: [
             maps[head].numpy()
@@ -178,7 +183,9 @@ def atlases(searched: Searched) -> list[StageAtlas]:
             stage,
             component.layout,
             attention=pictures if stage == recorded else None,
-            recall=recall[stage],
+            recall={
+                layer: [fmean(values) for values in heads] for layer, heads in recall[stage].items()
+            },
             marked=prompt_dependent(searched.plan),
         )
         for stage in range(len(component.stages))

@@ -34,7 +34,10 @@ def merged(component: ComponentPlan) -> ComponentPlan:
 
 
 def merged_plan(plan: Plan) -> Plan:
-    """A plan with `merged` components, and its provenance's `stage_shares` added up likewise."""
+    """A plan with `merged` components; what its provenance says of stages goes along.
+
+    `stage_shares` are added up; a head's best places depend on the prompt if they do at one of its levels.
+    """
     runs = {name: equal_stages(part) for name, part in plan.components.items()}
     components = {name: merged(part) for name, part in plan.components.items()}
     provenance: dict[str, Any] = dict(plan.provenance)
@@ -43,7 +46,22 @@ def merged_plan(plan: Plan) -> Plan:
             name: [sum(shares[i] for i in run) for run in runs[name]]
             for name, shares in provenance["stage_shares"].items()
         }
+    evidence = provenance.get("evidence")
+    if isinstance(evidence, dict) and "prompt_dependent" in evidence:
+        provenance["evidence"] = {
+            **evidence,
+            "prompt_dependent": {
+                name: {layer: _moved(places, runs[name]) for layer, places in layers.items()}
+                for name, layers in evidence["prompt_dependent"].items()
+            },
+        }
     return replace(plan, components=components, provenance=provenance)
+
+
+def _moved(places: list[list[int]], runs: list[list[int]]) -> list[list[int]]:
+    """`[stage, head]` of each place, each once, where stages are runs of what they were."""
+    number = {stage: place for place, run in enumerate(runs) for stage in run}
+    return [list(place) for place in dict.fromkeys((number[stage], head) for stage, head in places)]
 
 
 def equal_stages(component: ComponentPlan) -> list[list[int]]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..plan import ComponentPlan, HeadChoice, Plan
+from ..plan import ComponentPlan, HeadChoice, Plan, Stage
 from ..plan.evidence import without_evidence
 from .cost import CostTable
+from .head_runs import runner_up_of_runs
 from .joint import one_or_named
 from .profile import ComponentProfile
 from .solve import Choice, Problem, runner_up
@@ -30,14 +31,19 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
     """
     plan, task = searched.plan, searched.problem
     components = {
-        name: replace(plan.components[name], layers=layers_of(name, part, task, choice))
+        name: replace(
+            plan.components[name],
+            stages=levels_of(task, name),
+            layers=layers_of(name, part, task, choice),
+        )
         for name, part in searched.profile.components.items()
     }
+    known = {**without_evidence(plan.provenance), "stage_shares": stage_shares(task)}
     return replace(
         plan,
         components=components,
         density=round(choice.density, 6),
-        provenance={**without_evidence(plan.provenance), "objective": {}},
+        provenance={**known, "objective": {}},
         forecast=forecast_of(task, choice),
         measured={},
     )
@@ -66,7 +72,7 @@ def first_plan(
             part.num_heads,
             part.head_dim,
             part.known_layout,
-            tuple(task.stages[number] for number in task.stages_of(name)),
+            levels_of(task, name),
             layers_of(name, part, task, choice),
         )
         for name, part in parts.items()
@@ -80,10 +86,26 @@ def first_plan(
     )
 
 
+def levels_of(task: Problem, component: str) -> tuple[Stage, ...]:
+    """A transformer's stages, one for each recorded noise level."""
+    return tuple(task.stages[number] for number in task.stages_of(component))
+
+
+def stage_shares(task: Problem) -> dict[str, list[float]]:
+    """For each transformer and stage its share in the attention of a generation."""
+    total = [0.0] * len(task.stages)
+    for (stage, _, _), weight in zip(task.units, task.weight.tolist(), strict=True):
+        total[stage] += weight
+    return {
+        name: [total[number] for number in task.stages_of(name)]
+        for name in dict.fromkeys(task.components)
+    }
+
+
 def layers_of(name: str, part: ComponentProfile, task: Problem, choice: Choice) -> Layers:
     """What each head of each of a transformer's layers gets at each of its stages, with its error and the
     runner-up."""
-    second = runner_up(task, choice)
+    second = (runner_up_of_runs if part.shared else runner_up)(task, choice)
     rows: dict[str, list[list[HeadChoice]]] = {
         layer: [[] for _ in task.stages_of(name)] for layer in part.layers
     }

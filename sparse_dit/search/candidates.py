@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -112,6 +113,36 @@ def _distinct(
     return result
 
 
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The offsets of a head in one token order, by what they save.
+
+    Args:
+        ranked: int64 `[n, 3]`, best first.
+        place: int32, their places in a lattice that may be larger, see `reach.ranks`.
+        table: Cells of the order, at calibration.
+        most_runs: Of a stencil, see `reach.nested_stencil`.
+    """
+
+    ranked: Tensor
+    place: Tensor
+    table: CellTable
+    most_runs: int
+
+    @staticmethod
+    def of(
+        statistics: dict[str, Tensor], benefit: str, table: CellTable, most_runs: int
+    ) -> Ranking:
+        """By `"offset_far"` or `"offset_drop"` of a head's statistics."""
+        ranked = _rank_offsets(statistics[benefit], statistics["offset_count"], table)
+        return Ranking(ranked, ranks(statistics, benefit, ranked).int(), table, most_runs)
+
+    def within(self, kind: Kind, budgets: Sequence[float]) -> Nested:
+        """Stencils of the best offsets that stay within each budget, ascending."""
+        counts = _kept(self.ranked, budgets, self.table)
+        return Nested(kind, self.place, tuple(counts), self.table.counts - 1, self.most_runs)
+
+
 def found(
     statistics: dict[str, Tensor],
     tile: Tile,
@@ -134,16 +165,11 @@ def found(
     result: list[Pattern | Nested] = []
     lines = not isinstance(tile, Curve) and tile[0] is None
 
-    def nested(place: Tensor, counts: Sequence[int], far: bool, pool: int | None = None) -> Nested:
-        return Nested(Kind(tile, far, pool), place, tuple(counts), table.counts - 1, most_runs)
-
     for far, key in ((False, "offset_drop"), (True, "offset_far")):
-        ranked = _rank_offsets(statistics[key], statistics["offset_count"], table)
-        place = ranks(statistics, key, ranked).int()
-        budgets = BUDGETS if far or lines else DROP_BUDGETS
-        result.append(nested(place, _kept(ranked, budgets, table), far))
+        best = Ranking.of(statistics, key, table, most_runs)
+        result.append(best.within(Kind(tile, far), BUDGETS if far or lines else DROP_BUDGETS))
     for pool in pools:  # of the stencils with a far field, which came last
-        result.append(nested(place, _kept(ranked, POOLED_BUDGETS, table), True, pool))
+        result.append(best.within(Kind(tile, True, pool), POOLED_BUDGETS))
     lattice = tuple(table.counts.tolist())
     if math.prod(lattice) != len(table.tokens):
         return result  # videos of several sizes: what follows needs a full lattice
@@ -151,7 +177,7 @@ def found(
         Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
     ]
     result += [Pattern(shape, tile, far=True) for shape in columns]
-    stencil = nested(place, _kept(ranked, (0.1,), table), True).pattern(0).shape
+    stencil = best.within(Kind(tile, far=True), (0.1,)).pattern(0).shape
     result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
     if "block" in statistics:
         for budget in BLOCK_BUDGETS:

@@ -17,6 +17,7 @@ from .profile import LATER, ComponentProfile, Profile
 from .profile_file import read_profile
 
 SCORE = "score"
+_SAME = ("settings", "rows", "wide", "shared")
 
 
 def merge_profiles(paths: Sequence[str | Path]) -> Profile:
@@ -54,7 +55,7 @@ def _misfit(a: Profile, b: Profile) -> str | None:
         n: p.config_hash for n, p in b.components.items()
     }:
         return "it is of another model; profile all prompts with one model"
-    if (a.settings, a.rows, a.wide) != (b.settings, b.rows, b.wide):
+    if any(getattr(a, name) != getattr(b, name) for name in _SAME):
         return (
             "it was made with other settings, another number of rows or another family of candidates; "
             "profile it again"

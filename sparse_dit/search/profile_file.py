@@ -19,7 +19,8 @@ from ..whole_file import whole_file
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
 from .reach import BEYOND, whole_beyond
-from .statistics import empty_statistics, look_shapes
+from .shared import SUMMED
+from .statistics import HeadStatistics, empty_statistics, look_shapes
 from .verify import Reference
 
 VIDEO = "reference|video"
@@ -41,6 +42,7 @@ def write_profile(profile: Profile, path: str | Path) -> None:
             "sigmas": part.sigmas,
             "layers": part.layers,
             "wide": part.wide,
+            "shared": part.shared,
         }
     header = {
         "components": parts,
@@ -70,6 +72,11 @@ def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:
             for key in heads[0][tile]:
                 stacked = torch.stack([head[tile][key] for head in heads])
                 tensors[f"found|{name}|{level}|{layer}|{_tile_text(tile)}|{key}"] = stacked
+    for layer, heads in part.forgotten.items():
+        for tile in heads[0]:
+            for key in heads[0][tile]:
+                stacked = torch.stack([head[tile][key] for head in heads])
+                tensors[f"forgotten|{name}|{layer}|{_tile_text(tile)}|{key}"] = stacked
     for (level, layer), scores in part.scores.items():
         for key, value in scores.items():
             tensors[f"scores|{name}|{level}|{layer}|{key}"] = value
@@ -122,8 +129,11 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
         if kind == "found":
             level, layer, tile, field_name = rest
             heads = part.found.setdefault((int(level), layer), [{} for _ in value])
-            for head, row in zip(heads, value, strict=True):
-                head.setdefault(_tile_of(tile), {})[field_name] = row
+            _take_apart(value, heads, tile, field_name)
+        elif kind == "forgotten":
+            layer, tile, field_name = rest
+            heads = part.forgotten.setdefault(layer, [{} for _ in value])
+            _take_apart(value, heads, tile, field_name)
         elif kind == "scores":
             level, layer, field_name = rest
             part.scores.setdefault((int(level), layer), {})[field_name] = value
@@ -136,6 +146,12 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
     settings = GenerationSettings.from_dict(header["settings"])
     done, seconds = list(header["done"]), float(header["seconds"])
     return Profile(parts, settings, header["rows"], done, seconds, reference)
+
+
+def _take_apart(stacked: Tensor, heads: list[HeadStatistics], tile: str, field_name: str) -> None:
+    """Put each head's part of a stacked tensor among its statistics."""
+    for head, row in zip(heads, stacked, strict=True):
+        head.setdefault(_tile_of(tile), {})[field_name] = row
 
 
 def _reference(data: dict[str, Any] | None, video: Tensor | None) -> Reference | None:
@@ -165,6 +181,8 @@ def _check(part: ComponentProfile) -> None:
                 raise ValueError("statistics don't have the layout's shape")
             if not all(map(whole_beyond, head.values())):
                 raise ValueError("statistics of greater distances aren't whole")
+    if part.forgotten:
+        _check_forgotten(part)
     shapes = look_shapes(part.known_layout) if every else {}
     for looks in part.looks.values():
         if {k: list(v.shape[1:]) for k, v in looks.items()} != shapes or any(
@@ -181,6 +199,23 @@ def _check(part: ComponentProfile) -> None:
             k: shape[:n] for k, n in SCORES.items()
         }:
             raise ValueError(f"scores must be of {count} candidates, are of another version")
+
+
+def _check_forgotten(part: ComponentProfile) -> None:
+    """Raise ValueError unless the sums over forgotten noise levels fit those of the known ones."""
+    if set(part.forgotten) != set(part.layers):
+        raise ValueError("statistics of some layers at forgotten noise levels are missing")
+    for layer, heads in part.forgotten.items():
+        known = part.found[0, layer]
+        if len(heads) != len(known) or any(
+            _summed_shapes(a) != _summed_shapes(b) for a, b in zip(heads, known, strict=True)
+        ):
+            raise ValueError("statistics of forgotten noise levels don't fit the others")
+
+
+def _summed_shapes(head: HeadStatistics) -> dict[tuple[Tile, str], torch.Size]:
+    """Shapes of what is summed over noise levels."""
+    return {(t, k): s[k].shape for t, s in head.items() for k in SUMMED if k in s}
 
 
 def _statistics_shapes(part: ComponentProfile) -> dict[Tile, dict[str, torch.Size]]:

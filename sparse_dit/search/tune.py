@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..generation import GenerationSettings
 from ..plan import Plan
-from .assemble import first_plan
+from .assemble import first_plan, stage_shares
 from .cost import CostTable
-from .joint import pair_shares
 from .objective import Objective
 from .profile import Profile
 from .sensitivity import Sensitivity
@@ -62,7 +61,8 @@ class Session:
         objective: What is asked for.
         settings: Size and steps of the runs that verify.
         backend: Sparse backend.
-        calls: For each component and stage the forwards of a generation that fall into it, times the batch.
+        merge: By how much more damage is accepted for heads that keep one pattern over several noise levels;
+            None if they needn't.
     """
 
     pipe: Any
@@ -73,17 +73,17 @@ class Session:
     objective: Objective
     settings: GenerationSettings
     backend: str
-    calls: Mapping[str, Sequence[int]]
+    merge: float | None = None
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as a plan."""
         parts = self.profile.components
         plan = first_plan(type(self.pipe).__name__, parts, self.problem, choice, self.tables)
-        shares = {
-            name: [count / max(1, sum(self.calls[name])) * share for count in self.calls[name]]
-            for name, share in pair_shares(parts, self.calls).items()
-        }
-        return replace(plan, provenance={"stage_shares": shares})
+        return replace(plan, provenance={"stage_shares": stage_shares(self.problem)})
+
+    def choose(self, damage: float) -> Choice:
+        """What answers the objective, at a largest damage if it asks for a PSNR."""
+        return self.objective.choose(self.problem, damage, self.merge)
 
 
 def tune(
@@ -111,7 +111,7 @@ def tune(
         limit = math.inf
         if wanted is not None:
             limit = 10 ** (-max(wanted + MARGIN_DB, floor) / 10) / scale
-        last = _round(session, session.objective.choose(session.problem, limit), references, say)
+        last = _round(session, session.choose(limit), references, say)
         choice, _, verified = last
         say(
             f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "

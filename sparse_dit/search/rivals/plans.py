@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...layout import TokenLayout
 from ...plan import HeadChoice, Plan
-from ..assemble import plan_of
+from ..assemble import levels_of, plan_of
 from ..baselines import random_choice
 from ..candidates import DENSE
 from ..engine import Searched
@@ -89,7 +89,8 @@ def rival_plan(name: str, searched: Searched, scores: RivalScores, target: float
             stages.append(tuple(heads))
         rows[layer] = tuple(stages)
     base = searched.plan
-    parts = {component: replace(base.components[component], layers=rows)}
+    stages = levels_of(searched.problem, component)
+    parts = {component: replace(base.components[component], stages=stages, layers=rows)}
     return Plan(base.pipeline_class, parts, round(min(1.0, density), 6))
 
 
