@@ -25,6 +25,7 @@ from sparse_dit.search.rivals.families import families
 from sparse_dit.search.rivals.fed_forward import _Sequential
 from sparse_dit.search.rivals.rule import Rule, modes_of
 from sparse_dit.search.seen import density
+from sparse_dit.search.solve import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,20 @@ def test_ours_forecasts_less_damage_than_any_choice_by_lot(searched, scores):
     for seed in range(5):
         choice = random_choice(searched.problem, 0.3, seed)
         assert ours < choice.error
+
+
+def test_what_the_hull_leaves_of_a_density_is_spent(searched):
+    task, better = searched.problem, []
+    work = task.density * task.weight[:, None]
+    prices = 10 ** torch.arange(-12, 12, 0.1, dtype=torch.float64)
+    hull = [evaluate(task, (work + price * task.damage).argmin(1)) for price in prices]
+    for target in (0.15, 0.3, 0.5):
+        plan = least_damage_at_density(searched, target)
+        least = min(choice.error for choice in hull if choice.density <= target)
+        assert plan.density <= target + 1e-6
+        assert plan.forecast["error"] <= least + 1e-6
+        better.append(plan.forecast["error"] < least * 0.999)
+    assert any(better)
 
 
 def test_two_classes_takes_the_better_band_for_each_head(searched, scores):

@@ -18,6 +18,7 @@ from ..assemble import levels_of, plan_of
 from ..baselines import random_choice
 from ..candidates import DENSE
 from ..engine import Searched
+from ..local import improve
 from ..seen import density
 from ..solve import Problem, evaluate
 from .fed_forward import fed_forward
@@ -159,7 +160,7 @@ def _random(searched: Searched, target: float) -> Plan | None:
 def least_damage_at_density(
     searched: Searched, target: float, layout: TokenLayout | None = None
 ) -> Plan:
-    """Our own plan at a density: the least damage on the hull.
+    """Our own plan at a density: the least damage on the hull, and what is left of the density spent.
 
     Args:
         searched: What there is to choose from.
@@ -180,7 +181,11 @@ def least_damage_at_density(
             best, low = choice, middle
         else:
             high = middle
-    return plan_of(searched, best)
+    # shares of the pairs for seconds, beside one second, as a plan may compute none
+    pairs = replace(task, seconds=work, stock_seconds=task.weight, other_seconds=1.0)
+    start = evaluate(pairs, best.pick)
+    spent = improve(pairs, start, seconds=max(1 + target, start.seconds))
+    return plan_of(searched, evaluate(task, spent.pick))
 
 
 def _density_at(task: Problem, layout: TokenLayout) -> Tensor:
