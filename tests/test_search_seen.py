@@ -18,6 +18,7 @@ VIDEOS = [
     TokenLayout.video(5, 7, 9, text_before=6),
     TokenLayout.video(1, 12, 20, text_after=3),
     TokenLayout.video(70, 3, 4),
+    TokenLayout.video(4, 16, 16, text_before=3),  # whole tiles
 ]
 
 

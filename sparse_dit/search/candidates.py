@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,20 +11,19 @@ from torch import Tensor
 from ..curve import Curve
 from ..layout import Tile, TokenLayout
 from ..patterns import (
-    Blocks,
     Dense,
     Pattern,
     Skip,
     SlidingTile,
     Stencil,
     Stripe,
-    Union,
-    Vertical,
     Window,
 )
 from .cells import CellTable, cell_table
-from .nested import Candidates, Kind, Nested
-from .reach import MOST_RUNS, mean_benefit, ranks
+from .nested import Candidates, Kind, Nested, Unbuilt
+from .placed import placed
+from .ranking import Ranking
+from .reach import MOST_RUNS
 from .seen import seen_tiles
 
 BUDGETS = (
@@ -34,9 +31,6 @@ BUDGETS = (
     *(0.2, 0.235, 0.27, 0.31, 0.35, 0.4, 0.45, 0.52, 0.6, 0.7),
 )
 DROP_BUDGETS = (0.1, 0.2, 0.35)
-COLUMN_BUDGETS = (0.05, 0.15, 0.3)
-BLOCK_BUDGETS = (0.1, 0.2, 0.35)
-MAX_BLOCK_CELLS = 256  # static block masks are tried up to this many tiles: their size is squared
 TILE_TOKENS = 64
 POOLS = (16,)  # tokens of a pooled key, beside whole cells, in the wide family
 POOLED_BUDGETS = (0.02, 0.055, 0.1, 0.2)
@@ -113,43 +107,13 @@ def _distinct(
     return result
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """The offsets of a head in one token order, by what they save.
-
-    Args:
-        ranked: int64 `[n, 3]`, best first.
-        place: int32, their places in a lattice that may be larger, see `reach.ranks`.
-        table: Cells of the order, at calibration.
-        most_runs: Of a stencil, see `reach.nested_stencil`.
-    """
-
-    ranked: Tensor
-    place: Tensor
-    table: CellTable
-    most_runs: int
-
-    @staticmethod
-    def of(
-        statistics: dict[str, Tensor], benefit: str, table: CellTable, most_runs: int
-    ) -> Ranking:
-        """By `"offset_far"` or `"offset_drop"` of a head's statistics."""
-        ranked = _rank_offsets(statistics[benefit], statistics["offset_count"], table)
-        return Ranking(ranked, ranks(statistics, benefit, ranked).int(), table, most_runs)
-
-    def within(self, kind: Kind, budgets: Sequence[float]) -> Nested:
-        """Stencils of the best offsets that stay within each budget, ascending."""
-        counts = _kept(self.ranked, budgets, self.table)
-        return Nested(kind, self.place, tuple(counts), self.table.counts - 1, self.most_runs)
-
-
 def found(
     statistics: dict[str, Tensor],
     tile: Tile,
     layout: TokenLayout,
     pools: Sequence[int] = (),
     most_runs: int = MOST_RUNS,
-) -> list[Pattern | Nested]:
+) -> list[Pattern | Unbuilt]:
     """Candidates that follow a head's statistics in one token order.
 
     Args:
@@ -162,65 +126,24 @@ def found(
         most_runs: Of a stencil, see `reach.nested_stencil`.
     """
     table = cell_table(layout, tile)
-    result: list[Pattern | Nested] = []
     lines = not isinstance(tile, Curve) and tile[0] is None
-
-    for far, key in ((False, "offset_drop"), (True, "offset_far")):
-        best = Ranking.of(statistics, key, table, most_runs)
-        result.append(best.within(Kind(tile, far), BUDGETS if far or lines else DROP_BUDGETS))
-    for pool in pools:  # of the stencils with a far field, which came last
-        result.append(best.within(Kind(tile, True, pool), POOLED_BUDGETS))
-    lattice = tuple(table.counts.tolist())
-    if math.prod(lattice) != len(table.tokens):
-        return result  # videos of several sizes: what follows needs a full lattice
-    columns = [
-        Vertical(lattice, best_columns(statistics["column"], budget)) for budget in COLUMN_BUDGETS
+    far_kind = Kind(tile, far=True)
+    best = Ranking(statistics, "offset_far", table, most_runs)
+    dropped = Ranking(statistics, "offset_drop", table, most_runs)
+    result: list[Pattern | Unbuilt] = [
+        Nested(Kind(tile, far=False), dropped, dropped.within(BUDGETS if lines else DROP_BUDGETS)),
+        Nested(far_kind, best, best.within(BUDGETS)),
+        *(Nested(Kind(tile, True, n), best, best.within(POOLED_BUDGETS)) for n in pools),
     ]
-    result += [Pattern(shape, tile, far=True) for shape in columns]
-    stencil = best.within(Kind(tile, far=True), (0.1,)).pattern(0).shape
-    result.append(Pattern(Union((stencil, columns[-1])), tile, far=True))
-    if "block" in statistics:
-        for budget in BLOCK_BUDGETS:
-            keep = max(1, round(budget * len(table.tokens)))
-            best = statistics["block"].topk(keep, -1).indices
-            mask = torch.zeros_like(statistics["block"], dtype=torch.bool).scatter_(-1, best, True)
-            result.append(Pattern(Blocks.from_mask(mask, lattice), tile, far=True))
+    if int(table.counts.prod()) == len(table.tokens):  # what follows needs a full lattice
+        result += placed(statistics, best, far_kind, layout)
     return result
-
-
-def best_columns(columns: Tensor, budget: float) -> tuple[int, ...]:
-    """The share of columns with the greatest benefit, at least one, ascending."""
-    count = max(1, round(budget * len(columns)))
-    return tuple(columns.topk(count).indices.sort().values.tolist())
 
 
 def _reach(table: CellTable) -> tuple[int, int, int]:
     """The greatest distances between tiles."""
     frames, rows, columns = (table.counts - 1).tolist()
     return frames, rows, columns
-
-
-def _rank_offsets(benefit: Tensor, count: Tensor, table: CellTable) -> Tensor:
-    """Offsets that occur, int64 `[n, 3]`, by falling mean benefit; the own tile always first."""
-    reach = table.counts - 1
-    mean = mean_benefit(benefit, count)
-    mean[tuple(reach.tolist())] = torch.inf
-    order = mean.flatten().argsort(descending=True, stable=True)
-    order = order[mean.flatten()[order] > -torch.inf]
-    return torch.stack(torch.unravel_index(order, mean.shape), 1) - reach
-
-
-def _kept(ranked: Tensor, budgets: Sequence[float], table: CellTable) -> list[int]:
-    """How many of the best offsets stay within each budget (density over the whole video), at least one."""
-    pairs = (table.counts - ranked.abs()).prod(1).double()
-    density = pairs.cumsum(0) / table.counts.prod().double() ** 2
-    within = torch.searchsorted(density, torch.tensor(budgets, dtype=torch.float64), right=True)
-    return within.clamp_min(1).tolist()
-
-
-def _within(ranked: Tensor, budget: float, table: CellTable) -> Tensor:
-    """The best offsets whose density stays within the budget, at least one."""
-    return ranked[: _kept(ranked, (budget,), table)[0]]
 
 
 def chosen_offsets(
@@ -234,8 +157,9 @@ def chosen_offsets(
         budget: Density over the whole video.
         table: Cells of that order.
     """
-    ranked = _rank_offsets(statistics[benefit], statistics["offset_count"], table)
-    return _within(ranked, budget, table)
+    ranking = Ranking(statistics, benefit, table)
+    (count,) = ranking.within([budget])
+    return ranking.offsets[:count]
 
 
 def single_stencil(
@@ -260,7 +184,7 @@ def all_candidates(
         most_runs: Of a stencil, see `reach.nested_stencil`.
     """
     wide = any(isinstance(tile, Curve) for tile in statistics)
-    parts: list[Pattern | Nested] = [DENSE, *fixed(layout)]
+    parts: list[Pattern | Unbuilt] = [DENSE, *fixed(layout)]
     for tile in tilings(layout, wide):
         parts += found(statistics[tile], tile, layout, POOLS if wide else (), most_runs)
     return Candidates(parts)

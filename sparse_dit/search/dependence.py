@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..patterns import Pattern, Vertical
-from .candidates import best_columns, chosen_offsets, tilings
+from .candidates import chosen_offsets, tilings
 from .cells import CellSums, CellTable, cell_table
+from .placed import best_columns
 from .profile import HALF, LATER, ComponentProfile
 from .seen import relative_cells
 from .statistics import look_shapes

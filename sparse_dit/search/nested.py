@@ -1,23 +1,18 @@
-"""A head's candidates: most are stencils that hold one another, and are built when they are asked for.
-
-A search scores a hundred candidates for every head and noise level, and takes one. Scoring needs no more of a
-stencil than how many of the best offsets it takes.
-"""
+"""Candidates of a head that aren't built before they are asked for, and lists of candidates."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
-from ..layout import Tile, TokenLayout
+from ..layout import Tile, TokenLayout, tile_order
 from ..patterns import Pattern
 from .cells import cell_table
-from .reach import nested_stencil
+from .ranking import Ranking
 
 Cells = tuple[Tile, int | None]  # token order, and tokens of a pooled key
 
@@ -42,6 +37,10 @@ class Kind(NamedTuple):
         """The sums over cells that the error is computed from."""
         return self.tile, self.pool if self.far else None
 
+    def pattern(self, shape: Any) -> Pattern:
+        """A pattern of this kind."""
+        return Pattern(shape, self.tile, far=self.far, pool=self.pool)
+
 
 def kind_of(pattern: Pattern) -> Kind:
     """The kind of one pattern."""
@@ -54,17 +53,13 @@ class Nested:
 
     Args:
         kind: Of all of them.
-        place: int32, a lattice of offsets: their order, see `reach.ranks`.
+        ranking: The offsets.
         counts: How many offsets each stencil takes, ascending.
-        near: The greatest distances of the calibrated size, int64 `[3]`.
-        most_runs: Of each, see `reach.nested_stencil`.
     """
 
     kind: Kind
-    place: Tensor
+    ranking: Ranking
     counts: tuple[int, ...]
-    near: Tensor
-    most_runs: int
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -77,30 +72,58 @@ class Nested:
         """One of them; equal ones are the same object."""
         count = self.counts[number]
         if count not in self._built:
-            shape = nested_stencil(self.place, self.counts, number, self.near, self.most_runs)
-            kind = self.kind
-            self._built[count] = Pattern(shape, kind.tile, far=kind.far, pool=kind.pool)
+            self._built[count] = self.kind.pattern(self.ranking.stencil(self.counts, number))
         return self._built[count]
 
     def fits(self, layout: TokenLayout) -> bool:
         """Whether a layout has the calibrated one's lattice of offsets, so that `members` holds there."""
-        return bool((cell_table(layout, self.kind.tile).counts - 1).equal(self.near))
+        return cell_table(layout, self.kind.tile).counts.equal(self.ranking.table.counts)
 
     def members(self) -> Tensor:
         """The relative tiles of the calibrated size that each stencil sees, bool `[k, L]`."""
-        inside = [
-            slice(size // 2 - near, size // 2 + near + 1)
-            for size, near in zip(self.place.shape, self.near.tolist(), strict=True)
-        ]
-        place = self.place[tuple(inside)].flatten()
-        return place < torch.tensor(self.counts)[:, None]
+        return self.ranking.members(self.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A pattern of which it is known what it sees at the calibrated size.
+
+    Args:
+        kind: Its kind.
+        grid: The calibrated size, whole tiles of `kind`'s order.
+        seen: Gives bool `[T, T]`, or `[1, T]` if all tiles see the same: the tiles that each tile sees.
+        shape: Gives its shape.
+    """
+
+    kind: Kind
+    grid: tuple[int, int, int]
+    seen: Callable[[], Tensor]
+    shape: Callable[[], Any]
+
+    def __len__(self) -> int:
+        return 1
+
+    @functools.cached_property
+    def _built(self) -> Pattern:
+        return self.kind.pattern(self.shape())
+
+    def pattern(self, number: int = 0) -> Pattern:
+        """The pattern, built once."""
+        return self._built
+
+    def fits(self, layout: TokenLayout) -> bool:
+        """Whether `seen` holds for a layout."""
+        return tile_order(layout, self.kind.tile).grid == self.grid
+
+
+Unbuilt = Nested | Drawn
 
 
 class Candidates(Sequence[Pattern]):
     """Patterns to choose among, some of which aren't built yet.
 
     Args:
-        parts: Patterns, and nested ones, which count as often as they are long.
+        parts: Patterns, and what stands for some that aren't built.
 
     Attributes:
         parts: As given, as a tuple.
@@ -108,17 +131,18 @@ class Candidates(Sequence[Pattern]):
         cells: What the errors of those that aren't dense are computed from, each once.
     """
 
-    def __init__(self, parts: Iterable[Pattern | Nested]) -> None:
+    def __init__(self, parts: Iterable[Pattern | Unbuilt]) -> None:
         self.parts = tuple(parts)
-        self._where = [
-            (part, number)
-            for part in self.parts
-            for number in range(len(part) if isinstance(part, Nested) else 1)
-        ]
-        self.kinds = tuple(
-            part.kind if isinstance(part, Nested) else kind_of(part) for part, _ in self._where
-        )
-        self.cells = tuple(dict.fromkeys(k.cells for k in self.kinds if not k.is_dense))
+        self._where: list[tuple[Pattern | Unbuilt, int]] = []
+        kinds: list[Kind] = []
+        for part in self.parts:
+            kind, count = (
+                (kind_of(part), 1) if isinstance(part, Pattern) else (part.kind, len(part))
+            )
+            self._where += [(part, number) for number in range(count)]
+            kinds += [kind] * count
+        self.kinds = tuple(kinds)
+        self.cells = tuple(dict.fromkeys(kind.cells for kind in kinds if not kind.is_dense))
 
     def __len__(self) -> int:
         return len(self._where)
@@ -133,11 +157,11 @@ class Candidates(Sequence[Pattern]):
         if isinstance(place, slice):
             return [self[n] for n in range(*place.indices(len(self)))]
         part, number = self._where[place]
-        return part.pattern(number) if isinstance(part, Nested) else part
+        return part if isinstance(part, Pattern) else part.pattern(number)
 
-    def numbered_parts(self) -> Iterator[tuple[int, Pattern | Nested]]:
-        """Each part, with the number of its first candidate."""
+    def numbered_parts(self) -> Iterator[tuple[int, Kind, Pattern | Unbuilt]]:
+        """Each part with its kind, and before it the number of its first candidate."""
         place = 0
         for part in self.parts:
-            yield place, part
-            place += len(part) if isinstance(part, Nested) else 1
+            yield place, self.kinds[place], part
+            place += 1 if isinstance(part, Pattern) else len(part)

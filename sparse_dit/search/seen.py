@@ -8,16 +8,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..index import seen_cells
 from ..layout import Tile, TokenLayout, tile_order
-from ..patterns import Blocks, Pattern, Stencil, Union, Vertical
+from ..patterns import Pattern, Stencil
 from .cells import CellTable, cell_table
-from .nested import Candidates, Cells, Nested, kind_of
+from .nested import Candidates, Cells, Drawn, Nested
 
 SMALL = 160  # tiles up to which masks are kept: 25 KB each
 
@@ -33,39 +33,35 @@ def relative_cells(layout: TokenLayout, tile: Tile) -> Tensor:
 
 
 def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
-    """Which tiles each tile sees exactly, bool `[T, T]`: what `index.seen_cells` says, by table where one
-    tells it."""
+    """Which tiles each tile sees exactly, bool `[T, T]`: what `index.seen_cells` says, stencils by table."""
     if _by_lattice(pattern):
         return _members(pattern, layout)[relative_cells(layout, pattern.tile)]
-    if (told := _told(pattern, layout)) is not None:
-        return told
     if len(cell_table(layout, pattern.tile).tokens) <= SMALL:
         return _kept(pattern, layout)
     return seen_cells(pattern, tile_order(layout, pattern.tile))
 
 
-def _told(pattern: Pattern, layout: TokenLayout) -> Tensor | None:
-    """What columns and blocks of this very lattice of whole tiles, and unions with them, say themselves."""
-    shape, order = pattern.shape, tile_order(layout, pattern.tile)
-    ragged = any(n % size for n, size in zip(order.grid, order.tile, strict=True))
-    if ragged or pattern.sink_frames or pattern.cell is not None:
-        return None
-    counts = tuple(n // size for n, size in zip(order.grid, order.tile, strict=True))
-    if isinstance(shape, Vertical) and shape.lattice == counts:
-        columns = torch.zeros(math.prod(counts), dtype=torch.bool)
-        columns[list(shape.cells)] = True
-        return columns.expand(len(columns), -1)
-    if isinstance(shape, Blocks) and shape.lattice == counts:
-        return shape.mask()
-    if isinstance(shape, Union) and any(getattr(s, "lattice", None) == counts for s in shape.of):
-        parts = [seen_tiles(replace(pattern, shape=part), layout) for part in shape.of]
-        return torch.stack(parts).any(0)
-    return None
-
-
 @functools.lru_cache(maxsize=1 << 14)
 def _kept(pattern: Pattern, layout: TokenLayout) -> Tensor:
     return seen_cells(pattern, tile_order(layout, pattern.tile))
+
+
+def _seen_by(patterns: tuple[Pattern, ...], layout: TokenLayout, cell: Tensor) -> Tensor:
+    """Which tiles the tiles `cell` see by several patterns of one token order, bool `[k, R, T]`."""
+    if len(cell_table(layout, patterns[0].tile).tokens) <= SMALL:
+        return _stacked(patterns, layout)[:, cell]
+    return torch.stack([seen_tiles(pattern, layout)[cell] for pattern in patterns])
+
+
+@functools.lru_cache(maxsize=64)
+def _stacked(patterns: tuple[Pattern, ...], layout: TokenLayout) -> Tensor:
+    """Of patterns that all heads have: kept, bool `[k, T, T]`."""
+    return torch.stack([seen_tiles(pattern, layout) for pattern in patterns])
+
+
+def _of_tiles(seen: Tensor, cell: Tensor) -> Tensor:
+    """Rows of a mask `[T, T]`, or of one that is the same for all, `[1, T]`."""
+    return seen.expand(len(cell), -1) if len(seen) == 1 else seen[cell]
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -95,21 +91,21 @@ class Group:
         far: Whether they have a far field.
         members: bool `[k, L]`, the relative tiles that each stencil sees.
         others: Patterns that aren't sets of relative tiles.
+        drawn: What knows itself what it sees.
     """
 
     cells: Cells
     far: bool
     members: Tensor
     others: tuple[Pattern, ...]
+    drawn: tuple[Drawn, ...]
 
     def rows(self, cell: Tensor, layout: TokenLayout) -> Tensor:
         """Which tiles are seen by the tiles `cell`, bool `[K, R, T]`."""
-        tile = self.cells[0]
-        parts = [self.members[:, relative_cells(layout, tile)[cell]]]
+        parts = [self.members[:, relative_cells(layout, self.cells[0])[cell]]]
         if self.others:
-            parts.append(
-                torch.stack([seen_tiles(pattern, layout)[cell] for pattern in self.others])
-            )
+            parts.append(_seen_by(self.others, layout, cell))
+        parts += [_of_tiles(one.seen(), cell)[None] for one in self.drawn]
         return torch.cat(parts)
 
     def densities(self, layout: TokenLayout) -> Tensor:
@@ -122,6 +118,7 @@ class Group:
         lattice = torch.zeros(self.members.shape[1], dtype=torch.float64)
         lattice.index_add_(0, relative_cells(layout, tile).flatten(), weight.flatten())
         seen = [(seen_tiles(pattern, layout) * weight).sum() for pattern in self.others]
+        seen += [(one.seen() * weight).sum() for one in self.drawn]
         exact = torch.cat(
             [self.members.double() @ lattice, torch.tensor(seen, dtype=torch.float64)]
         )
@@ -143,24 +140,27 @@ def grouped(
         cells: Only the groups whose errors are computed from these; None for all.
     """
     made: dict[tuple[Cells, bool], _Gathered] = {}
-    for first, part in candidates.numbered_parts():
-        kind = part.kind if isinstance(part, Nested) else kind_of(part)
+    for first, kind, part in candidates.numbered_parts():
         if kind.is_dense or cells not in (None, kind.cells):
             continue
         group = made.setdefault((kind.cells, kind.far), _Gathered())
-        if isinstance(part, Nested) and part.fits(layout):
+        if isinstance(part, Pattern) or not part.fits(layout):
+            for place in range(first, first + (1 if isinstance(part, Pattern) else len(part))):
+                group.add_pattern(place, candidates[place], layout)
+        elif isinstance(part, Nested):
             group.add(range(first, first + len(part)), part.members())
         else:
-            for place in range(first, first + (len(part) if isinstance(part, Nested) else 1)):
-                pattern = candidates[place]
-                if _by_lattice(pattern):
-                    group.add([place], _members(pattern, layout)[None])
-                else:
-                    group.others[place] = pattern
+            group.drawn[first] = part
     return [
         (
-            torch.tensor([*group.stencils, *group.others]),
-            Group(of, far, group.joined(layout, of[0]), tuple(group.others.values())),
+            torch.tensor([*group.stencils, *group.others, *group.drawn]),
+            Group(
+                of,
+                far,
+                group.joined(layout, of[0]),
+                tuple(group.others.values()),
+                tuple(group.drawn.values()),
+            ),
         )
         for (of, far), group in made.items()
     ]
@@ -173,6 +173,13 @@ class _Gathered:
     stencils: list[int] = field(default_factory=list)
     members: list[Tensor] = field(default_factory=list)
     others: dict[int, Pattern] = field(default_factory=dict)
+    drawn: dict[int, Drawn] = field(default_factory=dict)
+
+    def add_pattern(self, place: int, pattern: Pattern, layout: TokenLayout) -> None:
+        if _by_lattice(pattern):
+            self.add([place], _members(pattern, layout)[None])
+        else:
+            self.others[place] = pattern
 
     def add(self, places: Iterable[int], members: Tensor) -> None:
         self.stencils += places

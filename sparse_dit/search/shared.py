@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..curve import Curve
 from ..layout import TokenLayout
-from .candidates import BUDGETS, Ranking, tilings
+from .candidates import BUDGETS, tilings
 from .cells import cell_table
-from .nested import Candidates, Kind
+from .nested import Candidates, Kind, Nested
+from .ranking import Ranking
 from .reach import BEYOND, MOST_RUNS
 from .statistics import HeadStatistics
 
@@ -48,10 +49,8 @@ def shared_candidates(
         layout: Calibration layout.
         most_runs: Of a stencil, see `reach.nested_stencil`.
     """
-    orders = tilings(layout, any(isinstance(tile, Curve) for tile in statistics))
-    return Candidates(
-        Ranking.of(statistics[tile], FAR, cell_table(layout, tile), most_runs).within(
-            Kind(tile, far=True), BUDGETS
-        )
-        for tile in orders
-    )
+    result = []
+    for tile in tilings(layout, any(isinstance(tile, Curve) for tile in statistics)):
+        ranking = Ranking(statistics[tile], FAR, cell_table(layout, tile), most_runs)
+        result.append(Nested(Kind(tile, far=True), ranking, ranking.within(BUDGETS)))
+    return Candidates(result)

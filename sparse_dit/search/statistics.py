@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..layout import Tile, TokenLayout
-from .candidates import MAX_BLOCK_CELLS, tilings
+from .candidates import tilings
 from .cells import CellSums, SampledRows, cell_table
 from .nested import Candidates, Cells
+from .placed import MAX_BLOCK_CELLS
 from .seen import grouped, relative_cells
 
 HeadStatistics = dict[Tile, dict[str, Tensor]]
