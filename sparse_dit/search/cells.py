@@ -105,14 +105,17 @@ class CellSums:
             far: Whether the other cells are seen pooled.
         """
         weight = seen.to(self.mass.dtype).transpose(0, 1)  # [R, K, C]
-        value = self.text_value[:, None] + weight @ self.exact
-        mass = self.text_mass[:, None] + (weight @ self.mass[..., None])[..., 0]  # [R, K]
-        norm = mass
+        mass, exact = self.mass[..., None], self.exact
+        columns = [exact, mass]
+        if far:  # what seeing a cell exactly changes
+            columns = [exact - self.far_output, mass - self.pooled[..., None], mass]
+        sums = weight @ torch.cat(columns, -1)  # [R, K, D + 1 or 2]: one product for all
+        value, norm = sums[..., : exact.shape[-1]], sums[..., exact.shape[-1]]
+        always, share = self.text_value, self.text_mass
         if far:
-            value = value + self.far_output.sum(1)[:, None] - weight @ self.far_output
-            norm = norm + self.pooled.sum(1)[:, None] - (weight @ self.pooled[..., None])[..., 0]
-        outputs = value / norm.clamp_min(1e-20)[..., None]
-        return outputs.transpose(0, 1), mass.T
+            always, share = always + self.far_output.sum(1), share + self.pooled.sum(1)
+        outputs = (value + always[:, None]) / (norm + share[:, None]).clamp_min(1e-20)[..., None]
+        return outputs.transpose(0, 1), (sums[..., -1] + self.text_mass[:, None]).T
 
     def benefit(self, far: bool) -> Tensor:
         """Squared error of the output, to first order, if a cell is not exact, `[R, C]`.

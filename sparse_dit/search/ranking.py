@@ -58,11 +58,17 @@ class Ranking:
 
     def members(self, counts: Sequence[int]) -> Tensor:
         """The relative tiles of the calibrated size that stencils of so many offsets see, bool `[k, L]`."""
+        return self._near < torch.tensor(counts)[:, None]
+
+    @functools.cached_property
+    def _near(self) -> Tensor:
+        """Places of the calibrated size's offsets, int32 `[L]`; those that don't occur come last."""
         size = 2 * self.table.counts - 1
         frames, rows, columns = (self.offsets + self.table.counts - 1).T
-        place = torch.full((int(size.prod()),), len(self.offsets))
-        place[(frames * size[1] + rows) * size[2] + columns] = torch.arange(len(self.offsets))
-        return place < torch.tensor(counts)[:, None]
+        place = torch.full((int(size.prod()),), len(self.offsets), dtype=torch.int32)
+        flat = (frames * size[1] + rows) * size[2] + columns
+        place[flat] = torch.arange(len(self.offsets), dtype=torch.int32)
+        return place
 
     def stencil(self, counts: Sequence[int], number: int) -> Stencil:
         """The stencil of `counts[number]` offsets, nested with those of the other counts (ascending)."""
