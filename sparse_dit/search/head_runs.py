@@ -7,7 +7,7 @@ what two levels don't both have, they can't share. `shared` gives them stencils 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..patterns import Pattern
+from .nested import Candidates
 from .solve import Choice, Problem
 
 Numbers = Sequence[Sequence[int]]  # of each unit's patterns, see `numbered`
@@ -158,13 +159,15 @@ def runner_up_of_runs(problem: Problem, choice: Choice) -> Tensor:
 
 
 def numbered(candidates: Sequence[Sequence[Pattern]]) -> list[list[int]]:
-    """For each unit the numbers of its candidates' patterns: equal patterns have one number."""
-    numbers: dict[Pattern, int] = {}
-    known: dict[int, int] = {}  # by identity: hashing a long pattern takes longer
-    for pattern in itertools.chain.from_iterable(candidates):
-        if id(pattern) not in known:
-            known[id(pattern)] = numbers.setdefault(pattern, len(numbers))
-    return [[known[id(pattern)] for pattern in patterns] for patterns in candidates]
+    """For each unit the numbers of its candidates' patterns: those that units share have one number."""
+    numbers: dict[Hashable, int] = {}
+    return [
+        [
+            numbers.setdefault(name, len(numbers))
+            for name in (patterns.names() if isinstance(patterns, Candidates) else patterns)
+        ]
+        for patterns in candidates
+    ]
 
 
 def first_places(numbers: Sequence[int]) -> dict[int, int]:
