@@ -12,6 +12,7 @@ from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
 from sparse_dit.resources import shipped
 from sparse_dit.search import beyond
+from sparse_dit.search.cells import cell_table
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.reach import MOST_RUNS, nested_stencil, ranks, runs_each, whole_beyond
@@ -21,6 +22,7 @@ from sparse_dit.search.statistics import empty_statistics
 SETTINGS = GenerationSettings(64, 64, 15, steps=4, guidance=3.0, max_sequence_length=32)
 CASES = [Case("a red circle moves left", 0), Case("a yellow triangle moves down", 1)]
 SMALL, LARGE = TokenLayout.video(2, 8, 8), TokenLayout.video(2, 8, 16)
+WIDE = TokenLayout.video(2, 16, 16)  # of the run beyond
 TILE = (None, 8, 1)
 REACH = torch.tensor([0, 0, 7])
 KEYS = ("offset_far", "offset_drop", "offset_count")
@@ -131,13 +133,18 @@ def looked(pipe, tmp_path_factory):
 
 def test_the_run_has_as_many_tokens_and_twice_the_reach(pipe, looked):
     assert beyond.wider(pipe, SETTINGS) == replace(
-        SETTINGS, height=128, width=128, num_frames=3, guidance=1.0
+        SETTINGS, height=128, width=128, num_frames=3, guidance=1.0, steps=1
     )
     part = read_profile(looked).components["transformer"]
     assert part.known_layout.grid == (8, 8, 8)
     (head, *_) = part.found[0, part.layers[0]]
     assert head[4, 4, 4]["beyond_count"].shape == (1, 7, 7)
     assert head[None, 8, 1]["beyond_far"].shape == (1, 3, 31)
+    for (_, layer), heads in part.found.items():  # looked at once, for all noise levels
+        for one, first in zip(heads, part.found[0, layer], strict=True):
+            for tile, statistics in one.items():
+                assert statistics["beyond_far"].equal(first[tile]["beyond_far"])
+                assert statistics["beyond_count"].sum() == 8 * len(cell_table(WIDE, tile).tokens)
     lines = [p.shape for p in part.candidates(0, part.layers[0])[0] if p.tile == (None, 8, 1)]
     assert {shape.reach for shape in lines if isinstance(shape, Stencil)} == {(0, 1, 15)}
 

@@ -1,7 +1,9 @@
 """A run of more rows and columns than the calibrated video has, and fewer frames: as many tokens, but greater
 distances.
 
-What heads do at distances that no calibration run shows, they do in larger videos: see `reach`.
+What heads do at distances that no calibration run shows, they do in larger videos: see `reach`. It is looked
+at in one forward, at the highest noise level, and taken to hold at all of them: where rotary positions bring
+attention back doesn't depend on the noise.
 """
 
 from __future__ import annotations
@@ -41,12 +43,14 @@ def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
     """Settings of twice the height and width and a quarter of the frames; None if there are none that the
     pipeline takes.
 
-    Without guidance, see `without_guidance`.
+    Without guidance, see `without_guidance`, and of one step, unless a transformer may run only later.
     """
     if not has_frames(settings):
         return None
     settings = without_guidance(pipe, settings)
-    wide = replace(settings, height=settings.height * WIDER, width=settings.width * WIDER)
+    steps = 1 if len(components(pipe)) == 1 else settings.steps
+    height, width = settings.height * WIDER, settings.width * WIDER
+    wide = replace(settings, height=height, width=width, steps=steps)
     for frames in range(settings.num_frames // WIDER**2, settings.num_frames):
         try:
             found = replace(wide, num_frames=frames)
@@ -60,8 +64,8 @@ def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
 def look_beyond(
     pipe: Any, profile: Profile, case: Case, say: Callable[[str], None] | None = None
 ) -> None:
-    """Add to what was found of every head, in orders by tiles, what it does at greater distances, by half as
-    many sampled rows.
+    """Add to what was found of every head at all noise levels, in orders by tiles, what it does at greater
+    distances at the highest one.
 
     A pipeline that refuses the size is left as it is, with what it says told to `say`: what holds at the
     calibrated video's greatest distances then stands for all beyond.
@@ -79,9 +83,7 @@ def look_beyond(
         return
     modules = components(pipe)
     looks = {
-        name: _Look(
-            part, max(1, profile.rows // 2), case.seed, projections(modules[name], part.num_heads)
-        )
+        name: _Look(part, profile.rows, case.seed, projections(modules[name], part.num_heads))
         for name, part in profile.components.items()
     }
     try:
@@ -95,10 +97,10 @@ def look_beyond(
 
 
 class _Look:
-    """An intercept that sums the benefits of offsets in another video than the profile's.
+    """An intercept that sums the benefits of offsets in the first forward of a larger video.
 
     Args:
-        profile: Says which noise levels, layers and token orders.
+        profile: Of the calibrated video; says which layers and token orders.
         rows: Sampled rows for each call.
         seed: Of the sampling.
         behind: For layers by name what values are multiplied by, see `projections`.
@@ -111,19 +113,18 @@ class _Look:
         self.generator = torch.Generator().manual_seed(seed)
         orders = tilings(profile.known_layout)
         self.tiles: list[Tile] = [tile for tile in orders if not isinstance(tile, Curve)]
-        self.found: dict[tuple[int, str], list[HeadStatistics]] = {}
+        self.found: dict[str, list[HeadStatistics]] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        layout, sigma = whole_layout(call), call.context.sigma
-        if layout is not None and sigma is not None and call.layer in self.profile.layers:
-            self._add(call, layout, self.profile.nearest_level(sigma))
+        layout, wanted = whole_layout(call), call.layer in self.profile.layers
+        if layout is not None and wanted and call.layer not in self.found:
+            self._add(call, layout)
         return call.stock()
 
-    def _add(self, call: AttentionCall, layout: TokenLayout, level: int) -> None:
+    def _add(self, call: AttentionCall, layout: TokenLayout) -> None:
         rows = sample_rows(layout, self.rows, self.generator)
-        if (level, call.layer) not in self.found:
-            self.found[level, call.layer] = empty_heads(layout, self.tiles, self.profile.num_heads)
-        heads, behind = self.found[level, call.layer], self.behind.get(call.layer)
+        self.found[call.layer] = heads = empty_heads(layout, self.tiles, self.profile.num_heads)
+        behind = self.behind.get(call.layer)
 
         def add(head: int, cells: Cells, sums: CellSums) -> None:
             discover(heads[head][cells[0]], sums, layout, cells[0])
@@ -132,9 +133,11 @@ class _Look:
             each_sum(item, rows, behind, [(tile, None) for tile in self.tiles], layout, add)
 
     def keep(self, profile: ComponentProfile) -> None:
-        """Put the sums over offsets beside those of the profile."""
-        for key, heads in self.found.items():
-            for known, head in zip(profile.found[key], heads, strict=True):
+        """Put the sums over offsets beside those of the profile's levels."""
+        for (_, layer), known in profile.found.items():
+            if layer not in self.found:
+                continue
+            for mine, head in zip(known, self.found[layer], strict=True):
                 for tile, statistics in head.items():
-                    known[tile] |= {BEYOND[name]: statistics[name] for name in BEYOND}
+                    mine[tile] |= {BEYOND[name]: statistics[name] for name in BEYOND}
         profile._candidates.clear()

@@ -56,8 +56,8 @@ def profile_pipeline(
             settings is taken up where it stopped.
         wide: Try more token orders, and finer pooled keys; takes about half as long again.
         shared: Also try stencils that all noise levels of a head have in common, so that it can keep one.
-        beyond: For larger videos, also look at what heads do at greater distances than this size has, in a
-            run of as many tokens, more rows and columns and fewer frames; see `look_beyond`.
+        beyond: For larger videos, also look at what heads do at greater distances than this size has, in one
+            forward of as many tokens, more rows and columns and fewer frames; see `look_beyond`.
         report: Called with `(done, total, text)`.
 
     Raises:
