@@ -133,7 +133,7 @@ def looked(pipe, tmp_path_factory):
 
 def test_the_run_has_as_many_tokens_and_twice_the_reach(pipe, looked):
     assert beyond.wider(pipe, SETTINGS) == replace(
-        SETTINGS, height=128, width=128, num_frames=3, guidance=1.0, steps=1
+        SETTINGS, height=128, width=128, num_frames=3, guidance=1.0, steps=2
     )
     part = read_profile(looked).components["transformer"]
     assert part.known_layout.grid == (8, 8, 8)

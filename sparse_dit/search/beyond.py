@@ -43,12 +43,13 @@ def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
     """Settings of twice the height and width and a quarter of the frames; None if there are none that the
     pipeline takes.
 
-    Without guidance, see `without_guidance`, and of one step, unless a transformer may run only later.
+    Without guidance, see `without_guidance`, and of two steps (some schedules have none of one), unless a
+    transformer may run only later.
     """
     if not has_frames(settings):
         return None
     settings = without_guidance(pipe, settings)
-    steps = 1 if len(components(pipe)) == 1 else settings.steps
+    steps = min(2, settings.steps) if len(components(pipe)) == 1 else settings.steps
     height, width = settings.height * WIDER, settings.width * WIDER
     wide = replace(settings, height=height, width=width, steps=steps)
     for frames in range(settings.num_frames // WIDER**2, settings.num_frames):
