@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -135,22 +135,23 @@ class Candidates(Sequence[Pattern]):
 
     Attributes:
         parts: As given, as a tuple.
+        spans: Of each part the numbers of its candidates, and their kind.
         kinds: Of each candidate.
         cells: What the errors of those that aren't dense are computed from, each once.
     """
 
     def __init__(self, parts: Iterable[Pattern | Unbuilt]) -> None:
         self.parts = tuple(parts)
+        self.spans: list[tuple[range, Kind]] = []
         self._where: list[tuple[Pattern | Unbuilt, int]] = []
-        kinds: list[Kind] = []
         for part in self.parts:
-            kind, count = (
-                (kind_of(part), 1) if isinstance(part, Pattern) else (part.kind, len(part))
-            )
+            built = isinstance(part, Pattern)
+            kind, count = (kind_of(part), 1) if built else (part.kind, len(part))
+            first = len(self._where)
+            self.spans.append((range(first, first + count), kind))
             self._where += [(part, number) for number in range(count)]
-            kinds += [kind] * count
-        self.kinds = tuple(kinds)
-        self.cells = tuple(dict.fromkeys(kind.cells for kind in kinds if not kind.is_dense))
+        self.kinds = tuple(kind for places, kind in self.spans for _ in places)
+        self.cells = tuple(dict.fromkeys(kind.cells for kind in self.kinds if not kind.is_dense))
 
     def __len__(self) -> int:
         return len(self._where)
@@ -173,10 +174,3 @@ class Candidates(Sequence[Pattern]):
             part if isinstance(part, Pattern) else (id(part), part.name(number))
             for part, number in self._where
         ]
-
-    def numbered_parts(self) -> Iterator[tuple[int, Kind, Pattern | Unbuilt]]:
-        """Each part with its kind, and before it the number of its first candidate."""
-        place = 0
-        for part in self.parts:
-            yield place, self.kinds[place], part
-            place += 1 if isinstance(part, Pattern) else len(part)

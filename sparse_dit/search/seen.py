@@ -140,17 +140,17 @@ def grouped(
         cells: Only the groups whose errors are computed from these; None for all.
     """
     made: dict[tuple[Cells, bool], _Gathered] = {}
-    for first, kind, part in candidates.numbered_parts():
+    for part, (places, kind) in zip(candidates.parts, candidates.spans, strict=True):
         if kind.is_dense or cells not in (None, kind.cells):
             continue
         group = made.setdefault((kind.cells, kind.far), _Gathered())
         if isinstance(part, Pattern) or not part.fits(layout):
-            for place in range(first, first + (1 if isinstance(part, Pattern) else len(part))):
+            for place in places:
                 group.add_pattern(place, candidates[place], layout)
         elif isinstance(part, Nested):
-            group.add(range(first, first + len(part)), part.members())
+            group.add(places, part.members())
         else:
-            group.drawn[first] = part
+            group.drawn[places[0]] = part
     return [
         (
             torch.tensor([*group.stencils, *group.others, *group.drawn]),
