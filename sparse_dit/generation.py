@@ -102,7 +102,7 @@ def generate(
     """
     arguments = call_arguments(pipe, case, settings)
     if callback is not None:
-        if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        if not _reports_steps(pipe):
             raise ValueError(f"{type(pipe).__name__} reports no steps: call without a callback")
         arguments["callback_on_step_end"] = _step_end(callback)
     with progress_bars_off(pipe):
@@ -112,6 +112,42 @@ def generate(
         synchronize(pipe)
         seconds = time.perf_counter() - started
     return _video(result), seconds
+
+
+class _Enough(Exception):
+    """Ends a generation."""
+
+
+def generate_until(
+    pipe: Any, case: Case, settings: GenerationSettings, enough: Callable[[], bool]
+) -> float:
+    """Run a pipeline until a step has ended and `enough()` is true, without decoding what it has by then.
+
+    One that reports no steps runs to its end. The pipeline is then as after a whole call.
+
+    Args:
+        pipe: See `generate`.
+        case: Prompt and seed.
+        settings: Size, steps, guidance.
+        enough: Asked after each step.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
+    """
+
+    def step_end(step: int, timestep: float, latents: torch.Tensor) -> None:
+        if enough():
+            raise _Enough
+
+    started = time.perf_counter()
+    try:
+        generate(pipe, case, settings, step_end if _reports_steps(pipe) else None)
+    except _Enough:
+        pipe.maybe_free_model_hooks()
+    return time.perf_counter() - started
 
 
 def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[str, Any]:
@@ -159,6 +195,10 @@ def synchronize(pipe: Any) -> None:
     """Wait for the pipeline's device, so that a clock read next is true."""
     if getattr(pipe.device, "type", "cpu") == "cuda":
         torch.cuda.synchronize(pipe.device)
+
+
+def _reports_steps(pipe: Any) -> bool:
+    return "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _step_end(callback: StepCallback) -> Callable[..., dict[str, Any]]:

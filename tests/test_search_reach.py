@@ -159,12 +159,24 @@ def test_nothing_changes_at_the_calibrated_size(pipe, looked):
                 assert density(a, one.known_layout) == density(b, one.known_layout)
 
 
+def test_the_run_ends_after_its_first_step(pipe, monkeypatch):
+    made = profile_pipeline(pipe, CASES, SETTINGS, rows=8, beyond=False)
+    forwards, decoded = [], []
+    monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: decoded.append(1))
+    hook = pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    beyond.look_beyond(pipe, made, CASES[0])
+    assert len(forwards) == 1 and not decoded
+    heads = made.components["transformer"].found.values()
+    assert all("beyond_far" in h[4, 4, 4] for head in heads for h in head)
+    hook.remove()
+
+
 def test_a_pipeline_that_refuses_the_size_says_so(pipe, monkeypatch):
     def refuse(*_):
         raise ValueError("no such size")
 
     said = []
-    monkeypatch.setattr(beyond, "dense_reference", refuse)
+    monkeypatch.setattr(beyond, "generate_until", refuse)
     made = profile_pipeline(
         pipe, CASES, SETTINGS, rows=8, report=lambda *text: said.append(text[2])
     )

@@ -3,11 +3,12 @@ distances.
 
 What heads do at distances that no calibration run shows, they do in larger videos: see `reach`. It is looked
 at in one forward, at the highest noise level, and taken to hold at all of them: where rotary positions bring
-attention back doesn't depend on the noise.
+attention back doesn't depend on the noise. The run ends there: nothing is decoded at that size.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..curve import Curve
-from ..generation import Case, GenerationSettings, call_arguments
+from ..generation import Case, GenerationSettings, call_arguments, generate_until
 from ..integrations.call import AttentionCall
-from ..integrations.diffusers import components
+from ..integrations.diffusers import attach, components
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
 from .cells import CellSums, sample_rows
@@ -29,7 +30,6 @@ from .reach import BEYOND
 from .sampling import items_of, whole_layout, without_guidance
 from .side_by_side import each_sum
 from .statistics import HeadStatistics, discover, empty_heads
-from .verify import dense_reference
 
 WIDER = 2  # times the rows and the columns
 
@@ -87,12 +87,17 @@ def look_beyond(
         name: _Look(part, profile.rows, case.seed, projections(modules[name], part.num_heads))
         for name, part in profile.components.items()
     }
-    try:
-        made = dense_reference(pipe, case, settings, looks)
-    except ValueError as error:
-        tell(f"greater distances can't be looked at: {error}")
-        return
-    profile.seconds += made.seconds
+    with contextlib.ExitStack() as stack:
+        for name, look in looks.items():
+            stack.callback(attach(modules[name], look).detach)
+        try:
+            seconds = generate_until(
+                pipe, case, settings, lambda: all(look.found for look in looks.values())
+            )
+        except ValueError as error:
+            tell(f"greater distances can't be looked at: {error}")
+            return
+    profile.seconds += seconds
     for name, look in looks.items():
         look.keep(profile.components[name])
 
@@ -128,6 +133,8 @@ class _Look:
         behind = self.behind.get(call.layer)
 
         def add(head: int, cells: Cells, sums: CellSums) -> None:
+            if not torch.isfinite(sums.out).all():
+                raise ValueError(f"{call.layer} head {head} gives NaN or Inf")
             discover(heads[head][cells[0]], sums, layout, cells[0])
 
         for item in items_of(call, layout):
