@@ -178,8 +178,13 @@ def test_rows_are_kept_and_gone_on_with(pipe, tmp_path):
 def test_a_plan_of_another_size_is_measured_unchanged(pipe, tmp_path):
     file = tmp_path / "rows.json"
     small = replace(QUICK, width=64, height=64)
-    request = FrontierRequest(CALIBRATION, HELD_OUT[:1], QUICK, [0.35], ["searched"], file, small)
-    own, other = frontier(pipe, request, lambda text: None)
+    densities = [0.35, 0.5]
+    request = FrontierRequest(
+        CALIBRATION, HELD_OUT[:1], QUICK, densities, ["searched"], file, small
+    )
+    own, other, *denser = frontier(pipe, request, lambda text: None)
+    assert own["dense_seconds"] == other["dense_seconds"] != denser[0]["dense_seconds"]
+    assert denser[0]["psnr_db"] > own["psnr_db"]
     assert (own["method"], other["method"]) == ("searched", TRANSFERRED)
     assert "used unchanged" in other["source"] and other["tokens"] == own["tokens"]
     assert other["density"] <= 0.351 and other["psnr_db"] > 0

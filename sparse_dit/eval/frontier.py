@@ -94,7 +94,8 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
 
     Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, seconds,
     dense_seconds, and the speed-up that the search forecast (None for rivals' plans and another size's);
-    a method that has no plan at a density has a row with `"none"`.
+    a method that has no plan at a density has a row with `"none"`. Dense generations are made anew for each
+    density, so that speed-ups bear a machine whose speed drifts over the hour.
 
     Raises:
         ValueError: If the file holds rows of other conditions.
@@ -114,6 +115,7 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
     plans = _Plans.of(pipe, request, {method for _, method in todo}, say)
     provenance = environment(getattr(pipe, "device", "cpu"))
     before: Quality | None = None
+    timed_for: float | None = None  # the density that its dense generations were made for
     for number, (target, method) in enumerate(todo, 1):
         say(f"{number}/{len(todo)}: {method} at density {target:g}")
         plan = plans.at(method, target)
@@ -126,10 +128,11 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
                 plan,
                 request.held_out,
                 request.settings,
-                references=before.references if before else None,
+                references=before.references if before and timed_for == target else None,
                 noise_cases=0 if before else 1,
                 warm_up=before is None,
             )
+            timed_for = target
             forecast = None if method == TRANSFERRED else forecast_speedup(plan)
             rows.append({**row, **_measured(before), "forecast": forecast})
         _write(request, rows, provenance)
