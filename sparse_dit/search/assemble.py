@@ -97,7 +97,7 @@ def stage_shares(task: Problem) -> dict[str, list[float]]:
     for (stage, _, _), weight in zip(task.units, task.weight.tolist(), strict=True):
         total[stage] += weight
     return {
-        name: [total[number] for number in task.stages_of(name)]
+        name: [round(total[number], 9) for number in task.stages_of(name)]
         for name in dict.fromkeys(task.components)
     }
 
