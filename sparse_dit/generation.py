@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -144,8 +144,9 @@ def generate_until(
 
     started = time.perf_counter()
     try:
-        generate(pipe, case, settings, step_end if _reports_steps(pipe) else None)
-    except _Enough:
+        with suppress(_Enough):
+            generate(pipe, case, settings, step_end if _reports_steps(pipe) else None)
+    finally:
         pipe.maybe_free_model_hooks()
     return time.perf_counter() - started
 

@@ -185,6 +185,18 @@ def test_a_pipeline_that_refuses_the_size_says_so(pipe, monkeypatch):
     assert all("beyond_far" not in s for head in heads for h in head for s in h.values())
 
 
+def test_a_pipeline_that_breaks_at_the_size_says_so(pipe, monkeypatch):
+    made, said = profile_pipeline(pipe, CASES, SETTINGS, rows=8, beyond=False), []
+    values = pipe.transformer.blocks[0].attn1.to_v
+    nan = torch.nn.Parameter(torch.full_like(values.weight, torch.nan))
+    monkeypatch.setattr(values, "weight", nan)
+    beyond.look_beyond(pipe, made, CASES[0], said.append)
+    (text,) = said
+    assert "greater distances can't be looked at: blocks.0.attn1 head" in text and "NaN" in text
+    heads = made.components["transformer"].found.values()
+    assert all("beyond_far" not in s for head in heads for h in head for s in h.values())
+
+
 def test_an_image_has_no_frames_to_give(pipe):
     assert not beyond.has_frames(replace(SETTINGS, num_frames=1))
     assert beyond.wider(pipe, replace(SETTINGS, num_frames=1)) is None

@@ -22,7 +22,7 @@ from ..integrations.call import AttentionCall
 from ..integrations.diffusers import attach, components
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
-from .cells import CellSums, sample_rows
+from .cells import CellSums, check_finite, sample_rows
 from .nested import Cells
 from .profile import ComponentProfile, Profile
 from .projection import projections
@@ -133,8 +133,7 @@ class _Look:
         behind = self.behind.get(call.layer)
 
         def add(head: int, cells: Cells, sums: CellSums) -> None:
-            if not torch.isfinite(sums.out).all():
-                raise ValueError(f"{call.layer} head {head} gives NaN or Inf")
+            check_finite(sums, call.layer, head, call.context.sigma)
             discover(heads[head][cells[0]], sums, layout, cells[0])
 
         for item in items_of(call, layout):

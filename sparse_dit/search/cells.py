@@ -140,6 +140,16 @@ class CellSums:
         return torch.linalg.vector_norm(error, dim=-1).square() / power.clamp_min(1e-20)
 
 
+def check_finite(sums: CellSums, layer: str, head: int, sigma: float | None) -> None:
+    """Raise a ValueError that names the head if its output holds NaN or Inf."""
+    if not torch.isfinite(sums.out).all():
+        at = "" if sigma is None else f" at sigma {sigma:.3f}"
+        raise ValueError(
+            f"{layer} head {head}{at} gives NaN or Inf: "
+            "the stock pipeline is broken at this size or dtype"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class SampledRows:
     """Attention of the sampled rows of one head over all tokens, to be summed by any cells.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
-from .cells import CellSums, sample_rows
+from .cells import CellSums, check_finite, sample_rows
 from .dependence import look
 from .nested import Cells
 from .profile import HALF, LATER, ComponentProfile
@@ -113,7 +113,7 @@ class Recorder:
             tile, _ = cells
             discover(heads[head][tile], sums, layout, tile)
             if tile == orders[0]:
-                _check_finite(sums, layer, head, profile.sigmas[level])
+                check_finite(sums, layer, head, profile.sigmas[level])
                 look(profile, HALF, level, layer, head, sums)
 
         return use
@@ -138,7 +138,7 @@ class Recorder:
                 scores["error_squared"][head, where] += square
                 scores["recall"][head, where] += recall
             if cells == orders[0]:
-                _check_finite(sums, layer, head, profile.sigmas[level])
+                check_finite(sums, layer, head, profile.sigmas[level])
                 scores["recall"][head, dense] += len(sums.out)
                 scores["norm"][head] += sums.out.square().sum()
                 scores["rows"][head] += len(sums.out)
@@ -158,11 +158,3 @@ class Recorder:
             pictures.setdefault((layer, tile), torch.zeros(heads, *size))  # heads come side by side
         if image.shape == pictures[layer, tile].shape[1:]:
             pictures[layer, tile][head] = image
-
-
-def _check_finite(sums: CellSums, layer: str, head: int, sigma: float) -> None:
-    if not torch.isfinite(sums.out).all():
-        raise ValueError(
-            f"{layer} head {head} at sigma {sigma:.3f} gives NaN or Inf: "
-            "the stock pipeline is broken at this size or dtype"
-        )

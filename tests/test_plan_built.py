@@ -1,0 +1,206 @@
+"""Plans: built by hand, compared, merged, and held against a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_dit.patterns import Pattern, Stencil
+from sparse_dit.plan import (
+    HeadChoice,
+    Plan,
+    PlanError,
+    Stage,
+    config_hash,
+    diff,
+    merge,
+    summary_rows,
+)
+from tests.plan_cases import DENSE, HASH, NEAR, assert_refused, component, small
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": True}, "num_heads must be an integer from 1 to 1024, got True"),
+        ({"head_dim": 0}, "head_dim must be an integer"),
+        ({"model_class": "a b"}, "model_class: must match"),
+        ({"config_hash": HASH + "\n"}, "config_hash: must match"),
+        ({"stages": ()}, "stages: must be 1 to 256, got 0"),
+        ({"stages": (Stage(1.0, 0.0),)}, 'layers."blocks.0.attn1": must have 1 stages, got 2'),
+        ({"stages": (Stage(0.5, 0.0), Stage(1.0, 0.5))}, "must be ordered from high to low"),
+        ({"stages": (Stage(1.0, 0.5), Stage(0.6, 0.0))}, "must not overlap"),
+        ({"stages": (Stage(1.0, 0.0), Stage(1.0, 0.5, "cond"))}, "must not overlap"),
+        ({"num_heads": 3}, 'layers."blocks.0.attn1"[0]: must have 3 heads, got 2'),
+        ({"layers": {"a b": ()}}, "layers: must match"),
+        ({"valid_tokens": (8, 4)}, "valid_tokens: the maximum must be >= the minimum, got 8 and 4"),
+        ({"valid_tokens": (-1, None)}, "valid_tokens: the minimum must be an integer from 0"),
+    ],
+)
+def test_a_wrong_component_cannot_be_built(changes, words):
+    with pytest.raises(PlanError) as caught:
+        component(**changes)
+    assert_refused(str(caught.value), words)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Stage(0.5, 0.5), "0 <= sigma_min < sigma_max <= 1"),
+        (lambda: Stage(float("nan"), 0.0), "sigma_max must be a finite number, got nan"),
+        (lambda: Stage(True, 0.0), "sigma_max must be a finite number, got True"),
+        (lambda: Stage(1.0, 0.0, "both"), "branch must be one of"),
+        (lambda: HeadChoice(DENSE, error=-1.0), "error must be >= 0, got -1.0"),
+        (lambda: HeadChoice(DENSE, error=float("inf")), "error must be a finite number"),
+        (lambda: HeadChoice(DENSE, runner_up_error=0.5), "must be None without a runner_up"),
+        (lambda: small(density=1.01), "density: must be a number from 0 to 1, got 1.01"),
+        (lambda: small(density=True), "density: must be a number"),
+        (lambda: small(components={}), "components: must name at least one transformer"),
+        (lambda: small(components={"../x": component()}), "components: must match"),
+        (lambda: small(forecast={"speedup": "2x"}), "forecast.speedup: must be a number > 0"),
+        (lambda: small(pipeline_class="a.b"), "pipeline_class: must match"),
+    ],
+)
+def test_a_wrong_plan_cannot_be_built(make, words):
+    with pytest.raises(PlanError) as caught:
+        make()
+    assert_refused(str(caught.value), words)
+
+
+# --- comparing
+
+
+def test_fingerprint_ignores_what_was_measured_and_the_order():
+    other = component(layers={"a": component().layers["blocks.0.attn1"], **component().layers})
+    turned = component(layers=dict(reversed(other.layers.items())))
+    a, b = small(components={"transformer": other}), small(components={"transformer": turned})
+    assert a.fingerprint() == b.fingerprint() != small().fingerprint()
+    assert small(measured={"psnr": 30}, provenance={"x": 1}).fingerprint() == small().fingerprint()
+    assert small(cost={"x": 1}).fingerprint() != small().fingerprint()
+
+
+def test_diff_says_what_changed():
+    old = component()
+    heads = old.layers["blocks.0.attn1"]
+    new = component(
+        layers={
+            "blocks.0.attn1": (tuple([HeadChoice(NEAR)] * 2), heads[1]),
+            "blocks.1.attn1": heads,
+        },
+        head_dim=32,
+    )
+    assert diff(small(), small(components={"transformer": new}, density=0.25, cost={"a": 1})) == [
+        "density: 0.5 -> 0.25",
+        "transformer: head_dim: 24 -> 32",
+        "transformer: blocks.0.attn1 (sigma 1 to 0.5) heads 0-1: dense -> window(frames=1, far=true)",
+        "transformer: blocks.1.attn1: added",
+        "cost: differs in a",
+    ]
+    assert diff(small(), small()) == []
+
+
+def test_diff_of_stages_evidence_and_long_patterns():
+    one = component(stages=(Stage(1.0, 0.0),), layers={"a": ((HeadChoice(DENSE, 0.5),) * 2,)})
+    long = [Pattern(Stencil(tuple((0, i, 0, 1) for i in range(-60, n)))) for n in (60, 61)]
+
+    def plan(*heads: HeadChoice) -> Plan:
+        return small(components={"transformer": dataclasses.replace(one, layers={"a": (heads,)})})
+
+    def lines(a: Plan, b: Plan) -> str:
+        return "\n".join(diff(a, b))
+
+    assert "stage (sigma 0.5 to 0): removed" in lines(small(), plan(*one.layers["a"][0]))
+    changed = lines(
+        plan(*one.layers["a"][0]), plan(HeadChoice(DENSE, 0.25), HeadChoice(DENSE, 0.5))
+    )
+    assert changed == "transformer: a (sigma 1 to 0) head 0: evidence differs"
+    line = lines(plan(*[HeadChoice(long[0])] * 2), plan(*[HeadChoice(long[1])] * 2))
+    before, after = line.split(" -> ")
+    assert before.split("heads 0-1: ")[1] != after and len(line) < 300
+
+
+def test_merge_puts_transformers_together():
+    a = small(forecast={"speedup": 1.5})
+    b = small(components={"transformer_2": component()}, density=0.25, measured={"psnr": 30.0})
+    both = merge(a, b)
+    assert list(both.components) == ["transformer", "transformer_2"]
+    assert both.density == 0.375 and both.forecast == {} and both.measured == {}
+    assert [part["components"] for part in both.provenance["merged"]] == [
+        ["transformer"],
+        ["transformer_2"],
+    ]
+    assert both.provenance["merged"][1]["measured"] == {"psnr": 30.0}
+    assert merge(a) == a
+
+
+def test_merge_refuses_what_contradicts():
+    with pytest.raises(PlanError, match="at least one plan"):
+        merge()
+    with pytest.raises(
+        PlanError, match="must be for one pipeline, got WanPipeline and LTXPipeline"
+    ):
+        merge(small(), small(pipeline_class="LTXPipeline"))
+    with pytest.raises(PlanError, match="two disagree on 'transformer'; leave one of them out"):
+        merge(small(), small(components={"transformer": component(head_dim=32)}))
+
+
+def test_summary_rows():
+    first, second = summary_rows(small())
+    assert first["patterns"] == {"dense": 2} and first["error"] is None
+    assert second["patterns"] == {"window+far": 1, "dense": 1}
+    assert (second["sigma"], second["error"], second["max_error"]) == ("0.5 to 0", 0.125, 0.125)
+
+
+# --- the model it is for
+
+
+FACTS: dict[str, Any] = {
+    "model_class": "WanTransformer3DModel",
+    "config_hash": HASH,
+    "num_heads": 2,
+    "head_dim": 24,
+    "layer_names": ["blocks.0.attn1", "blocks.1.attn1"],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_class": "LTX"}, "class must be WanTransformer3DModel as in the plan, got LTX"),
+        ({"num_heads": 12}, "number of heads must be 2 as in the plan, got 12"),
+        ({"head_dim": 128}, "head_dim must be 24 as in the plan, got 128"),
+        ({"layer_names": ["blocks.00.attn1"]}, "1 are not, first 'blocks.0.attn1'"),
+        ({"config_hash": "f" * 64}, "config_hash must be 0123456789ab... as in the plan"),
+    ],
+)
+def test_another_model_is_refused(changes, words):
+    small().check_model("transformer", **FACTS)
+    with pytest.raises(PlanError) as caught:
+        small().check_model("transformer", **(FACTS | changes))
+    assert_refused(str(caught.value), words, "transformer: ", "use a plan made for this")
+
+
+def test_another_pipeline_is_refused():
+    with pytest.raises(
+        PlanError, match=r"must have a part for 'transformer_2', got \['transformer'\]"
+    ):
+        small().check_model("transformer_2", **FACTS)
+
+
+def test_config_hash_counts_what_the_model_is():
+    config = {"num_layers": 2, "patch_size": (1, 2, 2), "eps": 1e-6, "_class_name": "Wan"}
+    same = {
+        "eps": 1e-6,
+        "patch_size": [1, 2, 2],
+        "num_layers": 2,
+        "_name_or_path": "x",
+        "new": None,
+    }
+    assert config_hash(config) == config_hash(same)
+    assert config_hash(config) != config_hash(config | {"num_layers": 3})
+    assert len(config_hash(config)) == 64
+    with pytest.raises(PlanError, match=r"config\.dtype: must be plain numbers or text"):
+        config_hash({"dtype": torch.float32})

@@ -1,0 +1,136 @@
+"""Plans: what the file says, and which stage of it applies to a call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_dit.layout import TokenLayout
+from sparse_dit.patterns import PATTERNS, Curve, Dense, Pattern, Skip, Stencil, Window
+from sparse_dit.plan import Plan
+from tests.plan_cases import FINGERPRINT, GOLDEN, GOLDEN_2, component, small
+
+
+def test_golden_file_holds_every_pattern():
+    plan = Plan.load(GOLDEN)
+    assert {p.name for p in plan.components["transformer"].distinct_patterns} == PATTERNS.keys()
+
+
+def test_golden_file_loads_and_saves_to_the_same_bytes(tmp_path):
+    Plan.load(GOLDEN).save(tmp_path / "plan_v1.json")
+    for name in ("plan_v1.json", "plan_v1.safetensors"):
+        assert (tmp_path / name).read_bytes() == GOLDEN.with_name(name).read_bytes()
+
+
+def test_version_2_is_written_where_it_is_needed_alone(tmp_path):
+    plan = Plan.load(GOLDEN_2)
+    assert plan.version == 2 and Plan.load(GOLDEN).version == 1
+    plan.save(tmp_path / "plan_v2.json")
+    assert (tmp_path / "plan_v2.json").read_bytes() == GOLDEN_2.read_bytes()
+    assert small().version == small().to_dict()["version"] == 1
+    later = {**json.loads(GOLDEN.read_bytes()), "version": 2}
+    assert Plan.from_dict(later, Plan.load(GOLDEN).tensors()).version == 1
+
+
+def test_the_golden_file_of_version_2_means_what_it_says():
+    patterns = Plan.load(GOLDEN_2).components["transformer"].distinct_patterns
+    assert patterns[1:] == (
+        Pattern(Window(columns=(0.0, 0.125)), Curve("frame"), far=True),
+        Pattern(Stencil(((-1, 0, -2, 5), (0, 0, -2, 5))), Curve("frame", 16, 4), sink_frames=1),
+        Pattern(Stencil(((0, 0, -3, 7),), (0, 0, 9)), Curve("video", None), cell=32),
+        Pattern(Window(1, 1, 1), far=True, every=2),
+        Pattern(Dense(), every=3),
+        Pattern(Skip(), (1, 8, 8), far=True, pool=16),
+    )
+
+
+def test_golden_file_means_what_it_says():
+    plan = Plan.load(GOLDEN)
+    part = plan.components["transformer"]
+    assert plan.density == 0.4375 and plan.forecast == {"speedup": 1.5, "error": 0.08}
+    assert part.layout == TokenLayout.video(8, 16, 16, text_before=4)
+    assert part.valid_tokens == (2048, None)
+    head = part.layers["blocks.0.attn1"][1][0]
+    assert head.pattern == Pattern(Window(1, 4, (2.0, 0.25)), far=True)
+    assert (head.error, head.runner_up_error) == (0.0625, 0.125)
+    assert head.runner_up == Pattern(
+        Stencil(((-1, 0, 0, 1), (0, -1, -1, 3), (0, 0, -2, 5))), cell=32, far=True
+    )
+    blocks = part.layers["blocks.1.attn1"][1][1].pattern.shape
+    assert torch.equal(blocks.mask(), torch.eye(8, dtype=torch.bool))
+
+
+def test_fingerprint_of_the_golden_file_does_not_change():
+    assert Plan.load(GOLDEN).fingerprint() == FINGERPRINT
+
+
+def test_one_pattern_and_one_layer_a_line():
+    lines = GOLDEN.read_text(encoding="utf-8").splitlines()
+    assert sum('{"name": ' in line for line in lines) == 9
+    assert sum('"blocks.1.attn1": [[' in line for line in lines) == 1
+
+
+def test_the_example_in_the_format_description_is_a_plan_as_saved(tmp_path):
+    page = (Path(__file__).parents[1] / "profiles" / "README.md").read_text(encoding="utf-8")
+    example = page.split("```json\n")[1].split("```")[0]
+    (tmp_path / "example.json").write_text(example, encoding="utf-8")
+    Plan.load(tmp_path / "example.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text(encoding="utf-8") == example
+
+
+def test_the_format_description_names_every_pattern_and_parameter():
+    page = (Path(__file__).parents[1] / "profiles" / "README.md").read_text(encoding="utf-8")
+    own = {"bits": "mask"}  # named after the tensor in the file
+    for name, shape in PATTERNS.items():
+        assert f"| `{name}` |" in page
+        fields = dataclasses.fields(shape) if dataclasses.is_dataclass(shape) else ()
+        for field in fields:
+            assert f"`{own.get(field.name, field.name)}`" in page
+
+
+# --- what applies to a call
+
+
+@pytest.mark.parametrize(
+    ("sigma", "branch", "stage"),
+    [
+        (1.0, "cond", 0),
+        (0.8500001, "any", 0),
+        (0.85, "cond", 1),
+        (0.85, "uncond", 2),
+        (0.0, "cond", 1),
+        (0.5, "any", None),
+        (1.5, "any", None),
+        (-0.1, "cond", None),
+        (float("nan"), "cond", None),
+        (None, "cond", None),
+    ],
+)
+def test_stage_by_noise_level_and_branch(sigma, branch, stage):
+    part = Plan.load(GOLDEN).components["transformer"]
+    assert part.stage(sigma, branch) == stage
+    expected = None if stage is None else part.layers["blocks.1.attn1"][stage]
+    patterns = part.patterns("blocks.1.attn1", sigma, branch)
+    assert patterns == (None if expected is None else tuple(h.pattern for h in expected))
+    assert part.patterns("blocks.1.attn1", sigma, branch) is patterns
+
+
+def test_a_layer_that_is_not_named_runs_stock_attention():
+    part = Plan.load(GOLDEN).components["transformer"]
+    assert part.patterns("blocks.10.attn1", 0.9) is None
+    assert part.patterns("blocks.1", 0.9) is None
+
+
+def test_unknown_branch_is_an_error():
+    with pytest.raises(ValueError, match="branch must be one of"):
+        component().patterns("blocks.0.attn1", 0.5, "negative")
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50, 1000])
+def test_stages_cover_any_number_of_steps(steps):
+    sigmas = [i / steps for i in range(steps, -1, -1)]
+    assert all(component().patterns("blocks.0.attn1", sigma) for sigma in sigmas)
