@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparse_dit.demo.run import CALIBRATION, HELD_OUT, QUICK
+from sparse_dit.eval import frontier as frontier_module
 from sparse_dit.eval.frontier import TRANSFERRED, FrontierRequest, frontier
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
@@ -175,15 +176,24 @@ def test_rows_are_kept_and_gone_on_with(pipe, tmp_path):
         frontier(pipe, request(["searched"]), said.append)
 
 
-def test_a_plan_of_another_size_is_measured_unchanged(pipe, tmp_path):
+def test_a_plan_of_another_size_is_measured_unchanged(pipe, tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
     small = replace(QUICK, width=64, height=64)
     densities = [0.35, 0.5]
     request = FrontierRequest(
         CALIBRATION, HELD_OUT[:1], QUICK, densities, ["searched"], file, small
     )
+    dense_made, measure = [], frontier_module.evaluate
+
+    def watched(*args, references, **options):
+        dense_made.append(references is None)
+        return measure(*args, references=references, **options)
+
+    monkeypatch.setattr(frontier_module, "evaluate", watched)
     own, other, *denser = frontier(pipe, request, lambda text: None)
-    assert own["dense_seconds"] == other["dense_seconds"] != denser[0]["dense_seconds"]
+    assert dense_made == [True, False, True, False]  # anew at each density
+    assert own["dense_seconds"] == other["dense_seconds"]
+    assert denser[0]["dense_seconds"] == denser[1]["dense_seconds"]
     assert denser[0]["psnr_db"] > own["psnr_db"]
     assert (own["method"], other["method"]) == ("searched", TRANSFERRED)
     assert "used unchanged" in other["source"] and other["tokens"] == own["tokens"]

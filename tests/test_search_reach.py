@@ -165,10 +165,10 @@ def test_the_run_ends_after_its_first_step(pipe, monkeypatch):
     monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: decoded.append(1))
     hook = pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
     beyond.look_beyond(pipe, made, CASES[0])
+    hook.remove()
     assert len(forwards) == 1 and not decoded
     heads = made.components["transformer"].found.values()
     assert all("beyond_far" in h[4, 4, 4] for head in heads for h in head)
-    hook.remove()
 
 
 def test_a_pipeline_that_refuses_the_size_says_so(pipe, monkeypatch):
