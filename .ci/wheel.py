@@ -31,8 +31,10 @@ assert library.FILE.is_relative_to(package), library.FILE
 layout = TokenLayout.video(4, 8, 8)
 index = build_index([Pattern(Window(0, 1, 1), (1, 4, 4)), Pattern(Dense())], layout)
 q, k, v = (torch.randn(1, 2, layout.seq_len, 64) for _ in range(3))
-results = [sparse_attention(q, k, v, index, backend=name) for name in ("cpu", "reference")]
-torch.testing.assert_close(*results)
+out = sparse_attention(q, k, v, index, backend="cpu")
+# in float64: torch's own float32 is now and then 4e-5 off in the first call of a process
+exact = sparse_attention(q.double(), k.double(), v.double(), index, backend="reference")
+torch.testing.assert_close(out.double(), exact, rtol=1.3e-6, atol=1e-5)
 
 files = distribution("sparse_dit").files or []
 top = {f.parts[0] for f in files} - {".."}  # `..` leads to bin/sparse-dit
