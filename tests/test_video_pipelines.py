@@ -74,7 +74,7 @@ STEPS = {
     "motif": _steps(_video(after=12), (1, 0.75), BOTH),
     "helios": _steps(_video(before=37, side=4), (0.999, 0.4995), BOTH) * 2,
     "helios_pyramid": _steps(
-        [_video(before=148, side=side) for side in (2, 4, 8)], (0.999, 0.743, 0.385), BOTH
+        [_video(before=148, side=side) for side in (2, 4, 8)], (0.999, 0.747, 0.387), BOTH
     ),
 }
 LAYERS = MODEL_LAYERS | {

@@ -526,7 +526,9 @@ def helios_pyramid_pipeline() -> Pipeline:
     """Helios at three sizes, one after the other, each from the noise level where the last one ended."""
     transformer, _ = models.helios(channels=16)
     pipe = diffusers.HeliosPyramidPipeline(
-        **{**_wan_parts(), "scheduler": diffusers.HeliosScheduler()}, transformer=transformer
+        # with a gamma of 1/3 the host factors a singular matrix, which on some machines fails
+        **{**_wan_parts(), "scheduler": diffusers.HeliosScheduler(gamma=0.3)},
+        transformer=transformer,
     )
     call = {
         **_texts(1),

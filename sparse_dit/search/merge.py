@@ -7,11 +7,9 @@ runs came before them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from .profile import LATER, ComponentProfile, Profile
 from .profile_file import read_profile
@@ -90,31 +88,13 @@ def _add(merged: Profile, other: Profile) -> None:
             merged.components[name] = part
             continue
         mine.note_layout(part.known_layout)
-        if not scored:
-            _add_found(mine, part)
-        for key, scores in part.scores.items():
-            _add_to(mine.scores.setdefault(key, {}), scores)
-        for look, values in part.looks.items():
-            if look[0] == LATER or not scored:
-                _add_to(mine.looks.setdefault(look, {}), values)
+        later = {look: values for look, values in part.looks.items() if look[0] == LATER}
+        mine.add(replace(part, found={}, looks=later) if scored else part)
         mine.pictures.update(part.pictures)
     known_labels = set(merged.done)
     merged.done += [label for label in other.done if label not in known_labels]
     merged.seconds += other.seconds
     merged.reference = merged.reference or other.reference
-
-
-def _add_to(known: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        known[name] = known[name] + value if name in known else value.clone()
-
-
-def _add_found(mine: ComponentProfile, part: ComponentProfile) -> None:
-    for key, heads in part.found.items():
-        for head, more in zip(mine.found[key], heads, strict=True):
-            for tile, statistics in more.items():
-                _add_to(head[tile], statistics)
-    mine._candidates.clear()
 
 
 def without_scores(profile: Profile) -> Profile:

@@ -12,6 +12,7 @@ from ..patterns import Blocks, Pattern, Union, Vertical
 from .nested import Drawn, Kind
 from .ranking import Ranking
 from .seen import relative_cells
+from .steady import best_first
 
 COLUMN_BUDGETS = (0.05, 0.15, 0.3)
 STENCIL_BUDGET = 0.1  # of the stencil that is seen beside the most columns
@@ -86,7 +87,7 @@ class _Places:
         """bool `[T, T]`: the best tiles of each."""
         benefit = self.statistics["block"]
         keep = max(1, round(budget * len(benefit)))
-        best = benefit.topk(keep, -1).indices
+        best = best_first(benefit)[:, :keep]
         return torch.zeros_like(benefit, dtype=torch.bool).scatter_(-1, best, True)
 
     def blocks(self, budget: float) -> Blocks:
@@ -96,4 +97,4 @@ class _Places:
 def best_columns(columns: Tensor, budget: float) -> tuple[int, ...]:
     """The share of columns with the greatest benefit, at least one, ascending."""
     count = max(1, round(budget * len(columns)))
-    return tuple(columns.topk(count).indices.sort().values.tolist())
+    return tuple(best_first(columns)[:count].sort().values.tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -120,6 +120,19 @@ class ComponentProfile:
             every.append(self.forgotten[layer])
         return [summed(head) for head in zip(*every, strict=True)]
 
+    def add(self, other: ComponentProfile) -> None:
+        """Add what other runs gave, of the same noise levels, layers and size."""
+        for key, heads in other.found.items():
+            mine = self.found.setdefault(key, [{} for _ in heads])
+            for head, more in zip(mine, heads, strict=True):
+                for tile, statistics in more.items():
+                    _add_to(head.setdefault(tile, {}), statistics)
+        for table, more in ((self.scores, other.scores), (self.looks, other.looks)):
+            for key, values in more.items():
+                _add_to(table.setdefault(key, {}), values)
+        if other.found:
+            self._candidates.clear()
+
     def drop_unscored(self) -> None:
         """Forget noise levels that no scored forward came near; pictures then have no level."""
         scored = sorted({level for level, _ in self.scores})
@@ -155,6 +168,11 @@ class ComponentProfile:
         rows = scores["rows"][:, None]
         variance = (scores["error_squared"] / rows - (scores["error"] / rows).square()).clamp_min(0)
         return (variance * rows).sqrt() / scores["norm"][:, None].clamp_min(1e-20)
+
+
+def _add_to(known: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        known[name] = known[name] + value if name in known else value
 
 
 @dataclass

@@ -209,6 +209,8 @@ def run_phase(
             f"every transformer must run while it is profiled, got no forward of {' and '.join(idle)} in "
             f"{settings.steps} steps: profile with more, or take out of the pipeline what never runs"
         )
+    for recorder in recorders.values():
+        recorder.keep()
     profile.seconds += made.seconds
     if steps is not None:
         recording = sum(recorder.seconds for recorder in recorders.values())

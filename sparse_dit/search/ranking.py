@@ -36,13 +36,15 @@ class Ranking:
 
     @functools.cached_property
     def offsets(self) -> Tensor:
-        """Those that occur, int64 `[n, 3]`, by falling mean benefit; the own tile always first."""
+        """Those that occur, int64 `[n, 3]`, by falling mean benefit, of equal ones the nearest first; the own
+        tile always first."""
         reach = self.table.counts - 1
         mean = mean_benefit(self.statistics[self.benefit], self.statistics["offset_count"])
         mean[tuple(reach.tolist())] = torch.inf
-        order = mean.flatten().argsort(descending=True, stable=True)
-        order = order[mean.flatten()[order] > -torch.inf]
-        return torch.stack(torch.unravel_index(order, mean.shape), 1) - reach
+        places = torch.stack(torch.unravel_index(torch.arange(mean.numel()), mean.shape), 1) - reach
+        nearest = places.square().sum(1).argsort(stable=True)
+        order = nearest[mean.flatten()[nearest].argsort(descending=True, stable=True)]
+        return places[order[mean.flatten()[order] > -torch.inf]]
 
     @functools.cached_property
     def _pairs(self) -> Tensor:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..patterns import Stencil
+from .steady import rounded
 
 MOST_RUNS = 512  # of a stencil with offsets beyond, 7 KB in a plan
 PLAN_RUNS = 1 << 19  # of all such stencils in a plan: 15 MB with the runners-up
@@ -45,7 +46,7 @@ def ranks(statistics: dict[str, Tensor], benefit: str, ranked: Tensor) -> Tensor
     wide = mean_benefit(statistics[BEYOND[benefit]], statistics[BEYOND["offset_count"]])
     far = torch.maximum(reach, torch.tensor(wide.shape) // 2)
     at_border, calibrated = _stretched(place, far)
-    value, _ = _stretched(wide * _scale(near, wide), far)
+    value, _ = _stretched(rounded(wide * _scale(near, wide)), far)
     falling = near[order]
     falling[0] = falling.max()  # the own tile, which is first whatever it saves
     taken = torch.searchsorted(-falling, -value)
@@ -110,8 +111,8 @@ def _runs(members: NDArray[np.bool_], reach: NDArray[np.int64]) -> list[list[int
 
 
 def mean_benefit(total: Tensor, count: Tensor) -> Tensor:
-    """Mean benefit of each offset, -inf where none was sampled."""
-    return torch.where(count > 0, total / count.clamp_min(1), -torch.inf)
+    """Mean benefit of each offset, `rounded`, -inf where none was sampled."""
+    return torch.where(count > 0, rounded(total / count.clamp_min(1)), -torch.inf)
 
 
 def _stretched(lattice: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:

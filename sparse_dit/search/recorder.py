@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,10 +25,11 @@ Use = Callable[[int, Cells, CellSums], None]  # for a head and what was summed b
 
 
 class Recorder:
-    """An intercept that records into a profile and returns what stock attention computes.
+    """An intercept that records one run and returns what stock attention computes; `keep` adds the run to the
+    profile. So runs are summed alone and then added, as files of several processes are, to the same last bit.
 
     Args:
-        profile: Where to record.
+        profile: What is known already, and where the run is added.
         phase: `"find"` or `"score"`.
         rows: Sampled rows for each call.
         seed: Of the sampling.
@@ -37,6 +39,7 @@ class Recorder:
             behind the output projection; see `projections`.
 
     Attributes:
+        run: What this run gave; its noise levels and layers are the profile's.
         seconds: Spent on recording.
     """
 
@@ -51,6 +54,7 @@ class Recorder:
         projections: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.profile = profile
+        self.run = replace(profile, found={}, scores={}, looks={})
         self.phase = phase
         self.rows = rows
         self.turns = turns
@@ -66,6 +70,10 @@ class Recorder:
             self.seconds += time.perf_counter() - started
         return call.stock()
 
+    def keep(self) -> None:
+        """Add the run to the profile; to be called once, when it is over."""
+        self.profile.add(self.run)
+
     def _due(self, context: StepContext) -> bool:
         """Whether this forward is to be recorded."""
         if self.turns is None:
@@ -76,6 +84,7 @@ class Recorder:
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
         profile = self.profile
         profile.note_layout(layout)
+        self.run.layout = profile.layout
         level = self._level(sigma)
         if call.layer not in profile.layers:
             profile.layers.append(call.layer)
@@ -103,33 +112,33 @@ class Recorder:
 
     def _finding(self, level: int, layer: str) -> Use:
         """What is done with the sums of one head in one token order while finding."""
-        profile, layout = self.profile, self.profile.known_layout
-        orders = tilings(layout, profile.wide)
-        if (level, layer) not in profile.found:
-            profile.found[level, layer] = empty_heads(layout, orders, profile.num_heads)
-        heads = profile.found[level, layer]
+        run, layout = self.run, self.run.known_layout
+        orders = tilings(layout, run.wide)
+        if (level, layer) not in run.found:
+            run.found[level, layer] = empty_heads(layout, orders, run.num_heads)
+        heads = run.found[level, layer]
 
         def use(head: int, cells: Cells, sums: CellSums) -> None:
             tile, _ = cells
             discover(heads[head][tile], sums, layout, tile)
             if tile == orders[0]:
-                check_finite(sums, layer, head, profile.sigmas[level])
-                look(profile, HALF, level, layer, head, sums)
+                check_finite(sums, layer, head, run.sigmas[level])
+                look(run, HALF, level, layer, head, sums)
 
         return use
 
     def _scoring(self, level: int, layer: str, orders: list[Cells]) -> tuple[Use, list[Cells]]:
         """What is done with the sums of one head over some cells while scoring, and which cells."""
-        profile, layout = self.profile, self.profile.known_layout
-        candidates = profile.candidates(level, layer)
+        run, layout = self.run, self.run.known_layout
+        candidates = self.profile.candidates(level, layer)
         kinds = candidates[0].kinds
-        if (level, layer) not in profile.scores:
-            shape = (profile.num_heads, len(kinds))
-            profile.scores[level, layer] = {
+        if (level, layer) not in run.scores:
+            shape = (run.num_heads, len(kinds))
+            run.scores[level, layer] = {
                 **{key: torch.zeros(shape) for key in ("error", "error_squared", "recall")},
-                **{key: torch.zeros(profile.num_heads) for key in ("norm", "rows")},
+                **{key: torch.zeros(run.num_heads) for key in ("norm", "rows")},
             }
-        scores = profile.scores[level, layer]
+        scores = run.scores[level, layer]
         dense = torch.tensor([kind.is_dense for kind in kinds])
 
         def use(head: int, cells: Cells, sums: CellSums) -> None:
@@ -138,12 +147,12 @@ class Recorder:
                 scores["error_squared"][head, where] += square
                 scores["recall"][head, where] += recall
             if cells == orders[0]:
-                check_finite(sums, layer, head, profile.sigmas[level])
+                check_finite(sums, layer, head, run.sigmas[level])
                 scores["recall"][head, dense] += len(sums.out)
                 scores["norm"][head] += sums.out.square().sum()
                 scores["rows"][head] += len(sums.out)
-                look(profile, LATER, level, layer, head, sums)
-            if cells in orders and level == len(profile.sigmas) // 2:
+                look(run, LATER, level, layer, head, sums)
+            if cells in orders and level == len(run.sigmas) // 2:
                 self._picture(layer, cells[0], head, sums)
 
         return use, list(dict.fromkeys([*orders, *candidates[0].cells]))

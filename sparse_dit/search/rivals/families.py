@@ -13,6 +13,7 @@ from ...layout import Tile, TokenLayout
 from ...patterns import Blocks, Pattern, Skip, SlidingTile, Stripe, Union, Vertical, Window
 from ..candidates import tilings
 from ..cells import cell_table
+from ..steady import best_first
 
 BLOCK_BUDGETS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 MODE_BUDGETS = (0.05, 0.1, 0.2, 0.3)
@@ -128,7 +129,7 @@ def row_wise_blocks(benefit: Tensor, layout: TokenLayout) -> list[Pattern]:
     result = []
     for budget in BLOCK_BUDGETS:
         keep = max(1, math.floor(budget * len(benefit)))
-        best = benefit.topk(keep, -1).indices
+        best = best_first(benefit)[:, :keep]
         mask = torch.zeros_like(benefit, dtype=torch.bool).scatter_(-1, best, True)
         result.append(Pattern(Blocks.from_mask(mask, lattice), tile))
     return result
@@ -146,6 +147,6 @@ def vertical_stripes(benefit: Tensor, layout: TokenLayout) -> list[Pattern]:
     lattice = tuple(cell_table(layout, tile).counts.tolist())
     result = []
     for budget in MODE_BUDGETS:
-        best = benefit.topk(max(1, round(budget * len(benefit)))).indices
+        best = best_first(benefit)[: max(1, round(budget * len(benefit)))]
         result.append(Pattern(Vertical(lattice, tuple(best.sort().values.tolist())), tile))
     return result
