@@ -10,6 +10,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from sparse_dit import patch
 from sparse_dit.plan import config_hash
 from sparse_dit.search.front import model_hash
+from sparse_dit.search.projection import projections
 from tests.test_patch import DENSE, FAR, plan_for
 from tests.tiny_pipelines import generate, wan
 
@@ -50,7 +51,10 @@ def gguf_file(folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("load", [torchao, torchao_saved, gguf_file])
+EACH = pytest.mark.parametrize("load", [torchao, torchao_saved, gguf_file])
+
+
+@EACH
 def test_the_plan_of_a_model_runs_on_its_quantised_weights(load, tmp_path):
     pipe, call = wan()
     config = {**pipe.transformer.config, "attention_head_dim": BLOCK}
@@ -72,3 +76,19 @@ def test_the_plan_of_a_model_runs_on_its_quantised_weights(load, tmp_path):
     assert ours.isfinite().all()
     assert not torch.equal(ours, stock)
     assert torch.equal(generate(pipe, call), stock)
+
+
+@EACH
+def test_a_search_weighs_heads_by_quantised_projections_too(load, tmp_path):
+    """Within what eight bits lose, and not exactly as before."""
+    pipe, _ = wan()
+    full = WanTransformer3DModel.from_config(
+        {**pipe.transformer.config, "attention_head_dim": BLOCK}
+    )
+    full.save_pretrained(tmp_path / "model")
+    wanted = projections(full, 2)
+    found = projections(load(tmp_path / "model", tmp_path), 2)
+    assert found.keys() == wanted.keys() != set()
+    for path, root in wanted.items():
+        assert found[path].dtype == torch.float32
+        assert 0 < (found[path] - root).norm() / root.norm() < 0.02
