@@ -1,4 +1,4 @@
-"""The command line: demo, profile, search, check, stability, show, diff, eval, bench, doctor.
+"""The command line: demo, plan, profile, search, check, stability, show, diff, eval, bench, doctor.
 
 Exit codes: 0 done, 1 something failed (and `search`: the best plan misses what was asked for; `check`:
 heads left their error; `diff`: plans differ; `doctor`: a backend is broken), 2 bad input, 130 stopped by
@@ -39,6 +39,7 @@ from .options import (
     say,
     settings_of,
 )
+from .plan_command import plan as plan_command
 from .profile_command import profile as profile_command
 from .stability import stability as stability_command
 from .tables import out, show_front, show_heads, show_models, show_plan
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command("check")(check_command)
 app.command("stability")(stability_command)
+app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("doctor")(doctor_command)
 app.add_typer(evaluation, name="eval")

@@ -10,7 +10,8 @@ from ..layout import TokenLayout, tile_order
 from ..patterns import Pattern
 from .geometry import NEIGHBOURS, Reach
 
-TOLERANCE = 0.1  # of the density, relative, within which the first reach is taken: dense steps make up the rest
+# of the density, relative, within which the first reach is taken; dense steps make up the rest
+TOLERANCE = 0.1
 # preferred from so many rows and columns of tokens on; finer ones only where these come not near enough
 TILES = {(1, 8, 8): 24, (1, 4, 4): 8, (1, 2, 2): 1}
 MAX_TILES = 4096  # more aren't tried

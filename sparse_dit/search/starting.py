@@ -96,16 +96,20 @@ def geometric_plan(
     return _planned(name, parts, geometry, schedule, density, boundary)
 
 
-def check_shares(density: float, dense_steps: float | None) -> None:
-    """Raise ValueError unless a plan can be asked for with these."""
+def check_shares(
+    density: float,
+    dense_steps: float | None,
+    names: tuple[str, str] = ("density", "dense_steps"),
+) -> None:
+    """Raise ValueError unless a plan can be asked for with these; `names` is what who asks calls them."""
     if not _number(density) or not 0 < density < 1:
-        raise ValueError(f"density must be a number above 0 and below 1, got {density!r}")
+        raise ValueError(f"{names[0]} must be a number above 0 and below 1, got {density!r}")
     if dense_steps is None:
         return
     if not _number(dense_steps) or not 0 <= dense_steps < density:
         raise ValueError(
-            f"dense_steps must be a share from 0 to less than the density {density:g}, as dense steps count "
-            f"in it, got {dense_steps!r}"
+            f"{names[1]} must be a share from 0 to less than the {names[0]} {density:g}, as dense steps "
+            f"count in it, got {dense_steps!r}"
         )
 
 
