@@ -266,7 +266,9 @@ def _sensitivities(
     small, case = reduced(run.settings), run.calibration[-1]
     levels = sum(map(len, stages.values()))
     return {
-        name: sensitivity(run.pipe, name, stages[name], part.layers, case, small, levels=levels)
+        name: sensitivity(
+            run.pipe, name, stages[name], part.layers, case, small, levels=levels, report=run.say
+        )
         for name, part in parts.items()
     }
 
