@@ -1,7 +1,7 @@
 """A starting plan for HunyuanVideo from its geometry; nothing measured."""
 
 from sparse_dit.layout import TokenLayout
-from sparse_dit.search.geometry import Published, main
+from sparse_dit.search.ready import Published, main
 
 MODEL = Published(
     name="hunyuanvideo-geometry",
@@ -29,4 +29,4 @@ MODEL = Published(
 )
 
 if __name__ == "__main__":
-    main(MODEL)
+    main(MODEL, __file__)

@@ -1,7 +1,7 @@
 """A starting plan for LTX-Video 2B from its geometry; nothing measured."""
 
 from sparse_dit.layout import TokenLayout
-from sparse_dit.search.geometry import Published, main
+from sparse_dit.search.ready import Published, main
 
 MODEL = Published(
     name="ltx-video-2b-geometry",
@@ -28,4 +28,4 @@ MODEL = Published(
 )
 
 if __name__ == "__main__":
-    main(MODEL)
+    main(MODEL, __file__)

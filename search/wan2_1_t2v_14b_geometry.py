@@ -1,7 +1,7 @@
 """A starting plan for Wan 2.1 T2V 14B from its geometry; nothing measured."""
 
 from sparse_dit.layout import TokenLayout
-from sparse_dit.search.geometry import Published, main
+from sparse_dit.search.ready import Published, main
 
 MODEL = Published(
     name="wan2.1-t2v-14b-geometry",
@@ -23,4 +23,4 @@ MODEL = Published(
 )
 
 if __name__ == "__main__":
-    main(MODEL)
+    main(MODEL, __file__)

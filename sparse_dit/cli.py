@@ -1,4 +1,4 @@
-"""The command line: demo, profile, search, check, stability, show, diff, eval, bench, doctor.
+"""The command line: demo, plan, profile, search, check, stability, show, diff, eval, bench, doctor.
 
 Exit codes: 0 done, 1 something failed (and `search`: the best plan misses what was asked for; `check`:
 heads left their error; `diff`: plans differ; `doctor`: a backend is broken), 2 bad input, 130 stopped by
@@ -39,6 +39,7 @@ from .options import (
     say,
     settings_of,
 )
+from .plan_command import plan as plan_command
 from .profile_command import profile as profile_command
 from .stability import stability as stability_command
 from .tables import out, show_front, show_heads, show_models, show_plan
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command("check")(check_command)
 app.command("stability")(stability_command)
+app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("doctor")(doctor_command)
 app.add_typer(evaluation, name="eval")
@@ -199,7 +201,9 @@ def show(
     plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
     heads: Annotated[bool, typer.Option("--heads", help="Every head of every layer.")] = False,
     front: Annotated[bool, typer.Option("--front", help="The other points of its search.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="With --front: PNG or SVG to write.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="The other points as a picture: PNG, SVG or PDF to write.")
+    ] = None,
     pick: Annotated[
         str | None,
         typer.Option(help="Take another point: speedup=2.0, density=0.3, error=0.05, psnr=30."),
@@ -214,7 +218,11 @@ def show(
 
     if (pick is None) != (plan_file is None):
         raise ValueError("--pick and --out go together: which point, and the plan file to write")
-    if pick or front:
+    if picture is not None:
+        from .eval.front import check_picture
+
+        check_picture(picture)
+    if pick or front or picture:
         _show_points(plan, front, picture, pick, plan_file, force)
         return
     loaded = Plan.from_pretrained(plan)
@@ -231,7 +239,7 @@ def _show_points(
     plan_file: Path | None,
     force: bool,
 ) -> None:
-    """`show --front` and `show --pick`."""
+    """`show --front`, `show --picture` and `show --pick`."""
     from .plan import Plan
     from .search import front as fronts
 
@@ -245,11 +253,11 @@ def _show_points(
         out.print(f"wrote {plan_file}", markup=False, highlight=False, soft_wrap=True)
     if front:
         show_front(found)
-        if picture is not None:
-            from .eval.front import figure_of
+    if picture is not None:
+        from .eval.front import figure_of
 
-            figure_of(found, loaded).savefig(picture, facecolor="white")
-            out.print(f"wrote {picture}", markup=False, highlight=False, soft_wrap=True)
+        figure_of(found, loaded).savefig(picture, facecolor="white")
+        out.print(f"wrote {picture}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -55,13 +55,14 @@ def check_model(name: str) -> None:
         raise ValueError(f"no folder {name}: give a diffusers pipeline's folder or hub id")
 
 
-def load_pipeline(name: str, device: str, dtype: str | None) -> Any:
+def load_pipeline(name: str, device: str, dtype: str | None, **parts: Any) -> Any:
     """A diffusers pipeline in inference form.
 
     Args:
         name: Folder, or hub id (which may download it).
         device: Where it runs.
         dtype: In `DTYPES`; None is float32 on the CPU and bfloat16 elsewhere.
+        parts: Components that take the place of its own, which then aren't loaded.
 
     Raises:
         ValueError: it can't be read, or the device doesn't exist.
@@ -83,7 +84,7 @@ def load_pipeline(name: str, device: str, dtype: str | None) -> Any:
     old = tuple(int(part) for part in version("diffusers").split(".")[:2]) < (0, 42)
     keyword = "torch_dtype" if old else "dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, **{keyword: getattr(torch, dtype)})
+        pipe = DiffusionPipeline.from_pretrained(name, **{keyword: getattr(torch, dtype)}, **parts)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{name} can't be loaded as a diffusers pipeline: {first}") from error

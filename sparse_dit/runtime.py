@@ -25,7 +25,8 @@ MAX_LAYOUTS = 8
 NOT_NAMED = "layer not in the plan"
 NOT_COVERED = "noise level or branch not in the plan"
 ALL_DENSE = "every head dense in the plan"
-PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE}
+ALL_SEEN = "at this size the plan's patterns cover everything"
+PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE, ALL_SEEN}
 NOT_TOLD = (
     "the plan has stages for one guidance branch each, and this forward is of both, or unnamed "
     '(in a loop of your own: with transformer.cache_context("cond"))'
@@ -44,6 +45,7 @@ class Ran:
         calls: Attention calls.
         computed: Query-key pairs that were computed (a pooled key counts as one).
         pairs: Query-key pairs that dense attention would have computed.
+        tokens: Length of the sequence.
     """
 
     layer: str
@@ -53,9 +55,11 @@ class Ran:
     calls: int
     computed: float
     pairs: int
+    tokens: int
 
 
 _Way = tuple[str, int | None, str | None, str | None]  # the first four fields of Ran
+_Entry = tuple[_Way, int]  # and its tokens
 
 
 class Runtime:
@@ -73,9 +77,9 @@ class Runtime:
         self.nan_guard = nan_guard
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
-        self._calls: Counter[_Way] = Counter()
-        self._computed: defaultdict[_Way, float] = defaultdict(float)
-        self._pairs: Counter[_Way] = Counter()
+        self._calls: Counter[_Entry] = Counter()
+        self._computed: defaultdict[_Entry, float] = defaultdict(float)
+        self._pairs: Counter[_Entry] = Counter()
         self._warned: set[str] = set()
         reuses = any(pattern.every > 1 for pattern in plan.distinct_patterns)
         self._reuse = Reuse() if reuses else None
@@ -103,7 +107,9 @@ class Runtime:
         """As the plan says for the stage, but nothing for the heads `skipped`, `[B, N, H, D]`."""
         index = self._index(call, stage, skipped)
         if index.is_dense:
-            return self._dense(call, stage, ALL_DENSE)
+            heads = self.plan.layers[call.layer][stage]
+            planned = all(head.pattern.computed.is_dense for head in heads)
+            return self._dense(call, stage, ALL_DENSE if planned else ALL_SEEN)
         if call.split is not None:
             out, name = call.split.attend(
                 call.q, call.k, call.v, index, call.scale, self.backend, self.nan_guard
@@ -130,10 +136,10 @@ class Runtime:
 
     @property
     def ran(self) -> tuple[Ran, ...]:
-        """The account, one entry for each layer, stage and way of running."""
+        """The account, one entry for each layer, stage, way of running and length of the sequence."""
         return tuple(
-            Ran(*key, calls, self._computed[key], self._pairs[key])
-            for key, calls in self._calls.items()
+            Ran(*way, calls, self._computed[way, tokens], self._pairs[way, tokens], tokens)
+            for (way, tokens), calls in self._calls.items()
         )
 
     def _planned_dense(self, call: AttentionCall, stage: int | None) -> str | None:
@@ -173,8 +179,10 @@ class Runtime:
         self._count(call, (call.layer, stage, reason, None), 1.0)
         return out
 
-    def _count(self, call: AttentionCall, key: _Way, density: float) -> None:
-        pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * _tokens(call)
+    def _count(self, call: AttentionCall, way: _Way, density: float) -> None:
+        tokens = _tokens(call)
+        pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * tokens
+        key = (way, tokens)
         self._calls[key] += 1
         self._computed[key] += density * pairs
         self._pairs[key] += pairs

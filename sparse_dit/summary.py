@@ -11,6 +11,8 @@ from typing import Any
 from .plan import Plan
 from .runtime import Ran
 
+SAME_SIZE = 0.05  # relative difference of lengths at which a forecast holds: text differs by prompt
+
 
 @dataclass(frozen=True)
 class StageSummary:
@@ -41,12 +43,14 @@ class Summary:
         density: Computed pairs / all pairs over every self-attention call of the patched
             transformers, the dense ones included; None if nothing ran.
         planned_density: What the plan says.
-        forecast: What the plan expects: speed-up, quality.
+        forecast: What the plan expects at the size that it was made at: speed-up, quality.
         sparse_calls, dense_calls: Attention calls in all.
         backends: Names of the backends that ran the sparse calls.
         stages: The same for each component and stage.
         lost: By component, layers whose patched processor the host has replaced: they run stock and
             are not counted.
+        made_at: Tokens of the sequences that the plan was made at.
+        ran_at: Tokens of those that ran.
     """
 
     density: float | None
@@ -57,6 +61,8 @@ class Summary:
     backends: tuple[str, ...]
     stages: tuple[StageSummary, ...]
     lost: Mapping[str, tuple[str, ...]]
+    made_at: tuple[int, ...] = ()
+    ran_at: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -77,12 +83,34 @@ class Summary:
         notes = [f"{ran}; density {_share(self.density)} (plan: {_share(self.planned_density)})"]
         if self.backends:
             notes.append(f"sparse attention by the backend {' and '.join(self.backends)}")
-        if self.forecast:
-            notes.append("forecast: " + ", ".join(f"{k} {v}" for k, v in self.forecast.items()))
+        notes.extend(self._forecast_notes())
         for component, layers in self.lost.items():
             if layers:
                 notes.append(f"{component}: no longer patched, not counted: {', '.join(layers)}")
         return notes
+
+    def _forecast_notes(self) -> list[str]:
+        """The forecast with what it is for; the numbers are left out where nothing ran sparse."""
+        words = {k: isinstance(v, str) for k, v in self.forecast.items()}
+        if self.dense_calls and not self.sparse_calls and not all(words.values()):
+            return [
+                "no forecast: nothing ran sparse, and it is for a generation that does",
+                *(f"{k}: {self.forecast[k]}" for k, word in words.items() if word),
+            ]
+        if not self.forecast:
+            return []
+        size = ""
+        if self.ran_at and not all(words.values()) and not self._at_its_size():
+            size = (
+                f" at {_tokens(self.made_at)}, where it was calibrated ({_tokens(self.ran_at)} ran)"
+            )
+        return [f"forecast{size}: " + ", ".join(f"{k} {v}" for k, v in self.forecast.items())]
+
+    def _at_its_size(self) -> bool:
+        """Whether every sequence that ran is about as long as one that the plan was made at."""
+        return all(
+            any(abs(ran - made) <= SAME_SIZE * made for made in self.made_at) for ran in self.ran_at
+        )
 
 
 def summarise(
@@ -106,7 +134,17 @@ def summarise(
         backends=tuple(sorted({r.backend for r in records if r.backend is not None})),
         stages=tuple(stages),
         lost=dict(lost),
+        made_at=tuple(sorted(_lengths(plan))),
+        ran_at=tuple(sorted({record.tokens for record in records})),
     )
+
+
+def _lengths(plan: Plan) -> set[int]:
+    """Tokens that layers saw where the plan was made: all, or the video alone."""
+    layouts = [part.layout for part in plan.components.values()]
+    return {layout.seq_len for layout in layouts} | {
+        layout.num_video for layout in layouts if layout.num_video
+    }
 
 
 def _stage(component: str, text: str, records: list[Ran]) -> StageSummary:
@@ -122,6 +160,12 @@ def _stage(component: str, text: str, records: list[Ran]) -> StageSummary:
 def _density(records: list[Ran]) -> float | None:
     pairs = sum(record.pairs for record in records)
     return sum(record.computed for record in records) / pairs if pairs else None
+
+
+def _tokens(lengths: tuple[int, ...]) -> str:
+    """`80 tokens`, or the least and the most of several."""
+    least, most = f"{lengths[0]:,}", f"{lengths[-1]:,}"
+    return f"{least if least == most else f'{least} to {most}'} tokens"
 
 
 def _share(density: float | None) -> str:

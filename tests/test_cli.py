@@ -197,13 +197,23 @@ def test_help_needs_nothing_heavy():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    for command in ("demo", "search", "check", "stability", "show", "diff", "eval", "doctor"):
+    for command in (
+        "demo",
+        "plan",
+        "search",
+        "check",
+        "stability",
+        "show",
+        "diff",
+        "eval",
+        "doctor",
+    ):
         assert re.search(rf"│ {command} ", result.stdout)
     assert result.stdout.splitlines()[-2:] == ["0", "[]"]
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "search", "check", "stability", "show", "diff", "eval", "doctor"]
+    "command", ["demo", "plan", "search", "check", "stability", "show", "diff", "eval", "doctor"]
 )
 def test_every_command_has_help(command, capsys):
     assert cli.run([command, "--help"]) == 0

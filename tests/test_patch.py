@@ -16,6 +16,7 @@ from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, PlanError, Stage, config_hash
 from sparse_dit.runtime import (
     ALL_DENSE,
+    ALL_SEEN,
     MAX_LAYOUTS,
     NOT_COVERED,
     NOT_NAMED,
@@ -105,6 +106,37 @@ def test_the_sparse_path_computes_dense_attention_where_the_pattern_covers_all(f
         assert handle.summary().dense_calls == 0
 
 
+def test_a_forecast_stands_where_it_is_for_what_ran():
+    pipe, call, _ = _built("wan")
+    plan = plan_for(pipe, NARROW)
+    part = replace(plan.components["transformer"], layout=TokenLayout.video(5, 4, 4))
+    plan = replace(plan, components={"transformer": part})
+    with patch(pipe, plan) as handle:
+        assert "forecast: speedup 1.5" in str(handle.summary()), "before anything ran"
+        generate(pipe, call)
+        assert handle.summary().ran_at == (80,)
+        assert "forecast: speedup 1.5" in str(handle.summary())
+        generate(pipe, call, height=128)
+        assert handle.summary().ran_at == (80, 160)
+        words = "forecast at 80 tokens, where it was calibrated (80 to 160 tokens ran): speedup 1.5"
+        assert words in str(handle.summary())
+
+
+def test_nothing_sparse_gets_no_forecast_and_why_is_said():
+    """At one frame of 2 x 2 tiles the pattern covers everything; that isn't a dense plan."""
+    pipe, call, _ = _built("wan")
+    covers = Pattern(Window(frames=1, rows=1, columns=1), tile=(1, 2, 2), far=True)
+    plan = replace(plan_for(pipe, covers), forecast={"speedup": 1.5, "note": "of a test"})
+    with patch(pipe, plan) as handle:
+        generate(pipe, call, num_frames=1)
+    summary = handle.summary()
+    assert [s.dense_calls for s in summary.stages] == [{ALL_SEEN: 8}]
+    text = str(summary)
+    assert "no forecast: nothing ran sparse" in text
+    assert "1.5" not in text
+    assert "note: of a test" in text
+
+
 @FAMILY
 def test_backends_agree_in_a_pipeline(family):
     pipe, call, _ = _built(family)
@@ -192,7 +224,7 @@ def test_the_summary_prints_what_ran():
     assert f"4 ({NOT_COVERED})" in text.replace("\n", " ")
     assert "sigma 1 to 0.5" in text
     assert "ran 4 sparse and 4 dense attention calls" in text
-    assert "forecast: speedup 1.5" in text
+    assert "forecast at 8 tokens, where it was calibrated (80 tokens ran): speedup 1.5" in text
     assert "no longer patched" not in text
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import json
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +24,7 @@ from sparse_dit.plan import (
     merge,
     summary_rows,
 )
+from sparse_dit.resources import shipped
 from tests.plan_cases import DENSE, HASH, NEAR, assert_refused, component, small
 
 
@@ -202,5 +208,52 @@ def test_config_hash_counts_what_the_model_is():
     assert config_hash(config) == config_hash(same)
     assert config_hash(config) != config_hash(config | {"num_layers": 3})
     assert len(config_hash(config)) == 64
-    with pytest.raises(PlanError, match=r"config\.dtype: must be plain numbers or text"):
-        config_hash({"dtype": torch.float32})
+
+
+class Packing(enum.Enum):
+    ROWS = "rows"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quantization_config": object()},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"dtype": torch.bfloat16},
+        {"torch_dtype": "float16"},
+        {"some_new_dtype": torch.float8_e4m3fn, "place": torch.device("cpu")},
+        {"_name_or_path": Path("here"), "_pre_quantization_dtype": torch.float32},
+    ],
+    ids=lambda stored: "+".join(stored),
+)
+def test_config_hash_does_not_count_how_weights_are_stored(stored):
+    config = {"num_layers": 2, "patch_size": (1, 2, 2)}
+    assert config_hash(config | stored) == config_hash(config)
+
+
+@pytest.mark.parametrize(
+    ("value", "saved"),
+    [
+        (np.int64(3), 3),
+        (np.array([1, 2]), [1, 2]),
+        (Packing.ROWS, "rows"),
+        ({0: "a"}, {"0": "a"}),
+        ({"kinds": {"b", "a"}}, {"kinds": ["a", "b"]}),
+        (MappingProxyType({"x": torch.float16}), {"x": "torch.float16"}),
+        (float("inf"), float("inf")),
+    ],
+    ids=str,
+)
+def test_config_hash_takes_a_value_as_its_file_would_hold_it(value, saved):
+    assert config_hash({"x": value}) == config_hash({"x": saved}) != config_hash({"x": 4})
+
+
+def test_a_configuration_that_tells_no_model_is_refused_by_the_name_of_its_key():
+    with pytest.raises(PlanError, match=r"config\.rope\.kind: .*got object; .*\(rope=None\)"):
+        config_hash({"rope": {"kind": object()}})
+
+
+def test_config_hash_of_a_shipped_plans_model_is_what_it_was():
+    plan = Plan.from_pretrained("tiny-wan").components["transformer"]
+    config = json.loads((shipped("tiny_wan") / "transformer" / "config.json").read_text())
+    assert config_hash(config) == plan.config_hash

@@ -15,7 +15,8 @@ from sparse_dit.integrations.diffusers import heads_of, self_attention_layers
 from sparse_dit.patch import patch
 from sparse_dit.plan import ANY_CONFIG, Plan, PlanError, built_in
 from sparse_dit.runtime import NOT_COVERED, NOT_NAMED
-from sparse_dit.search.geometry import NOTE, card, geometric_plan, write
+from sparse_dit.search.geometry import NOTE
+from sparse_dit.search.ready import card, ready_plan, write
 from tests.test_patch import drift
 from tests.tiny_pipelines import BUILDERS, generate
 
@@ -195,7 +196,7 @@ def test_any_configuration_with_these_heads_and_layers_fits():
 
 def test_a_plan_with_a_hash_still_needs_its_configuration():
     name = "wan2.1-t2v-1.3b-geometry"
-    plan = geometric_plan(published(name))
+    plan = ready_plan(published(name))
     part = replace(plan.components["transformer"], config_hash="1" * 64)
     assert plan.components["transformer"].config_hash == ANY_CONFIG
     with pytest.raises(PlanError, match="config_hash must be 111111111111"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from sparse_dit import cli
 from sparse_dit.demo.run import CALIBRATION, QUICK
+from sparse_dit.eval.front import figure_of
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.plan import Plan, PlanError
 from sparse_dit.resources import shipped
@@ -16,13 +18,25 @@ from sparse_dit.search import search_plan
 from sparse_dit.search.front import front_of, front_path, pick, read_front, wish, write_front
 from sparse_dit.search.solve import at_price
 
+SAID: list[str] = []  # what the one search of this file reported
+
 
 @pytest.fixture(scope="module")
 def searched():
     pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
-    return search_plan(
-        pipe, CALIBRATION, settings=QUICK, max_error=0.3, tune_on="calibration", rows=16
-    )
+    SAID.clear()
+    options = {"settings": QUICK, "max_error": 0.3, "tune_on": "calibration", "rows": 16}
+    return search_plan(pipe, CALIBRATION, report=SAID.append, **options)
+
+
+def test_a_search_says_how_far_its_sensitivity_phase_is(searched):
+    lines = [line for line in SAID if line.startswith("sensitivity of ")]
+    form = re.compile(r"sensitivity of transformer (\d+) of (\d+), about \d+ s left")
+    counts = [tuple(map(int, form.fullmatch(line).groups())) for line in lines]
+    layers, stages = 6, len(searched.plan.components["transformer"].stages)
+    total = 2 + stages + layers
+    assert counts == [(n, total) for n in range(1, total + 1)]
+    assert lines[-1].endswith("about 0 s left")
 
 
 @pytest.fixture
@@ -150,6 +164,31 @@ def test_another_models_front_is_refused(searched, plan_file):
     path.write_text(json.dumps(_spoil(json.loads(path.read_text()), "other model")))
     with pytest.raises(ValueError, match="another model or plan"):
         pick(searched.plan, read_front(path), "density", 0.5)
+
+
+def test_the_picture_of_a_front_shows_psnr_where_it_is_known(searched):
+    front = front_of(searched.problem, "0" * 64, searched.choice, psnr_db=30.0)
+    plan = dataclasses.replace(searched.plan, measured={"psnr_db": 30.0})
+    _, right = figure_of(front, plan).axes
+    known = [(p.speedup, p.psnr) for p in front.points if p.psnr is not None and p.psnr < 100]
+    assert [tuple(point) for point in right.lines[0].get_xydata()] == known
+    assert right.collections[0].get_offsets().tolist() == [[plan.forecast["speedup"], 30.0]]
+    assert "PSNR" in right.get_ylabel()
+    words = [text.get_text() for text in right.get_legend().get_texts()]
+    assert words[:2] == ["error of heads", "density"] and words[-1] == "PSNR, measured"
+    unknown = tuple(p.model_copy(update={"psnr": None}) for p in front.points)
+    plan = dataclasses.replace(plan, measured={})
+    assert len(figure_of(dataclasses.replace(front, points=unknown), plan).axes) == 1
+
+
+def test_a_picture_alone_is_written(plan_file, capsys):
+    picture = plan_file.with_name("front.svg")
+    assert cli.run(["show", str(plan_file), "--picture", str(picture)]) == 0
+    assert "PSNR" in picture.read_text() and "wrote" in capsys.readouterr().out
+    assert cli.run(["show", str(plan_file), "--picture", "front.xyz"]) == 2
+    assert "must end in one of" in capsys.readouterr().err
+    assert cli.run(["show", "tiny-wan", "--picture", str(picture)]) == 2
+    assert "a search writes it beside its plan" in capsys.readouterr().err
 
 
 def test_the_commands(plan_file, capsys):

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..search.front import MOST_PSNR
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ..plan import Plan
     from ..search.front import Front
 
@@ -33,8 +37,23 @@ def front_beside(name: str, plan: Plan) -> Front | None:
     return front if model_hash(plan.components) == front.config_hash else None
 
 
+def check_picture(path: Path) -> None:
+    """Raise ValueError unless a figure can be written there by its name's ending."""
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(
+            f"a picture's name must end in one of {', '.join(f'.{k}' for k in known)}, got {path.name!r}"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to write {path.name} into: make it first")
+
+
 def figure_of(front: Front, plan: Plan) -> Figure:
-    """Forecast error of heads and density over forecast speed-up, with the plan's own point."""
+    """Forecast error of heads, density and PSNR over forecast speed-up, with the plan's own point.
+
+    PSNR stands where the search measured what lets it be forecast; what was measured of the plan itself is
+    a point of its own.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -46,5 +65,28 @@ def figure_of(front: Front, plan: Plan) -> Figure:
     axes.set_xlabel("forecast speed-up of a generation")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.2)
-    axes.legend(frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    top = axes
+    if (quality := _psnr_axis(axes, front, plan)) is not None:
+        more, names = quality.get_legend_handles_labels()
+        handles, labels, top = [*handles, *more], [*labels, *names], quality
+    top.legend(handles, labels, frameon=False)
     return figure
+
+
+def _psnr_axis(axes: Axes, front: Front, plan: Plan) -> Axes | None:
+    """A second axis with the PSNR of the points that have a forecast below that of equal videos."""
+    known = [(p.speedup, p.psnr) for p in front.points if p.psnr is not None and p.psnr < MOST_PSNR]
+    own = [plan.forecast.get("speedup"), plan.measured.get("psnr_db")]
+    told = [float(value) for value in own if isinstance(value, int | float)]
+    if not known and len(told) < 2:
+        return None
+    right = axes.twinx()
+    if known:
+        speeds, decibels = ([point[axis] for point in known] for axis in (0, 1))
+        right.plot(speeds, decibels, "^-", color="tab:green", label="PSNR, forecast")
+    if len(told) == 2:
+        star = {"marker": "*", "s": 140.0, "color": "tab:red", "zorder": 3}
+        right.scatter(told[0], told[1], label="PSNR, measured", **star)
+    right.set_ylabel("PSNR against dense (dB)")
+    return right

@@ -26,6 +26,7 @@ __all__ = [
     "attachment_of",
     "components",
     "heads_of",
+    "image_only_layers",
     "self_attention_layers",
 ]
 
@@ -78,6 +79,17 @@ def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     (transformer,) = components(transformer).values()
     pattern = re.compile(_family(transformer).layers)
     return {name: module for name, module in transformer.named_modules() if pattern.fullmatch(name)}
+
+
+def image_only_layers(transformer: nn.Module) -> set[str]:
+    """Those of its self-attention layers that see the video or image without the text, by module path.
+
+    Raises:
+        NotImplementedError: If the transformer's class is not supported.
+    """
+    (transformer,) = components(transformer).values()
+    image_only = re.compile(_family(transformer).image_only or r"(?!)").fullmatch
+    return {name for name in self_attention_layers(transformer) if image_only(name)}
 
 
 def heads_of(transformer: nn.Module) -> tuple[int, int]:
@@ -136,10 +148,9 @@ class Attachment:
         self._transformer: Any = transformer
         self.layers: dict[str, Any] = dict(self_attention_layers(transformer))
         self._stock = {n: m.processor for n, m in self.layers.items()}
-        image_only = re.compile(_family(transformer).image_only or r"(?!)").fullmatch
+        image_only = image_only_layers(transformer)
         self._patched = {
-            n: wrap(p, Seam(n, self._tap, image_only(n) is not None))
-            for n, p in self._stock.items()
+            n: wrap(p, Seam(n, self._tap, n in image_only)) for n, p in self._stock.items()
         }
         self._links = _links(transformer, self.layers)
         self._name: str | None = None

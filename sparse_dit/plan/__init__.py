@@ -7,8 +7,9 @@ from .compare import diff, merge, summary_rows
 from .component import ComponentPlan, HeadChoice, Stage
 from .errors import PlanError
 from .hub import built_in
+from .identity import config_hash
 from .merged import merged, merged_plan
-from .plan import ANY_CONFIG, Plan, config_hash
+from .plan import ANY_CONFIG, Plan
 
 __all__ = [
     "ANY_CONFIG",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from . import codec, hub, storage
 from .component import ComponentPlan, matches
 from .document import parse, place, plain, render
 from .errors import PlanError, short
+from .identity import sha256
 from .schema import CLASS_NAME, COMPONENT_NAME, checked
 
 ANY_CONFIG = "0" * 64  # config_hash of a plan for every configuration with its heads and layers
@@ -218,7 +218,7 @@ class Plan:
             for name, part in self.components.items()
         }
         document = replace(self, components=components, measured={}, provenance={}).to_dict()
-        return _sha256(document)
+        return sha256(document)
 
     def check_model(
         self,
@@ -271,21 +271,3 @@ class Plan:
                 f"the plan, got {config_hash}; use a plan made for this checkpoint, or set it in the plan "
                 "if you know that only a library's defaults changed"
             )
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a model's configuration, the same for the same model in any process.
-
-    Keys that start with "_" (where it came from, who wrote it) and keys whose value is None (what a
-    newer library added and the model doesn't use) don't count; tuples are lists.
-
-    Raises:
-        PlanError: If a value has no JSON form.
-    """
-    used = {k: v for k, v in config.items() if not str(k).startswith("_") and v is not None}
-    return _sha256(plain(used, ("config",)))
-
-
-def _sha256(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -1,6 +1,26 @@
-"""The offline stage: profile, score, cost, solve, verify."""
+"""The offline stage: profile, score, cost, solve, verify.
+
+The package is what `sparse_dit.search` names, and it can be called: `sparse_dit.search(pipe, prompts)` is
+`sparse_dit.search.search(pipe, prompts)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from typing import Any
 
 from .assemble import plan_of
 from .engine import Objective, Searched, search, search_plan
 
 __all__ = ["Objective", "Searched", "plan_of", "search", "search_plan"]
+__signature__ = inspect.signature(search)  # what `inspect.signature` shows of the package
+
+
+class _Search(types.ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return search(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Search

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from torch import nn
 
@@ -29,6 +30,8 @@ from .sensitivity import Sensitivity, reduced, sensitivity
 from .solve import Choice, Problem, problem, stages_of
 from .tune import Clock, Report, Session, tune
 from .verify import Reference, dense_reference
+
+Params = ParamSpec("Params")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +59,6 @@ class Searched:
         """Other points of the same problem, with the PSNR that the verified plan lets expect."""
         model = model_hash(self.plan.components)
         return front_of(self.problem, model, self.choice, self.plan.measured.get("psnr_db"))
-
-
-def search(pipe: Any, prompts: Sequence[str | Case], **options: Any) -> Plan:
-    """Find a plan for a pipeline; see `search_plan` for the options and errors."""
-    return search_plan(pipe, prompts, **options).plan
 
 
 def search_plan(
@@ -152,6 +150,22 @@ def search_plan(
     clock.lap("profile")
     run = _Run(pipe, calibration, held, settings, backend, clock, say, elsewhere)
     return _solved(run, profiled, objective, max_generations, merge_stages)
+
+
+def _for_the_plan(find: Callable[Params, Searched]) -> Callable[Params, Plan]:
+    """`find` with the same parameters, less all that the plan was found from."""
+
+    @functools.wraps(find)
+    def search(*args: Params.args, **kwargs: Params.kwargs) -> Plan:
+        return find(*args, **kwargs).plan
+
+    vars(search)["__signature__"] = inspect.signature(find).replace(return_annotation=Plan)
+    search.__name__ = search.__qualname__ = "search"
+    search.__annotations__ = {**find.__annotations__, "return": "Plan"}
+    return search
+
+
+search = _for_the_plan(search_plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +266,9 @@ def _sensitivities(
     small, case = reduced(run.settings), run.calibration[-1]
     levels = sum(map(len, stages.values()))
     return {
-        name: sensitivity(run.pipe, name, stages[name], part.layers, case, small, levels=levels)
+        name: sensitivity(
+            run.pipe, name, stages[name], part.layers, case, small, levels=levels, report=run.say
+        )
         for name, part in parts.items()
     }
 

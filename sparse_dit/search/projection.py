@@ -7,6 +7,8 @@ is measured of a head is measured behind the projection, at no cost a candidate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,9 +40,23 @@ def projections(transformer: nn.Module, num_heads: int) -> dict[str, Tensor]:
 
 def _weight(layer: nn.Module) -> Tensor | None:
     """Weight of the layer's output projection `[model width, H * D]`, in diffusers' usual place."""
-    out = getattr(layer, "to_out", None)
+    out: Any = getattr(layer, "to_out", None)
     if isinstance(out, nn.ModuleList | nn.Sequential) and len(out):
         out = out[0]
     weight = getattr(out, "weight", None)
-    known = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-    return weight if known else None
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
+        return weight
+    return _applied(out) if isinstance(out, nn.Linear) else None
+
+
+@torch.no_grad()
+def _applied(linear: nn.Linear) -> Tensor:
+    """The matrix that a layer with quantised weights multiplies by, however it stores it."""
+    weight = linear.weight
+    dtype = getattr(linear, "compute_dtype", None)  # of GGUF and bitsandbytes
+    if dtype is None:
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    units = torch.eye(linear.in_features, dtype=dtype, device=weight.device)
+    return (linear(units) - linear(torch.zeros_like(units[:1]))).T

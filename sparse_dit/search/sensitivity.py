@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from .playback import recording, replaying
 from .sampling import attention_over, exact_rows, in_turn, whole_layout, without_guidance
 from .verify import stock
 
+Result = TypeVar("Result")
 WHOLE = Stage(1.0, 0.0)
 LAYER_GROUPS = 8
 PROBE_BUDGET = 0.25  # share of the pairs that the probing pattern computes
@@ -109,6 +111,7 @@ def sensitivity(
     settings: GenerationSettings,
     *,
     levels: int | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Disturb every noise level in turn, then every layer (groups of neighbours, if there are many).
 
@@ -122,17 +125,47 @@ def sensitivity(
         settings: Size and steps of these runs; see `reduced`.
         levels: Noise levels of all transformers of the pipeline, so that each runs when layers are probed;
             those of this one if None.
+        report: Called with a line of text after each of these runs.
 
     Raises:
         ValueError: If the pipeline gives NaN or Inf.
     """
-    clean = _clean(pipe, case, settings)
+    groups = _groups(layers)
+    counted = _Progress(component, 2 + len(stages) + len(groups), report)
+    clean = counted(_clean(pipe, case, settings))
     probe = _prober(pipe, component, case, settings, clean)
-    of_stages = filled([probe(stage, None) for stage in stages])
+    of_stages = filled([counted(probe(stage, None)) for stage in stages])
     # what layers share hardly depends on the steps, nor on guidance
     few = replace(without_guidance(pipe, settings), steps=max(4, levels or len(stages)))
-    probe = _prober(pipe, component, case, few, _clean(pipe, case, few))
-    return Sensitivity(of_stages, _shares([(g, probe(WHOLE, g)) for g in _groups(layers)]))
+    probe = _prober(pipe, component, case, few, counted(_clean(pipe, case, few)))
+    return Sensitivity(of_stages, _shares([(g, counted(probe(WHOLE, g))) for g in groups]))
+
+
+class _Progress:
+    """Says after each run how many are done, and how long the others take if they take as long.
+
+    Args:
+        component: Whose runs these are.
+        total: How many there will be.
+        report: Gets the line; None for silence.
+    """
+
+    def __init__(self, component: str, total: int, report: Callable[[str], None] | None) -> None:
+        self._component = component
+        self._total = total
+        self._report = report
+        self._done = 0
+        self._started = time.perf_counter()
+
+    def __call__(self, result: Result) -> Result:
+        """Count a run; gives back its result."""
+        self._done += 1
+        if self._report is not None:
+            left = (time.perf_counter() - self._started) / self._done * (self._total - self._done)
+            self._report(
+                f"sensitivity of {self._component} {self._done} of {self._total}, about {left:.0f} s left"
+            )
+        return result
 
 
 @dataclass(frozen=True, eq=False)

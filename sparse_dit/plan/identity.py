@@ -1,0 +1,89 @@
+"""Which model a plan is for: a hash of its architecture, however its weights are stored or were loaded."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .document import place
+from .errors import PlanError
+
+# what hosts put into a configuration that says how weights are stored or were loaded; torchao, GGUF,
+# bitsandbytes, quanto, ModelOpt and AutoRound all have their settings in the first
+STORAGE = frozenset(
+    {
+        "quantization_config",
+        "compression_config",
+        "quantization",
+        "quant_method",
+        "dtype",
+        "torch_dtype",
+        "load_in_4bit",
+        "load_in_8bit",
+        "device_map",
+        "low_cpu_mem_usage",
+        "use_safetensors",
+        "variant",
+        "gguf_file",
+        "transformers_version",
+    }
+)
+# places and types of memory, which are no architecture under any name
+_MEMORY = (torch.dtype, torch.device)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a model's architecture, the same for the same model in any process.
+
+    Keys that start with "_" (where it came from, who wrote it), keys that say how weights are stored or
+    were loaded (`STORAGE`, and whatever holds a torch dtype or device), and keys whose value is None (what a
+    newer library added and the model doesn't use) don't count; tuples are lists, enumerations and NumPy
+    numbers their values.
+
+    Raises:
+        PlanError: If a value is neither a number, text, nor made of them.
+    """
+    return sha256(
+        {
+            str(key): _plain(value, ("config", str(key)))
+            for key, value in config.items()
+            if not str(key).startswith("_")
+            and key not in STORAGE
+            and value is not None
+            and not isinstance(value, _MEMORY)
+        }
+    )
+
+
+def sha256(document: Mapping[str, Any]) -> str:
+    """Of a JSON document, whatever the order of its keys."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _plain(value: Any, path: tuple[str | int, ...]) -> Any:
+    """What JSON would give back if the configuration were saved and read."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value, path)
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, _MEMORY):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(item, (*path, str(k))) for k, item in value.items()}
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [_plain(item, (*path, i)) for i, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # NumPy's numbers and arrays
+        return _plain(value.tolist(), path)
+    raise PlanError(
+        f"{place(path)}: a model is known by its configuration, whose values must be numbers, text, lists "
+        f"or dicts, got {type(value).__name__}; a plan can be made for this model once it is one of these, "
+        f"or None (register_to_config({path[1]}=None))"
+    )
