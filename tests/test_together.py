@@ -70,6 +70,7 @@ def wrap_whole(pipe, counter):
         ("wan", compile_blocks, "eager"),
         ("hunyuan_video", wrap_whole, "eager"),
         ("cogvideox", compile_whole, "aot_eager"),
+        ("cogvideox", compile_blocks, "eager"),
     ],
 )
 def test_one_graph_over_layers_stages_and_runs(family, how, backend):

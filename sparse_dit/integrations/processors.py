@@ -114,9 +114,13 @@ class Host:
 
 
 class _Active(threading.local):
-    """The layer whose processor runs now in this thread."""
+    """The layer whose processor runs now in this thread.
 
-    seam: Seam | None = None
+    `seam` isn't there before the thread's first call, and nothing reads it before it is written: compiled code
+    would guard what it found, which is another thing in a thread's first call than later.
+    """
+
+    seam: Seam | None
 
 
 _ACTIVE = _Active()
@@ -146,11 +150,11 @@ def patched_class(stock: type) -> type:
 
     @functools.wraps(stock.__call__)  # hosts drop keyword arguments that the signature lacks
     def __call__(self, *args, **kwargs):
-        previous, _ACTIVE.seam = _ACTIVE.seam, self._sparse_dit_seam
+        _ACTIVE.seam = self._sparse_dit_seam
         try:
             return run(self, *args, **kwargs)
         finally:
-            _ACTIVE.seam = previous
+            _ACTIVE.seam = None  # no processor runs within another
 
     def __new__(cls, *args, **kwargs):  # hosts reset a processor by calling its class
         return stock(*args, **kwargs)
