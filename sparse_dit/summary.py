@@ -47,6 +47,7 @@ class Summary:
         stages: The same for each component and stage.
         lost: By component, layers whose patched processor the host has replaced: they run stock and
             are not counted.
+        replaced: Components in whose place the pipeline has another transformer than the patched one.
     """
 
     density: float | None
@@ -57,6 +58,7 @@ class Summary:
     backends: tuple[str, ...]
     stages: tuple[StageSummary, ...]
     lost: Mapping[str, tuple[str, ...]]
+    replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -82,11 +84,19 @@ class Summary:
         for component, layers in self.lost.items():
             if layers:
                 notes.append(f"{component}: no longer patched, not counted: {', '.join(layers)}")
+        for component in self.replaced:
+            notes.append(
+                f"{component}: the pipeline has another transformer now than the one that was patched, "
+                "and what that runs isn't counted; patch the pipeline again"
+            )
         return notes
 
 
 def summarise(
-    plan: Plan, ran: Mapping[str, tuple[Ran, ...]], lost: Mapping[str, tuple[str, ...]]
+    plan: Plan,
+    ran: Mapping[str, tuple[Ran, ...]],
+    lost: Mapping[str, tuple[str, ...]],
+    replaced: tuple[str, ...] = (),
 ) -> Summary:
     """Put the runtimes' accounts together."""
     stages = []
@@ -106,6 +116,7 @@ def summarise(
         backends=tuple(sorted({r.backend for r in records if r.backend is not None})),
         stages=tuple(stages),
         lost=dict(lost),
+        replaced=replaced,
     )
 
 

@@ -518,6 +518,7 @@ def test_what_the_host_sets_on_a_processor_survives_removal(family, tiny):
     del layer.processor._attention_backend
 
 
+@pytest.mark.fresh
 def test_a_thread_has_its_own_active_layer():
     """Both branches of guidance may run at once on two copies."""
     from concurrent.futures import ThreadPoolExecutor
@@ -589,6 +590,7 @@ def test_ltx_without_a_grid_gives_no_layout():
     attachment.detach()
 
 
+@pytest.mark.fresh
 def test_compiled_blocks_run_and_stay_equal():
     pipe, call = wan(num_layers=3)
     stock = generate(pipe, call)

@@ -316,6 +316,7 @@ def test_beside_offloading_and_caches_nothing_old_is_taken(name, family, monkeyp
         assert ages
 
 
+@pytest.mark.fresh
 def test_compiled_blocks_reuse_as_eager_ones():
     pipe, call = wan()
     plan = plan_for(pipe, HALF, NEAR)
@@ -327,6 +328,7 @@ def test_compiled_blocks_reuse_as_eager_ones():
     assert torch.equal(compiled, eager) and same == density
 
 
+@pytest.mark.fresh
 def test_pipelines_in_threads_do_not_mix():
     pipes = [wan(seed=0), wan(seed=1)]
     plans = [plan_for(pipe, HALF) for pipe, _ in pipes]
