@@ -90,7 +90,8 @@ def unpatch(pipe_or_transformer: Any) -> None:
 class Handle:
     """A patch in place: `summary()` says what ran, `remove()` restores the stock objects.
 
-    As a context manager it removes the patch at the end of the block, and a removed one can't be entered again.
+    As a context manager it removes the patch at the end of the block, and a removed one can't be entered
+    again.
     """
 
     def __init__(
@@ -114,8 +115,8 @@ class Handle:
     def begin_run(self) -> None:
         """Say that the next forward begins a generation, so that it takes nothing from the one before.
 
-        A patched pipeline tells that by itself. In a loop of your own it is needed where a generation may be cut off
-        and the next one, with the same tensor of prompt embeddings, starts at lower noise.
+        A patched pipeline tells that by itself. In a loop of your own it is needed where a generation may be
+        cut off and the next one, with the same tensor of prompt embeddings, starts at lower noise.
         """
         for attachment in self._attachments.values():
             attachment.begin_run()

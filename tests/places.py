@@ -1,4 +1,4 @@
-"""Tests marked `fresh` run where the process is warm, in a thread that has run nothing, and in such a process.
+"""Tests marked `fresh` run in the warm process, in a thread that has run nothing, in such a process.
 
 What is set up or compiled at first use may differ from later use, and a warm process hides that.
 """

@@ -1,6 +1,5 @@
 """Context parallelism: parts of an index, heads on processes, and real processes against one."""
 
-import multiprocessing
 import os
 import socket
 from dataclasses import replace

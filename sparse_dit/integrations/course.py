@@ -21,9 +21,10 @@ INPUT = "hidden_states"
 class Course:
     """The forwards of the present step, by which the next one is told from a new step or a new run.
 
-    The scheduler tells runs and steps where the pipeline is known. Elsewhere they are guessed: noise falls over a
-    run, and pipelines name a forward (`transformer.cache_context`) or don't; forwards without a name belong to
-    one step if they are given the same noise level and latents and other conditions. A copy starts anew.
+    The scheduler tells runs and steps where the pipeline is known. Elsewhere they are guessed: noise falls
+    over a run, and pipelines name a forward (`transformer.cache_context`) or don't; forwards without a name
+    belong to one step if they are given the same noise level and latents and other conditions. A copy starts
+    anew.
 
     Args:
         schedule: The scheduler of the pipeline that the transformer belongs to.
@@ -113,8 +114,9 @@ class Course:
     ) -> Move:
         """What begins with a forward of which the scheduler tells nothing.
 
-        At the noise level of a run's start another run is known by its other condition. Where one comes back to a
-        noise level with the same condition, it is a step of the same run, but one that nothing is taken over to.
+        At the noise level of a run's start another run is known by its other condition. Where one comes back
+        to a noise level with the same condition, it is a step of the same run, but one that nothing is taken
+        over to.
         """
         assert last.sigma is not None, "else a run begins"
         if sigma > last.sigma:

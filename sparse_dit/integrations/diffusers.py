@@ -105,8 +105,8 @@ def attach(transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> At
     Args:
         transformer: A transformer of a supported class.
         intercept: Gets an `AttentionCall` and returns attention's output `[B, N, H, D]`.
-        pipe: The pipeline that runs the transformer: its scheduler tells where generations and steps begin. They
-            are guessed from noise levels and conditions without it (a bare transformer is no pipeline).
+        pipe: The pipeline that runs the transformer: its scheduler tells where generations and steps begin.
+            They are guessed from noise levels and conditions without it (a transformer is no pipeline).
 
     Raises:
         ValueError: If something is attached to the transformer already.

@@ -114,11 +114,8 @@ class Host:
 
 
 class _Active(threading.local):
-    """The layer whose processor runs now in this thread.
-
-    `seam` isn't there before the thread's first call, and nothing reads it before it is written: compiled code
-    would guard what it found, which is another thing in a thread's first call than later.
-    """
+    """The layer whose processor runs now in this thread; not there before the first call, and not read
+    before it is written, as compiled code would guard what it found."""
 
     seam: Seam | None
 

@@ -13,12 +13,13 @@ Move = Literal["run", "step", "same"]
 class Schedule:
     """The scheduler of one pipeline, which is read before each forward and never written to.
 
-    A pipeline begins a generation with `set_timesteps`, which makes a new tensor of timesteps, whatever noise it starts
-    at and however the generation before it ended. Most schedulers also count their steps. Both are sure, while noise
-    levels can be equal in neighbours (rounded in half precision, second-order schedulers) or rise.
+    A pipeline begins a generation with `set_timesteps`, which makes a new tensor of timesteps, whatever noise
+    it starts at and however the generation before it ended. Most schedulers also count their steps. Both are
+    sure, while noise levels can be equal in neighbours (rounded in half precision, second-order schedulers)
+    or rise.
 
-    The scheduler is asked of the pipeline each time, as people replace it. A deep copy of the pipeline has its own; of
-    a transformer that is copied or pickled alone no pipeline is known.
+    The scheduler is asked of the pipeline each time, as people replace it. A deep copy of the pipeline has
+    its own; of a transformer that is copied or pickled alone no pipeline is known.
     """
 
     def __init__(self, pipe: Any = None) -> None:
@@ -39,7 +40,7 @@ class Schedule:
         return None if self._pipe is None else self._pipe()
 
     def look(self, same_noise: bool) -> tuple[Move | None, bool]:
-        """What begins with the next forward, None if that isn't told; and whether another pipeline may have run.
+        """What begins with the next forward, None: not told; and whether another pipeline may have run.
 
         Args:
             same_noise: Whether it has the noise level of the forward before it.
