@@ -128,6 +128,13 @@ def test_timesteps_that_are_rounded_to_one_value_are_steps_of_one_run(told):
     assert density == pytest.approx(handle.summary().density / 2)
 
 
+def uncounted(kind):
+    """A scheduler without `step_index`, and with what Wan's pipeline calls on it."""
+    scheduler = kind()
+    scheduler.set_begin_index, scheduler.sigmas = lambda index: None, [0.0] * 20
+    return scheduler
+
+
 OTHER = {"prediction_type": "v_prediction"}
 SECOND_ORDER = {
     "Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
@@ -135,7 +142,8 @@ SECOND_ORDER = {
     "KDPM2": lambda: diffusers.KDPM2DiscreteScheduler(**OTHER),
     "KDPM2 ancestral": lambda: diffusers.KDPM2AncestralDiscreteScheduler(**OTHER),
     "DPM": lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0),
-    "PNDM": diffusers.PNDMScheduler,  # it doesn't tell its steps
+    "PNDM": lambda: uncounted(diffusers.PNDMScheduler),
+    "DDIM": lambda: uncounted(diffusers.DDIMScheduler),  # it doesn't count its steps
 }
 
 

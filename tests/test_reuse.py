@@ -137,7 +137,7 @@ def test_nothing_is_taken_over_skipped_steps_or_rising_noise():
     assert is_computed(runtime, call_at(2), *patterns) == [True, True, False]  # 2 of 3 steps old
     assert is_computed(runtime, call_at(5), *patterns) == [True] * 3
     again = call_at(6)
-    again.context = replace(again.context, sigma=0.5)
+    again.context = replace(again.context, sigma=0.51)
     assert is_computed(runtime, again, *patterns) == [True] * 3
 
 

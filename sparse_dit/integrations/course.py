@@ -114,9 +114,9 @@ class Course:
     ) -> Move:
         """What begins with a forward of which the scheduler tells nothing.
 
-        At the noise level of a run's start another run is known by its other condition. Where one comes back
-        to a noise level with the same condition, it is a step of the same run, but one that nothing is taken
-        over to.
+        At the noise level of a run's start another run is known by its other condition, or by the latents,
+        which a step would have changed. Where one comes back to a noise level otherwise, it is a step of the
+        same run, but one that nothing is taken over to.
         """
         assert last.sigma is not None, "else a run begins"
         if sigma > last.sigma:
@@ -126,7 +126,8 @@ class Course:
         )
         if again and sigma == last.sigma and not self._schedule.leads:
             at_start = last.step == 0 and sigma == self._first_sigma
-            if at_start and not self._is_known(arguments.get(CONDITION)):
+            restarted = _same_noise(arguments.get(INPUT), self._input)
+            if at_start and (restarted or not self._is_known(arguments.get(CONDITION))):
                 return "run"
             self._conditions.clear()
         return "step" if again or sigma < last.sigma else "same"

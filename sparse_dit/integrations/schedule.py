@@ -8,6 +8,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 Move = Literal["run", "step", "same"]
+COUNTERS = (
+    "step_index",
+    "counter",
+)  # the second is PNDM's; DDIM and DDPM, whose noise falls, have none
 
 
 class Schedule:
@@ -50,7 +54,8 @@ class Schedule:
         if not isinstance(timesteps, Tensor):
             self.leads = False
             return None, False
-        index: int | None = getattr(scheduler, "step_index", None)
+        counter = next((name for name in COUNTERS if hasattr(scheduler, name)), None)
+        index: int | None = counter and getattr(scheduler, counter)
         stepped, self._index = index != self._index, index
         if self._timesteps is None or self._timesteps() is not timesteps:
             self._timesteps, self.leads = weakref.ref(timesteps), True
@@ -59,7 +64,7 @@ class Schedule:
             return None, stepped  # it takes turns with a pipeline that isn't known
         if stepped:
             return "step", False
-        if not hasattr(scheduler, "step_index"):
+        if counter is None:
             return None, False
         if same_noise:
             return "same", False
