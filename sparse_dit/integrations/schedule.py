@@ -55,7 +55,7 @@ class Schedule:
             self.leads = False
             return None, False
         counter = next((name for name in COUNTERS if hasattr(scheduler, name)), None)
-        index: int | None = counter and getattr(scheduler, counter)
+        index: int | None = None if counter is None else getattr(scheduler, counter)
         stepped, self._index = index != self._index, index
         if self._timesteps is None or self._timesteps() is not timesteps:
             self._timesteps, self.leads = weakref.ref(timesteps), True
