@@ -64,7 +64,7 @@ def patch(
     attachments: dict[str, Attachment] = {}
     try:
         for name, transformer in targets.items():
-            attachments[name] = attach(transformer, runtimes[name])
+            attachments[name] = attach(transformer, runtimes[name], pipe_or_transformer)
     except BaseException:
         for attachment in attachments.values():
             attachment.detach()
@@ -90,7 +90,8 @@ def unpatch(pipe_or_transformer: Any) -> None:
 class Handle:
     """A patch in place: `summary()` says what ran, `remove()` restores the stock objects.
 
-    As a context manager it removes the patch at the end of the block.
+    As a context manager it removes the patch at the end of the block, and a removed one can't be entered
+    again.
     """
 
     def __init__(
@@ -108,7 +109,17 @@ class Handle:
     def summary(self) -> Summary:
         """What the plan forecasts and what ran so far; prints as a table."""
         lost = {name: tuple(a.lost) for name, a in self._attachments.items()}
-        return summarise(self.plan, self.ran, lost)
+        replaced = tuple(name for name, a in self._attachments.items() if a.replaced)
+        return summarise(self.plan, self.ran, lost, replaced)
+
+    def begin_run(self) -> None:
+        """Say that the next forward begins a generation, so that it takes nothing from the one before.
+
+        A patched pipeline tells that by itself. In a loop of your own it is needed where a generation may be
+        cut off and the next one, with the same tensor of prompt embeddings, starts at lower noise.
+        """
+        for attachment in self._attachments.values():
+            attachment.begin_run()
 
     def remove(self) -> None:
         """Restore the very stock processors; the account stays. Twice is harmless."""
@@ -118,6 +129,11 @@ class Handle:
             attachment.detach()
 
     def __enter__(self) -> Handle:
+        if any(attachment.intercept is None for attachment in self._attachments.values()):
+            raise RuntimeError(
+                "a handle must be in place to enter its block, but this patch was removed already; "
+                "call sparse_dit.patch(pipe, plan) again"
+            )
         return self
 
     def __exit__(

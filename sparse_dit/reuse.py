@@ -107,7 +107,7 @@ class Reuse:
             every: kept.out
             for every, kept in self._kept.get(key, {}).items()
             if 0 < call.context.step - kept.step < every
-            and sigma < kept.sigma
+            and sigma <= kept.sigma
             and kept.shape == shape
             and every in groups
         }

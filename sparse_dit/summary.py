@@ -51,6 +51,7 @@ class Summary:
             are not counted.
         made_at: Tokens of the sequences that the plan was made at.
         ran_at: Tokens of those that ran.
+        replaced: Components in whose place the pipeline has another transformer than the patched one.
     """
 
     density: float | None
@@ -63,6 +64,7 @@ class Summary:
     lost: Mapping[str, tuple[str, ...]]
     made_at: tuple[int, ...] = ()
     ran_at: tuple[int, ...] = ()
+    replaced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -87,6 +89,11 @@ class Summary:
         for component, layers in self.lost.items():
             if layers:
                 notes.append(f"{component}: no longer patched, not counted: {', '.join(layers)}")
+        for component in self.replaced:
+            notes.append(
+                f"{component}: the pipeline has another transformer now than the one that was patched, "
+                "and what that runs isn't counted; patch the pipeline again"
+            )
         return notes
 
     def _forecast_notes(self) -> list[str]:
@@ -114,7 +121,10 @@ class Summary:
 
 
 def summarise(
-    plan: Plan, ran: Mapping[str, tuple[Ran, ...]], lost: Mapping[str, tuple[str, ...]]
+    plan: Plan,
+    ran: Mapping[str, tuple[Ran, ...]],
+    lost: Mapping[str, tuple[str, ...]],
+    replaced: tuple[str, ...] = (),
 ) -> Summary:
     """Put the runtimes' accounts together."""
     stages = []
@@ -136,6 +146,7 @@ def summarise(
         lost=dict(lost),
         made_at=tuple(sorted(_lengths(plan))),
         ran_at=tuple(sorted({record.tokens for record in records})),
+        replaced=replaced,
     )
 
 

@@ -3,6 +3,30 @@
 import pytest
 
 from sparse_dit.backends.cpu import library
+from tests.places import PLACES, Alone, in_process, in_thread
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.get_closest_marker("fresh"):
+        metafunc.fixturenames.append("place")
+        metafunc.parametrize("place", PLACES)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs a test marked `fresh` where its parameter `place` says."""
+    place = pyfuncitem.funcargs.get("place", "here")
+    if place == "new thread":
+        names = pyfuncitem._fixtureinfo.argnames
+        in_thread(lambda: pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+        return True
+    if place == "new process" and not any(
+        isinstance(plugin, Alone) for plugin in pyfuncitem.config.pluginmanager.get_plugins()
+    ):
+        log = pyfuncitem._request.getfixturevalue("tmp_path") / "alone.txt"
+        in_process(pyfuncitem.nodeid, pyfuncitem.config.rootpath, log)
+        return True
+    return None
 
 
 @pytest.fixture(params=library.LIBRARY.runnable if library.LIBRARY else [None])

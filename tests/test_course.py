@@ -133,4 +133,6 @@ def test_copies_start_anew_and_hold_no_tensors():
     arguments = {"encoder_hidden_states": torch.ones(1), "hidden_states": torch.ones(1)}
     course.advance(StepContext(), CHROMA, arguments, 1.0, None)
     for twin in (copy.deepcopy(course), pickle.loads(pickle.dumps(course))):
-        assert vars(twin) == vars(Course())
+        empty = Course()
+        assert vars(twin).pop("_schedule").pipe is vars(empty).pop("_schedule").pipe is None
+        assert vars(twin) == vars(empty)

@@ -354,13 +354,13 @@ def _attend(unit, *args, **kwargs):
         return call.stock()
 
     seam = processors.Seam("layer", processors.Tap(intercept))
-    previous, processors._ACTIVE.seam = processors._ACTIVE.seam, seam
+    processors._ACTIVE.seam = seam
     try:
         processors._redirect(processors.Host(lambda: host, False))(
             unit, unit, unit, *args, **kwargs
         )
     finally:
-        processors._ACTIVE.seam = previous
+        processors._ACTIVE.seam = None
     assert seen == [(args, kwargs)]
     return calls[0]
 
@@ -415,12 +415,12 @@ def test_a_mask_changed_in_place_is_read_again():
 def test_keys_of_another_length_are_not_self_attention():
     unit = torch.zeros(1, 4, 2, 8)
     seam = processors.Seam("layer", processors.Tap(lambda call: 1 / 0))
-    previous, processors._ACTIVE.seam = processors._ACTIVE.seam, seam
+    processors._ACTIVE.seam = seam
     try:
         stand_in = processors._redirect(processors.Host(lambda: lambda q, k, v: v, False))
         out = stand_in(unit, unit[:, :2], unit[:, :2])
     finally:
-        processors._ACTIVE.seam = previous
+        processors._ACTIVE.seam = None
     assert out.shape[1] == 2
 
 
@@ -518,6 +518,7 @@ def test_what_the_host_sets_on_a_processor_survives_removal(family, tiny):
     del layer.processor._attention_backend
 
 
+@pytest.mark.fresh
 def test_a_thread_has_its_own_active_layer():
     """Both branches of guidance may run at once on two copies."""
     from concurrent.futures import ThreadPoolExecutor
@@ -589,6 +590,7 @@ def test_ltx_without_a_grid_gives_no_layout():
     attachment.detach()
 
 
+@pytest.mark.fresh
 def test_compiled_blocks_run_and_stay_equal():
     pipe, call = wan(num_layers=3)
     stock = generate(pipe, call)

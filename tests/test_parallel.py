@@ -1,6 +1,5 @@
 """Context parallelism: parts of an index, heads on processes, and real processes against one."""
 
-import multiprocessing
 import os
 import socket
 from dataclasses import replace
@@ -132,26 +131,6 @@ def test_shards_keep_each_segment_apart():
 
 
 # processes ------------------------------------------------------------------------------------
-
-
-# imported once, by a server that each process is a fork of; it has run nothing, so it has no threads
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    [
-        "pytest",
-        "sparse_dit.integrations.diffusers",
-        "diffusers.hooks.context_parallel",
-        *(
-            f"diffusers.pipelines.{name}"
-            for name in (
-                "wan.pipeline_wan",
-                "flux.pipeline_flux",
-                "ltx.pipeline_ltx",
-                "cogvideo.pipeline_cogvideox",
-                "hunyuan_video.pipeline_hunyuan_video",
-            )
-        ),
-    ]
-)
 
 
 def tiny_wan(heads=4):

@@ -594,3 +594,38 @@ def test_a_pipeline_whose_transformer_is_wrapped_by_compile_is_patched():
         assert handle.summary().sparse_calls == 8
     torch.testing.assert_close(generate(pipe, call), stock)
     torch._dynamo.reset()
+
+
+def test_a_removed_patch_cannot_be_entered_again():
+    pipe, _ = wan()
+    handle = patch(pipe, plan_for(pipe, NARROW))
+    with handle:
+        pass
+    with pytest.raises(RuntimeError, match=r"removed already; call sparse_dit.patch\(pipe, plan\)"):
+        handle.__enter__()
+    handle = patch(pipe, plan_for(pipe, NARROW))
+    unpatch(pipe)
+    with pytest.raises(RuntimeError, match="removed already"):
+        handle.__enter__()
+
+
+def test_a_transformer_that_is_replaced_after_patching_is_told():
+    pipe, call = wan()
+    other, first = copy.deepcopy(pipe.transformer), pipe.transformer
+    with patch(pipe, plan_for(pipe, NARROW)) as handle:
+        assert handle.summary().replaced == ()
+        pipe.transformer = torch.compile(first, backend="eager")  # the same one
+        assert handle.summary().replaced == ()
+        pipe.transformer = other
+        generate(pipe, call)
+    for summary in (handle.summary(), handle.summary()):
+        assert summary.replaced == ("transformer",) and summary.sparse_calls == 0
+        assert "another transformer now than the one that was patched" in str(summary)
+
+
+@pytest.mark.parametrize("part", ["pipeline", "transformer"])
+def test_the_class_instead_of_an_instance(part):
+    pipe, _ = wan()
+    kind = type(pipe if part == "pipeline" else pipe.transformer)
+    with pytest.raises(TypeError, match=rf"{kind.__name__} is a class; pass a pipeline or"):
+        patch(kind, plan_for(pipe, NARROW))

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_dit import cli
 from sparse_dit.generation import Case, GenerationSettings
-from sparse_dit.integrations import traced
+from sparse_dit.integrations import processors, traced
 from sparse_dit.integrations.diffusers import (
     attach,
     attachment_of,
@@ -113,6 +113,46 @@ def test_compiled_first_then_patched(how):
     assert counter.frame_count == 2
 
 
+@pytest.mark.fresh
+@pytest.mark.parametrize(
+    ("how", "patched_first"), [(compile_blocks, True), (compile_whole, False), (wrap_whole, True)]
+)
+def test_the_very_first_patched_forward_may_be_a_compiled_one(how, patched_first):
+    """In each layer with its own plan; a second thread then runs the same code."""
+    pipe, call = wan()
+    call |= {"num_inference_steps": 1, "guidance_scale": 1.0}
+    plan = plan_for(pipe, FAR)
+    part, last = plan.components["transformer"], "blocks.1.attn1"
+    narrow = plan_for(pipe, NARROW).components["transformer"].layers[last]
+    layers = part.layers | {last: narrow}
+    plan = replace(plan, components={"transformer": replace(part, layers=layers)})
+    twin = copy.deepcopy(pipe)
+    handle = patch(pipe, plan) if patched_first else None
+    how(pipe, "eager")
+    handle = handle or patch(pipe, plan)
+    got = [generate(pipe, call)]
+    with ThreadPoolExecutor(1) as pool:
+        got.append(pool.submit(generate, pipe, call).result())
+    assert {ran.layer: ran.calls for ran in handle.ran["transformer"]} == dict.fromkeys(layers, 2)
+    with patch(twin, plan):
+        want = generate(twin, call)
+    assert torch.equal(got[0], want) and torch.equal(got[1], want)
+
+
+@pytest.mark.fresh
+def test_a_graph_that_breaks_at_attention_finds_its_layer(monkeypatch):
+    """The layer is then looked up in a frame of its own, which is compiled too."""
+    pipe, call = wan()
+    call |= {"num_inference_steps": 1, "guidance_scale": 1.0}
+    monkeypatch.setattr(processors, "traceable", lambda options: False)
+    with patch(pipe, plan_for(pipe, NARROW)) as handle:
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+        generate(pipe, call)
+        calls = {ran.layer: ran.calls for ran in handle.ran["transformer"]}
+    assert calls == dict.fromkeys(self_attention_layers(pipe.transformer), 1)
+
+
+@pytest.mark.fresh
 def test_a_compiled_block_of_a_dense_plan_is_bit_equal_to_stock():
     pipe, call = wan()
     stock = generate(pipe, call)
@@ -454,6 +494,7 @@ def test_a_failure_half_way_through_attaching_restores_stock(monkeypatch):
     assert torch.equal(generate(pipe, call), stock)
 
 
+@pytest.mark.fresh
 def test_compiled_and_patched_pipelines_copy_and_pickle_their_own_handles():
     pipe, call = wan()
     with patch(pipe, plan_for(pipe, NARROW)):

@@ -115,7 +115,7 @@ def head_quality(
     try:
         for name, part in plan.components.items():
             watches[name] = _Watch(part)
-            attachments.append(attach(components(pipe)[name], watches[name]))
+            attachments.append(attach(components(pipe)[name], watches[name], pipe))
         generate(pipe, case, settings)
     finally:
         for attachment in attachments:

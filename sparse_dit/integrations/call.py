@@ -25,10 +25,12 @@ class StepContext:
         sigma: Noise level of the forward, timestep / num_train_timesteps, in [0, 1]; None before
             the first forward. The largest one where tokens or batch items differ.
         branch: Half of classifier-free guidance; "any" if both are in the batch, or unknown.
-        run: Counts generations from 0; a run starts when the noise level rises or starts anew.
+        run: Counts generations from 0. Its pipeline's scheduler tells where one starts; where no pipeline is
+            known, it does when the noise level rises or starts anew.
         step: Counts the denoising steps that this transformer took in the run, from 0.
         condition: Number of the tensor object that the forward is conditioned on, never given twice: another
             number may be another generation. None if there is none. It doesn't count in comparisons.
+            One object gets another number where it can't be told whether another generation has begun.
     """
 
     layout: TokenLayout | None = None

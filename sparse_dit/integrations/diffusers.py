@@ -17,6 +17,7 @@ from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
+from .schedule import Schedule
 
 __all__ = [
     "Attachment",
@@ -39,11 +40,16 @@ def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
     """The transformers of a pipeline by component name; a bare one is `{"transformer": it}`.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If there is none, or it is a class.
         NotImplementedError: If there is one of a class that is not supported.
     """
     supported = "`sparse-dit models` lists the transformers that are"
     kind = type(pipe_or_transformer).__name__
+    if isinstance(pipe_or_transformer, type):
+        raise TypeError(
+            f"{pipe_or_transformer.__name__} is a class; pass a pipeline or transformer of it, as "
+            f"{pipe_or_transformer.__name__}.from_pretrained(...) gives"
+        )
     if isinstance(pipe_or_transformer, nn.Module):
         found = {"transformer": pipe_or_transformer}
     else:
@@ -102,7 +108,7 @@ def heads_of(transformer: nn.Module) -> tuple[int, int]:
     return _family(transformer).heads(transformer.config)
 
 
-def attach(transformer: nn.Module, intercept: Intercept) -> Attachment:
+def attach(transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachment:
     """Send every self-attention call of a transformer to `intercept`, until detached.
 
     Norms, rotary embedding and projections stay the host's; bit-equal to stock if `intercept` is
@@ -111,6 +117,8 @@ def attach(transformer: nn.Module, intercept: Intercept) -> Attachment:
     Args:
         transformer: A transformer of a supported class.
         intercept: Gets an `AttentionCall` and returns attention's output `[B, N, H, D]`.
+        pipe: The pipeline that runs the transformer: its scheduler tells where generations and steps begin.
+            They are guessed from noise levels and conditions without it (a transformer is no pipeline).
 
     Raises:
         ValueError: If something is attached to the transformer already.
@@ -123,7 +131,7 @@ def attach(transformer: nn.Module, intercept: Intercept) -> Attachment:
             f"something is attached to this {type(transformer).__name__} already; "
             "detach it first (handle.remove() or sparse_dit.unpatch(pipe))"
         )
-    return Attachment(transformer, intercept)
+    return Attachment(transformer, intercept, None if isinstance(pipe, nn.Module) else pipe)
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:
@@ -143,7 +151,7 @@ class Attachment:
 
     KEY = "_sparse_dit"
 
-    def __init__(self, transformer: nn.Module, intercept: Intercept) -> None:
+    def __init__(self, transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> None:
         self._tap = Tap(intercept, unpadded=_family(transformer).unpadded)
         self._transformer: Any = transformer
         self.layers: dict[str, Any] = dict(self_attention_layers(transformer))
@@ -154,8 +162,10 @@ class Attachment:
         }
         self._links = _links(transformer, self.layers)
         self._name: str | None = None
-        self._course = Course()
+        self._schedule = Schedule(pipe)
+        self._course = Course(self._schedule)
         self._lost: set[str] = set()
+        self._was_replaced = False
         try:
             for name, processor in self._patched.items():
                 _set(self.layers[name], processor)
@@ -187,11 +197,24 @@ class Attachment:
             return sorted(self._lost)
         return sorted(n for n, p in self._patched.items() if self._replaced(n, p))
 
+    @property
+    def replaced(self) -> bool:
+        """Whether the pipeline had another transformer in this one's place while attached."""
+        pipe = self._schedule.pipe
+        if self._tap.intercept is None or pipe is None:
+            return self._was_replaced
+        parts = (getattr(part, "_orig_mod", part) for part in pipe.components.values())
+        return all(part is not self._transformer for part in parts)
+
+    def begin_run(self) -> None:
+        """Let the next forward begin a generation; see `Handle.begin_run`."""
+        self._course.begin()
+
     def detach(self) -> None:
         """Restore the very stock processors and take the hook off; twice is harmless."""
         if self._tap.intercept is None:
             return
-        self._lost = set(self.lost)
+        self._lost, self._was_replaced = set(self.lost), self.replaced
         for name, layer in self.layers.items():
             if layer.processor is self._patched[name]:
                 _set(layer, self._stock[name])

@@ -114,9 +114,10 @@ class Host:
 
 
 class _Active(threading.local):
-    """The layer whose processor runs now in this thread."""
+    """The layer whose processor runs now in this thread; not there before the first call, and not read
+    before it is written, as compiled code would guard what it found."""
 
-    seam: Seam | None = None
+    seam: Seam | None
 
 
 _ACTIVE = _Active()
@@ -146,11 +147,11 @@ def patched_class(stock: type) -> type:
 
     @functools.wraps(stock.__call__)  # hosts drop keyword arguments that the signature lacks
     def __call__(self, *args, **kwargs):
-        previous, _ACTIVE.seam = _ACTIVE.seam, self._sparse_dit_seam
+        _ACTIVE.seam = self._sparse_dit_seam
         try:
             return run(self, *args, **kwargs)
         finally:
-            _ACTIVE.seam = previous
+            _ACTIVE.seam = None  # no processor runs within another
 
     def __new__(cls, *args, **kwargs):  # hosts reset a processor by calling its class
         return stock(*args, **kwargs)

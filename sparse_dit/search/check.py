@@ -179,7 +179,7 @@ def check_plan(
         for name, part in plan.components.items():
             roots = projections(found[name], part.num_heads) if behind else {}
             watches[name] = _Watch(part, rows, roots)
-            attachments.append(attach(found[name], watches[name]))
+            attachments.append(attach(found[name], watches[name], pipe))
         generate(pipe, case, settings)
     finally:
         for attachment in attachments:

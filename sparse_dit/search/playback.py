@@ -35,7 +35,7 @@ def recording(transformer: nn.Module) -> Iterator[list[tuple[float, Any]]]:
 
 @contextlib.contextmanager
 def replaying(
-    transformer: nn.Module, outputs: Sequence[Any], intercept: Intercept
+    transformer: nn.Module, outputs: Sequence[Any], intercept: Intercept, pipe: Any = None
 ) -> Iterator[None]:
     """Inside the block the first forwards return `outputs`, unread; the others run with `intercept`.
 
@@ -43,6 +43,7 @@ def replaying(
         transformer: Of a supported class, with nothing attached.
         outputs: Of the same generation's first forwards; hosts don't write to them.
         intercept: Sees the attention calls of the forwards that run.
+        pipe: The pipeline that runs the transformer, if it is known.
     """
     before = vars(transformer).get("forward")  # offloading puts its own there
     run, waiting = transformer.forward, list(reversed(outputs))
@@ -50,7 +51,7 @@ def replaying(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return waiting.pop() if waiting else run(*args, **kwargs)
 
-    attachment = attach(transformer, intercept)
+    attachment = attach(transformer, intercept, pipe)
     transformer.forward = forward
     try:
         yield

@@ -228,7 +228,7 @@ def _prober(
         with contextlib.ExitStack() as stack:
             for name, transformer in components(pipe).items():
                 sees = intercept if name == component else stock
-                stack.enter_context(replaying(transformer, given[name], sees))
+                stack.enter_context(replaying(transformer, given[name], sees, pipe))
             video, _ = generate(pipe, case, settings)
         if not intercept.errors:
             return None

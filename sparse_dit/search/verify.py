@@ -87,7 +87,7 @@ def dense_reference(
     try:
         for name, module in components(pipe).items():
             counters[name] = _Count((watched_by or {}).get(name, stock))
-            attachments.append(attach(module, counters[name]))
+            attachments.append(attach(module, counters[name], pipe))
         video, seconds = generate(pipe, case, settings)
     finally:
         for attachment in attachments:

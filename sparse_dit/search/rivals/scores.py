@@ -199,7 +199,7 @@ def _ways(
     steps = replace(settings, steps=len(profile.sigmas))
 
     def run(intercept: Intercept) -> None:
-        attachment = attach(module, intercept)
+        attachment = attach(module, intercept, pipe)
         try:
             generate(pipe, case, steps)
         finally:
