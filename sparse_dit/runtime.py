@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import backend_name, sparse_attention
+from .autocast import lowered
 from .index import PatternIndex, SparseIndex, build_index
 from .integrations.arrangement import with_bias
 from .integrations.call import AttentionCall
@@ -104,13 +105,13 @@ class Runtime:
         index = self._index(call, stage, skipped)
         if index.is_dense:
             return self._dense(call, stage, ALL_DENSE)
+        q, k, v = lowered(call.q, call.k, call.v)
         if call.split is not None:
             out, name = call.split.attend(
-                call.q, call.k, call.v, index, call.scale, self.backend, self.nan_guard
+                q, k, v, index, call.scale, self.backend, self.nan_guard
             )
             self._count(call, (call.layer, stage, None, name), index.density)
             return out
-        q, k, v = call.q, call.k, call.v
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         if call.bias is not None:
             q, k, v = with_bias(q, k, v, call.bias, scale)
