@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -36,3 +42,14 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if autocast_dtype(device_type) is None:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def in_own_dtypes(compute: Callable[P, R]) -> Callable[P, R]:
+    """A function that computes on the CPU, in the dtypes of its tensors under `torch.autocast` too."""
+
+    @functools.wraps(compute)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> R:
+        with without_autocast("cpu"):
+            return compute(*args, **kwargs)
+
+    return computed

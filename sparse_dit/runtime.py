@@ -107,9 +107,7 @@ class Runtime:
             return self._dense(call, stage, ALL_DENSE)
         q, k, v = lowered(call.q, call.k, call.v)
         if call.split is not None:
-            out, name = call.split.attend(
-                q, k, v, index, call.scale, self.backend, self.nan_guard
-            )
+            out, name = call.split.attend(q, k, v, index, call.scale, self.backend, self.nan_guard)
             self._count(call, (call.layer, stage, None, name), index.density)
             return out
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale

@@ -158,15 +158,19 @@ def _without_padding(x: Tensor, call: _Call) -> Tensor:
 
 
 def _causal(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, chunk: Chunk, call: _Call, into: _Into
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    chunk: Chunk,
+    call: _Call,
+    into: _Into,
 ) -> Tensor:
     """As `_with_lse`, but NaN and Inf in a key or value make NaN only in the rows that see it."""
     odd = ~(keys.isfinite() & values.isfinite()).all(-1)[:, :, None]
     keys, values = (x.masked_fill(odd.transpose(-1, -2), 0.0) for x in (keys, values))
     hurt = (odd & (bias > -torch.inf)).any(-1, keepdim=True)
-    return _with_lse(
-        queries, keys, values, bias.masked_fill(hurt, torch.nan), chunk, call, into
-    )
+    return _with_lse(queries, keys, values, bias.masked_fill(hurt, torch.nan), chunk, call, into)
 
 
 def _bias(chunk: Chunk, call: _Call, q: Tensor) -> Tensor:

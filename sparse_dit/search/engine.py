@@ -13,6 +13,7 @@ from torch import nn
 
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import attachment_of, components
+from ..on_cpu import on_cpu
 from ..plan import Plan, Stage, merged_plan
 from .cost import break_even_tokens
 from .elsewhere import Elsewhere
@@ -63,6 +64,7 @@ def search(pipe: Any, prompts: Sequence[str | Case], **options: Any) -> Plan:
     return search_plan(pipe, prompts, **options).plan
 
 
+@on_cpu
 def search_plan(
     pipe: Any,
     prompts: Sequence[str | Case],

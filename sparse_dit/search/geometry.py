@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..index import pattern_index
 from ..layout import Tile, TokenLayout
+from ..on_cpu import on_cpu
 from ..patterns import Pattern, Union, Window
 from ..plan import ANY_CONFIG, ComponentPlan, HeadChoice, Plan, Stage
 
@@ -91,6 +92,7 @@ class Published:
         )
 
 
+@on_cpu
 def geometric_plan(model: Published) -> Plan:
     """One pattern for all heads of all layers but the first, at all but the noisiest steps.
 
