@@ -22,7 +22,7 @@ from tests.kernel_cases import assert_close, assert_close_pooled, dense, entry, 
 if not interpreted():
     pytest.skip("TRITON_INTERPRET=1 must be set", allow_module_level=True)
 triton_bfloat16.install()
-torch.use_deterministic_algorithms(True)  # fills what isn't written with NaN
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills what isn't written with NaN
 LOCAL = Pattern(Window(0, 1, 1), (1, 2, 2), far=True)
 SINKS = Pattern(Union((Window(0, 1, 1), Vertical((1, 3, 3), (4,)))), (2, 2, 2), sink_frames=1)
 REQUEST = {"backend": "triton", "return_lse": True, "mass_block": 8}

@@ -247,7 +247,7 @@ def _with_lse(
     wide = torch.promote_types(queries.dtype, torch.float32)
     logits = queries.to(wide) @ keys.to(wide).transpose(-1, -2) * call.scale + bias
     lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp()
+    weights = logits.softmax(-1).masked_fill(lse.isneginf()[..., None], 0.0)
     if into.lse is not None:
         into.lse.index_copy_(0, chunk.real_rows, lse.flatten()[chunk.real].float())
     if into.mass is not None:

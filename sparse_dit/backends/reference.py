@@ -45,8 +45,7 @@ def forward(
             kh, vh = k[b, h // group_size], v[b, h // group_size]
             logits, values, seen = _logits(q[b, h], kh, vh, entry, index, valid, scale)
             lse[b, h] = logits.logsumexp(-1)
-            floor = torch.finfo(lse.dtype).min  # a row that sees nothing has lse -inf and weights 0
-            weights = (logits - lse[b, h, :, None].clamp_min(floor)).exp()
+            weights = _softmax(logits, lse[b, h])
             out[b, h] = _weighted(weights, values, seen)
             if mass_block:
                 masses[b][h] = _mass(weights[:, : k.shape[2]], entry, mass_block)
@@ -128,6 +127,11 @@ def _logits(
         pooled &= last <= last_row[:, None]
     far = (q @ means.T * scale + sizes.clamp_min(1).log()).masked_fill(~pooled, float("-inf"))
     return torch.cat([logits, far], 1), torch.cat([v, values]), torch.cat([exact, pooled], 1)
+
+
+def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
+    """Weights `[N, K]`; those of a row that sees nothing, whose `lse` is -inf, are 0."""
+    return logits.softmax(-1).masked_fill(lse.isneginf()[:, None], 0.0)
 
 
 def _weighted(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
