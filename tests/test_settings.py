@@ -21,6 +21,7 @@ from sparse_dit.backends.triton.tables import tables_of
 from sparse_dit.backends.triton.work import work_of
 from sparse_dit.curve import Curve, curve_path
 from sparse_dit.cut import cut
+from sparse_dit.generation import GenerationSettings
 from sparse_dit.index import build_index
 from sparse_dit.integrations.parallel import shards
 from sparse_dit.layout import TokenLayout, tile_order
@@ -29,15 +30,18 @@ from sparse_dit.on_cpu import on_cpu
 from sparse_dit.patterns import Pattern, Window
 from sparse_dit.reuse import without
 from sparse_dit.rounding import from_blocks, to_blocks
+from sparse_dit.search import search
 from sparse_dit.search.candidates import fixed
 from sparse_dit.search.cells import cell_table, sample_rows, sampled_rows
 from sparse_dit.search.local import improve
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.solve import evaluate
 from sparse_dit.search.statistics import discover, empty_statistics, score_all
+from tests import tiny_pipelines
 from tests.cases import PATTERN_CASES
 from tests.kernel_cases import qkv
-from tests.settings_cases import SETTINGS, clear_caches, differences, flat
+from tests.search_cases import stub_costs
+from tests.settings_cases import SETTINGS, clear_caches, default_device, differences, flat
 from tests.solver_cases import random_problem
 
 LAYOUT = TokenLayout.video(3, 5, 7, text_before=3, text_after=4)
@@ -116,3 +120,20 @@ def test_settings_change_nothing(make, name):
         clear_caches()
         assert not differences(make(), want)
     assert not differences(make(), want)
+
+
+def test_a_search_under_another_default_device(monkeypatch):
+    """The plan is that of any other process."""
+    stub_costs(monkeypatch)
+    pipe, _ = tiny_pipelines.wan()
+    settings = GenerationSettings(32, 32, 9, steps=4, guidance=3.0, max_sequence_length=16)
+
+    def searched():
+        clear_caches()
+        asked = {"settings": settings, "max_error": 0.5, "profile_steps": 2}
+        plan = search(pipe, ["a cat"], held_out=["a dog"], **asked)
+        return plan.components["transformer"].layers
+
+    want = searched()
+    with default_device("meta"):
+        assert searched() == want
