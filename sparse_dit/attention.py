@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .autocast import lowered, without_autocast
 from .backends import cpu, flex, gather, reference, triton
 from .backends.attended import Attended
 from .backends.packages import block_sparse_attn, cudnn, flash_attn_4, flashinfer, sparge
@@ -55,7 +56,7 @@ def sparse_attention(
             for the device and can't be compiled.
 
     Returns:
-        `[B, H, N, D]`, dtype of `q`; rows that see nothing are 0.
+        `[B, H, N, D]`, dtype of `q` (under `torch.autocast`, that of autocast); rows that see nothing are 0.
     """
     out = attend(q, k, v, index, kv_len=kv_len, scale=scale, backend=backend).out
     return finite_or_dense(out, q, k, v, index, kv_len, scale) if nan_guard else out
@@ -75,7 +76,8 @@ def attend(
 ) -> Attended:
     """Attention with log-sum-exp and block mass on request.
 
-    Inference only. NaN or Inf in the inputs shows in the rows that see it, as in dense attention.
+    Inference only. NaN or Inf in the inputs shows in the rows that see it, as in dense attention, and in no
+    others. `torch.autocast` casts q, k and v, as for PyTorch's attention. See `docs/contract.md`.
 
     Args:
         q: `[B, H, N, D]`, any strides.
@@ -91,14 +93,17 @@ def attend(
         ValueError: If shapes, dtypes or devices don't fit together, or the backend is unknown.
         NotImplementedError: If the named backend can't run this, with the reason.
     """
+    q, k, v = lowered(q, k, v)
     _check(q, k, v, index, kv_len)
     if mass_block is not None and mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
-    name = backend_name(q, index, backend, lse=return_lse, mass=mass_block is not None)
-    module = BACKENDS[name]
+    module = BACKENDS[_name(q, index, backend, return_lse, mass_block is not None)]
+    if q.shape[0] == 0:
+        return _nothing(q, k, index, return_lse, mass_block)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return module.forward(q, k, v, index, kv_len, scale, return_lse, mass_block)
+    with without_autocast(q.device.type):
+        return module.forward(q, k, v, index, kv_len, scale, return_lse, mass_block)
 
 
 def block_mass(
@@ -127,6 +132,7 @@ def block_mass(
     Raises:
         ValueError, NotImplementedError: As `attend`.
     """
+    q, k = lowered(q, k)
     _check(q, k, k, index, kv_len)
     if mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
@@ -135,10 +141,13 @@ def block_mass(
             f"lse must be float32 {list(q.shape[:3])} on {q.device}, got {lse.dtype} "
             f"{list(lse.shape)} on {lse.device}"
         )
-    module = BACKENDS[backend_name(q, index, backend, mass=True)]
+    module = BACKENDS[_name(q, index, backend, False, True)]
+    if q.shape[0] == 0:
+        return _no_mass(q, k, index, mass_block)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return module.block_mass(q, k, index, lse, kv_len, scale, mass_block)
+    with without_autocast(q.device.type):
+        return module.block_mass(q, k, index, lse, kv_len, scale, mass_block)
 
 
 def backend_name(
@@ -154,6 +163,11 @@ def backend_name(
         ValueError: If the backend is unknown.
         NotImplementedError: If the named backend can't run this or fails its check, with the reason.
     """
+    return _name(lowered(q)[0], index, backend, lse, mass)
+
+
+def _name(q: Tensor, index: SparseIndex, backend: str, lse: bool, mass: bool) -> str:
+    """As `backend_name`, for a `q` that autocast is done with."""
     if backend == "auto":
         return _first_that_can(q, index, lse, mass)
     if backend not in BACKENDS:
@@ -193,6 +207,22 @@ def _reason(name: str, q: Tensor, index: SparseIndex, lse: bool, mass: bool) -> 
         return None
     _warn_once(f"backend {name!r} failed its check and isn't used: {found.problem}")
     return f"it failed its check on {q.device}: {found.problem}"
+
+
+def _nothing(
+    q: Tensor, k: Tensor, index: SparseIndex, lse: bool, mass_block: int | None
+) -> Attended:
+    """What a call of no batch items gives."""
+    return Attended(
+        torch.empty_like(q),
+        q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None,
+        None if mass_block is None else _no_mass(q, k, index, mass_block),
+    )
+
+
+def _no_mass(q: Tensor, k: Tensor, index: SparseIndex, mass_block: int) -> Tensor:
+    blocks = -(-k.shape[2] // mass_block)
+    return q.new_empty(0, q.shape[1], index.max_groups, blocks, dtype=torch.float32)
 
 
 _said: set[str] = set()

@@ -16,6 +16,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from .on_cpu import on_cpu
+
 Size = Annotated[int, Field(strict=True, ge=1, le=1 << 16)] | None
 Grid = tuple[int, int, int]
 
@@ -77,6 +79,7 @@ class Curve:
 
 
 @functools.lru_cache(maxsize=32)
+@on_cpu
 def _rank(grid: Grid) -> Tensor:
     """int64 `[n]`: the place on the curve of each token in raster order."""
     path = curve_path(grid)
@@ -85,6 +88,7 @@ def _rank(grid: Grid) -> Tensor:
     return rank
 
 
+@on_cpu
 def curve_path(grid: Grid) -> Tensor:
     """Raster numbers of a grid's tokens along its curve, int64 `[frames * height * width]`.
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .index import FarField, PatternIndex
+from .on_cpu import on_cpu
 
 
+@on_cpu
 def cut(entry: PatternIndex, queries: Tensor, keys: Tensor) -> PatternIndex:
     """What `entry` computes between some queries and some keys, for tensors that hold only those.
 

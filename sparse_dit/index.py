@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import TileOrder, TokenLayout, cut_offsets, tile_order
+from .on_cpu import on_cpu
 from .patterns import Pattern, Skip
 
 MAX_GROUP = 128
@@ -178,6 +179,7 @@ class SparseIndex:
         return all(self.entries[p].is_dense for p in set(self.head_to_pattern))
 
     @functools.cached_property
+    @on_cpu
     def head_density(self) -> Tensor:
         """float64 `[H]`: computed pairs over the pairs that the dense kernel would compute."""
         densities = [_causal_density(self, e) if self.causal else e.density for e in self.entries]
@@ -234,6 +236,7 @@ def build_index(
 
 
 @functools.lru_cache(maxsize=1024)
+@on_cpu
 def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> PatternIndex:
     """Index of one pattern at one size; see `build_index`."""
     n = layout.seq_len
@@ -253,6 +256,7 @@ def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> Pat
     )
 
 
+@on_cpu
 def seen_cells(pattern: Pattern, order: TileOrder) -> Tensor:
     """Which cells each tile sees exactly, bool `[tiles, cells]`."""
     cells, tiles = order.boxes(pattern.cell), order.boxes()

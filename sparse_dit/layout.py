@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .curve import Curve
+from .on_cpu import on_cpu
 
 MAX_TOKENS = 1 << 24
 
@@ -222,6 +223,7 @@ class TileOrder:
     _boxes: dict[int | None, Boxes] = field(default_factory=dict, repr=False)
 
     @property
+    @on_cpu
     def is_identity(self) -> bool:
         """Whether sorting changes nothing."""
         return bool((self.order == torch.arange(len(self.order))).all())
@@ -236,6 +238,7 @@ class TileOrder:
             self._boxes[cell] = self._bound(self.cell_offsets(cell))
         return self._boxes[cell]
 
+    @on_cpu
     def _bound(self, offsets: Tensor) -> Boxes:
         n = len(offsets) - 1
         owner = torch.repeat_interleave(torch.arange(n), offsets.diff())[:, None].expand(-1, 3)
@@ -246,6 +249,7 @@ class TileOrder:
         return Boxes(lo, hi)
 
 
+@on_cpu
 def cut_offsets(offsets: Tensor, size: int) -> Tensor:
     """Offsets int64 `[n + 1]` with each stretch between two cut into runs of at most `size`."""
     starts, stops = offsets[:-1], offsets[1:]
@@ -256,6 +260,7 @@ def cut_offsets(offsets: Tensor, size: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@on_cpu
 def tile_order(layout: TokenLayout, tile: Tile) -> TileOrder:
     """Sort `layout`'s tokens by 3-D tiles of `tile` frames, rows and columns (None: whole axis).
 

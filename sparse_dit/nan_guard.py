@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .backends.sorting import without_padding
 from .index import SparseIndex
 
 logger = logging.getLogger("sparse_dit")
@@ -37,6 +38,7 @@ def finite_or_dense(
     if not bad:
         return out
     mask = _mask(index, kv_len, q.device)
+    k, v = (without_padding(x, kv_len) for x in (k, v))
     repeat = q.shape[1] // k.shape[1]
     for head in bad:
         one = slice(head, head + 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
 from .index import MAX_GROUP, PatternIndex, SparseIndex
 from .integrations.call import AttentionCall
 from .patterns import Pattern
@@ -164,4 +165,5 @@ def without(index: SparseIndex, heads: Sequence[int]) -> SparseIndex:
 def _shape(call: AttentionCall, stage: int) -> tuple[object, ...]:
     """What has to be the same for outputs to be taken again."""
     q = call.q
-    return (stage, call.context.layout, q.shape, call.v.shape, q.dtype, q.device)
+    dtypes = (q.dtype, autocast_dtype(q.device.type))
+    return (stage, call.context.layout, q.shape, call.v.shape, dtypes, q.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .index import MAX_GROUP, PatternIndex, runs_of
+from .on_cpu import on_cpu
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class BlockIndex:
     density: float
 
 
+@on_cpu
 def to_blocks(entry: PatternIndex, block_q: int, block_k: int) -> BlockIndex:
     """Round the exact part of `entry` to blocks; the far field keeps its own lists.
 
@@ -71,6 +73,7 @@ def to_blocks(entry: PatternIndex, block_q: int, block_k: int) -> BlockIndex:
     )
 
 
+@on_cpu
 def from_blocks(
     blocks: BlockIndex,
     num_queries: int,

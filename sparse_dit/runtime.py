@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import backend_name, sparse_attention
+from .autocast import lowered
 from .index import PatternIndex, SparseIndex, build_index
 from .integrations.arrangement import with_bias
 from .integrations.call import AttentionCall
@@ -110,13 +111,11 @@ class Runtime:
             heads = self.plan.layers[call.layer][stage]
             planned = all(head.pattern.computed.is_dense for head in heads)
             return self._dense(call, stage, ALL_DENSE if planned else ALL_SEEN)
+        q, k, v = lowered(call.q, call.k, call.v)
         if call.split is not None:
-            out, name = call.split.attend(
-                call.q, call.k, call.v, index, call.scale, self.backend, self.nan_guard
-            )
+            out, name = call.split.attend(q, k, v, index, call.scale, self.backend, self.nan_guard)
             self._count(call, (call.layer, stage, None, name), index.density)
             return out
-        q, k, v = call.q, call.k, call.v
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         if call.bias is not None:
             q, k, v = with_bias(q, k, v, call.bias, scale)

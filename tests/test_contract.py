@@ -1,16 +1,32 @@
-"""SparseIndex carries what kernels proper need: checked with PyTorch's compiled FlexAttention."""
+"""docs/contract.md: what every backend keeps, and that SparseIndex carries what kernels proper need, checked
+with PyTorch's compiled FlexAttention.
+"""
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from sparse_dit.attention import attend
+from sparse_dit.attention import attend, sparse_attention
+from sparse_dit.backends.cpu import library
 from sparse_dit.index import build_index
 from sparse_dit.layout import TokenLayout
-from sparse_dit.patterns import Pattern, Stripe, Window
+from sparse_dit.patterns import Dense, Pattern, Stripe, Window
 from sparse_dit.rounding import to_blocks
+from tests.contract_cases import (
+    check_autocast,
+    check_empty,
+    check_modes,
+    check_nan,
+    check_padding,
+    check_strides,
+    index_of,
+    inputs,
+)
+from tests.kernel_cases import qkv
+from tests.settings_cases import threads
 
 BLOCK = 32
+NO_KERNEL = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
 
 
 def lists(blocks, rows, columns):
@@ -83,3 +99,81 @@ def test_compiled_flex_attention_runs_the_rounded_lists():
         restored = torch.empty_like(out[:, head])
         restored[:, entry.q_order.long()] = out[:, head]
         torch.testing.assert_close(restored, truth[:, head], atol=2e-5, rtol=2e-5)
+
+
+HERE = [
+    pytest.param(name, marks=NO_KERNEL if name == "cpu" else ())
+    for name in ("cpu", "gather", "reference")
+]
+CHECKS = [check_autocast, check_strides, check_modes, check_nan, check_padding, check_empty]
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_what_every_backend_keeps(check, backend):
+    check(backend)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_nan_in_causal_order(backend):
+    """Rows of one group see other keys; those that don't see the bad one are as before."""
+    check_nan(backend, causal=True)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_half_precision_sums_do_not_overflow(backend):
+    """Logits and sums beyond float16's 65,504; the specification computes them in float32."""
+    index = build_index([Pattern(Dense())], TokenLayout.video(4, 16, 16))
+    q, k, v = qkv(index, 64, dtype=torch.float16)
+    q, v = q * 0 + 64, v * 0 + 300
+    k = k * 0 + 32
+    got = attend(q, k, v, index, backend=backend, scale=1.0, return_lse=True)
+    assert torch.equal(got.out, v) and got.lse.isfinite().all()
+
+
+def test_sizes_that_scaled_dot_product_attention_takes_and_this_does_not():
+    """One message each: nothing is broadcast, and an index has heads and tokens."""
+    index, (q, k, v) = index_of(), inputs(torch.float32)
+    with pytest.raises(ValueError, match="agree in B and D"):
+        attend(q, k[:1], v[:1], index)
+    with pytest.raises(ValueError, match="must be a multiple of 0 key heads"):
+        attend(q, k[:, :0], v[:, :0], index)
+    with pytest.raises(ValueError, match="the index is for"):
+        attend(q[:, :0], k, v, index)
+    with pytest.raises(ValueError, match="the index is for"):
+        attend(q[:, :, :0], k, v, index)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_autocast_compiled(mixed):
+    """Autocast around a compiled function, and inside of it."""
+    index, (q, k, v) = index_of(), inputs(torch.float32)
+    v = v.bfloat16() if mixed else v
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = sparse_attention(q, k, v, index)
+
+    def inside(q, k, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sparse_attention(q, k, v, index)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *x: sparse_attention(*x, index), fullgraph=True, backend="aot_eager"
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(q, k, v), want) and want.dtype == torch.bfloat16
+    assert torch.equal(torch.compile(inside, fullgraph=True, backend="aot_eager")(q, k, v), want)
+    if not mixed:
+        assert compiled(q, k, v).dtype == torch.float32
+    torch._dynamo.reset()
+
+
+@NO_KERNEL
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_number_of_threads_changes_no_bit(count):
+    index, (q, k, v) = index_of(), inputs(torch.float32)
+    with threads(1):
+        want = attend(q, k, v, index, backend="cpu", return_lse=True, mass_block=16)
+    with threads(count):
+        got = attend(q, k, v, index, backend="cpu", return_lse=True, mass_block=16)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -10,6 +10,8 @@ from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
 from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.contract_cases import check_empty, check_nan, check_padding, index_of
+from tests.contract_cases import inputs as inputs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # inductor's own, on first compilation
 LAYOUT = TokenLayout.video(3, 5, 7, text_before=2, text_after=23)  # 130 tokens, 3 blocks
@@ -113,6 +115,22 @@ def test_reasons():
     assert flex.unsupported(q, index) is None
     assert backend_name(q, index) in ("cpu", "gather")  # on a CPU only by name
     assert BACKENDS["flex"] is flex
+
+
+def test_what_every_backend_keeps():
+    """But for NaN in a value, which shows in all rows of its blocks, and in a key, which may not show."""
+    check_padding("flex")
+    check_nan("flex", odd=("keys",), shows=False)
+    check_empty("flex")
+
+
+def test_autocast():
+    """One dtype: each compiles."""
+    index = index_of()
+    q, k, v = inputs_of(torch.float32)
+    want = attend(*(x.bfloat16() for x in (q, k, v)), index, backend="flex").out
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attend(q, k, v.bfloat16(), index, backend="flex").out, want)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -17,12 +17,20 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
 from tests import triton_bfloat16
 from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.contract_cases import (
+    check_autocast,
+    check_empty,
+    check_nan,
+    check_padding,
+    check_strides,
+)
 from tests.kernel_cases import assert_close, assert_close_pooled, dense, entry, one_head, qkv
+from tests.settings_cases import deterministic
 
 if not interpreted():
     pytest.skip("TRITON_INTERPRET=1 must be set", allow_module_level=True)
 triton_bfloat16.install()
-torch.use_deterministic_algorithms(True)  # fills what isn't written with NaN
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills what isn't written with NaN
 LOCAL = Pattern(Window(0, 1, 1), (1, 2, 2), far=True)
 SINKS = Pattern(Union((Window(0, 1, 1), Vertical((1, 3, 3), (4,)))), (2, 2, 2), sink_frames=1)
 REQUEST = {"backend": "triton", "return_lse": True, "mass_block": 8}
@@ -139,6 +147,34 @@ def test_nan_shows_where_it_is_seen():
     assert out[:4, :4].isnan().all() and not out[4:].isnan().any() and not out[:, 4:].isnan().any()
     q[0, 0, 63] = torch.inf
     assert attend(q, k, v, index, backend="triton").out[0, 0, 63].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "check", [check_autocast, check_strides, check_nan, check_padding, check_empty]
+)
+def test_what_every_backend_keeps(check):
+    check("triton")
+
+
+def test_autocast_and_empty_batches():
+    check_empty("triton")
+    index = one_head(dense(8, 8))
+    q, k, v = qkv(index, 16)
+    want = attend(*(x.half() for x in (q, k, v)), index, backend="triton").out
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(attend(q, k, v.half(), index, backend="triton").out, want)
+
+
+def test_mass_is_refused_where_it_must_be_deterministic():
+    """Its sums have no fixed order."""
+    index = one_head(dense(8, 8))
+    inputs = qkv(index, 16)
+    with deterministic():
+        attend(*inputs, index, backend="triton", return_lse=True)
+        with pytest.raises(NotImplementedError, match="no fixed order"):
+            attend(*inputs, index, backend="triton", mass_block=8)
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.25, 0.0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..index import PatternIndex, expand
+from ..on_cpu import on_cpu
 
 CPU_KEYS = 8192  # gathered key rows of a chunk: they should stay in cache
 DEVICE_KEYS = 1 << 20
@@ -68,12 +69,13 @@ def _build(entry: PatternIndex, on_cpu: bool) -> Iterator[Chunk]:
         yield _chunk(entry, groups, device)
 
 
+@on_cpu
 def _chunk(entry: PatternIndex, groups: list[int], device: torch.device) -> Chunk:
     rows = [_rows(entry, group) for group in groups]
     keys = [_keys(entry, group) for group in groups]
     row_table, row_pad = _padded(list(rows))
     key_table, key_pad = _padded([tokens for tokens, _ in keys])
-    bias = torch.zeros(key_table.shape)
+    bias = torch.zeros(key_table.shape, dtype=torch.float32)
     for place, (_, logs) in enumerate(keys):
         bias[place, : len(logs)] = logs
     real = (~row_pad).flatten().nonzero()[:, 0]
@@ -99,11 +101,11 @@ def _keys(entry: PatternIndex, group: int) -> tuple[Tensor, Tensor]:
     keys = expand(entry.runs[entry.run_offsets[group] : entry.run_offsets[group + 1]])
     keys = entry.key_tokens[keys]
     if entry.far is None:
-        return keys, torch.zeros(len(keys))
+        return keys, torch.zeros(len(keys), dtype=torch.float32)
     far = entry.far
     cells = expand(far.runs[far.run_offsets[group] : far.run_offsets[group + 1]])
     logs = far.cell_offsets.diff()[cells].float().log()
-    return torch.cat([keys, cells + entry.num_keys]), torch.cat([torch.zeros(len(keys)), logs])
+    return torch.cat([keys, cells + entry.num_keys]), torch.cat([logs.new_zeros(len(keys)), logs])
 
 
 def _padded(lists: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,14 @@ from torch import Tensor
 from ..index import SparseIndex
 from .attended import Attended
 from .flex_lists import FlexLists, lists_of
-from .sorting import max_cells, orders_of, pool_far_field, sort_tokens, unsort_tokens
+from .sorting import (
+    max_cells,
+    orders_of,
+    pool_far_field,
+    sort_tokens,
+    unsort_tokens,
+    without_padding,
+)
 
 BLOCK = {"cpu": 64, "cuda": 128}  # 128 is a multiple of what every CUDA configuration takes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,6 +134,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | 
     orders, cells = orders_of(index), max_cells(index)
     if cells or orders.keys is not None:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    k, v = without_padding(k, kv_len), without_padding(v, kv_len)
     pooled = pool_far_field(k, v, index, kv_len) if cells else None
     k, v = sort_tokens(k, orders.keys), sort_tokens(v, orders.keys)
     tokens = orders.keys
@@ -135,7 +143,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | 
     tokens = tokens.expand(q.shape[0], -1, -1)  # [B, H, M]
     bias = None
     if pooled is not None or kv_len is not None:
-        bias = torch.zeros(tokens.shape, device=q.device)
+        bias = torch.zeros(tokens.shape, dtype=torch.float32, device=q.device)
         if kv_len is not None:
             bias = bias.masked_fill(tokens >= kv_len.to(q.device)[:, None, None], -torch.inf)
     if pooled is not None:

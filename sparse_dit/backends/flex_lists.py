@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..index import PatternIndex, SparseIndex
+from ..on_cpu import on_cpu
 from ..rounding import BlockIndex, to_blocks
 from .sorting import max_cells
 
@@ -43,6 +44,7 @@ def lists_of(index: SparseIndex, block: int) -> FlexLists:
     return index.cache[key]
 
 
+@on_cpu
 def _build(index: SparseIndex, block: int) -> FlexLists:
     cells = max_cells(index)
     rounded = [to_blocks(with_cells(entry, cells), block, block) for entry in index.entries]
@@ -74,6 +76,7 @@ def _build(index: SparseIndex, block: int) -> FlexLists:
     )
 
 
+@on_cpu
 def with_cells(entry: PatternIndex, cells: int) -> PatternIndex:
     """An entry whose pooled keys are ordinary ones behind the others; `cells` of them."""
     entry = entry.to("cpu")
@@ -100,6 +103,7 @@ def with_cells(entry: PatternIndex, cells: int) -> PatternIndex:
     )
 
 
+@on_cpu
 def full_width(offsets: Tensor, blocks: Tensor, columns: int) -> Tensor:
     """CSR lists as an int32 table `[rows, columns]`, filled up with zeros."""
     rows = len(offsets) - 1

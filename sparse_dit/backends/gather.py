@@ -2,7 +2,9 @@
 
 For each chunk of query groups, the keys that they see are copied together and passed to
 `scaled_dot_product_attention`. An additive bias per key carries the far field (log of the cell's size)
-and switches padding off, so that groups of unequal length share a call at no cost.
+and switches padding off, so that groups of unequal length share a call at no cost. As NaN times a weight of
+0 is NaN, padding is made 0 first, and causal order, by which rows of a group see other keys, has a product of
+its own.
 """
 
 from __future__ import annotations
@@ -118,6 +120,7 @@ def _head(q: Tensor, k: Tensor, v: Tensor, call: _Call, into: _Into) -> None:
         q, k, v = (x[None, None] for x in (q, k, v))
         into.out.copy_(F.scaled_dot_product_attention(q, k, v, scale=call.scale)[0, 0])
         return
+    k, v = _without_padding(k, call), _without_padding(v, call)
     if entry.far is not None:
         means, values = _pooled(k, v, call)
         k, v = torch.cat([k, means]), torch.cat([v, values])
@@ -137,13 +140,37 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, call: _Call, into: _I
     keys = k.index_select(0, flat).view(groups, 1, length, -1)
     values = v.index_select(0, flat).view(groups, 1, length, -1)
     bias = _bias(chunk, call, q)
-    if into.lse is None:
+    if call.index.causal:
+        out = _causal(queries, keys, values, bias, chunk, call, into)
+    elif into.lse is None:
         out = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, scale=call.scale
         )
     else:
         out = _with_lse(queries, keys, values, bias, chunk, call, into)
     into.out.index_copy_(0, chunk.real_rows, out.view(-1, out.shape[-1])[chunk.real])
+
+
+def _without_padding(x: Tensor, call: _Call) -> Tensor:
+    """Keys or values `[M, D]` of one head, with 0 for padding."""
+    padding = call.entry.num_keys - call.valid
+    return F.pad(x[: call.valid], (0, 0, 0, padding)) if padding else x
+
+
+def _causal(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    chunk: Chunk,
+    call: _Call,
+    into: _Into,
+) -> Tensor:
+    """As `_with_lse`, but NaN and Inf in a key or value make NaN only in the rows that see it."""
+    odd = ~(keys.isfinite() & values.isfinite()).all(-1)[:, :, None]
+    keys, values = (x.masked_fill(odd.transpose(-1, -2), 0.0) for x in (keys, values))
+    hurt = (odd & (bias > -torch.inf)).any(-1, keepdim=True)
+    return _with_lse(queries, keys, values, bias.masked_fill(hurt, torch.nan), chunk, call, into)
 
 
 def _bias(chunk: Chunk, call: _Call, q: Tensor) -> Tensor:
@@ -168,7 +195,7 @@ def _tokens(call: _Call) -> tuple[Tensor, Tensor]:
     if key not in call.entry.cache:
         entry, device = call.entry, call.entry.q_offsets.device
         token = torch.arange(entry.num_keys, device=device)
-        log_size = torch.zeros(entry.num_keys, device=device)
+        log_size = torch.zeros(entry.num_keys, dtype=torch.float32, device=device)
         if entry.far is not None:
             last = last_tokens(entry.far, entry.key_tokens, call.valid)
             token = torch.cat([token, last])
@@ -183,13 +210,13 @@ def _sizes(call: _Call) -> Tensor:
     cells = far.cell_offsets.long()
     if call.valid == call.entry.num_keys:
         return cells.diff().float()
-    ok = (call.entry.key_tokens < call.valid).float().cumsum(0)
+    ok = (call.entry.key_tokens < call.valid).cumsum(0)  # of ints: deterministic on every device
     total = F.pad(ok, (1, 0))
-    return total[cells[1:]] - total[cells[:-1]]
+    return (total[cells[1:]] - total[cells[:-1]]).float()
 
 
 def _pooled(k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """Mean key and value `[C, D]` of the valid tokens of each cell."""
+    """Mean key and value `[C, D]` of the valid tokens of each cell; padding is 0 already."""
     entry, far = call.entry, call.entry.far
     start, stop = int(far.cell_offsets[0]), int(far.cell_offsets[-1])
     lengths = entry.cache.get("cell lengths")
@@ -202,8 +229,6 @@ def _pooled(k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     pooled = []
     for x in (k, v):
         rows = x.index_select(0, tokens).to(torch.promote_types(x.dtype, torch.float32))
-        if call.valid < entry.num_keys:
-            rows = rows * (tokens < call.valid)[:, None]
         total = rows.new_zeros(len(count), x.shape[1]).index_add_(0, owner, rows)
         pooled.append((total / count).to(x.dtype))
     return pooled[0], pooled[1]
@@ -222,8 +247,9 @@ def _with_lse(
     wide = torch.promote_types(queries.dtype, torch.float32)
     logits = queries.to(wide) @ keys.to(wide).transpose(-1, -2) * call.scale + bias
     lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp()
-    into.lse.index_copy_(0, chunk.real_rows, lse.flatten()[chunk.real].float())
+    weights = logits.softmax(-1).masked_fill(lse.isneginf()[..., None], 0.0)
+    if into.lse is not None:
+        into.lse.index_copy_(0, chunk.real_rows, lse.flatten()[chunk.real].float())
     if into.mass is not None:
         _write_mass(weights, chunk, call, into.mass, into.mass_block)
     return (weights @ values.to(wide)).to(values.dtype)
@@ -234,6 +260,7 @@ def _head_mass(
 ) -> None:
     """Mass of one head, `[G, blocks]`; pooled keys have none, so any key stands for them."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    k = _without_padding(k, call)
     for chunk in chunks_of(call.entry, on_cpu=q.device.type == "cpu"):
         rows, keys = chunk.rows.long(), chunk.keys.long().clamp_max(call.entry.num_keys - 1)
         logits = (q[rows].to(wide) @ k[keys].to(wide).transpose(-1, -2) * call.scale)[:, None]
@@ -252,7 +279,7 @@ def _write_mass(
     real = torch.zeros(chunk.rows.numel(), dtype=torch.bool, device=weights.device)
     real[chunk.real] = True
     weight = (weights[:, 0] * real.view(chunk.rows.shape)[..., None]).sum(1).float()
-    table = torch.zeros(len(chunk.groups), mass.shape[1] + 1, device=weights.device)
+    table = mass.new_zeros(len(chunk.groups), mass.shape[1] + 1)
     table.scatter_add_(1, block, weight)
     mass[chunk.groups] = table[:, :-1]
 

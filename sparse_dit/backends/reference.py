@@ -1,6 +1,6 @@
 """The specification: an index expanded to a token mask, in a few lines of PyTorch.
 
-Slow, and of size N x M: for tests and for reading. Computes in the dtype it is given; give it float64
+Slow, and of size N x M: for tests and for reading. Computes in float32, float64 in float64; give it that
 for an oracle.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..index import FarField, PatternIndex, SparseIndex, expand, last_tokens
+from ..on_cpu import on_cpu
 from .attended import Attended
 
 
@@ -18,6 +19,7 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
     return None
 
 
+@on_cpu
 def forward(
     q: Tensor,
     k: Tensor,
@@ -29,8 +31,8 @@ def forward(
     mass_block: int | None,
 ) -> Attended:
     """Attention over `[B, H, N, D]`, on the CPU wherever `q` is; arguments as in `sparse_attention`."""
-    device = q.device
-    q, k, v = q.cpu(), k.cpu(), v.cpu()
+    device, dtype = q.device, q.dtype
+    q, k, v = _wide(q), _wide(k), _wide(v)
     batch, heads, n, _ = q.shape
     group_size = heads // k.shape[1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -41,17 +43,18 @@ def forward(
         for h, pattern in enumerate(index.head_to_pattern):
             entry = index.entries[pattern].to("cpu")
             kh, vh = k[b, h // group_size], v[b, h // group_size]
-            logits, values = _logits(q[b, h], kh, vh, entry, index, valid, scale)
+            logits, values, seen = _logits(q[b, h], kh, vh, entry, index, valid, scale)
             lse[b, h] = logits.logsumexp(-1)
-            floor = torch.finfo(lse.dtype).min  # a row that sees nothing has lse -inf and weights 0
-            weights = (logits - lse[b, h, :, None].clamp_min(floor)).exp()
-            out[b, h] = weights @ values
+            weights = _softmax(logits, lse[b, h])
+            out[b, h] = _weighted(weights, values, seen)
             if mass_block:
                 masses[b][h] = _mass(weights[:, : k.shape[2]], entry, mass_block)
     mass = _stack(masses, index.max_groups).to(device) if mass_block else None
-    return Attended(out.to(device), lse.float().to(device) if return_lse else None, mass)
+    lse = lse.float().to(device) if return_lse else None
+    return Attended(out.to(device, dtype), lse, mass)
 
 
+@on_cpu
 def block_mass(
     q: Tensor,
     k: Tensor,
@@ -63,20 +66,21 @@ def block_mass(
 ) -> Tensor:
     """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
     device = q.device
-    q, k, lse = q.cpu(), k.cpu(), lse.cpu()
+    q, k, lse = _wide(q), _wide(k), lse.cpu()
     batch, heads, num_keys = q.shape[0], q.shape[1], k.shape[2]
     masses = [[q] * heads for _ in range(batch)]
     for b in range(batch):
         valid = num_keys if kv_len is None else int(kv_len[b])
         for h, pattern in enumerate(index.head_to_pattern):
             entry, kh = index.entries[pattern].to("cpu"), k[b, h // (heads // k.shape[1])]
-            logits, _ = _logits(q[b, h], kh, kh, entry, index, valid, scale)
+            logits, _, _ = _logits(q[b, h], kh, kh, entry, index, valid, scale)
             row = lse[b, h, :, None]
             weights = (logits[:, :num_keys] - row).exp().masked_fill(row.isneginf(), 0.0)
             masses[b][h] = _mass(weights, entry, mass_block)
     return _stack(masses, index.max_groups).to(device)
 
 
+@on_cpu
 def token_mask(entry: PatternIndex) -> tuple[Tensor, Tensor | None]:
     """What an entry computes, in token numbers: bool `[N, M]` exact, and `[N, C]` pooled or None."""
     q_order, k_order = (
@@ -105,8 +109,8 @@ def _logits(
     index: SparseIndex,
     valid: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Logits `[N, M + C]` of all keys, exact and pooled, -inf where not seen; and their values."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[N, M + C]` of all keys, exact and pooled, -inf where not seen; their values; what is seen."""
     exact, pooled = token_mask(entry)
     last_row = torch.arange(entry.num_queries) + index.causal_offset
     tokens = torch.arange(entry.num_keys)
@@ -115,14 +119,28 @@ def _logits(
         exact &= tokens <= last_row[:, None]
     logits = (q @ k.T * scale).masked_fill(~exact, float("-inf"))
     if entry.far is None or pooled is None:
-        return logits, v
+        return logits, v, exact
     means, values, sizes = _pooled(k, v, entry, entry.far, valid)
     last = last_tokens(entry.far, entry.key_tokens, valid)
     pooled &= last >= 0
     if index.causal:
         pooled &= last <= last_row[:, None]
     far = (q @ means.T * scale + sizes.clamp_min(1).log()).masked_fill(~pooled, float("-inf"))
-    return torch.cat([logits, far], 1), torch.cat([v, values])
+    return torch.cat([logits, far], 1), torch.cat([v, values]), torch.cat([exact, pooled], 1)
+
+
+def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
+    """Weights `[N, K]`; those of a row that sees nothing, whose `lse` is -inf, are 0."""
+    return logits.softmax(-1).masked_fill(lse.isneginf()[:, None], 0.0)
+
+
+def _weighted(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Sums of values by weight, `[N, D]`; NaN and Inf count in the rows that see them, not times 0."""
+    odd = ~values.isfinite().all(1)
+    out = weights @ values.masked_fill(odd[:, None], 0.0)
+    for row in (seen & odd).any(1).nonzero()[:, 0].tolist():
+        out[row] = weights[row, seen[row]] @ values[seen[row]]
+    return out
 
 
 def _pooled(
@@ -140,6 +158,11 @@ def _pooled(
         values.append(v[tokens].sum(0) / max(1, len(tokens)))
         sizes.append(len(tokens))
     return torch.stack(means), torch.stack(values), torch.tensor(sizes).to(k)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """On the CPU, in at least float32."""
+    return x.to("cpu", torch.promote_types(x.dtype, torch.float32))
 
 
 def _mass(weights: Tensor, entry: PatternIndex, block: int) -> Tensor:

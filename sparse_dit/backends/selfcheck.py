@@ -15,8 +15,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..index import PatternIndex, SparseIndex, build_index, runs_of
 from ..layout import TokenLayout
+from ..on_cpu import on_cpu
 from ..patterns import Dense, Pattern, Skip, Stripe, Window
 from . import reference
 from .attended import Attended
@@ -74,6 +76,7 @@ def verdict(
         return _verdicts[key]
 
 
+@on_cpu
 def examine(
     module: ModuleType,
     device: torch.device | str,
@@ -103,7 +106,7 @@ def examine(
             continue
         ran = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(torch.device(device).type):
                 error, problem = _compare(module, case, tensors, here, index, tolerance)
         except torch.OutOfMemoryError:
             raise
@@ -165,6 +168,7 @@ def _judge_lse(lse: Tensor, truth: Attended, allowed: float) -> str | None:
     return None if off <= 2 * allowed else f"log-sum-exp is off by {off:.2g}"
 
 
+@on_cpu
 def refused(
     module: ModuleType, device: torch.device | str, head_dim: int, dtype: torch.dtype
 ) -> str | None:
@@ -189,13 +193,14 @@ def _cases() -> Iterator[_Case]:
     yield _Case(build_index(patterns, RAGGED), torch.tensor([RAGGED.seq_len - 1]))
 
 
+@on_cpu
 def block_case() -> SparseIndex:
     """Blocks of 256 rows and 128 keys over 700 tokens, other ones in each head; one row of them empty."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = -(-TOKENS // ROWS), -(-TOKENS // KEYS)
     entries = []
     for head in range(HEADS):
-        seen = torch.rand(rows, columns, generator=generator) < 0.4
+        seen = torch.rand(rows, columns, generator=generator, dtype=torch.float32) < 0.4
         seen[:, head] = True
         seen[head % rows, (head + 1) % columns] = False
         if head == 1:
@@ -220,4 +225,6 @@ def _inputs(case: _Case, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     n = case.index.num_queries
     shapes = [(1, heads, n, head_dim) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in shapes
+    ]

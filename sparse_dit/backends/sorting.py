@@ -81,7 +81,7 @@ def pool_far_field(k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | No
     tokens = torch.arange(num_keys, device=k.device)
     lengths = tokens.new_full((batch,), num_keys) if kv_len is None else kv_len.to(tokens)
     sums = torch.zeros(2, batch, heads, cells, dim, dtype=wide, device=k.device)
-    counts = torch.zeros(batch, heads, cells, device=k.device)
+    counts = torch.zeros(batch, heads, cells, dtype=torch.float32, device=k.device)
     last = torch.full((batch, heads, cells), -1, dtype=torch.int64, device=k.device)
     for entry, of_entry in zip(index.entries, index.heads_of, strict=True):
         if entry.far is None or not of_entry:
@@ -99,6 +99,14 @@ def pool_far_field(k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | No
                 total[:, head, :size].index_add_(1, owner, rows)
     means = (sums / counts.clamp_min(1)[..., None]).to(k.dtype)
     return Pooled(means[0], means[1], counts.log(), last)
+
+
+def without_padding(x: Tensor, kv_len: Tensor | None) -> Tensor:
+    """Keys or values `[B, H, M, D]` with 0 where padding is: NaN times a weight of 0 is NaN."""
+    if kv_len is None:
+        return x
+    padding = torch.arange(x.shape[2], device=x.device) >= kv_len.to(x.device)[:, None]
+    return x.masked_fill(padding[:, None, :, None], 0.0)
 
 
 def max_cells(index: SparseIndex) -> int:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components
 from ..layout import TokenLayout
+from ..on_cpu import on_cpu
 from ..plan import Plan
 from ..search.engine import Searched, search_plan
 from ..search.rivals import (
@@ -89,6 +90,7 @@ class FrontierRequest:
         }
 
 
+@on_cpu
 def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, Any]]:
     """Measure every method at every density; rows are in the file as soon as they are measured.
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import in_own_dtypes
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.call import AttentionCall
 from ..integrations.diffusers import attach, components
 from ..layout import TokenLayout
+from ..on_cpu import on_cpu
 from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
 from ..search.cells import cell_table, sample_rows
@@ -69,11 +71,12 @@ class _Watch:
             self._add(call, layout, stage, patterns)
         return call.stock()
 
+    @in_own_dtypes
     def _add(
         self, call: AttentionCall, layout: TokenLayout, stage: int, patterns: tuple[Pattern, ...]
     ) -> None:
         heads = len(patterns)
-        error, norm, mass = (torch.zeros(heads) for _ in range(3))
+        error, norm, mass = (torch.zeros(heads, dtype=torch.float32) for _ in range(3))
         totals = self.found.setdefault((stage, call.layer), HeadTotals(error, norm, mass))
         rows = sample_rows(layout, ROWS, self.generator)
         totals.rows += len(rows) * call.q.shape[0]
@@ -91,6 +94,7 @@ class _Watch:
             totals.mass[head] += (seen * sums.mass).sum() + sums.text_mass.sum()
 
 
+@on_cpu
 def head_quality(
     pipe: Any, plan: Plan, case: Case, settings: GenerationSettings
 ) -> dict[str, HeadQuality]:

@@ -11,6 +11,7 @@ import numpy as np
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.diffusers import attach, attachment_of, components
 from ..layout import TokenLayout
+from ..on_cpu import on_cpu
 from ..patch import patch
 from ..plan import Plan
 from ..summary import Summary
@@ -128,6 +129,7 @@ class Quality:
         return sum(case.nonfinite_sparse for case in self.cases)
 
 
+@on_cpu
 def evaluate(
     pipe: Any,
     plan: Plan,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..on_cpu import on_cpu
 from ..patch import patch
 from ..plan import Plan
 from .metrics import flat_psnr, mean_db, psnr, relative_error
@@ -71,6 +72,7 @@ class DensePredictions:
 
 
 @torch.no_grad()
+@on_cpu
 def teacher_forced(
     pipe: Any,
     plan: Plan,
@@ -120,6 +122,7 @@ def teacher_forced(
 
 
 @torch.no_grad()
+@on_cpu
 def dense_predictions(
     pipe: Any,
     clips: Sequence[tuple[Tensor, str]],
@@ -141,7 +144,7 @@ def dense_predictions(
     inputs: list[_Noised] = []
     for clip, prompt in clips:
         clean = _encode(pipe, clip)
-        drawn = torch.randn(clean.shape, generator=noise).to(clean)
+        drawn = torch.randn(clean.shape, generator=noise, dtype=torch.float32).to(clean)
         text = _encode_prompt(pipe, prompt, max_sequence_length)
         inputs += [_Noised((1 - s) * clean + s * drawn, text, s) for s in sigmas]
     say(f"teacher-forced, dense: {len(inputs)} predictions")

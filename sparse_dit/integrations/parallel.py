@@ -22,6 +22,7 @@ from ..cut import cut
 from ..index import SparseIndex
 from ..layout import TokenLayout
 from ..nan_guard import finite_or_dense
+from ..on_cpu import on_cpu
 
 CONTEXT_PARALLELISM = "context parallelism"
 
@@ -105,7 +106,7 @@ class Split:
             q, k, v, scale=scale, forward_op=chunks, backward_op=None, _parallel_config=self.config
         )
         if order is not None:
-            out = out[:, :, torch.tensor(order).argsort().tolist()]
+            out = out[:, :, sorted(range(len(order)), key=order.__getitem__)]
         return out, chunks.ran
 
     def part(self, index: SparseIndex, order: list[int] | None, source: int) -> SparseIndex:
@@ -250,6 +251,7 @@ def check_split(
 
 
 @functools.lru_cache(maxsize=32)
+@on_cpu
 def shards(layout: TokenLayout, processes: int) -> tuple[Tensor, ...]:
     """For each process its tokens, int64, in its order: a shard of each segment in turn."""
     segments = torch.arange(layout.seq_len).split([s.length for s in layout.segments])

@@ -14,6 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ..autocast import lowered
+
 
 class Layer(Protocol):
     """What a handle names."""
@@ -52,11 +54,15 @@ def attend_traced(
     options: dict[str, Any],
     heads_first: bool,
 ) -> Tensor:
-    """Call the operator with `traceable` options; output in the host's order of dimensions."""
-    backend = options.get("backend")
+    """Call the operator with `traceable` options; output in the host's order of dimensions.
+
+    What autocast casts is cast here: when a compiled graph runs, it is switched off.
+    """
+    backend, mask = options.get("backend"), options.get("attn_mask")
+    q, k, v, *masks = lowered(q, k, v, *([] if mask is None else [mask]))
     return torch.ops.sparse_dit.seam(
         handle, q, k, v,
-        options.get("attn_mask"),
+        masks[0] if masks else None,
         float(options.get("dropout_p") or 0.0),
         bool(options.get("is_causal")),
         options.get("scale"),

@@ -172,7 +172,9 @@ def _polish(archive: Archive, seen: Problem) -> None:
 def _other_units(archive: Archive, generator: torch.Generator) -> Tensor:
     """An elite with a few units by lot."""
     pick = _elite(archive, generator).pick.clone()
-    chosen = torch.rand(len(pick), generator=generator) < max(_SHARE, 1 / len(pick))
+    chosen = torch.rand(len(pick), generator=generator, dtype=torch.float32) < max(
+        _SHARE, 1 / len(pick)
+    )
     drawn = torch.randint(archive.problem.seconds.shape[1], pick.shape, generator=generator)
     return torch.where(chosen, drawn, pick)
 
@@ -180,7 +182,7 @@ def _other_units(archive: Archive, generator: torch.Generator) -> Tensor:
 def _other_layers(archive: Archive, generator: torch.Generator) -> Tensor:
     """An elite that has each layer at each stage from another one, or not, by lot."""
     layer = archive.problem.layer_of
-    swap = torch.rand(int(layer.max()) + 1, generator=generator) < 0.25
+    swap = torch.rand(int(layer.max()) + 1, generator=generator, dtype=torch.float32) < 0.25
     one, two = (_elite(archive, generator).pick for _ in range(2))
     return torch.where(swap[layer], two, one)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import in_own_dtypes
 from ..curve import Curve
 from ..generation import Case, GenerationSettings, call_arguments, generate_until
 from ..integrations.call import AttentionCall
@@ -127,6 +128,7 @@ class _Look:
             self._add(call, layout)
         return call.stock()
 
+    @in_own_dtypes
     def _add(self, call: AttentionCall, layout: TokenLayout) -> None:
         rows = sample_rows(layout, self.rows, self.generator)
         self.found[call.layer] = heads = empty_heads(layout, self.tiles, self.profile.num_heads)

@@ -259,5 +259,5 @@ def sample_rows(layout: TokenLayout, count: int, generator: torch.Generator) -> 
     video = order.order[order.text_before : order.text_before + layout.num_video]
     count = min(count, len(video))
     bounds = torch.arange(count + 1) * len(video) // count
-    jitter = torch.rand(count, generator=generator)
+    jitter = torch.rand(count, generator=generator, dtype=torch.float32)
     return video[(bounds[:-1] + (jitter * bounds.diff()).long())].sort().values

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import in_own_dtypes
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.call import AttentionCall
 from ..integrations.diffusers import (
@@ -22,6 +23,7 @@ from ..integrations.diffusers import (
     self_attention_layers,
 )
 from ..layout import TokenLayout
+from ..on_cpu import on_cpu
 from ..patterns import Pattern
 from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
 from .cells import sample_rows
@@ -128,6 +130,7 @@ class _Watch:
                 self._score(call, stage, patterns, layout)
         return call.stock()
 
+    @in_own_dtypes
     def _score(
         self, call: AttentionCall, stage: int, patterns: tuple[Pattern, ...], layout: TokenLayout
     ) -> None:
@@ -145,6 +148,7 @@ class _Watch:
             totals.norm[head] += norm
 
 
+@on_cpu
 def check_plan(
     pipe: Any,
     plan: Plan,

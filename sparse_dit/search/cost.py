@@ -126,7 +126,10 @@ def measure_cost(
     generator = torch.Generator().manual_seed(0)
     shape = (1, layout.seq_len, num_heads, head_dim)  # as hosts hold it
     q, k, v = (
-        torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
+        torch.randn(shape, generator=generator, dtype=torch.float32)
+        .to(device, dtype)
+        .transpose(1, 2)
+        for _ in range(3)
     )
     dense = build_index([Pattern(Dense())] * num_heads, layout).to(device)
     runs: dict[Any, Any] = {

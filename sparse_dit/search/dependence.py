@@ -40,7 +40,7 @@ def look(
     tile = tilings(layout)[0]
     if key not in profile.looks:
         fresh = {
-            name: torch.zeros(profile.num_heads, *shape)
+            name: torch.zeros(profile.num_heads, *shape, dtype=torch.float32)
             for name, shape in look_shapes(layout).items()
         }
         profile.looks.setdefault(key, fresh)  # other heads, on other threads, come to it too
@@ -49,7 +49,9 @@ def look(
     places = relative_cells(layout, tile)[sums.cell[rows]].flatten()
     mine = {name: values[head] for name, values in profile.looks[key].items()}
     mine["offset_far"].view(-1).index_add_(0, places, saved.flatten())
-    mine["offset_count"].view(-1).index_add_(0, places, torch.ones(len(places)))
+    mine["offset_count"].view(-1).index_add_(
+        0, places, torch.ones(len(places), dtype=torch.float32)
+    )
     mine["column"] += saved.sum(0)
 
 
@@ -109,7 +111,7 @@ def _regret(statistics: Sequence[dict[str, Tensor]], table: CellTable) -> Tensor
             )  # what is saved here with this choice, and with the other's
             regrets.append(max(0.0, 1 - foreign / own) if own > 0 else 0.0)
         result.append(sum(regrets) / len(regrets))
-    return torch.tensor(result)
+    return torch.tensor(result, dtype=torch.float32)
 
 
 def _offsets(statistics: dict[str, Tensor], table: CellTable) -> Tensor:

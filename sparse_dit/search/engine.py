@@ -14,6 +14,7 @@ from torch import nn
 
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import attachment_of, components
+from ..on_cpu import on_cpu
 from ..plan import Plan, Stage, merged_plan
 from .cost import break_even_tokens
 from .elsewhere import Elsewhere
@@ -61,6 +62,7 @@ class Searched:
         return front_of(self.problem, model, self.choice, self.plan.measured.get("psnr_db"))
 
 
+@on_cpu
 def search_plan(
     pipe: Any,
     prompts: Sequence[str | Case],

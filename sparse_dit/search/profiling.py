@@ -11,6 +11,7 @@ from typing import Any
 
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components, heads_of
+from ..on_cpu import on_cpu
 from ..plan import config_hash
 from .beyond import has_frames, look_beyond
 from .lock import only_writer
@@ -24,6 +25,7 @@ from .verify import dense_reference
 TURNS = 2  # steps of a kept generation that are recorded, for each step of the other runs
 
 
+@on_cpu
 def profile_pipeline(
     pipe: Any,
     cases: Sequence[Case],

@@ -138,4 +138,4 @@ def _scale(near: Tensor, wide: Tensor) -> Tensor:
     both = (near > 0) & (wide > 0)
     both[tuple(least)] = False
     total = wide[both].sum()
-    return near[both].sum() / total if total > 0 else torch.ones(())
+    return near[both].sum() / total if total > 0 else torch.ones((), dtype=torch.float32)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..autocast import in_own_dtypes
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
 from .candidates import tilings
@@ -81,6 +82,7 @@ class Recorder:
         half = self.turns.get(context.step)
         return half is not None and context.branch in ("any", half)
 
+    @in_own_dtypes
     def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
         profile = self.profile
         profile.note_layout(layout)
@@ -135,8 +137,14 @@ class Recorder:
         if (level, layer) not in run.scores:
             shape = (run.num_heads, len(kinds))
             run.scores[level, layer] = {
-                **{key: torch.zeros(shape) for key in ("error", "error_squared", "recall")},
-                **{key: torch.zeros(run.num_heads) for key in ("norm", "rows")},
+                **{
+                    key: torch.zeros(shape, dtype=torch.float32)
+                    for key in ("error", "error_squared", "recall")
+                },
+                **{
+                    key: torch.zeros(run.num_heads, dtype=torch.float32)
+                    for key in ("norm", "rows")
+                },
             }
         scores = run.scores[level, layer]
         dense = torch.tensor([kind.is_dense for kind in kinds])
@@ -164,6 +172,7 @@ class Recorder:
         image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
         pictures, heads = self.profile.pictures, self.profile.num_heads
         if (layer, tile) not in pictures:
-            pictures.setdefault((layer, tile), torch.zeros(heads, *size))  # heads come side by side
+            fresh = torch.zeros(heads, *size, dtype=torch.float32)
+            pictures.setdefault((layer, tile), fresh)  # heads come side by side
         if image.shape == pictures[layer, tile].shape[1:]:
             pictures[layer, tile][head] = image

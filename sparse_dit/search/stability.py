@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..integrations.diffusers import components
+from ..on_cpu import on_cpu
 from ..patterns import Pattern, Skip
 from ..plan import Plan, config_hash
 from .assemble import first_plan
@@ -48,6 +49,7 @@ class _Solved:
         return [listed[pick] for listed, pick in zip(self.problem.candidates, picks, strict=True)]
 
 
+@on_cpu
 def stability(pipe: Any, request: StabilityRequest, say: Say) -> list[StabilityRow]:
     """Profile with few and with more prompts, solve, compare the plans, and judge them held-out.
 

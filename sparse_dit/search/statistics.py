@@ -6,6 +6,7 @@ saves when it is computed exactly. Scoring then measures, on other prompts, ever
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -26,10 +27,11 @@ def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
     table = cell_table(layout, tile)
     lattice = (2 * table.counts - 1).tolist()
     cells = len(table.tokens)
-    result = {key: torch.zeros(lattice) for key in ("offset_far", "offset_drop", "offset_count")}
-    result["column"] = torch.zeros(cells)
+    zeros = functools.partial(torch.zeros, dtype=torch.float32)
+    result = {key: zeros(lattice) for key in ("offset_far", "offset_drop", "offset_count")}
+    result["column"] = zeros(cells)
     if cells <= MAX_BLOCK_CELLS:
-        result["block"] = torch.zeros(cells, cells)
+        result["block"] = zeros(cells, cells)
     return result
 
 
@@ -92,10 +94,10 @@ def score_all(
     Returns:
         `error`, `error_squared` and `recall`, `[K]`; `norm` `[]`: sum over rows of the squared output.
     """
-    error, square, recall = torch.zeros(3, len(candidates))
+    error, square, recall = torch.zeros(3, len(candidates), dtype=torch.float32)
     recall[torch.tensor([kind.is_dense for kind in candidates.kinds])] = float(len(sampled.rows))
     norm, grid = (
-        torch.zeros(()),
+        torch.zeros((), dtype=torch.float32),
         layout.without_text(),
     )  # so that all texts share what is kept of it
     for cells in candidates.cells:

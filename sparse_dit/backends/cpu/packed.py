@@ -37,7 +37,9 @@ def pack_index(index: SparseIndex) -> Tensor:
     words += index.head_to_pattern
     if arrays.end >= 1 << 31:
         raise ValueError(f"an index must be smaller than 2**31 words, got {arrays.end}")
-    return torch.cat([torch.tensor(words, dtype=torch.int32), *arrays.parts])
+    device = index.entries[0].q_offsets.device
+    head = torch.tensor(words, dtype=torch.int32, device=device)
+    return torch.cat([head, *arrays.parts])
 
 
 def _entry(entry: PatternIndex, arrays: _Arrays) -> list[int]:

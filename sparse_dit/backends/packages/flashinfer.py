@@ -59,7 +59,7 @@ def too_long(index: SparseIndex) -> str | None:
 
 def sizes(tokens: int, heads: int) -> Tensor:
     """Tokens of each block, int32 `[heads, blocks]`."""
-    bounds = torch.arange(0, tokens + BLOCK, BLOCK).clamp_max(tokens)
+    bounds = torch.arange(0, tokens + BLOCK, BLOCK, device="cpu").clamp_max(tokens)
     return bounds.diff().int().expand(heads, -1).contiguous()
 
 

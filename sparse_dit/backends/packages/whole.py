@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...on_cpu import on_cpu
 from ...rounding import BlockIndex, to_blocks
 from ..attended import Attended
 from ..flex_lists import full_width
@@ -93,6 +94,7 @@ def rounded(index: SparseIndex, block_q: int, block_k: int) -> list[BlockIndex]:
     return found
 
 
+@on_cpu
 def block_map(index: SparseIndex, block_q: int, block_k: int) -> Tensor:
     """Which blocks each head computes, bool `[H, Qb, Kb]` on the index's device; kept in its cache."""
     key = ("block map", block_q, block_k)

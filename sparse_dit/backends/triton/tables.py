@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...index import PatternIndex
+from ...on_cpu import on_cpu
 
 TILE_FIELDS = 8  # first row, rows, first step, first masked step, end; first cell step, end; group
 HEAD_FIELDS = 8  # addresses: tiles, queries, keys, steps, cells, cell steps; pooled row; positions
@@ -84,6 +85,7 @@ class _Steps(NamedTuple):
     bounds: Tensor
 
 
+@on_cpu
 def _build(
     entry: PatternIndex, block_m: int, block_n: int, offset: int | None, by_group: bool
 ) -> Tables:

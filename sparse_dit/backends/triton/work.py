@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...on_cpu import on_cpu
 from .config import Config
 from .tables import HEAD_FIELDS, SLOT_FIELDS, TILE_BITS, Tables, tables_of
 
@@ -79,6 +80,7 @@ def launch_order(costs: list[Tensor]) -> Tensor:
     return torch.cat([(h << TILE_BITS) + r for h, r in zip(heaviest, ranked, strict=True)])
 
 
+@on_cpu
 def _work(
     index: SparseIndex, kv_heads: int, configs: tuple[Config, Config], by_group: bool
 ) -> Work:

@@ -58,7 +58,8 @@ def raster(ids: Tensor, _version: int, start: int = 0) -> tuple[int, int]:
     places = table[first, 1:3]
     places -= places[0].clone()
     rows, columns = (int(n) + 1 for n in places.amax(0))
-    whole = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
+    axes = (torch.arange(n, device="cpu") for n in (rows, columns))
+    whole = torch.cartesian_prod(*axes).double()
     leads = bool(first[: len(places)].all())
     return (rows, columns) if leads and torch.equal(places, whole) else (0, 0)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...autocast import in_own_dtypes
 from ...generation import Case, GenerationSettings, generate
 from ...integrations.call import AttentionCall, Intercept
 from ...integrations.diffusers import attach, components
@@ -54,6 +55,7 @@ class Judge:
             return None
         return self.profile.nearest_level(sigma), self.profile.layers.index(call.layer)
 
+    @in_own_dtypes
     def __call__(
         self, call: AttentionCall, layout: TokenLayout, patterns: Sequence[Sequence[Pattern]]
     ) -> tuple[Tensor, Tensor]:
