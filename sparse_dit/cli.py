@@ -1,8 +1,9 @@
 """The command line: demo, profile, search, check, stability, show, diff, eval, bench, doctor.
 
 Exit codes: 0 done, 1 something failed (and `search`: the best plan misses what was asked for; `check`:
-heads left their error; `diff`: plans differ; `doctor`: a backend is broken), 2 bad input, 130 stopped by
-Ctrl-C. Heavy imports live inside the commands, so that help is fast.
+heads left their error; `diff`: plans differ; `doctor`: a backend is broken), 2 bad input, 3 done, but a
+result lies elsewhere than asked for, 130 stopped by Ctrl-C. Heavy imports live inside the commands, so
+that help is fast.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,9 +40,15 @@ from .options import (
     say,
     settings_of,
 )
+from .outputs import Outputs
 from .profile_command import profile as profile_command
 from .stability import stability as stability_command
 from .tables import out, show_front, show_heads, show_models, show_plan
+from .whole_file import uninterrupted
+from .words import command_line
+
+if TYPE_CHECKING:
+    from .search import Searched
 
 app = typer.Typer(
     help="Faster video diffusion: search a plan of sparse attention, look at it, measure it.",
@@ -71,15 +78,17 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Smaller and sooner, not the demo.")
     ] = False,
-) -> None:
+) -> int:
     """Search, verify and show a plan for the embedded model."""
     from .demo.run import run_demo
 
+    outputs = Outputs(replace=force, say=say)
     try:
-        run_demo(folder, force=force, quick=quick)
+        run_demo(folder, force=force, quick=quick, outputs=outputs)
     except KeyboardInterrupt:
         _resumable(folder / "profile.safetensors")
         raise
+    return outputs.code
 
 
 @app.command()
@@ -128,13 +137,13 @@ def search(
     device: Device = "cpu",
     dtype: Dtype = None,
     force: Force = False,
-) -> None:
+) -> int:
     """Find a plan for a pipeline. One of --target-speedup, --max-error, --min-psnr is the dial.
 
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
     from .generation import Case
-    from .inputs import check_device, check_model, load_pipeline, read_prompts
+    from .inputs import described, load_pipeline, read_prompts
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
@@ -145,23 +154,33 @@ def search(
     }
     from .search import Objective
     from .search import search_plan as find
+    from .search.asked import check_profile, check_search, profiled_at
     from .search.elsewhere import Elsewhere
-    from .search.front import front_path, write_front
     from .search.objective import shortfall
+    from .search.prompts import split_cases
 
     Objective(**dial)
-    Elsewhere.of(cost_table, dense_seconds)
-    if plan_file.suffix != ".json":
-        raise ValueError(f"a plan file must end in .json, got {plan_file.name!r}")
-    if plan_file.exists() and not force:
-        raise FileExistsError(f"{plan_file} exists already: pass --force to replace it")
-    check_model(model)
-    check_device(device)
-    kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
-    pipe = load_pipeline(model, device, dtype)
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    elsewhere = Elsewhere.of(cost_table, dense_seconds)
     cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
     later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
+    calibration, _ = split_cases(cases, later or None, "held_out")
+    kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect("--out", plan_file, ".json", beside=_beside)
+    outputs.expect("--profile", kept, again=True)
+    if (pipe := described(model, device, dtype)) is not None:
+        check_search(
+            pipe,
+            calibration[0],
+            settings,
+            profile_steps=profile_steps,
+            merge_stages=merge_stages,
+            elsewhere=elsewhere,
+        )
+        profiled = profiled_at(settings, profile_steps)
+        shared = merge_stages is not None
+        check_profile(pipe, calibration, profiled, kept, wide=wide, shared=shared)
+    pipe = load_pipeline(model, device, dtype)
     try:
         searched = find(
             pipe,
@@ -180,18 +199,34 @@ def search(
     except KeyboardInterrupt:
         _resumable(kept)
         raise
-    plan = searched.plan
-    plan.save(plan_file, overwrite=force)
-    write_front(searched.front, front_path(plan_file))
-    show_plan(plan)
-    out.print(
-        f"wrote {plan_file} and {front_path(plan_file).name} (other points: sparse-dit show --pick); "
-        f"the profile is kept in {kept}",
-        soft_wrap=True,
-    )
-    if missed := shortfall(plan):
+    _save(searched, plan_file, outputs, force)
+    if kept.exists():
+        out.print(f"the profile is kept in {kept}", markup=False, highlight=False, soft_wrap=True)
+    missed = shortfall(searched.plan)
+    if missed:
         say(missed)
-        raise typer.Exit(1)
+    return outputs.code or int(bool(missed))
+
+
+def _beside(plan_file: Path) -> tuple[Path, Path]:
+    """What a search writes with a plan."""
+    from .plan.storage import tensor_path
+    from .search.front import front_path
+
+    return tensor_path(plan_file), front_path(plan_file)
+
+
+def _save(searched: Searched, plan_file: Path, outputs: Outputs, force: bool) -> None:
+    """Write the plan and its search's other points, and show it."""
+    from .search.front import front_path, write_front
+
+    with uninterrupted():  # one plan beside another's front would be wrong
+        lies = outputs.write(plan_file, lambda path: searched.plan.save(path, overwrite=force))
+        front = outputs.put(front_path(lies), lambda path: write_front(searched.front, path))
+    show_plan(searched.plan)
+    out.print(
+        f"wrote {lies} and {front.name} (other points: sparse-dit show --pick)", soft_wrap=True
+    )
 
 
 @app.command()
@@ -208,19 +243,19 @@ def show(
         Path | None, typer.Option("--out", help="With --pick: plan to write.")
     ] = None,
     force: Force = False,
-) -> None:
+) -> int:
     """Show a plan as a table; or other points of the search that it comes from."""
     from .plan import Plan
 
     if (pick is None) != (plan_file is None):
         raise ValueError("--pick and --out go together: which point, and the plan file to write")
     if pick or front:
-        _show_points(plan, front, picture, pick, plan_file, force)
-        return
+        return _show_points(plan, front, picture, pick, plan_file, force)
     loaded = Plan.from_pretrained(plan)
     show_plan(loaded)
     if heads:
         show_heads(loaded)
+    return 0
 
 
 def _show_points(
@@ -230,26 +265,35 @@ def _show_points(
     pick: str | None,
     plan_file: Path | None,
     force: bool,
-) -> None:
+) -> int:
     """`show --front` and `show --pick`."""
     from .plan import Plan
+    from .plan.storage import tensor_path
     from .search import front as fronts
 
+    outputs = Outputs(replace=force, say=say)
+    if plan_file is not None:
+        outputs.expect("--out", plan_file, ".json", beside=lambda path: [tensor_path(path)])
+    if picture is not None:
+        outputs.expect("--picture", picture, ".png", ".svg")
     loaded = Plan.from_pretrained(plan)
     file = Path(plan) / "plan.json" if Path(plan).is_dir() else Path(plan)
     found = fronts.read_front(fronts.front_path(file))
     if pick and plan_file:
         other = fronts.pick(loaded, found, *fronts.wish(pick))
-        other.save(plan_file, overwrite=force)
+        lies = outputs.write(plan_file, lambda path: other.save(path, overwrite=force))
         show_plan(other)
-        out.print(f"wrote {plan_file}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"wrote {lies}", markup=False, highlight=False, soft_wrap=True)
     if front:
         show_front(found)
         if picture is not None:
+            from .eval.figures import save_figure
             from .eval.front import figure_of
 
-            figure_of(found, loaded).savefig(picture, facecolor="white")
-            out.print(f"wrote {picture}", markup=False, highlight=False, soft_wrap=True)
+            figure = figure_of(found, loaded)
+            lies = outputs.write(picture, lambda path: save_figure(figure, path))
+            out.print(f"wrote {lies}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
 
 
 @app.command()
@@ -286,7 +330,8 @@ def run(arguments: list[str]) -> int:
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice isn't the user's concern here
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
-        code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
+        with command_line():
+            code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
         code = code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -309,6 +354,8 @@ def _explain(error: Exception) -> int:
         code, words = 2, text
     elif isinstance(error, ImportError) and "sparse_dit" not in (error.name or ""):
         code, words = 2, f"{error}: install what is missing with pip install 'sparse_dit[all]'"
+    elif isinstance(error, OSError) and error.errno and error.filename:
+        code, words = 2, f"{error.filename}: {error.strerror}"
     elif isinstance(error, ValueError | TypeError | OSError | NotImplementedError):
         code, words = 2, str(error)
     else:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
-from ..whole_file import whole_file
+from ..outputs import Outputs
+from ..texts import read_text
+from ..whole_file import write_text
+from ..words import option
 from .sensitivity import Sensitivity
 
 FORMAT = "sparse_dit stability 1"
 COUNTS = (1, 2, 4)
+MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,22 @@ class StabilityRequest:
 
     def __post_init__(self) -> None:
         if not 0 < self.density < 1:
-            raise ValueError(f"density must be between 0 and 1, got {self.density}; try 0.3")
+            raise ValueError(
+                f"{option('density')} must be between 0 and 1, got {self.density}; try 0.3"
+            )
         if list(self.counts) != sorted(set(self.counts)) or not self.counts or self.counts[0] < 1:
-            raise ValueError(f"counts must be whole numbers >= 1 that rise, got {self.counts}")
+            raise ValueError(
+                f"{option('counts')} must be whole numbers >= 1 that rise, got {self.counts}"
+            )
         if len(self.calibration) < self.counts[-1]:
             raise ValueError(
-                f"calibration must hold {self.counts[-1]} prompts, got {len(self.calibration)}; "
-                "give more"
+                f"{option('calibration')} must give {self.counts[-1]} prompts to calibrate with, got "
+                f"{len(self.calibration)}; give more, or a smaller {option('counts')}"
             )
         if not self.held_out:
-            raise ValueError("judging needs at least one held-out prompt, got none; give one")
+            raise ValueError(
+                f"judging needs at least one {option('held_out')} prompt, got none; give one"
+            )
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
             raise ValueError(
                 f"held-out prompts must not be calibration prompts, got both: {sorted(shared)[:3]}"
@@ -132,7 +142,7 @@ class StabilityState:
         if not request.file.exists():
             return state
         try:
-            data = json.loads(request.file.read_text())
+            data = json.loads(read_text(request.file, MAX_BYTES))
             known, same = data["format"] == FORMAT, data["conditions"] == state.conditions
             if known and same:
                 weights = data["sensitivity"]
@@ -149,13 +159,13 @@ class StabilityState:
             )
         return state
 
-    def write(self) -> None:
-        """The file appears whole or not at all."""
+    def write(self, outputs: Outputs) -> None:
+        """The file appears whole or not at all; elsewhere, which is said, if it must be."""
         data = {
             "format": FORMAT,
             "conditions": self.conditions,
             "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
             "rows": [asdict(row) for row in self.rows],
         }
-        with whole_file(self.file) as partial:
-            partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        outputs.put(self.file, lambda path: write_text(path, text))
