@@ -86,7 +86,8 @@ def demo(
     try:
         run_demo(folder, force=force, quick=quick, outputs=outputs)
     except KeyboardInterrupt:
-        _resumable(folder / "profile.safetensors")
+        written = (folder / "plan.json").exists()  # a first one, or of an earlier demo
+        _resumable(folder / "profile.safetensors", " with --force" if written else "")
         raise
     return outputs.code
 
@@ -143,7 +144,7 @@ def search(
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
     from .generation import Case
-    from .inputs import described, load_pipeline, read_prompts
+    from .inputs import check_model, described, load_pipeline, read_prompts
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
@@ -163,11 +164,12 @@ def search(
     elsewhere = Elsewhere.of(cost_table, dense_seconds)
     cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
     later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
-    calibration, _ = split_cases(cases, later or None, "held_out")
     kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
     outputs = Outputs(replace=force, say=say)
     outputs.expect("--out", plan_file, ".json", beside=_beside)
     outputs.expect("--profile", kept, again=True)
+    check_model(model)
+    calibration, _ = split_cases(cases, later or None, "held_out")
     if (pipe := described(model, device, dtype)) is not None:
         check_search(
             pipe,
@@ -276,11 +278,12 @@ def _show_points(
         outputs.expect("--out", plan_file, ".json", beside=lambda path: [tensor_path(path)])
     if picture is not None:
         outputs.expect("--picture", picture, ".png", ".svg")
+    wanted = fronts.wish(pick) if pick else None
     loaded = Plan.from_pretrained(plan)
     file = Path(plan) / "plan.json" if Path(plan).is_dir() else Path(plan)
     found = fronts.read_front(fronts.front_path(file))
-    if pick and plan_file:
-        other = fronts.pick(loaded, found, *fronts.wish(pick))
+    if wanted and plan_file:
+        other = fronts.pick(loaded, found, *wanted)
         lies = outputs.write(plan_file, lambda path: other.save(path, overwrite=force))
         show_plan(other)
         out.print(f"wrote {lies}", markup=False, highlight=False, soft_wrap=True)
@@ -365,9 +368,9 @@ def _explain(error: Exception) -> int:
     return code
 
 
-def _resumable(profile: Path) -> None:
+def _resumable(profile: Path, how: str = "") -> None:
     if profile.exists():
-        say(f"the same command goes on from {profile}")
+        say(f"the same command{how} goes on from {profile}")
 
 
 if __name__ == "__main__":

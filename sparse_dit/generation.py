@@ -21,6 +21,8 @@ from .texts import unfit
 from .words import option
 
 MAX_SEED = (1 << 63) - 1
+MOST = {"height": 1 << 16, "width": 1 << 16, "num_frames": 1 << 16, "steps": 10_000}
+MOST_TEXT = 1 << 16  # tokens
 
 # (index of the step, its timestep as the scheduler gives it, latents after the step)
 StepCallback = Callable[[int, float, torch.Tensor], None]
@@ -74,6 +76,8 @@ class GenerationSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{option(name)} must be a whole number >= 1, got {value!r}")
+            if value > (most := MOST.get(name, MOST_TEXT)):
+                raise ValueError(f"{option(name)} must be at most {most:,}, got {value:,}")
         if not np.isfinite(self.guidance) or self.guidance < 0:
             raise ValueError(
                 f"{option('guidance')} must be a finite number >= 0, got {self.guidance!r}"

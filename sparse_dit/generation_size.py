@@ -88,6 +88,8 @@ def check_size(pipe: Any, settings: GenerationSettings, arguments: Mapping[str, 
 
 @dataclass(frozen=True)
 class _Transformer:
+    """Pixels and latent frames that its patches need multiples of."""
+
     height: int
     width: int
     latent_frames: int
@@ -106,13 +108,13 @@ def _rule(pipe: Any, own: _Transformer, arguments: Mapping[str, Any]) -> SizeRul
                 break
             step *= 2
         sides[number] = math.lcm(sides[number], step)
-    scale = _of(pipe, _TEMPORAL)
+    (height, width), scale = sides, _of(pipe, _TEMPORAL)
     if "num_frames" not in arguments:
-        return SizeRule(*sides)
+        return SizeRule(height, width)
     if own.rounded:
-        return SizeRule(*sides, frames=scale)
+        return SizeRule(height, width, scale)
     first = scale * (own.latent_frames - 1) + (scale > 1)
-    return SizeRule(*sides, scale * own.latent_frames, first, rounded=False)
+    return SizeRule(height, width, scale * own.latent_frames, first, rounded=False)
 
 
 def _transformer_rule(pipe: Any) -> _Transformer:

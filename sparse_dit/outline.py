@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,13 +51,14 @@ def _part(name: str, part: str, library: str | None, kind: str | None, dtype: to
     """A model or scheduler of diffusers; None for what comes from elsewhere."""
     if library != "diffusers" or kind is None:
         return None
-    made_of = getattr(importlib.import_module(library), kind)
+    made_of: Any = getattr(importlib.import_module(library), kind)
     config = made_of.load_config(name, subfolder=part)
-    if not issubclass(made_of, torch.nn.Module):
-        return made_of.from_config(config)
-    with torch.device("meta"):
+    with torch.device("meta") if issubclass(made_of, torch.nn.Module) else nullcontext():
+        made = made_of.from_config(config)
+    if isinstance(made, torch.nn.Module):
         # not the model's own `to`, which warns of modules that loading keeps in float32
-        return torch.nn.Module.to(made_of.from_config(config), dtype)
+        torch.nn.Module.to(made, dtype)
+    return made
 
 
 def _tried(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any | None:

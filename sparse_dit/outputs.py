@@ -53,13 +53,13 @@ class Outputs:
             wanted = " or ".join(endings)
             raise ValueError(f"{option} must name a file that ends in {wanted}, got {path.name!r}")
         files = [path, *beside(path)]
-        if not again and not self._replace:
-            _check_free(option, [file for file in files if os.path.lexists(file)])
         for file in files:
             other = self._owner.setdefault(file.absolute(), option)
             if other != option:
                 raise ValueError(f"{option} and {other} would both write {file}; name another file")
             check_writable(file, option)
+        if not again and not self._replace:
+            _check_free(option, [file for file in files if os.path.lexists(file)])
         self._known[path] = option, beside, again
 
     def expect_folder(self, option: str, folder: Path, names: Sequence[str]) -> None:
@@ -202,7 +202,9 @@ def _check_free(option: str, there: list[Path]) -> None:
     if there:
         names = ", ".join(map(str, there))
         verb, them = ("exist", "them") if len(there) > 1 else ("exists", "it")
-        raise FileExistsError(f"{option}: {names} {verb} already: pass --force to replace {them}")
+        raise FileExistsError(
+            f"{option}: {names} {verb} already: pass --force to replace {them}, or name another"
+        )
 
 
 def _try(file: Path) -> None:

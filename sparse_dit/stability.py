@@ -107,7 +107,13 @@ def _cases(
         texts = read_prompts(prompt, prompts)
         later = held_out or texts[count:]
     else:
-        texts = Random(seed).sample(all_prompts(), count + DRAWN)
+        known = all_prompts()
+        if count + DRAWN > len(known):
+            raise ValueError(
+                f"--count must be at most {len(known) - DRAWN} unless prompts are given, got {count}; give "
+                "--prompts FILE"
+            )
+        texts = Random(seed).sample(known, count + DRAWN)
         later = held_out or texts[count:]
         say("prompts are drawn from the embedded model's vocabulary")
     calibration = [Case(text, seed + i) for i, text in enumerate(texts[:count])]

@@ -62,7 +62,7 @@ def unfit(text: str) -> str | None:
         return f"must have at most {MAX_PROMPT:,} characters, got {len(text):,}"
     if found := _UNFIT.search(text):
         character = found[0]
-        name = _NAMES.get(character) or unicodedata.name(character, "a control character")
+        name = _NAMES.get(character) or unicodedata.name(character, "CONTROL CHARACTER")
         return (
             f"must be text without control characters, got U+{ord(character):04X} ({name}) "
             f"as character {found.start() + 1}; remove it"

@@ -85,7 +85,7 @@ BAD = {
     ),
     "negative dial": (
         ["search", "model", "--prompt", "a", *SIZE, "--max-error", "-1"],
-        "max_error",
+        "--max-error must be",
     ),
     "infinite dial": (["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "inf"], "finite"),
     "more than equal": (
@@ -98,7 +98,7 @@ BAD = {
     ),
     "seconds without a table": (
         ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--dense-seconds", "9"],
-        "device_table too",
+        "--dense-seconds is for a device table: give --cost-table too",
     ),
     "plan for a table": (
         ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--cost-table", "cut.json"],
@@ -140,7 +140,7 @@ BAD = {
     ),
     "report exists": (
         ["eval", "model", "plan.json", "--prompt", "a", *SIZE, "--out", "taken"],
-        "report.json already",
+        "taken/report.json exists already: pass --force",
     ),
     "report is a file": (
         ["eval", "model", "plan.json", "--prompt", "a", *SIZE, "--out", "plan.json"],

@@ -211,7 +211,7 @@ BAD_BYTES = {
     "trailing text": (GOOD + b"x", "not valid JSON at line"),
     "binary": (bytes(range(256)) * 8, "not a text file"),
     "pickle": (b"\x80\x04\x95\x00", "not a text file"),
-    "byte order mark": (b"\xef\xbb\xbf" + GOOD, "not valid JSON"),
+    "two byte order marks": (2 * b"\xef\xbb\xbf" + GOOD, "not valid JSON"),
     "utf-16": (GOOD.decode().encode("utf-16"), "not a text file"),
     "a list": (b"[]", "a plan must be a JSON object, got list of 0"),
     "a number": (b"1", "a plan must be a JSON object, got 1"),

@@ -167,6 +167,8 @@ def frontier(
         later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
     else:
         cases, later = list(CALIBRATION), list(HELD_OUT)
+        if held_out:
+            later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out)]
     elsewhere = None
     if searched_at is not None:
         other, *more = parse_sizes(searched_at)

@@ -13,6 +13,7 @@ from torch import nn
 from ..generation import Case, GenerationSettings, call_arguments
 from ..integrations.diffusers import attachment_of, components
 from ..outputs import check_writable
+from ..plan.schema import MAX_STAGES
 from ..words import option
 from .beyond import has_frames
 from .elsewhere import Elsewhere
@@ -59,14 +60,18 @@ def profiled_at(settings: GenerationSettings, profile_steps: int | None) -> Gene
     """Settings of the profiling runs of a search.
 
     Raises:
-        ValueError: If the number of steps is none.
+        ValueError: If the number of steps is out of range.
     """
-    if profile_steps is None:
-        return replace(settings, steps=profiling_steps(settings.steps))
-    if isinstance(profile_steps, bool) or not isinstance(profile_steps, int) or profile_steps < 1:
-        name = option("profile_steps")
-        raise ValueError(f"{name} must be a whole number >= 1, got {profile_steps!r}")
-    return replace(settings, steps=profile_steps)
+    name, steps = option("profile_steps"), profile_steps
+    if steps is None:
+        steps = profiling_steps(settings.steps)
+    elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {steps!r}")
+    if steps > MAX_STAGES:  # the plan couldn't be written in the end
+        raise ValueError(
+            f"{name} must be at most {MAX_STAGES}, the noise levels that a plan can tell apart, got {steps}"
+        )
+    return replace(settings, steps=steps)
 
 
 def check_profile(

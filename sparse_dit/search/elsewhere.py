@@ -93,7 +93,7 @@ class Elsewhere:
         if self.dense_seconds < stock:
             raise ValueError(
                 f"{option('dense_seconds')} must be at least the {stock:.4g} s that dense attention alone "
-                f"takes by the device table {self.table.name}, got {self.dense_seconds:g}; is it the time of a "
-                "generation with these settings on that device?"
+                f"takes by the device table {self.table.name}, got {self.dense_seconds:g}; is it the time of "
+                "a generation with these settings on that device?"
             )
         return self.dense_seconds

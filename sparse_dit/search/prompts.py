@@ -46,6 +46,11 @@ def split_cases(
     if not held:
         raise ValueError(f"{option('held_out')} must hold at least one prompt, got none")
     if shared := sorted({c.prompt for c in cases} & {c.prompt for c in held}):
+        if held_out is None:
+            raise ValueError(
+                f"the last prompt is held out, so it must not be given twice, got {shared[0]!r}; give "
+                f"another one, or {option('held_out')} prompts"
+            )
         raise ValueError(
             f"held-out prompts must not be calibration prompts, got both: {shared[:3]}"
         )
