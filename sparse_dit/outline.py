@@ -53,9 +53,10 @@ def _part(name: str, part: str, library: str | None, kind: str | None, dtype: to
         return None
     made_of: Any = getattr(importlib.import_module(library), kind)
     config = made_of.load_config(name, subfolder=part)
-    with torch.device("meta") if issubclass(made_of, torch.nn.Module) else nullcontext():
+    model = torch.nn.Module in made_of.__mro__
+    with torch.device("meta") if model else nullcontext():
         made = made_of.from_config(config)
-    if isinstance(made, torch.nn.Module):
+    if model:
         # not the model's own `to`, which warns of modules that loading keeps in float32
         torch.nn.Module.to(made, dtype)
     return made

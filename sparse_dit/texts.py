@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 
 BOM = "\ufeff"
+MAX_BYTES = 256 << 20
 MAX_PROMPT = 1 << 16  # characters; a plan's file holds no longer text
 # beside tabs and ends of lines: what a plan's file may not hold, and line ends that no editor makes
 _UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
@@ -32,7 +33,7 @@ def decoded(data: bytes) -> str:
         ) from None
 
 
-def read_text(path: Path, limit: int) -> str:
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """The text of a file of at most `limit` bytes; see `decoded`.
 
     Raises:

@@ -35,7 +35,6 @@ Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 TRANSFERRED = "searched at another size"
-MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class FrontierRequest:
                 f"{option('methods')} must be among {list(METHODS)}, got {sorted(unknown)}"
             )
         if not self.held_out:
-            name = option("held_out")
-            raise ValueError(f"measuring needs at least one {name} prompt, got none")
+            raise ValueError(f"measuring needs a {option('held_out')} prompt, got none")
         if self.elsewhere == self.settings:
             raise ValueError("the other size to search at must be another one, got the same")
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
@@ -253,7 +251,7 @@ def _started(request: FrontierRequest) -> list[dict[str, Any]]:
     if not request.file.exists():
         return []
     try:
-        data = json.loads(read_text(request.file, MAX_BYTES))
+        data = json.loads(read_text(request.file))
         known = data["format"] == FORMAT and isinstance(data["rows"], list)
         same = data["conditions"] == request.conditions
         rows = data["rows"]

@@ -37,7 +37,6 @@ from .candidates import DENSE
 from .solve import Choice, Problem
 
 FORMAT = "sparse_dit front 1"
-MAX_BYTES = 256 << 20
 MOST_PSNR = 100.0  # what videos that are equal count as
 Measure = Literal["speedup", "density", "error", "psnr"]
 
@@ -195,7 +194,7 @@ def read_front(path: Path) -> Front:
     if not path.is_file():
         raise PlanError(f"{path}: no such file; a search writes it beside its plan")
     try:
-        file = _File.model_validate(json.loads(read_text(path, MAX_BYTES)))
+        file = _File.model_validate(json.loads(read_text(path)))
         tensors = {
             name: torch.frombuffer(
                 bytearray(base64.b64decode(bits, validate=True)), dtype=torch.uint8

@@ -17,7 +17,6 @@ from .sensitivity import Sensitivity
 
 FORMAT = "sparse_dit stability 1"
 COUNTS = (1, 2, 4)
-MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class StabilityState:
         if not request.file.exists():
             return state
         try:
-            data = json.loads(read_text(request.file, MAX_BYTES))
+            data = json.loads(read_text(request.file))
             known, same = data["format"] == FORMAT, data["conditions"] == state.conditions
             if known and same:
                 weights = data["sensitivity"]
