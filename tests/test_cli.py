@@ -341,6 +341,28 @@ def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
         (here / file).unlink(missing_ok=True)
 
 
+def test_a_plan_is_not_lost_to_another_process(here, capsys, monkeypatch):
+    import sparse_dit.search
+
+    dense = Point(speedup=1.0, density=1.0, error=0.0, seconds=1.0, patterns=[0], errors=[0.0])
+    front = Front("0" * 64, 1.0, (Pattern(Dense()),), (dense,))
+
+    def found(pipe, prompts, **options):
+        (here / "mine.json").write_text("another's")
+        return SimpleNamespace(plan=Plan.load("plan.json"), front=front)
+
+    monkeypatch.setattr(sparse_dit.search, "search_plan", found)
+    arguments = ["search", "model", "--prompts", "prompts.txt", *SIZE, "--min-psnr", "30"]
+    assert cli.run([*arguments, "--out", "mine.json"]) == 3
+    said = capsys.readouterr()
+    assert "mine.json can't be written (it exists by now): the result is in mine-2.json" in said.err
+    assert "wrote mine-2.json and mine-2.front.json" in said.out
+    assert Plan.load("mine-2.json") == Plan.load("plan.json")
+    assert (here / "mine.json").read_text() == "another's"
+    for file in ("mine.json", "mine-2.json", "mine-2.front.json"):
+        (here / file).unlink()
+
+
 def test_ctrl_c_stops_a_process_at_once():
     process = subprocess.Popen(
         [*COMMAND, "doctor"],

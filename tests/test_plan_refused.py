@@ -117,6 +117,10 @@ BAD_DOCUMENTS = {
         changed(*C, "evidence", "a", to=[]),
         f'{IN}.evidence."a": no such layer',
     ),
+    "a head taken out by hand": (
+        changed(*C, "layers", "blocks.0.attn1", 1, to=[0, 0]),
+        f'{IN}.layers."blocks.0.attn1"[1]: must have 3 heads, got 2',
+    ),
     "evidence short": (changed(*E0, to=[{}]), "must have 3 stages as in layers, got 1"),
     "evidence heads": (changed(*E0, 1, "error", to=[0.5]), "[1].error: must have 3 heads, got 1"),
     "evidence negative": (
