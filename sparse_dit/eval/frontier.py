@@ -71,7 +71,9 @@ class FrontierRequest:
                 f"{option('methods')} must be among {list(METHODS)}, got {sorted(unknown)}"
             )
         if not self.held_out:
-            raise ValueError(f"measuring needs a {option('held_out')} prompt, got none")
+            raise ValueError(
+                f"measuring needs a held-out prompt, got none; give {option('held_out')}"
+            )
         if self.elsewhere == self.settings:
             raise ValueError("the other size to search at must be another one, got the same")
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:

@@ -73,16 +73,16 @@ def stability(
             several transformers or gives NaN.
         PlanError: If a profile file is damaged.
     """
-    outputs = outputs or Outputs(replace=True, say=say)
     name, state = started(pipe, request)
-    solved = _solve_all(pipe, name, request, state, say, outputs)
+    state.outputs = outputs or Outputs(replace=True, say=say)
+    solved = _solve_all(pipe, name, request, state, say)
     if not state.rows:
         say(f"judging {len(solved)} plans on {len(request.held_out)} held-out prompts")
         errors = _held_out_errors(pipe, name, request, solved)
         state.rows = [_row(n, solved, k, errors) for k, n in enumerate(request.counts)]
-        state.write(outputs)
+        state.write()
     if request.generate and any(row.psnr_db is None for row in state.rows):
-        _generate(pipe, request, solved, state, say, outputs)
+        _generate(pipe, request, solved, state, say)
     return state.rows
 
 
@@ -116,7 +116,6 @@ def _solve_all(
     request: StabilityRequest,
     state: StabilityState,
     say: Say,
-    outputs: Outputs,
 ) -> list[_Solved]:
     """A plan for each count."""
     settings = replace(request.settings, steps=request.profile_steps)
@@ -139,7 +138,7 @@ def _solve_all(
         small = reduced(request.settings)
         case = request.calibration[0]
         state.sensitivity = sensitivity(pipe, name, stages, parts[0].layers, case, small)
-        state.write(outputs)
+        state.write()
     return [_solved(pipe, name, part, state.sensitivity, request.density) for part in parts]
 
 
@@ -217,7 +216,6 @@ def _generate(
     solved: Sequence[_Solved],
     state: StabilityState,
     say: Say,
-    outputs: Outputs,
 ) -> None:
     """PSNR of every plan that has none yet; written after each."""
     say(f"dense references of {len(request.held_out)} held-out prompts")
@@ -227,4 +225,4 @@ def _generate(
             say(f"held-out prompts with the plan from {row.prompts}")
             verified = verify(pipe, solved[number].plan, references, request.settings)
             state.rows[number] = replace(row, psnr_db=round(verified.psnr_db, 3))
-            state.write(outputs)
+            state.write()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,12 @@ class StabilityRequest:
             )
         if len(self.calibration) < self.counts[-1]:
             raise ValueError(
-                f"{option('calibration')} must give {self.counts[-1]} prompts to calibrate with, got "
-                f"{len(self.calibration)}; give more, or a smaller {option('counts')}"
+                f"{option('calibration')} must hold {self.counts[-1]} prompts, got "
+                f"{len(self.calibration)}; give more, or smaller {option('counts')}"
             )
         if not self.held_out:
-            raise ValueError(
-                f"judging needs at least one {option('held_out')} prompt, got none; give one"
-            )
+            name = option("held_out")
+            raise ValueError(f"judging needs at least one held-out prompt, got none; give {name}")
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
             raise ValueError(
                 f"held-out prompts must not be calibration prompts, got both: {sorted(shared)[:3]}"
@@ -127,12 +126,14 @@ class StabilityState:
         conditions: See `StabilityRequest.conditions`.
         sensitivity: None before it was measured.
         rows: Empty before the plans were judged.
+        outputs: Writes the file, and says so if it must be elsewhere.
     """
 
     file: Path
     conditions: dict[str, Any]
     sensitivity: Sensitivity | None
     rows: list[StabilityRow]
+    outputs: Outputs = field(default_factory=lambda: Outputs(replace=True, say=print))
 
     @staticmethod
     def started(request: StabilityRequest, part_hash: str) -> StabilityState:
@@ -158,7 +159,7 @@ class StabilityState:
             )
         return state
 
-    def write(self, outputs: Outputs) -> None:
+    def write(self) -> None:
         """The file appears whole or not at all; elsewhere, which is said, if it must be."""
         data = {
             "format": FORMAT,
@@ -167,4 +168,4 @@ class StabilityState:
             "rows": [asdict(row) for row in self.rows],
         }
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-        outputs.put(self.file, lambda path: write_text(path, text))
+        self.outputs.put(self.file, lambda path: write_text(path, text))
