@@ -1,5 +1,7 @@
 """What can't be done is told before weights are read, all at once, in the words that were typed."""
 
+from typing import Any
+
 import pytest
 
 from sparse_dit import cli, inputs
@@ -147,9 +149,10 @@ def test_an_outline_is_the_pipeline_without_weights(name, tmp_path):
     bare = outline(str(tmp_path))
     assert type(bare) is type(pipe)
     for part, module in components(pipe).items():
-        drawn = components(bare)[part]
+        drawn: Any = components(bare)[part]
+        config: Any = module.config
         assert all(p.is_meta for p in drawn.parameters())
-        assert config_hash(drawn.config) == config_hash(module.config)
+        assert config_hash(drawn.config) == config_hash(config)
         assert heads_of(drawn) == heads_of(module)
         assert list(self_attention_layers(drawn)) == list(self_attention_layers(module))
     scales = [name for name in dir(pipe) if name.startswith("vae_")]
