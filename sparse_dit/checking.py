@@ -61,7 +61,9 @@ def check(
 
     One generation of a few steps without the plan, with the size it was made at unless told otherwise.
     """
-    from .inputs import check_device, check_model, load_pipeline
+    from .generation import call_arguments
+    from .inputs import described, load_pipeline
+    from .patch import patch
     from .plan import Plan
     from .search.check import check_plan
 
@@ -71,10 +73,14 @@ def check(
         known["steps"] = loaded.provenance["profile_steps"]
     settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)
     case = _case(loaded, prompt, seed)
-    check_model(model)
-    check_device(device)
     if lora is not None and not lora.is_file():
         raise FileNotFoundError(f"--lora: there is no file {lora}")
+    if lora is not None:
+        _check_peft()
+    if (pipe := described(model, device, dtype)) is not None:
+        call_arguments(pipe, case, settings)
+        with patch(pipe, loaded):  # raises if it isn't for this pipeline
+            pass
     pipe = load_pipeline(model, device, dtype)
     if lora is not None:
         _load_lora(pipe, lora)
@@ -102,12 +108,15 @@ def _case(plan: Plan, prompt: str | None, seed: int) -> Case:
         raise ValueError("the plan names no calibration prompt: give --prompt TEXT") from None
 
 
-def _load_lora(pipe: Any, file: Path) -> None:
-    """Load LoRA weights and add them into the model's own."""
+def _check_peft() -> None:
     try:
         import peft  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("--lora needs the package peft: pip install peft", name="peft") from None
+
+
+def _load_lora(pipe: Any, file: Path) -> None:
+    """Load LoRA weights and add them into the model's own."""
     if not hasattr(pipe, "load_lora_weights"):
         raise NotImplementedError(f"{type(pipe).__name__} takes no LoRA weights")
     pipe.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)

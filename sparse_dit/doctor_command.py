@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .options import Force
+from .options import Force, say
+from .outputs import Outputs
 from .tables import out
 
 if TYPE_CHECKING:
@@ -22,16 +23,15 @@ COLUMNS = ("against reference", "4,096 tokens", "SDPA", "density")
 def doctor(
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
     force: Force = False,
-) -> None:
+) -> int:
     """Versions, devices and backends here, and whether they compute what they should."""
     from .doctor import checkups, devices, packages, variant_checkups
     from .eval.provenance import environment
-    from .whole_file import whole_file
+    from .whole_file import write_text
 
-    if json_file is not None and json_file.suffix != ".json":
-        raise ValueError(f"--json must name a file that ends in .json, got {json_file.name!r}")
-    if json_file is not None and json_file.exists() and not force:
-        raise FileExistsError(f"{json_file} exists already: pass --force to replace it")
+    outputs = Outputs(replace=force, say=say)
+    if json_file is not None:
+        outputs.expect("--json", json_file, ".json")
     here, versions, seen = environment(), packages(), devices()
     for name, value in {**here, **versions}.items():
         out.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
@@ -44,11 +44,11 @@ def doctor(
             "backends": [asdict(check) for check in found],
             "cpu_kernel": [asdict(variant) for variant in variants],
         }  # fmt: skip
-        with whole_file(json_file) as partial:
-            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(report, indent=1) + "\n"
+        lies = outputs.write(json_file, lambda path: write_text(path, text))
+        say(f"wrote {lies}")
     tried = [variant.checkup for variant in variants if variant.checkup]
-    if any(check.problem for check in found + tried):
-        raise typer.Exit(1)
+    return outputs.code or int(any(check.problem for check in found + tried))
 
 
 def _show(found: list[Checkup], variants: list[VariantCheckup]) -> None:

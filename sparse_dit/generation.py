@@ -16,6 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from .generation_size import check_size
+from .texts import unfit
+from .words import option
+
+MAX_SEED = (1 << 63) - 1
+MOST = {"height": 1 << 16, "width": 1 << 16, "num_frames": 1 << 16, "steps": 10_000}
+MOST_TEXT = 1 << 16  # tokens
+
 # (index of the step, its timestep as the scheduler gives it, latents after the step)
 StepCallback = Callable[[int, float, torch.Tensor], None]
 
@@ -29,9 +37,14 @@ class Case:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError(f"a prompt must be text that is not empty, got {self.prompt!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"a seed must be a whole number >= 0, got {self.seed!r}")
+            raise ValueError(f"a prompt must be text that is not empty, got {self.prompt!r:.80}")
+        if why := unfit(self.prompt):  # or it couldn't be noted in a plan in the end
+            raise ValueError(f"a prompt {why}: {self.prompt!r:.80}")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(
+                f"a seed must be a whole number >= 0, at most 2^63 - 1, got {self.seed!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,13 @@ class GenerationSettings:
             if name == "max_sequence_length" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+                raise ValueError(f"{option(name)} must be a whole number >= 1, got {value!r}")
+            if value > (most := MOST.get(name, MOST_TEXT)):
+                raise ValueError(f"{option(name)} must be at most {most:,}, got {value:,}")
         if not np.isfinite(self.guidance) or self.guidance < 0:
-            raise ValueError(f"guidance must be a finite number >= 0, got {self.guidance!r}")
+            raise ValueError(
+                f"{option('guidance')} must be a finite number >= 0, got {self.guidance!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict, one key per field."""
@@ -157,7 +174,6 @@ def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[
     Raises:
         ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
     """
-    _check_size(pipe, settings)
     taken = inspect.signature(type(pipe).__call__).parameters
     wanted = {
         "prompt": case.prompt,
@@ -176,8 +192,10 @@ def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[
         wanted["negative_prompt"] = settings.negative_prompt
     if missing := sorted(set(wanted) - set(taken)):
         raise ValueError(
-            f"{type(pipe).__name__} takes no {', '.join(missing)}: leave out what it doesn't take"
+            f"{type(pipe).__name__} takes no {', '.join(map(option, missing))}: leave out what it "
+            "doesn't take"
         )
+    check_size(pipe, settings, wanted)
     return wanted
 
 
@@ -208,28 +226,6 @@ def _step_end(callback: StepCallback) -> Callable[..., dict[str, Any]]:
         return {}  # nothing changed
 
     return step_end
-
-
-def _check_size(pipe: Any, settings: GenerationSettings) -> None:
-    """Wan patchifies frames too; a size that doesn't divide fails deep inside with shapes only."""
-    transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
-    patch = getattr(getattr(transformer, "config", None), "patch_size", None)
-    if not isinstance(patch, (list, tuple)) or len(patch) != 3:
-        return
-    scale = pipe.vae_scale_factor_temporal
-    frames = settings.num_frames
-    if frames % scale != 1:  # WanPipeline rounds so; with scale 1 it always adds a frame
-        frames = frames // scale * scale + 1
-    latent_frames = (frames - 1) // scale + 1
-    if latent_frames % patch[0]:
-        raise ValueError(
-            f"num_frames {settings.num_frames} makes {latent_frames} latent frames, which must be "
-            f"a multiple of the model's {patch[0]}: try num_frames {settings.num_frames + 1}"
-        )
-    for name, side in (("height", settings.height), ("width", settings.width)):
-        step = pipe.vae_scale_factor_spatial * patch[1 if name == "height" else 2]
-        if side % step:
-            raise ValueError(f"{name} must be a multiple of {step} for this model, got {side}")
 
 
 def _video(result: Any) -> np.ndarray:

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .texts import lines_of, read_text, unfit
+
 MAX_PROMPT_FILE = 1 << 20  # bytes
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -15,11 +17,13 @@ def read_prompts(texts: list[str], file: Path | None) -> list[str]:
     """Prompts given one by one and in a file, one a line; empty lines and `# ...` are skipped.
 
     Raises:
-        ValueError: no prompt in either, or a file that isn't text.
+        ValueError: no prompt in either, a file that isn't text, or control characters in a prompt.
     """
     prompts = [text.strip() for text in texts]
     if not all(prompts):
         raise ValueError("a prompt must not be empty")
+    if why := next(filter(None, map(unfit, prompts)), None):
+        raise ValueError(f"a prompt {why}")
     if file is not None:
         prompts += _lines(file)
     if not prompts:
@@ -28,16 +32,18 @@ def read_prompts(texts: list[str], file: Path | None) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ValueError(f"prompt file {file} doesn't exist or is no file")
-    if file.stat().st_size > MAX_PROMPT_FILE:
-        raise ValueError(f"prompt file {file} is larger than 1 MiB: one prompt a line is expected")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"prompt file {file} isn't UTF-8 text") from None
-    found = [line.strip() for line in lines]
-    found = [line for line in found if line and not line.startswith("#")]
+        text = read_text(file, MAX_PROMPT_FILE)
+    except ValueError as error:
+        raise ValueError(f"prompt file {error}; one prompt a line is expected") from None
+    found = []
+    for number, line in enumerate(lines_of(text), 1):
+        prompt = line.strip()
+        if not prompt or prompt.startswith("#"):
+            continue
+        if why := unfit(prompt):
+            raise ValueError(f"prompt file {file}, line {number}: a prompt {why}")
+        found.append(prompt)
     if not found:
         raise ValueError(f"prompt file {file} holds no prompt: write one a line")
     return found
@@ -53,6 +59,31 @@ def check_model(name: str) -> None:
         raise ValueError(f"{name} is a file: give the folder of a diffusers pipeline")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ValueError(f"no folder {name}: give a diffusers pipeline's folder or hub id")
+
+
+def described(name: str, device: str, dtype: str | None) -> Any | None:
+    """The pipeline without its weights, to check before they are read whether it can do what is asked.
+
+    Args:
+        name, device, dtype: As `load_pipeline` takes them.
+
+    Returns:
+        See `outline`; None where only the loaded pipeline can tell.
+
+    Raises:
+        ValueError: It can't be read, or the device or dtype isn't known here.
+    """
+    import torch
+
+    check_model(name)
+    check_device(device)
+    kind = getattr(torch, _dtype(device, dtype))
+    from .outline import outline
+
+    try:
+        return outline(name, kind)
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
 
 
 def load_pipeline(name: str, device: str, dtype: str | None, **parts: Any) -> Any:
@@ -71,9 +102,7 @@ def load_pipeline(name: str, device: str, dtype: str | None, **parts: Any) -> An
 
     check_model(name)
     check_device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    dtype = _dtype(device, dtype)
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils.logging import disable_progress_bar
@@ -86,9 +115,20 @@ def load_pipeline(name: str, device: str, dtype: str | None, **parts: Any) -> An
     try:
         pipe = DiffusionPipeline.from_pretrained(name, **{keyword: getattr(torch, dtype)}, **parts)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{name} can't be loaded as a diffusers pipeline: {first}") from error
+        raise _unreadable(name, error) from error
     return pipe.to(device)
+
+
+def _dtype(device: str, dtype: str | None) -> str:
+    """The one that is asked for, or what suits the device."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype or ("float32" if device == "cpu" else "bfloat16")
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ValueError(f"{name} can't be loaded as a diffusers pipeline: {first}")
 
 
 def check_device(device: str) -> None:

@@ -40,6 +40,12 @@ def say(text: str) -> None:
     err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def resumable(profile: Path, how: str = "") -> None:
+    """Say after Ctrl-C that what is profiled isn't lost, if there is anything."""
+    if profile.exists():
+        say(f"the same command{how} goes on from {profile}")
+
+
 def settings_of(known: dict[str, Any], *given: Any) -> GenerationSettings:
     """Settings of the options, filled up with known ones; ValueError if the size isn't known."""
     from .generation import GenerationSettings

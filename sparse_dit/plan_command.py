@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .options import Dtype, Force, Frames, Height, Model, Steps, Text, Width, say
+from .outputs import Outputs
 from .tables import out, show_plan
 
 
@@ -31,12 +32,13 @@ def plan(
     max_sequence_length: Text = None,
     dtype: Dtype = None,
     force: Force = False,
-) -> None:
+) -> int:
     """Write a starting plan from geometry alone: uncalibrated, its quality isn't known.
 
     Text encoders are loaded and run, on the CPU; the transformer's weights aren't.
     """
     from .inputs import check_model, load_pipeline
+    from .plan.storage import tensor_path
 
     sizes = {"--height": height, "--width": width, "--num-frames": num_frames, "--steps": steps}
     sizes["--max-sequence-length"] = max_sequence_length
@@ -45,10 +47,8 @@ def plan(
             raise ValueError(f"{name} must be a whole number >= 1, got {value}")
     if missing := [name for name in ("--height", "--width") if sizes[name] is None]:
         raise ValueError(f"give {' and '.join(missing)}: the size of what is generated")
-    if plan_file.suffix != ".json":
-        raise ValueError(f"--out: a plan file must end in .json, got {plan_file.name!r}")
-    if plan_file.exists() and (plan_file.is_dir() or not force):
-        raise FileExistsError(f"{plan_file} exists already: pass --force to replace it")
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect("--out", plan_file, ".json", beside=lambda path: [tensor_path(path)])
     check_model(model)
     from .search.starting import check_shares, geometric_plan
 
@@ -68,13 +68,14 @@ def plan(
             dense_steps=dense_steps,
             call=call,
         )
-    made.save(plan_file, overwrite=force)
+    lies = outputs.write(plan_file, lambda path: made.save(path, overwrite=force))
     show_plan(made)
     out.print(
-        f"wrote {plan_file}: uncalibrated, its quality isn't known; sparse-dit eval measures it, "
+        f"wrote {lies}: uncalibrated, its quality isn't known; sparse-dit eval measures it, "
         "sparse-dit search finds a better one",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+    return outputs.code
 
 
 class _Said(logging.Handler):

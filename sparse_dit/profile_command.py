@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,10 +27,10 @@ from .options import (
     Text,
     Wide,
     Width,
-    err,
     say,
     settings_of,
 )
+from .outputs import MOVED, Outputs
 
 if TYPE_CHECKING:
     from .generation import Case, GenerationSettings
@@ -76,7 +76,7 @@ def profile(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
-) -> None:
+) -> int:
     """Profile a model's heads for later searches, over the prompts in parallel.
 
     Under torchrun each process takes its share of the prompts. Search with the same options, all of the
@@ -84,74 +84,93 @@ def profile(
     is run, at least 4, unless --profile-steps says how many.
     """
     from .generation import Case
-    from .inputs import check_device, check_model, read_prompts
+    from .inputs import read_prompts
+    from .search.asked import profiled_at
     from .search.lock import only_writer
-    from .search.profiling import profiling_steps
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
-    settings = replace(settings, steps=profile_steps or profiling_steps(settings.steps))
+    settings = profiled_at(settings, profile_steps)
     cases = [Case(text, seed + number) for number, text in enumerate(texts)]
-    check_model(model)
-    check_device(device)
     job = _Job(model, device, dtype, cases, settings, rows, wide, shared, file)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
-        if workers != 1:
-            raise ValueError("under torchrun its processes are the workers; leave out --workers")
+    torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if torchrun and workers != 1:
+        raise ValueError("under torchrun its processes are the workers; leave out --workers")
+    _check(job)
+    if torchrun:
         rank = int(os.environ["RANK"])
         with only_writer(file, rank == 0):
-            _joined(rank, int(os.environ["WORLD_SIZE"]), "env://", job)
+            lies = _joined(rank, int(os.environ["WORLD_SIZE"]), "env://", job)
         if rank:
-            return
+            return 0
     else:
         with only_writer(file):
-            _spawned(workers, job)
-    err.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+            lies = _spawned(workers, job)
+    say(f"wrote {lies}")
+    return 0 if lies == file else MOVED
 
 
-def _spawned(workers: int, job: _Job) -> None:
-    """Run the job in so many new processes; the first error that one of them meets, in one line."""
+def _check(job: _Job) -> None:
+    """Raise, before a model is loaded, if it can't be profiled so or the file couldn't be written."""
+    from .inputs import described
+    from .search.asked import check_profile, check_search
+
+    outputs = Outputs(replace=True, say=say)
+    outputs.expect("--out", job.path, again=True)
+    if (pipe := described(job.model, job.device, job.dtype)) is not None:
+        check_search(pipe, job.cases[0], job.settings, rows=job.rows)
+        kind = {"rows": job.rows, "wide": job.wide, "shared": job.shared}
+        check_profile(pipe, job.cases, job.settings, job.path, **kind)
+
+
+def _spawned(workers: int, job: _Job) -> Path:
+    """Run the job in so many new processes; the first error that one of them meets, in one line.
+
+    Where the profile lies is returned.
+    """
     if workers == 1:
-        _share(0, 1, lambda: None, job)
-        return
+        return _share(0, 1, lambda: None, job)
     from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         try:
-            spawn(_started, (workers, meeting, job), nprocs=workers)
+            spawn(_started, (workers, meeting, job, Path(folder, "lies")), nprocs=workers)
         except ProcessRaisedException as error:
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeError(f"process {error.error_index + 1} failed: {reason}") from error
+        return Path(Path(folder, "lies").read_text(encoding="utf-8"))
 
 
-def _started(rank: int, world: int, meeting: str, job: _Job) -> None:
-    """A spawned process: its share of the threads, then the job."""
+def _started(rank: int, world: int, meeting: str, job: _Job, note: Path) -> None:
+    """A spawned process: its share of the threads, then the job; the first notes where the profile lies."""
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    _joined(rank, world, meeting, job)
+    lies = _joined(rank, world, meeting, job)
+    if rank == 0:
+        note.write_text(str(lies), encoding="utf-8")
 
 
-def _joined(rank: int, world: int, meeting: str, job: _Job) -> None:
-    """Join the other processes and do this one's share."""
+def _joined(rank: int, world: int, meeting: str, job: _Job) -> Path:
+    """Join the other processes and do this one's share; where the profile lies is returned."""
     from torch import distributed
 
     distributed.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=world, timeout=PATIENCE
     )
     try:
-        _share(rank, world, distributed.barrier, job)
+        return _share(rank, world, distributed.barrier, job)
     finally:
         distributed.destroy_process_group()
 
 
-def _share(rank: int, world: int, barrier: Callable[[], object], job: _Job) -> None:
+def _share(rank: int, world: int, barrier: Callable[[], object], job: _Job) -> Path:
     from .inputs import load_pipeline
     from .search.shares import profile_share
 
     device = _device(job.device, int(os.environ.get("LOCAL_RANK", rank)))
-    profile_share(
+    return profile_share(
         load_pipeline(job.model, device, job.dtype),
         job.cases,
         job.settings,

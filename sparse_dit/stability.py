@@ -24,6 +24,7 @@ from .options import (
     say,
     settings_of,
 )
+from .outputs import Outputs
 from .tables import out
 
 if TYPE_CHECKING:
@@ -60,14 +61,15 @@ def stability(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
-) -> None:
+) -> int:
     """Plans from 1, 2 and 4 prompts: how many heads keep their choice, and what it costs held-out.
 
     Prompts that are left out are drawn from those of the embedded model.
     """
-    from .inputs import check_device, check_model, load_pipeline
+    from .inputs import described, load_pipeline
     from .search.profiling import profiling_steps
     from .search.stability import stability as compare
+    from .search.stability import started
     from .search.stability_file import COUNTS, StabilityRequest
 
     counts = sorted(set(count)) if count else list(COUNTS)
@@ -84,10 +86,13 @@ def stability(
         rows=rows,
         generate=generate,
     )
-    check_model(model)
-    check_device(device)
-    _show(compare(load_pipeline(model, device, dtype), request, say), density)
-    out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    outputs = Outputs(replace=True, say=say)
+    outputs.expect("--json", file, again=True)
+    if (pipe := described(model, device, dtype)) is not None:
+        started(pipe, request)
+    _show(compare(load_pipeline(model, device, dtype), request, say, outputs), density)
+    out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
 
 
 def _cases(
@@ -102,7 +107,13 @@ def _cases(
         texts = read_prompts(prompt, prompts)
         later = held_out or texts[count:]
     else:
-        texts = Random(seed).sample(all_prompts(), count + DRAWN)
+        known = all_prompts()
+        if count + DRAWN > len(known):
+            raise ValueError(
+                f"--count must be at most {len(known) - DRAWN} unless prompts are given, got {count}; give "
+                "--prompts FILE"
+            )
+        texts = Random(seed).sample(known, count + DRAWN)
         later = held_out or texts[count:]
         say("prompts are drawn from the embedded model's vocabulary")
     calibration = [Case(text, seed + i) for i, text in enumerate(texts[:count])]

@@ -117,7 +117,7 @@ BAD = {
     "no rounds": (["--rounds", "0"], "rounds"),
     "threads by the cpu clock": (["--threads", "2"], "leave out --threads"),
     "quick with sizes": (["--quick"], "leave out --tokens, --head-dim, --density"),
-    "results elsewhere": (["--json", "nowhere/x.json"], "no folder"),
+    "results elsewhere": (["--json", "/proc/x.json"], "--json: /proc/x.json can't be written"),
     "results that aren't JSON": (["--json", "x.txt"], ".json"),
     "plot that isn't PNG": (["--plot", "x.json"], ".png"),
     "results exist": (["--json", "taken.json"], "--force"),

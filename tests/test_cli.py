@@ -85,7 +85,7 @@ BAD = {
     ),
     "negative dial": (
         ["search", "model", "--prompt", "a", *SIZE, "--max-error", "-1"],
-        "max_error",
+        "--max-error must be",
     ),
     "infinite dial": (["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "inf"], "finite"),
     "more than equal": (
@@ -98,7 +98,7 @@ BAD = {
     ),
     "seconds without a table": (
         ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--dense-seconds", "9"],
-        "device_table too",
+        "--dense-seconds is for a device table: give --cost-table too",
     ),
     "plan for a table": (
         ["search", "model", "--prompt", "a", *SIZE, "--min-psnr", "30", "--cost-table", "cut.json"],
@@ -140,7 +140,7 @@ BAD = {
     ),
     "report exists": (
         ["eval", "model", "plan.json", "--prompt", "a", *SIZE, "--out", "taken"],
-        "report.json already",
+        "taken/report.json exists already: pass --force",
     ),
     "report is a file": (
         ["eval", "model", "plan.json", "--prompt", "a", *SIZE, "--out", "plan.json"],
@@ -349,6 +349,28 @@ def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
     assert (here / "new.front.json").exists()
     for file in ("new.json", "new.front.json", "new.profile.safetensors"):
         (here / file).unlink(missing_ok=True)
+
+
+def test_a_plan_is_not_lost_to_another_process(here, capsys, monkeypatch):
+    import sparse_dit.search
+
+    dense = Point(speedup=1.0, density=1.0, error=0.0, seconds=1.0, patterns=[0], errors=[0.0])
+    front = Front("0" * 64, 1.0, (Pattern(Dense()),), (dense,))
+
+    def found(pipe, prompts, **options):
+        (here / "mine.json").write_text("another's")
+        return SimpleNamespace(plan=Plan.load("plan.json"), front=front)
+
+    monkeypatch.setattr(sparse_dit.search, "search_plan", found)
+    arguments = ["search", "model", "--prompts", "prompts.txt", *SIZE, "--min-psnr", "30"]
+    assert cli.run([*arguments, "--out", "mine.json"]) == 3
+    said = capsys.readouterr()
+    assert "mine.json can't be written (it exists by now): the result is in mine-2.json" in said.err
+    assert "wrote mine-2.json and mine-2.front.json" in said.out
+    assert Plan.load("mine-2.json") == Plan.load("plan.json")
+    assert (here / "mine.json").read_text() == "another's"
+    for file in ("mine.json", "mine-2.json", "mine-2.front.json"):
+        (here / file).unlink()
 
 
 def test_ctrl_c_stops_a_process_at_once():

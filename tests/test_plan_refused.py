@@ -117,6 +117,10 @@ BAD_DOCUMENTS = {
         changed(*C, "evidence", "a", to=[]),
         f'{IN}.evidence."a": no such layer',
     ),
+    "a head taken out by hand": (
+        changed(*C, "layers", "blocks.0.attn1", 1, to=[0, 0]),
+        f'{IN}.layers."blocks.0.attn1"[1]: must have 3 heads, got 2',
+    ),
     "evidence short": (changed(*E0, to=[{}]), "must have 3 stages as in layers, got 1"),
     "evidence heads": (changed(*E0, 1, "error", to=[0.5]), "[1].error: must have 3 heads, got 1"),
     "evidence negative": (
@@ -211,7 +215,7 @@ BAD_BYTES = {
     "trailing text": (GOOD + b"x", "not valid JSON at line"),
     "binary": (bytes(range(256)) * 8, "not a text file"),
     "pickle": (b"\x80\x04\x95\x00", "not a text file"),
-    "byte order mark": (b"\xef\xbb\xbf" + GOOD, "not valid JSON"),
+    "two byte order marks": (2 * b"\xef\xbb\xbf" + GOOD, "not valid JSON"),
     "utf-16": (GOOD.decode().encode("utf-16"), "not a text file"),
     "a list": (b"[]", "a plan must be a JSON object, got list of 0"),
     "a number": (b"1", "a plan must be a JSON object, got 1"),

@@ -119,7 +119,7 @@ def test_unwelcome_findings_are_said():
 
 def test_nothing_is_overwritten_unasked(written):
     before = (written / "report.json").read_bytes()
-    with pytest.raises(FileExistsError, match="--force"):
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
         write_report(written, made_up_report(title="another"))
     assert (written / "report.json").read_bytes() == before
     write_report(written, made_up_report(), overwrite=True)

@@ -16,7 +16,7 @@ from sparse_dit.index import build_index
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import PlanError
 from sparse_dit.plan.evidence import prompt_dependent
-from sparse_dit.search import engine, plan_of, pricing, search, search_plan
+from sparse_dit.search import engine, plan_of, pricing, profiling, search, search_plan
 from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
 from sparse_dit.search.profile_file import FORMAT, read_profile
@@ -219,6 +219,23 @@ def test_a_profile_round_trips(pipe, tmp_path):
         assert [*map(list, read.candidates(*key))] == [*map(list, made.candidates(*key))]
         assert read.standard_error(*key).isfinite().all()
     assert all(read.pictures[key].equal(value) for key, value in made.pictures.items())
+
+
+def test_a_search_outlives_the_place_of_its_profile(pipe, tmp_path, monkeypatch):
+    path, said = tmp_path / "profile.safetensors", []
+
+    def full(profile, place):
+        raise OSError(28, "No space left on device", str(place))
+
+    monkeypatch.setattr(profiling, "write_profile", full)
+    found = profile_pipeline(
+        pipe, [Case("a"), Case("b")], SHORT, rows=4, path=path, say=said.append
+    )
+    assert len(found.done) >= 2
+    words = "the profile can't be kept (No space left on device): the search can't be resumed"
+    assert said == [words]
+    with pytest.raises(OSError, match="profile: /proc/x can't be written"):
+        profile_pipeline(pipe, [Case("a")], SHORT, path="/proc/x")
 
 
 def test_a_damaged_profile_is_one_clear_line(pipe, tmp_path):

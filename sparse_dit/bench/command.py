@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ..outputs import Outputs
 from ..tables import out
 
 if TYPE_CHECKING:
@@ -62,9 +63,12 @@ def kernel(
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG file to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-) -> None:
+) -> int:
     """Attention backends against SDPA and compiled FlexAttention with the same lists."""
-    _check_files(json_file, plot_file, force)
+    outputs = Outputs(replace=force, say=_say)
+    for option, path, ending in (("--json", json_file, ".json"), ("--plot", plot_file, ".png")):
+        if path is not None:
+            outputs.expect(option, path, ending)
     varied = {
         "--tokens": tokens, "--head-dim": head_dim, "--density": density, "--dtype": dtype,
         "--pattern": pattern, "--heads": heads,
@@ -87,13 +91,12 @@ def kernel(
     results = _measured(sweep, names, conditions)
     _print(results)
     if json_file is not None:
-        results.save(json_file)
-        _say(f"wrote {json_file}")
+        _say(f"wrote {outputs.write(json_file, results.save)}")
     if plot_file is not None:
         from .plot import save_plot
 
-        save_plot(results.rows, plot_file)
-        _say(f"wrote {plot_file}")
+        _say(f"wrote {outputs.write(plot_file, lambda path: save_plot(results.rows, path))}")
+    return outputs.code
 
 
 @app.command()
@@ -118,7 +121,7 @@ def cost(
     backend: Annotated[str, typer.Option(help="Name of a backend.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-) -> None:
+) -> int:
     """What heads cost on this machine, as a table that plans can be searched with anywhere."""
     import torch
 
@@ -138,13 +141,14 @@ def cost(
     with num_threads(sweep.threads):
         name = slug(device.split(":")[0])
     file = file or Path("profiles", "devices", f"{name}.json")
-    _check_table(file, force)
+    outputs = Outputs(replace=force, say=_say)
+    outputs.expect("--out", file, ".json")
     table = measure_device(sweep, _say)
     out.print(cost_table(table))
     for note in load_notes(table.foreign_cores, "stop them"):
         out.print(note, markup=False, highlight=False, soft_wrap=True)
-    table.save(file)
-    _say(f"wrote {file}")
+    _say(f"wrote {outputs.write(file, table.save)}")
+    return outputs.code
 
 
 @app.command()
@@ -183,25 +187,6 @@ def host(
         launches = "1 launch" if cost.launches == 1 else f"{cost.launches} launches"
         out.print(f"{cost.patterns}: {1e6 * cost.call:.1f} us a call, {launches}", highlight=False)
     out.print("of host time, one thread; no GPU and no driver took part", highlight=False)
-
-
-def _check_table(file: Path, force: bool) -> None:
-    if file.suffix != ".json":
-        raise ValueError(f"--out must name a file that ends in .json, got {file.name!r}")
-    if file.exists() and not force:
-        raise FileExistsError(f"{file} exists already: pass --force to replace it")
-
-
-def _check_files(json_file: Path | None, plot_file: Path | None, force: bool) -> None:
-    for option, file, ending in (("--json", json_file, ".json"), ("--plot", plot_file, ".png")):
-        if file is None:
-            continue
-        if file.suffix != ending:
-            raise ValueError(f"{option} must name a file that ends in {ending}, got {file.name!r}")
-        if not file.parent.is_dir():
-            raise FileNotFoundError(f"{option}: there is no folder {file.parent}; make it first")
-        if file.exists() and not force:
-            raise FileExistsError(f"{file} exists already: pass --force to replace it")
 
 
 def _conditions(clock: str, threads: int | None, rounds: int, flex: bool) -> Conditions:

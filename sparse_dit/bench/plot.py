@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from ..whole_file import whole_file
 from .rows import Row
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")  # Okabe and Ito
@@ -55,7 +56,8 @@ def save_plot(rows: Sequence[Row], path: Path, baseline: str = "dense SDPA") -> 
     axes.plot([1, end], [1, end], color="black", linewidth=0.8, label="ideal: 1 / density")
     _scales(axes, baseline)
     figure.legend(loc="outside right upper", fontsize=7)
-    figure.savefig(path, dpi=120, format="png")
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _lines(rows: Sequence[Row]) -> dict[_Line, list[tuple[float, float]]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
+from ..whole_file import write_text
 from .quick import Value
 from .rows import Row, Skipped
 
@@ -46,12 +46,7 @@ class Results:
     def save(self, path: Path) -> None:
         """Write JSON; the file appears whole or not at all."""
         text = json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1) + "\n"
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, text)
 
     def notes(self) -> list[str]:
         """Sentences under the tables: peak, disturbance, what was left out."""

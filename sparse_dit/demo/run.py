@@ -15,15 +15,18 @@ from ..eval.command import SEAM_STEPS, dense_on_drawn_clips, forced_on_drawn_cli
 from ..eval.forecasts import expected_psnr
 from ..eval.provenance import environment
 from ..eval.quality import Quality, evaluate
-from ..eval.report import FILES, Method, Report, check_free, write_report
+from ..eval.report import FILES, Method, Report, write_report, written_files
 from ..eval.runs import seam_overhead
 from ..generation import Case, GenerationSettings
+from ..outputs import Outputs
 from ..plan import Plan
 from ..plan.evidence import prompt_dependent
+from ..plan.storage import tensor_path
 from ..resources import shipped
 from ..search import Searched, plan_of, search_plan
 from ..search.baselines import random_choice, uniform_plan
 from ..search.front import front_path, write_front
+from ..whole_file import uninterrupted
 
 Say = Callable[[str], None]
 
@@ -42,7 +45,9 @@ TUNING_PSNR = 33.0  # on the calibration prompt: others came out up to 3 dB lowe
 DRAWN_CLIPS = 2
 
 
-def run_demo(folder: Path, force: bool = False, quick: bool = False) -> Report:
+def run_demo(
+    folder: Path, force: bool = False, quick: bool = False, outputs: Outputs | None = None
+) -> Report:
     """Search a plan for the embedded model, measure it on held-out prompts, and report.
 
     Writes `plan.json`, `report.html`, `report.json`, `atlas.png` and the videos into `folder`. The
@@ -52,20 +57,23 @@ def run_demo(folder: Path, force: bool = False, quick: bool = False) -> Report:
         folder: Made if it isn't there.
         force: Whether files of an earlier demo may be replaced.
         quick: A small size at which attention hardly matters: to see that everything runs.
+        outputs: Of the command; knows afterwards what had to be written elsewhere.
 
     Raises:
         FileExistsError: If `folder` holds files of an earlier demo and `force` is not given.
+        ValueError, OSError: If it can't be written.
     """
     from ..inputs import load_pipeline
     from ..tables import out, show_quality
 
-    check_free(folder, (*FILES, "plan.json"), force)
-    folder.mkdir(parents=True, exist_ok=True)
-    say = _stamped()
+    say, plan_file, kept = _stamped(), folder / "plan.json", folder / "profile.safetensors"
+    outputs = outputs or Outputs(replace=force, say=say)
+    outputs.expect_folder("--out", folder, FILES)
+    outputs.expect("--out", plan_file, beside=lambda path: [tensor_path(path), front_path(path)])
+    outputs.expect("--out", kept, again=True)
     settings = QUICK if quick else SETTINGS
     say(f"the embedded model at {settings.width}x{settings.height}, {settings.steps} steps")
     pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
-    kept = folder / "profile.safetensors"
     searched = search_plan(
         pipe,
         CALIBRATION,
@@ -75,15 +83,17 @@ def run_demo(folder: Path, force: bool = False, quick: bool = False) -> Report:
         profile=kept,
         report=say,
     )
-    searched.plan.save(folder / "plan.json", overwrite=force)
-    write_front(searched.front, front_path(folder / "plan.json"))
+    with uninterrupted():
+        lies = outputs.write(plan_file, lambda path: searched.plan.save(path, overwrite=force))
+        outputs.put(front_path(lies), lambda path: write_front(searched.front, path))
     report = measure(pipe, searched, settings, say)
-    report.plan.save(folder / "plan.json", overwrite=True)  # with what was measured
-    files = write_report(folder, report, overwrite=force)
+    # with what was measured
+    lies = outputs.put(plan_file, lambda path: report.plan.save(path, overwrite=True))
+    written = outputs.write(folder, lambda path: write_report(path, report, overwrite=force))
     kept.unlink(missing_ok=True)
     out.print(report.quality.summary, markup=False, highlight=False)
     show_quality(report)
-    for file in (folder / "plan.json", *files):
+    for file in (lies, *written_files(written)):
         out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return report
 

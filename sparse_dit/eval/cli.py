@@ -27,6 +27,7 @@ from ..options import (
     say,
     settings_of,
 )
+from ..outputs import Outputs
 from ..tables import out, show_frontier, show_quality
 
 if TYPE_CHECKING:
@@ -76,16 +77,17 @@ def evaluate(
     device: Device = "cpu",
     dtype: Dtype = None,
     force: Force = False,
-) -> None:
+) -> int:
     """The default: measure a plan against dense and write report.html, report.json and videos.
 
     Prompts and settings that are left out are those that the plan was verified with.
     """
     from ..generation import Case
-    from ..inputs import check_device, check_model, load_pipeline, read_prompts
+    from ..inputs import described, load_pipeline, read_prompts
     from ..plan import Plan
     from .command import Request, evaluate_plan
     from .front import front_beside
+    from .report import FILES
     from .sizes import parse_sizes
 
     loaded = Plan.from_pretrained(plan)
@@ -96,8 +98,6 @@ def evaluate(
         cases = [Case(text, seed + i) for i, text in enumerate(texts)]
     else:
         cases = _held_out(loaded)
-    check_model(model)
-    check_device(device)
     request = Request(
         folder,
         cases,
@@ -109,14 +109,18 @@ def evaluate(
         against=(against, Plan.from_pretrained(against)) if against else None,
         sizes=parse_sizes(sizes) if sizes is not None else (),
     )
-    request.check()
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect_folder("--out", folder, FILES)
+    if (pipe := described(model, device, dtype)) is not None:
+        request.check(pipe, loaded)
     pipe = load_pipeline(model, device, dtype)
     command = "sparse-dit " + " ".join(sys.argv[1:])
-    report, files = evaluate_plan(pipe, loaded, request, command, say)
+    report, files = evaluate_plan(pipe, loaded, request, command, say, outputs)
     out.print(report.quality.summary, markup=False, highlight=False, soft_wrap=True)
     show_quality(report)
     for file in files:
         out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
 
 
 @evaluation.command()
@@ -144,13 +148,14 @@ def frontier(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
-) -> None:
+) -> int:
     """Quality over density: searched plans against the published methods, on held-out prompts."""
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
     from ..generation import Case
-    from ..inputs import check_device, check_model, load_pipeline, read_prompts
+    from ..inputs import described, load_pipeline, read_prompts
     from ..resources import shipped
-    from .frontier import DENSITIES, METHODS, FrontierRequest, figure_of
+    from .figures import save_figure
+    from .frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
     from .frontier import frontier as measure
     from .sizes import parse_sizes
 
@@ -162,6 +167,8 @@ def frontier(
         later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
     else:
         cases, later = list(CALIBRATION), list(HELD_OUT)
+        if held_out:
+            later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out)]
     elsewhere = None
     if searched_at is not None:
         other, *more = parse_sizes(searched_at)
@@ -171,17 +178,21 @@ def frontier(
     request = FrontierRequest(
         cases, later, settings, density or DENSITIES, method or METHODS, file, elsewhere
     )
-    name = model or str(shipped("tiny_wan"))
-    check_model(name)
-    check_device(device)
-    rows = measure(
-        load_pipeline(name, device, dtype or (None if model else "float32")), request, say
-    )
+    name, dtype = model or str(shipped("tiny_wan")), dtype or (None if model else "float32")
+    outputs = Outputs(replace=True, say=say)
+    outputs.expect("--json", file, again=True)
+    if plot is not None:
+        outputs.expect("--plot", plot, ".png", ".svg")
+    if (pipe := described(name, device, dtype)) is not None:
+        started(pipe, request)
+    rows = measure(load_pipeline(name, device, dtype), request, say, outputs)
     show_frontier(rows)
     if plot is not None:
-        figure_of(rows).savefig(plot, facecolor="white")
-        out.print(f"wrote {plot}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+        figure = figure_of(rows)
+        drawn = outputs.write(plot, lambda path: save_figure(figure, path))
+        out.print(f"wrote {drawn}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
 
 
 def _held_out(plan: Plan) -> list[Any]:

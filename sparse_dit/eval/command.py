@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,18 @@ from torch import Tensor
 
 from ..demo.draw import draw
 from ..generation import Case, GenerationSettings
+from ..outputs import Outputs
+from ..patch import patch
 from ..plan import Plan
 from ..plan.evidence import prompt_dependent
+from ..words import option
 from .atlas import StageAtlas, stage_atlas
 from .differences import difference
 from .forecasts import expected_psnr
 from .heads import HeadQuality, head_quality
 from .provenance import environment
 from .quality import Quality, evaluate
-from .report import FILES, Report, check_free, write_report
+from .report import FILES, Report, write_report, written_files
 from .runs import seam_overhead
 from .sizes import SizeRow, check_sizes, evaluate_sizes
 from .teacher import DensePredictions, TeacherForced, dense_predictions, teacher_forced
@@ -59,17 +63,28 @@ class Request:
     against: tuple[str, Plan] | None = None
     sizes: Sequence[tuple[int, int, int]] = ()
 
-    def check(self) -> None:
-        """Raise before anything is loaded if the report couldn't be written in the end."""
-        if not self.fps > 0:
-            raise ValueError(f"fps must be > 0, got {self.fps}")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file: give a folder for the report")
-        check_free(self.folder, FILES, self.force)
+    def check(self, pipe: Any, plan: Plan) -> None:
+        """Raise, before anything is generated, if the plan or a size isn't for this pipeline.
+
+        Args:
+            pipe: A stock pipeline, or an `outline`.
+            plan: What is to be measured.
+        """
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"{option('fps')} must be a finite number > 0, got {self.fps}")
+        others = [replace(self.settings, width=w, height=h, num_frames=f) for w, h, f in self.sizes]
+        check_sizes(pipe, self.cases[0], [self.settings, *others])
+        with patch(pipe, plan):
+            pass
 
 
 def evaluate_plan(
-    pipe: Any, plan: Plan, request: Request, command: str, say: Callable[[str], None]
+    pipe: Any,
+    plan: Plan,
+    request: Request,
+    command: str,
+    say: Callable[[str], None],
+    outputs: Outputs | None = None,
 ) -> tuple[Report, list[Path]]:
     """Measure quality, speed, the seam and, if asked for, the teacher-forced error; write it all.
 
@@ -79,12 +94,12 @@ def evaluate_plan(
         request: What and where to.
         command: Noted in the report.
         say: Called with progress.
+        outputs: Of the command, if it has checked the folder already.
     """
-    request.check()
-    others = [
-        replace(request.settings, width=w, height=h, num_frames=f) for w, h, f in request.sizes
-    ]
-    check_sizes(pipe, request.cases[0], [request.settings, *others])
+    if outputs is None:
+        outputs = Outputs(replace=request.force, say=say)
+        outputs.expect_folder("folder", request.folder, FILES)
+    request.check(pipe, plan)
     quality = evaluate(pipe, plan, request.cases, request.settings, progress=say)
     say("what the patch itself costs")
     short = replace(request.settings, steps=min(SEAM_STEPS, request.settings.steps))
@@ -106,7 +121,10 @@ def evaluate_plan(
         difference=difference(*request.against, plan) if request.against else None,
         sizes=_other_sizes(pipe, plan, quality, request, say),
     )
-    return report, write_report(request.folder, report, overwrite=request.force)
+    folder = outputs.write(
+        request.folder, lambda path: write_report(path, report, overwrite=request.force)
+    )
+    return report, written_files(folder)
 
 
 def _other_sizes(

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ..whole_file import whole_file
 from .atlas import StageAtlas
 from .metrics import Video, as_video
 from .pictures import attention_image, mask_image
@@ -191,9 +192,10 @@ def atlas_figure(stage: StageAtlas) -> Figure:
     return figure
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG on white."""
-    figure.savefig(path, format="png", facecolor="white")
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure on white, in the format of its file's ending, whole or not at all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, facecolor="white")
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:

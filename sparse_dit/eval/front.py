@@ -37,17 +37,6 @@ def front_beside(name: str, plan: Plan) -> Front | None:
     return front if model_hash(plan.components) == front.config_hash else None
 
 
-def check_picture(path: Path) -> None:
-    """Raise ValueError unless a figure can be written there by its name's ending."""
-    known = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise ValueError(
-            f"a picture's name must end in one of {', '.join(f'.{k}' for k in known)}, got {path.name!r}"
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"no folder {path.parent} to write {path.name} into: make it first")
-
-
 def figure_of(front: Front, plan: Plan) -> Figure:
     """Forecast error of heads, density and PSNR over forecast speed-up, with the plan's own point.
 

@@ -11,10 +11,11 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..generation import Case, GenerationSettings
+from ..generation import Case, GenerationSettings, call_arguments
 from ..integrations.diffusers import components
 from ..layout import TokenLayout
 from ..on_cpu import on_cpu
+from ..outputs import Outputs, check_writable
 from ..plan import Plan
 from ..search.engine import Searched, search_plan
 from ..search.rivals import (
@@ -25,7 +26,9 @@ from ..search.rivals import (
     plan_at,
     score_rivals,
 )
-from ..whole_file import whole_file
+from ..texts import read_text
+from ..whole_file import write_text
+from ..words import option
 from .provenance import environment
 from .quality import Quality, evaluate, forecast_speedup
 
@@ -61,11 +64,17 @@ class FrontierRequest:
 
     def __post_init__(self) -> None:
         if not self.densities or not all(0 < d < 1 for d in self.densities):
-            raise ValueError(f"densities must lie between 0 and 1, got {list(self.densities)}")
+            raise ValueError(
+                f"{option('densities')} must lie between 0 and 1, got {list(self.densities)}"
+            )
         if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods must be among {list(METHODS)}, got {sorted(unknown)}")
+            raise ValueError(
+                f"{option('methods')} must be among {list(METHODS)}, got {sorted(unknown)}"
+            )
         if not self.held_out:
-            raise ValueError("measuring needs at least one held-out prompt, got none")
+            raise ValueError(
+                f"measuring needs a held-out prompt, got none; give {option('held_out')}"
+            )
         if self.elsewhere == self.settings:
             raise ValueError("the other size to search at must be another one, got the same")
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
@@ -91,7 +100,9 @@ class FrontierRequest:
 
 
 @on_cpu
-def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, Any]]:
+def frontier(
+    pipe: Any, request: FrontierRequest, say: Say, outputs: Outputs | None = None
+) -> list[dict[str, Any]]:
     """Measure every method at every density; rows are in the file as soon as they are measured.
 
     Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, seconds,
@@ -99,16 +110,17 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
     a method that has no plan at a density has a row with `"none"`. Dense generations are made anew for each
     density, so that speed-ups bear a machine whose speed drifts over the hour.
 
+    Args:
+        pipe: A diffusers pipeline with one transformer, not patched.
+        request: What to compare.
+        say: Called with progress.
+        outputs: Knows afterwards where the file lies, if it couldn't be written where it should.
+
     Raises:
-        ValueError: If the file holds rows of other conditions.
-        NotImplementedError: For a pipeline with several transformers.
+        ValueError, NotImplementedError, OSError: See `started`.
     """
-    if len(found := components(pipe)) > 1:
-        raise NotImplementedError(
-            f"rivals are scored for one transformer, got {' and '.join(found)}; search such a pipeline "
-            "with `sparse-dit search` and measure its plan with `sparse-dit eval`"
-        )
-    rows = _started(request)
+    outputs = outputs or Outputs(replace=True, say=say)
+    rows = started(pipe, request)
     wanted = [(d, m) for d in request.densities for m in request.all_methods]
     done = {(row["target"], row["method"]) for row in rows}
     todo = [pair for pair in wanted if pair not in done]
@@ -137,8 +149,31 @@ def frontier(pipe: Any, request: FrontierRequest, say: Say) -> list[dict[str, An
             timed_for = target
             forecast = None if method == TRANSFERRED else forecast_speedup(plan)
             rows.append({**row, **_measured(before), "forecast": forecast})
-        _write(request, rows, provenance)
+        _write(outputs, request, rows, provenance)
     return rows
+
+
+def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
+    """The rows that are in the file already.
+
+    Args:
+        pipe: Loaded, or an `outline`.
+        request: What to compare.
+
+    Raises:
+        ValueError: If the file holds rows of other conditions, or the pipeline can't make the size.
+        NotImplementedError: For a pipeline with several transformers.
+        OSError: If the file can't be written.
+    """
+    if len(found := components(pipe)) > 1:
+        raise NotImplementedError(
+            f"rivals are scored for one transformer, got {' and '.join(found)}; search such a pipeline "
+            "with `sparse-dit search` and measure its plan with `sparse-dit eval`"
+        )
+    for settings in filter(None, (request.settings, request.elsewhere)):
+        call_arguments(pipe, request.held_out[0], settings)
+    check_writable(request.file, "file")
+    return _started(request)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +255,7 @@ def _started(request: FrontierRequest) -> list[dict[str, Any]]:
     if not request.file.exists():
         return []
     try:
-        data = json.loads(request.file.read_text())
+        data = json.loads(read_text(request.file))
         known = data["format"] == FORMAT and isinstance(data["rows"], list)
         same = data["conditions"] == request.conditions
         rows = data["rows"]
@@ -236,7 +271,10 @@ def _started(request: FrontierRequest) -> list[dict[str, Any]]:
 
 
 def _write(
-    request: FrontierRequest, rows: list[dict[str, Any]], provenance: dict[str, str]
+    outputs: Outputs,
+    request: FrontierRequest,
+    rows: list[dict[str, Any]],
+    provenance: dict[str, str],
 ) -> None:
     data = {
         "format": FORMAT,
@@ -244,8 +282,8 @@ def _write(
         "provenance": provenance,
         "rows": rows,
     }
-    with whole_file(request.file) as partial:
-        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    outputs.put(request.file, lambda path: write_text(path, text))
 
 
 def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:

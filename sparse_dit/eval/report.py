@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..plan import Plan
-from ..whole_file import whole_file
+from ..whole_file import uninterrupted, write_text
+from ..words import option
 from .atlas import StageAtlas
 from .differences import Difference
-from .figures import atlas_figure, save_png
+from .figures import atlas_figure, save_figure
 from .forecasts import Compared, compared
 from .page import opened, render_page
 from .quality import Quality
@@ -144,19 +147,33 @@ def write_report(folder: str | Path, report: Report, *, overwrite: bool = False)
     folder = Path(folder)
     check_free(folder, FILES, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as staged:
+        _write_files(Path(staged), report)
+        with uninterrupted():  # files of two reports side by side would be wrong
+            for name in FILES:
+                if (Path(staged) / name).exists():
+                    os.replace(Path(staged) / name, folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)  # of an earlier report
+    return written_files(folder)
+
+
+def _write_files(folder: Path, report: Report) -> None:
     dense, sparse = report.quality.references[0].video, report.quality.sparse_videos[0]
     clips = (dense, sparse, side_by_side(dense, sparse))
     for name, clip in zip(VIDEOS, clips, strict=True):
         save_video(folder / name, clip, report.fps)
     page = render_page(report, findings(report), limits(report), VIDEOS)
-    data = json.dumps(to_json(report), indent=1, allow_nan=False) + "\n"
-    for name, text in (("report.json", data), ("report.html", page)):
-        with whole_file(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_text(
+        folder / "report.json", json.dumps(to_json(report), indent=1, allow_nan=False) + "\n"
+    )
+    write_text(folder / "report.html", page)
     if report.atlases:
-        save_png(atlas_figure(report.atlases[opened(report.atlases)]), folder / "atlas.png")
-    else:
-        (folder / "atlas.png").unlink(missing_ok=True)  # of an earlier report
+        save_figure(atlas_figure(report.atlases[opened(report.atlases)]), folder / "atlas.png")
+
+
+def written_files(folder: Path) -> list[Path]:
+    """Those of a report that are in a folder."""
     return [folder / name for name in FILES if (folder / name).exists()]
 
 
@@ -165,7 +182,7 @@ def check_free(folder: str | Path, names: Sequence[str], overwrite: bool) -> Non
     there = [name for name in names if (Path(folder) / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
-            f"{folder} has {', '.join(there)} already: pass --force (overwrite=True) to replace them"
+            f"{folder} has {', '.join(there)} already: pass {option('overwrite=True')} to replace them"
         )
 
 

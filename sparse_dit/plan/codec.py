@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..layout import TokenLayout
 from ..patterns import Pattern
-from .component import ComponentPlan, HeadChoice, Stage
+from .component import ComponentPlan, HeadChoice, Stage, check_layer
 from .document import place
 from .errors import PlanError, short
 from .schema import MAX_PATTERNS, ComponentForm, EvidenceForm
@@ -63,6 +63,8 @@ def from_form(form: ComponentForm, where: str, tensors: dict[str, Tensor]) -> Co
         _at(f"{where}.stages[{i}]: ", Stage, stage.sigma_max, stage.sigma_min, stage.branch)
         for i, stage in enumerate(form.stages)
     )
+    for layer, ids in form.layers.items():  # or what is said of its heads would be blamed
+        check_layer(place_of(where, layer), ids, len(stages), form.num_heads)
     for layer in form.evidence:
         if layer not in form.layers:
             raise PlanError(f'{where}.evidence."{layer}": no such layer in layers; remove it')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,7 +133,7 @@ class ComponentPlan:
             raise PlanError(f"layers: at most {schema.MAX_LAYERS}, got {len(self.layers)}")
         for layer, stages in self.layers.items():
             matches("layers", layer, schema.LAYER_PATH)
-            self._check_layer(f'layers."{layer}"', stages)
+            check_layer(f'layers."{layer}"', stages, len(self.stages), self.num_heads)
             self._heads[layer] = tuple(tuple(head.pattern for head in heads) for heads in stages)
 
     def patterns(
@@ -193,12 +193,20 @@ class ComponentPlan:
                         f"got {stage} and {self.stages[j]}"
                     )
 
-    def _check_layer(self, place: str, stages: Collection[Collection[HeadChoice]]) -> None:
-        if len(stages) != len(self.stages):
-            raise PlanError(f"{place}: must have {len(self.stages)} stages, got {len(stages)}")
-        for i, heads in enumerate(stages):
-            if len(heads) != self.num_heads:
-                raise PlanError(f"{place}[{i}]: must have {self.num_heads} heads, got {len(heads)}")
+
+def check_layer(place: str, stages: Collection[Sized], num_stages: int, num_heads: int) -> None:
+    """Raise PlanError unless a layer has its stages, and each of them its heads.
+
+    Args:
+        place: Of the layer, for the message.
+        stages: What it has.
+        num_stages, num_heads: What it must have.
+    """
+    if len(stages) != num_stages:
+        raise PlanError(f"{place}: must have {num_stages} stages, got {len(stages)}")
+    for i, heads in enumerate(stages):
+        if len(heads) != num_heads:
+            raise PlanError(f"{place}[{i}]: must have {num_heads} heads, got {len(heads)}")
 
 
 def matches(name: str, value: Any, form: str) -> None:

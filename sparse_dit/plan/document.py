@@ -11,6 +11,7 @@ import math
 import re
 from typing import Any
 
+from ..texts import decoded
 from .errors import PlanError, short
 
 MAX_DEPTH = 24
@@ -47,9 +48,9 @@ def parse(data: bytes) -> dict[str, Any]:
         PlanError: If `data` isn't UTF-8, isn't JSON, or holds what a plan may not hold.
     """
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PlanError(f"not a text file (UTF-8), byte {error.start} is not text") from None
+        text = decoded(data)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
     if not text.strip():
         raise PlanError("the file is empty; save the plan again")
     try:

@@ -15,6 +15,19 @@ class PlanError(ValueError):
         super().__init__(" ".join(_printable(message).split()))
 
 
+class UnwritablePlan(PlanError, OSError):
+    """A plan is fine but can't be written where it should; it can elsewhere.
+
+    Args:
+        message: See `PlanError`.
+        reason: The part of it that isn't the place.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.strerror = reason or message
+
+
 def short(value: Any, limit: int = 60) -> str:
     """`repr` of an untrusted value, cut to `limit` characters."""
     if isinstance(value, list | tuple | dict):

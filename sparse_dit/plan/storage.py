@@ -18,7 +18,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, uint8
 
-from .errors import PlanError
+from ..whole_file import uninterrupted
+from ..words import option
+from .errors import PlanError, UnwritablePlan
 
 MAX_PLAN_BYTES = 32 << 20
 MAX_TENSOR_BYTES = 1 << 30
@@ -125,13 +127,16 @@ def write(path: Path, plan: bytes, tensors: bytes | None, *, overwrite: bool) ->
     if path.suffix != ".json":
         raise PlanError(f"{path}: the name of a plan must end in .json")
     if path.is_dir():
-        raise PlanError(f"{path}: is a folder; give a file name in it")
+        raise UnwritablePlan(f"{path}: is a folder; give a file name in it")
     contents = {path: plan} if tensors is None else {tensor_path(path): tensors, path: plan}
     for target, limit in ((path, MAX_PLAN_BYTES), (tensor_path(path), MAX_TENSOR_BYTES)):
         if len(contents.get(target, b"")) > limit:
             raise PlanError(f"{target}: must have at most {limit >> 20} MiB")
         if target in contents and os.path.lexists(target) and not overwrite:
-            raise PlanError(f"{target}: exists already; pass overwrite=True to replace it")
+            raise UnwritablePlan(
+                f"{target}: exists already; pass {option('overwrite=True')} to replace it",
+                "it exists by now",
+            )
     temporary: dict[Path, Path] = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +146,12 @@ def write(path: Path, plan: bytes, tensors: bytes | None, *, overwrite: bool) ->
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for target, source in temporary.items():
-            os.replace(source, target)
+        with uninterrupted():  # tensors of one plan beside the text of another fit no more
+            for target, source in temporary.items():
+                os.replace(source, target)
     except OSError as error:
-        raise PlanError(f"{path}: can't be written: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
+        raise UnwritablePlan(f"{path}: can't be written: {reason}", reason) from None
     finally:
         for source in temporary.values():
             with contextlib.suppress(FileNotFoundError):

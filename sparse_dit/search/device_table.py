@@ -24,7 +24,8 @@ from ..plan.errors import PlanError, short
 from ..plan.schema import MAX_HEAD_DIM, MAX_HEADS, MAX_TOKENS
 from ..plan.storage import read
 from ..resources import shipped
-from ..whole_file import whole_file
+from ..texts import decoded
+from ..whole_file import write_text
 from .cost import CostTable, rising
 
 MAX_BYTES = 4 << 20
@@ -133,8 +134,7 @@ class DeviceTable(_Form):
 
     def save(self, path: Path) -> None:
         """Write JSON, making the folder; the file appears whole or not at all."""
-        with whole_file(path) as partial:
-            partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
     @staticmethod
     def load(name: str | os.PathLike[str]) -> DeviceTable:
@@ -150,9 +150,11 @@ class DeviceTable(_Form):
         path = _find(name)
         data = read(path, MAX_BYTES)
         try:
-            return DeviceTable.model_validate_json(data)
+            return DeviceTable.model_validate_json(decoded(data))
         except ValidationError as error:
             raise PlanError(f"{path}: {_explain(error)}") from None
+        except ValueError as error:  # of decoding
+            raise PlanError(f"{path}: {error}") from None
 
     def at(self, layout: TokenLayout, head_dim: int, dtype: str) -> CostTable:
         """Costs at any size: seconds a pair of tokens, interpolated over the logarithm of the tokens.

@@ -12,6 +12,7 @@ import torch
 
 from ..integrations.diffusers import heads_of
 from ..layout import TokenLayout
+from ..words import option
 from .cost import CostTable
 from .device_table import DeviceTable, slug
 
@@ -36,11 +37,12 @@ class Elsewhere:
         if seconds is None and not self.table.here:
             raise ValueError(
                 f"the device table {self.table.name} is of another machine ({slug(self.table.device)} "
-                "is this one): give dense_seconds, what one dense generation at these settings takes "
-                "there; attention is only a part of it"
+                f"is this one): give {option('dense_seconds')}, what one dense generation at these "
+                "settings takes there; attention is only a part of it"
             )
         if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-            raise ValueError(f"dense_seconds must be a finite number above 0, got {seconds!r}")
+            name = option("dense_seconds")
+            raise ValueError(f"{name} must be a finite number above 0, got {seconds!r}")
 
     @staticmethod
     def of(
@@ -50,7 +52,8 @@ class Elsewhere:
         if table is None:
             if dense_seconds is not None:
                 raise ValueError(
-                    "dense_seconds is for a device table: give device_table too, or leave it out"
+                    f"{option('dense_seconds')} is for a device table: give {option('device_table')} too, "
+                    "or leave it out"
                 )
             return None
         return Elsewhere(
@@ -89,8 +92,8 @@ class Elsewhere:
             return measured
         if self.dense_seconds < stock:
             raise ValueError(
-                f"dense_seconds must be at least the {stock:.4g} s that dense attention alone takes by "
-                f"the device table {self.table.name}, got {self.dense_seconds:g}; is it the time of a "
-                "generation with these settings on that device?"
+                f"{option('dense_seconds')} must be at least the {stock:.4g} s that dense attention alone "
+                f"takes by the device table {self.table.name}, got {self.dense_seconds:g}; is it the time of "
+                "a generation with these settings on that device?"
             )
         return self.dense_seconds

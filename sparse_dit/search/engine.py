@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from torch import nn
-
 from ..generation import Case, GenerationSettings
-from ..integrations.diffusers import attachment_of, components
+from ..integrations.diffusers import components
 from ..on_cpu import on_cpu
 from ..plan import Plan, Stage, merged_plan
+from .asked import check_search, profiled_at
 from .cost import break_even_tokens
 from .elsewhere import Elsewhere
 from .evidence import evidence
@@ -24,7 +23,7 @@ from .joint import joined, pair_shares
 from .objective import Objective
 from .pricing import cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
-from .profiling import profile_pipeline, profiling_steps
+from .profiling import profile_pipeline
 from .prompts import TuneOn, split_cases
 from .provenance import measured_of, provenance
 from .sensitivity import Sensitivity, reduced, sensitivity
@@ -118,7 +117,8 @@ def search_plan(
     Raises:
         ValueError: For an empty prompt list, a prompt in both lists, a number out of range, a
             patched pipeline, a speed-up out of reach, a profile of something else, a transformer that
-            no profiling step runs, or a pipeline that gives NaN.
+            no profiling step runs, a size that the pipeline can't make, or one that gives NaN.
+        OSError: If `profile` can't be written.
         TypeError: If `pipe` is no pipeline, or `prompts` no list.
         NotImplementedError: For a pipeline of an unsupported class.
     """
@@ -128,26 +128,32 @@ def search_plan(
     if elsewhere is not None and elsewhere.table.caveat:
         say(elsewhere.table.caveat)
     calibration, held = split_cases(prompts, held_out, tune_on)
-    for transformer in _searchable(pipe).values():
-        if elsewhere is not None:
-            elsewhere.check(transformer)
+    check_search(
+        pipe,
+        calibration[0],
+        settings,
+        rows=rows,
+        profile=profile,
+        profile_steps=profile_steps,
+        merge_stages=merge_stages,
+        elsewhere=elsewhere,
+    )
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
-    if merge_stages is not None and not (math.isfinite(merge_stages) and merge_stages >= 0):
-        raise ValueError(f"merge_stages must be a finite number >= 0, got {merge_stages!r}")
     clock = Clock()
-    steps = profiling_steps(settings.steps) if profile_steps is None else profile_steps
-    say(f"profiling {len(calibration)} prompts at {steps} noise levels")
+    profiled_settings = profiled_at(settings, profile_steps)
+    say(f"profiling {len(calibration)} prompts at {profiled_settings.steps} noise levels")
     profiled = profile_pipeline(
         pipe,
         calibration,
-        replace(settings, steps=steps),
+        profiled_settings,
         rows=rows,
         reference_steps=None if held else settings.steps,
         path=profile,
         wide=wide,
         shared=merge_stages is not None,
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
+        say=say,
     )
     clock.lap("profile")
     run = _Run(pipe, calibration, held, settings, backend, clock, say, elsewhere)
@@ -247,18 +253,6 @@ def _references(run: _Run, profiled: Profile) -> list[Reference]:
         return [profiled.reference]
     run.say(f"dense references of {len(run.held_out)} held-out cases")
     return [dense_reference(run.pipe, case, run.settings) for case in run.held_out]
-
-
-def _searchable(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's transformers, by component name."""
-    found = components(pipe)
-    if isinstance(pipe, nn.Module):
-        raise TypeError(f"a search generates, so it needs the pipeline, got {type(pipe).__name__}")
-    if any(attachment_of(module) is not None for module in found.values()):
-        raise ValueError(
-            "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe), then search"
-        )
-    return found
 
 
 def _sensitivities(

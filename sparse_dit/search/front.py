@@ -29,7 +29,8 @@ from ..plan import (
     merged_plan,
 )
 from ..plan.evidence import without_evidence
-from ..whole_file import whole_file
+from ..texts import read_text
+from ..whole_file import write_text
 from .archive import explore
 from .assemble import levels_of, stage_shares
 from .candidates import DENSE
@@ -181,8 +182,7 @@ def write_front(front: Front, path: Path) -> None:
         levels={name: list(levels) for name, levels in front.levels.items()},
         points=list(front.points),
     )
-    with whole_file(path) as partial:
-        partial.write_text(file.model_dump_json(), encoding="utf-8")
+    write_text(path, file.model_dump_json())
 
 
 def read_front(path: Path) -> Front:
@@ -194,7 +194,7 @@ def read_front(path: Path) -> Front:
     if not path.is_file():
         raise PlanError(f"{path}: no such file; a search writes it beside its plan")
     try:
-        file = _File.model_validate(json.loads(path.read_text()))
+        file = _File.model_validate(json.loads(read_text(path)))
         tensors = {
             name: torch.frombuffer(
                 bytearray(base64.b64decode(bits, validate=True)), dtype=torch.uint8

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..outputs import check_writable
+from ..words import option
+
 
 @contextlib.contextmanager
 def only_writer(path: str | Path, wanted: bool = True) -> Iterator[None]:
@@ -20,11 +23,13 @@ def only_writer(path: str | Path, wanted: bool = True) -> Iterator[None]:
 
     Raises:
         ValueError: If another process holds it; at once, in one line.
+        OSError: If its folder can't be written.
     """
     if not wanted:
         yield
         return
     path = Path(path)
+    check_writable(path, option("profile"))
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
     lock = FileLock(file, timeout=0)

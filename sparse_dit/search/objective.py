@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..plan import Plan
+from ..words import option
 from .local import improve
 from .solve import Choice, Problem, at_price, cheapest, least_damage
 from .stages import merge_stages
@@ -35,17 +36,18 @@ class Objective:
     def __post_init__(self) -> None:
         given = self.to_dict()
         if len(given) != 1:
-            got = " and ".join(sorted(given)) or "none"
-            raise ValueError(f"give one of target_speedup, max_error and min_psnr, got {got}")
+            got = " and ".join(map(option, sorted(given))) or "none"
+            first, second, third = map(option, ("target_speedup", "max_error", "min_psnr"))
+            raise ValueError(f"give one of {first}, {second} and {third}, got {got}")
         ((name, value),) = given.items()
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= _ABOVE[name]:
             raise ValueError(
-                f"{name} must be a finite number above {_ABOVE[name]:g}, got {value!r}"
+                f"{option(name)} must be a finite number above {_ABOVE[name]:g}, got {value!r}"
             )
         if value > _MOST.get(name, math.inf):
             raise ValueError(
-                f"{name} must be at most {_MOST[name]:g}, what equal videos count as, got {value!r}"
+                f"{option(name)} must be at most {_MOST[name]:g}, what equal videos count as, got {value!r}"
             )
 
     def to_dict(self) -> dict[str, float]:

@@ -113,7 +113,10 @@ def read_profile(path: str | Path) -> Profile:
         raise
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlanError(f"{path}: damaged ({reason:.200}); delete it and profile again") from None
+        raise PlanError(
+            f"{path}: damaged, or no profile ({reason:.200}); name another file, or delete it and profile "
+            "again"
+        ) from None
     return profile
 
 

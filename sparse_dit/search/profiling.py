@@ -12,7 +12,9 @@ from typing import Any
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components, heads_of
 from ..on_cpu import on_cpu
+from ..outputs import check_writable, rescued
 from ..plan import config_hash
+from ..words import option
 from .beyond import has_frames, look_beyond
 from .lock import only_writer
 from .profile import ComponentProfile, Profile
@@ -38,6 +40,7 @@ def profile_pipeline(
     shared: bool = False,
     beyond: bool = True,
     report: Callable[[int, int, str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Profile:
     """Run the stock pipeline over the cases and record every head.
 
@@ -61,16 +64,20 @@ def profile_pipeline(
         beyond: For larger videos, also look at what heads do at greater distances than this size has, in one
             forward of as many tokens, more rows and columns and fewer frames; see `look_beyond`.
         report: Called with `(done, total, text)`.
+        say: Called with a line of text if the profile can't be kept where it should.
 
     Raises:
         ValueError: If there are no cases or rows, `path` holds a profile of something else, another
             process is writing it, or a transformer runs in none of the steps.
+        OSError: If `path` can't be written; before anything is run.
         PlanError: If the file at `path` is damaged.
     """
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"rows must be a whole number >= 1, got {rows!r}")
+        raise ValueError(f"{option('rows')} must be a whole number >= 1, got {rows!r}")
+    if path is not None:
+        check_writable(Path(path), option("profile"))
     phases = phases_of(cases, reference_steps, beyond=beyond and has_frames(settings))
     profile = started(pipe, settings, rows, phases, path, wide, shared)
     lock = only_writer(path) if path is not None and len(profile.done) < len(phases) else None
@@ -78,16 +85,25 @@ def profile_pipeline(
         if lock:  # another may have gone on in between
             profile = started(pipe, settings, rows, phases, path, wide, shared)
         for number in range(len(profile.done), len(phases)):
-            phase, say = phases[number], None
+            phase, progress = phases[number], None
             if report:
-                say = functools.partial(report, number, len(phases))
-                say(f"{phase.kind}: {phase.case.prompt}")
-            run_phase(pipe, profile, phase, say)
+                progress = functools.partial(report, number, len(phases))
+                progress(f"{phase.kind}: {phase.case.prompt}")
+            run_phase(pipe, profile, phase, progress)
             if path is not None:
-                write_profile(profile, path)
+                path = _kept(profile, Path(path), say or (lambda text: None))
     if report:
         report(len(phases), len(phases), "profiled")
     return profile
+
+
+def _kept(profile: Profile, path: Path, say: Callable[[str], None]) -> Path | None:
+    """Where the profile is kept from now on; None if that is nowhere, which costs no result."""
+    try:
+        return rescued(path, functools.partial(write_profile, profile), say)
+    except OSError as error:
+        say(f"the profile can't be kept ({error.strerror or error}): the search can't be resumed")
+        return None
 
 
 @dataclass(frozen=True)

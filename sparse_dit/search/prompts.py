@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from ..generation import Case
+from ..words import option
 
 TuneOn = Literal["held_out", "calibration"]
 
@@ -37,14 +38,19 @@ def split_cases(
     if held_out is None:
         if len(cases) < 2:
             raise ValueError(
-                "give held_out prompts, or two or more prompts, so that one is held out"
+                f"give {option('held_out')} prompts, or two or more prompts, so that one is held out"
             )
         cases, held = cases[:-1], cases[-1:]
     else:
         held = _listed("held_out", held_out)
     if not held:
-        raise ValueError("held_out must hold at least one prompt, got none")
+        raise ValueError(f"{option('held_out')} must hold at least one prompt, got none")
     if shared := sorted({c.prompt for c in cases} & {c.prompt for c in held}):
+        if held_out is None:
+            raise ValueError(
+                f"the last prompt is held out, so it must not be given twice, got {shared[0]!r}; give "
+                f"another one, or {option('held_out')} prompts"
+            )
         raise ValueError(
             f"held-out prompts must not be calibration prompts, got both: {shared[:3]}"
         )

@@ -142,8 +142,7 @@ class Recorder:
                     for key in ("error", "error_squared", "recall")
                 },
                 **{
-                    key: torch.zeros(run.num_heads, dtype=torch.float32)
-                    for key in ("norm", "rows")
+                    key: torch.zeros(run.num_heads, dtype=torch.float32) for key in ("norm", "rows")
                 },
             }
         scores = run.scores[level, layer]

@@ -7,6 +7,7 @@ number of processes doesn't change the result. A stopped profile goes on from th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
+from ..outputs import check_writable, rescued
 from .beyond import has_frames
 from .merge import found_on, merge_profiles, without_scores
 from .profile import Profile
@@ -38,7 +40,7 @@ def profile_share(
     wide: bool = False,
     shared: bool = False,
     report: Report | None = None,
-) -> None:
+) -> Path:
     """This process's share of a profile; see `profile_pipeline`, to whose result it is equal.
 
     Args:
@@ -51,17 +53,23 @@ def profile_share(
         barrier: Waits until all processes have called it.
         report: Called with a line of text for each run.
 
+    Returns:
+        Where the whole profile lies: at `path`, or elsewhere if it couldn't be written there in the end.
+
     Raises:
         ValueError: If there are no cases, or `path` holds a profile of something else.
+        OSError: If `path` can't be written; before anything is run.
     """
+    path = Path(path)
+    check_writable(path, "path")
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
     phases = phases_of(cases, beyond=has_frames(settings))
     base = started(pipe, settings, rows, phases, path, wide, shared)
     left = phases[len(base.done) :]
     if not left:
-        return
-    share = _Share(pipe, Path(path), rank, world, report or (lambda text: None))
+        return path
+    share = _Share(pipe, path, rank, world, report or (lambda text: None))
     empty = started(pipe, settings, rows, phases, None, wide, shared)
     files = share.run(empty, [phase for phase in left if phase.kind == "find"])
     barrier()
@@ -76,9 +84,10 @@ def profile_share(
         scored = [share.path] if len(base.done) > len(found_on(base)) else []
         whole = merge_profiles([*scored, *files])
         whole.seconds += 0.0 if scored else found.seconds
-        write_profile(whole, path)
+        path = rescued(path, functools.partial(write_profile, whole), share.report)
         shutil.rmtree(share.folder)
     barrier()
+    return path
 
 
 @dataclass(frozen=True)

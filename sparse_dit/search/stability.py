@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..generation import call_arguments
 from ..integrations.diffusers import components
 from ..on_cpu import on_cpu
+from ..outputs import Outputs, check_writable
 from ..patterns import Pattern, Skip
 from ..plan import Plan, config_hash
+from ..words import option
 from .assemble import first_plan
 from .candidates import tilings
 from .cost import CostTable
@@ -50,7 +53,9 @@ class _Solved:
 
 
 @on_cpu
-def stability(pipe: Any, request: StabilityRequest, say: Say) -> list[StabilityRow]:
+def stability(
+    pipe: Any, request: StabilityRequest, say: Say, outputs: Outputs | None = None
+) -> list[StabilityRow]:
     """Profile with few and with more prompts, solve, compare the plans, and judge them held-out.
 
     Profiles are kept in a folder beside the file, and the file is written after each measurement: the
@@ -60,6 +65,7 @@ def stability(pipe: Any, request: StabilityRequest, say: Say) -> list[StabilityR
         pipe: A diffusers pipeline with one transformer, not patched.
         request: What to compare.
         say: Called with progress.
+        outputs: Knows afterwards where the file lies, if it couldn't be written where it should.
 
     Returns:
         One row for each count.
@@ -69,14 +75,8 @@ def stability(pipe: Any, request: StabilityRequest, say: Say) -> list[StabilityR
             several transformers or gives NaN.
         PlanError: If a profile file is damaged.
     """
-    found = components(pipe)
-    if len(found) != 1:
-        raise ValueError(
-            f"the pipeline must have one transformer, got {len(found)} ({', '.join(found)}): search it with "
-            "one list of prompts and with another, and compare the plans with `sparse-dit eval`"
-        )
-    ((name, module),) = found.items()
-    state = StabilityState.started(request, config_hash(module.config))
+    name, state = started(pipe, request)
+    state.outputs = outputs or Outputs(replace=True, say=say)
     solved = _solve_all(pipe, name, request, state, say)
     if not state.rows:
         say(f"judging {len(solved)} plans on {len(request.held_out)} held-out prompts")
@@ -88,8 +88,36 @@ def stability(pipe: Any, request: StabilityRequest, say: Say) -> list[StabilityR
     return state.rows
 
 
+def started(pipe: Any, request: StabilityRequest) -> tuple[str, StabilityState]:
+    """The name of the pipeline's transformer, and what the file holds of it.
+
+    Args:
+        pipe: Loaded, or an `outline`.
+        request: What to compare.
+
+    Raises:
+        ValueError: See `stability`.
+        OSError: If the file or the profiles beside it can't be written.
+    """
+    found = components(pipe)
+    if len(found) != 1:
+        raise ValueError(
+            f"the pipeline must have one transformer, got {len(found)} ({', '.join(found)}): search it with "
+            "one list of prompts and with another, and compare the plans with `sparse-dit eval`"
+        )
+    ((name, module),) = found.items()
+    call_arguments(pipe, request.calibration[0], request.settings)
+    for file in (request.file, request.profiles / "x.safetensors"):
+        check_writable(file, "file")
+    return name, StabilityState.started(request, config_hash(module.config))
+
+
 def _solve_all(
-    pipe: Any, name: str, request: StabilityRequest, state: StabilityState, say: Say
+    pipe: Any,
+    name: str,
+    request: StabilityRequest,
+    state: StabilityState,
+    say: Say,
 ) -> list[_Solved]:
     """A plan for each count."""
     settings = replace(request.settings, steps=request.profile_steps)
@@ -103,6 +131,7 @@ def _solve_all(
             rows=request.rows,
             path=request.profiles / f"{count}-prompts.safetensors",
             beyond=False,  # all is judged at this size
+            say=say,
         )
         parts.append(profile.components[name])
     stages = stages_of(parts[0].sigmas)
@@ -129,7 +158,9 @@ def _solved(
     choice = least_damage(task, (1 + _REST) / (density + _REST))
     if choice is None:
         least = (task.density.amin(1) * task.weight).sum().item()
-        raise ValueError(f"density must be at least {least:.3f} at this size, got {density}")
+        raise ValueError(
+            f"{option('density')} must be at least {least:.3f} at this size, got {density}"
+        )
     plan = first_plan(type(pipe).__name__, {name: part}, task, choice, {name: table})
     return _Solved(part, task, choice, replace(plan, cost={}, forecast={}))
 
@@ -182,7 +213,11 @@ def _kind(pattern: Pattern) -> tuple[Any, ...]:
 
 
 def _generate(
-    pipe: Any, request: StabilityRequest, solved: Sequence[_Solved], state: StabilityState, say: Say
+    pipe: Any,
+    request: StabilityRequest,
+    solved: Sequence[_Solved],
+    state: StabilityState,
+    say: Say,
 ) -> None:
     """PSNR of every plan that has none yet; written after each."""
     say(f"dense references of {len(request.held_out)} held-out prompts")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
-from ..whole_file import whole_file
+from ..outputs import Outputs
+from ..texts import read_text
+from ..whole_file import write_text
+from ..words import option
 from .sensitivity import Sensitivity
 
 FORMAT = "sparse_dit stability 1"
@@ -47,16 +50,21 @@ class StabilityRequest:
 
     def __post_init__(self) -> None:
         if not 0 < self.density < 1:
-            raise ValueError(f"density must be between 0 and 1, got {self.density}; try 0.3")
+            raise ValueError(
+                f"{option('density')} must be between 0 and 1, got {self.density}; try 0.3"
+            )
         if list(self.counts) != sorted(set(self.counts)) or not self.counts or self.counts[0] < 1:
-            raise ValueError(f"counts must be whole numbers >= 1 that rise, got {self.counts}")
+            raise ValueError(
+                f"{option('counts')} must be whole numbers >= 1 that rise, got {self.counts}"
+            )
         if len(self.calibration) < self.counts[-1]:
             raise ValueError(
-                f"calibration must hold {self.counts[-1]} prompts, got {len(self.calibration)}; "
-                "give more"
+                f"{option('calibration')} must hold {self.counts[-1]} prompts, got "
+                f"{len(self.calibration)}; give more, or smaller {option('counts')}"
             )
         if not self.held_out:
-            raise ValueError("judging needs at least one held-out prompt, got none; give one")
+            name = option("held_out")
+            raise ValueError(f"judging needs at least one held-out prompt, got none; give {name}")
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
             raise ValueError(
                 f"held-out prompts must not be calibration prompts, got both: {sorted(shared)[:3]}"
@@ -118,12 +126,14 @@ class StabilityState:
         conditions: See `StabilityRequest.conditions`.
         sensitivity: None before it was measured.
         rows: Empty before the plans were judged.
+        outputs: Writes the file, and says so if it must be elsewhere.
     """
 
     file: Path
     conditions: dict[str, Any]
     sensitivity: Sensitivity | None
     rows: list[StabilityRow]
+    outputs: Outputs = field(default_factory=lambda: Outputs(replace=True, say=print))
 
     @staticmethod
     def started(request: StabilityRequest, part_hash: str) -> StabilityState:
@@ -132,7 +142,7 @@ class StabilityState:
         if not request.file.exists():
             return state
         try:
-            data = json.loads(request.file.read_text())
+            data = json.loads(read_text(request.file))
             known, same = data["format"] == FORMAT, data["conditions"] == state.conditions
             if known and same:
                 weights = data["sensitivity"]
@@ -150,12 +160,12 @@ class StabilityState:
         return state
 
     def write(self) -> None:
-        """The file appears whole or not at all."""
+        """The file appears whole or not at all; elsewhere, which is said, if it must be."""
         data = {
             "format": FORMAT,
             "conditions": self.conditions,
             "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
             "rows": [asdict(row) for row in self.rows],
         }
-        with whole_file(self.file) as partial:
-            partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        self.outputs.put(self.file, lambda path: write_text(path, text))

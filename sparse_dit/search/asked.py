@@ -1,0 +1,115 @@
+"""Whether a pipeline can be searched as asked; what can be told of it without its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..generation import Case, GenerationSettings, call_arguments
+from ..integrations.diffusers import attachment_of, components
+from ..outputs import check_writable
+from ..plan.schema import MAX_STAGES
+from ..words import option
+from .beyond import has_frames
+from .elsewhere import Elsewhere
+from .profiling import phases_of, profiling_steps, started
+
+
+def check_search(
+    pipe: Any,
+    case: Case,
+    settings: GenerationSettings,
+    *,
+    rows: int = 64,
+    profile: str | Path | None = None,
+    profile_steps: int | None = None,
+    merge_stages: float | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> None:
+    """Raise unless the pipeline can be profiled and searched so.
+
+    Args:
+        pipe: Loaded, or an `outline`.
+        case: One of the prompts.
+        settings, rows, profile, profile_steps, merge_stages: As `search_plan` takes them.
+        elsewhere: The device that is solved for.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, OSError: See `search_plan`.
+    """
+    if merge_stages is not None and not (math.isfinite(merge_stages) and merge_stages >= 0):
+        name = option("merge_stages")
+        raise ValueError(f"{name} must be a finite number >= 0, got {merge_stages!r}")
+    for transformer in searchable(pipe).values():
+        if elsewhere is not None:
+            elsewhere.check(transformer)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"{option('rows')} must be a whole number >= 1, got {rows!r}")
+    profiled_at(settings, profile_steps)
+    call_arguments(pipe, case, settings)
+    if profile is not None:
+        check_writable(Path(profile), option("profile"))
+
+
+def profiled_at(settings: GenerationSettings, profile_steps: int | None) -> GenerationSettings:
+    """Settings of the profiling runs of a search.
+
+    Raises:
+        ValueError: If the number of steps is out of range.
+    """
+    name, steps = option("profile_steps"), profile_steps
+    if steps is None:
+        steps = profiling_steps(settings.steps)
+    elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {steps!r}")
+    if steps > MAX_STAGES:  # the plan couldn't be written in the end
+        raise ValueError(
+            f"{name} must be at most {MAX_STAGES}, the noise levels that a plan can tell apart, got {steps}"
+        )
+    return replace(settings, steps=steps)
+
+
+def check_profile(
+    pipe: Any,
+    cases: Sequence[Case],
+    settings: GenerationSettings,
+    path: Path,
+    *,
+    rows: int = 64,
+    reference_steps: int | None = None,
+    wide: bool = False,
+    shared: bool = False,
+) -> None:
+    """Raise unless the profile at `path`, if there is one, can be gone on with.
+
+    Args:
+        pipe: Loaded, or an `outline`.
+        cases, settings, path, rows, reference_steps, wide, shared: As `profile_pipeline` takes them.
+
+    Raises:
+        ValueError: If it is of something else, or damaged.
+    """
+    if path.exists():
+        phases = phases_of(cases, reference_steps, beyond=has_frames(settings))
+        started(pipe, settings, rows, phases, path, wide, shared)
+
+
+def searchable(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's transformers, by component name.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: If there are none, or they are patched.
+    """
+    found = components(pipe)
+    if isinstance(pipe, nn.Module):
+        raise TypeError(f"a search generates, so it needs the pipeline, got {type(pipe).__name__}")
+    if any(attachment_of(module) is not None for module in found.values()):
+        raise ValueError(
+            "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe), then search"
+        )
+    return found

@@ -1,0 +1,172 @@
+"""`sparse-dit search`: find a plan for a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import (
+    Device,
+    Dtype,
+    Force,
+    Frames,
+    Guidance,
+    Height,
+    Model,
+    ProfileSteps,
+    Prompt,
+    Prompts,
+    Seed,
+    Steps,
+    Text,
+    Wide,
+    Width,
+    resumable,
+    say,
+    settings_of,
+)
+from .outputs import Outputs
+from .tables import out, show_plan
+from .whole_file import uninterrupted
+
+if TYPE_CHECKING:
+    from .search import Searched
+
+
+def search(
+    model: Model,
+    plan_file: Annotated[Path, typer.Option("--out", help="Plan to write.")] = Path("plan.json"),
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="A prompt to verify on; repeatable.")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    max_sequence_length: Text = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Forecast speed-up to reach.")
+    ] = None,
+    max_error: Annotated[float | None, typer.Option(help="Largest error of head outputs.")] = None,
+    min_psnr: Annotated[float | None, typer.Option(help="Least PSNR on held-out prompts.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
+    ] = None,
+    profile_steps: ProfileSteps = None,
+    wide: Wide = False,
+    merge_stages: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="More damage, relative, that is accepted for heads that keep one pattern over several "
+            "noise levels: 0.1, say. Profiles candidates for it.",
+        ),
+    ] = None,
+    cost_table: Annotated[
+        str | None,
+        typer.Option(
+            help="Solve for another device: name or file of its table; h100, h800, h20 are estimates."
+        ),
+    ] = None,
+    dense_seconds: Annotated[
+        float | None, typer.Option(help="Of one dense generation on that device.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    force: Force = False,
+) -> int:
+    """Find a plan for a pipeline. One of --target-speedup, --max-error, --min-psnr is the dial.
+
+    If even the best plan misses it, that one is written, and the exit code is 1.
+    """
+    from .generation import Case
+    from .inputs import check_model, described, load_pipeline, read_prompts
+    from .search import Objective
+    from .search import search_plan as find
+    from .search.asked import check_profile, check_search, profiled_at
+    from .search.elsewhere import Elsewhere
+    from .search.objective import shortfall
+    from .search.prompts import split_cases
+
+    texts = read_prompts(prompt or [], prompts)
+    settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
+    dial: dict[str, Any] = {
+        "target_speedup": target_speedup,
+        "max_error": max_error,
+        "min_psnr": min_psnr,
+    }
+    Objective(**dial)
+    elsewhere = Elsewhere.of(cost_table, dense_seconds)
+    cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
+    later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
+    kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect("--out", plan_file, ".json", beside=_beside)
+    outputs.expect("--profile", kept, again=True)
+    check_model(model)
+    calibration, _ = split_cases(cases, later or None, "held_out")
+    if (pipe := described(model, device, dtype)) is not None:
+        check_search(
+            pipe,
+            calibration[0],
+            settings,
+            profile_steps=profile_steps,
+            merge_stages=merge_stages,
+            elsewhere=elsewhere,
+        )
+        profiled = profiled_at(settings, profile_steps)
+        shared = merge_stages is not None
+        check_profile(pipe, calibration, profiled, kept, wide=wide, shared=shared)
+    pipe = load_pipeline(model, device, dtype)
+    try:
+        searched = find(
+            pipe,
+            cases,
+            held_out=later or None,
+            settings=settings,
+            profile=kept,
+            profile_steps=profile_steps,
+            wide=wide,
+            merge_stages=merge_stages,
+            report=say,
+            device_table=cost_table,
+            dense_seconds=dense_seconds,
+            **dial,
+        )
+    except KeyboardInterrupt:
+        resumable(kept)
+        raise
+    _save(searched, plan_file, outputs, force)
+    if kept.exists():
+        out.print(f"the profile is kept in {kept}", markup=False, highlight=False, soft_wrap=True)
+    missed = shortfall(searched.plan)
+    if missed:
+        say(missed)
+    return outputs.code or int(bool(missed))
+
+
+def _beside(plan_file: Path) -> tuple[Path, Path]:
+    """What a search writes with a plan."""
+    from .plan.storage import tensor_path
+    from .search.front import front_path
+
+    return tensor_path(plan_file), front_path(plan_file)
+
+
+def _save(searched: Searched, plan_file: Path, outputs: Outputs, force: bool) -> None:
+    """Write the plan and its search's other points, and show it."""
+    from .search.front import front_path, write_front
+
+    with uninterrupted():  # one plan beside another's front would be wrong
+        lies = outputs.write(plan_file, lambda path: searched.plan.save(path, overwrite=force))
+        front = outputs.put(front_path(lies), lambda path: write_front(searched.front, path))
+    show_plan(searched.plan)
+    out.print(
+        f"wrote {lies} and {front.name} (other points: sparse-dit show --pick)", soft_wrap=True
+    )
