@@ -33,7 +33,6 @@ from .options import (
     Seed,
     Steps,
     Text,
-    Wide,
     Width,
     err,
     say,
@@ -106,15 +105,6 @@ def search(
         Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
     ] = None,
     profile_steps: ProfileSteps = None,
-    wide: Wide = False,
-    merge_stages: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="More damage, relative, that is accepted for heads that keep one pattern over several "
-            "noise levels: 0.1, say. Profiles candidates for it.",
-        ),
-    ] = None,
     cost_table: Annotated[
         str | None,
         typer.Option(
@@ -170,8 +160,6 @@ def search(
             settings=settings,
             profile=kept,
             profile_steps=profile_steps,
-            wide=wide,
-            merge_stages=merge_stages,
             report=say,
             device_table=cost_table,
             dense_seconds=dense_seconds,

@@ -25,7 +25,6 @@ from .options import (
     Seed,
     Steps,
     Text,
-    Wide,
     Width,
     err,
     say,
@@ -48,8 +47,6 @@ class _Job:
     cases: list[Case]
     settings: GenerationSettings
     rows: int
-    wide: bool
-    shared: bool
     path: Path
 
 
@@ -68,10 +65,6 @@ def profile(
     max_sequence_length: Text = None,
     rows: Annotated[int, typer.Option(min=1, help="Sampled query rows of each call.")] = 64,
     profile_steps: ProfileSteps = None,
-    wide: Wide = False,
-    shared: Annotated[
-        bool, typer.Option("--shared", help="For a search with --merge-stages.")
-    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -94,7 +87,7 @@ def profile(
     cases = [Case(text, seed + number) for number, text in enumerate(texts)]
     check_model(model)
     check_device(device)
-    job = _Job(model, device, dtype, cases, settings, rows, wide, shared, file)
+    job = _Job(model, device, dtype, cases, settings, rows, file)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
         if workers != 1:
             raise ValueError("under torchrun its processes are the workers; leave out --workers")
@@ -160,8 +153,6 @@ def _share(rank: int, world: int, barrier: Callable[[], object], job: _Job) -> N
         world=world,
         barrier=barrier,
         rows=job.rows,
-        wide=job.wide,
-        shared=job.shared,
         report=say,
     )
 

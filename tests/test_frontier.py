@@ -23,8 +23,7 @@ from sparse_dit.search.rivals import (
     score_rivals,
 )
 from sparse_dit.search.rivals.families import families
-from sparse_dit.search.rivals.fed_forward import _Sequential
-from sparse_dit.search.rivals.rule import Rule, modes_of
+from sparse_dit.search.rivals.rule import Rule
 from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
 
@@ -117,27 +116,6 @@ def test_two_classes_takes_the_better_band_for_each_head(searched, scores):
                 used = {n for _, n in seen}
                 assert error[number] <= min(error[n] for n in used) + 1e-12 or len(used) > 2
     assert len(seen) <= 2, "one spatial and one temporal band"
-
-
-def test_errors_are_fed_forward_from_layer_to_layer(searched, scores):
-    """The first layer is judged on stock inputs, the others on what skipped heads give them."""
-    modes = modes_of(scores.places, scores.density[0, 0, 0], 0)
-    inputs: dict[str, list[torch.Tensor]] = {}
-
-    class Watched(_Sequential):
-        def _decide(self, call, layout, place):
-            if place[0] == 0:
-                inputs.setdefault(call.layer, []).append(call.q.clone())
-            return super()._decide(call, layout, place)
-
-    for epsilon, wanted in ((-1.0, -1), (9.0, modes[0])):  # all dense; all heads are skipped
-        rule = Rule(modes[:1], 0.0, epsilon)
-        sequential = Watched(scores.judge(), scores, rule)
-        scores.generate(sequential)
-        assert (sequential.pick == wanted).all() and sequential.decided.all()
-    first, *others = inputs.values()
-    assert torch.equal(*first)
-    assert others and all(not torch.allclose(*pair) for pair in others)
 
 
 def test_the_rule_takes_the_least_loss_and_dense_above_epsilon():

@@ -7,7 +7,6 @@ from .compare import diff, merge, summary_rows
 from .component import ComponentPlan, HeadChoice, Stage
 from .errors import PlanError
 from .hub import built_in
-from .merged import merged, merged_plan
 from .plan import ANY_CONFIG, Plan, config_hash
 
 __all__ = [
@@ -21,7 +20,5 @@ __all__ = [
     "config_hash",
     "diff",
     "merge",
-    "merged",
-    "merged_plan",
     "summary_rows",
 ]

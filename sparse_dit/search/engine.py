@@ -13,7 +13,7 @@ from torch import nn
 
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import attachment_of, components
-from ..plan import Plan, Stage, merged_plan
+from ..plan import Plan, Stage
 from .cost import break_even_tokens
 from .elsewhere import Elsewhere
 from .evidence import evidence
@@ -76,8 +76,6 @@ def search_plan(
     profile_steps: int | None = None,
     tune_on: TuneOn = "held_out",
     rows: int = 64,
-    wide: bool = False,
-    merge_stages: float | None = None,
     max_generations: float = 3.0,
     backend: str = "auto",
     device_table: str | Path | None = None,
@@ -102,11 +100,6 @@ def search_plan(
             recorded while it is profiled, so that none is made for verification alone. Nothing is held
             out then: verify the plan afterwards.
         rows: Sampled query rows for each head, layer, step and prompt.
-        wide: Also try orders along Hilbert curves and finer pooled keys; see `profile_pipeline`.
-        merge_stages: By how much more damage, relative, is accepted for heads that keep one pattern over
-            several noise levels: 0.1, say. The plan then has fewer patterns, and stages at which every head
-            goes on as before are one. What was asked for holds all the same. Candidates that noise levels
-            have in common are profiled for it.
         max_generations: With `min_psnr`: stop tightening when the search has taken the time of this
             many dense generations and the PSNR is reached.
         backend: Sparse backend to measure and verify with.
@@ -133,8 +126,6 @@ def search_plan(
             elsewhere.check(transformer)
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
-    if merge_stages is not None and not (math.isfinite(merge_stages) and merge_stages >= 0):
-        raise ValueError(f"merge_stages must be a finite number >= 0, got {merge_stages!r}")
     clock = Clock()
     steps = profiling_steps(settings.steps) if profile_steps is None else profile_steps
     say(f"profiling {len(calibration)} prompts at {steps} noise levels")
@@ -145,13 +136,11 @@ def search_plan(
         rows=rows,
         reference_steps=None if held else settings.steps,
         path=profile,
-        wide=wide,
-        shared=merge_stages is not None,
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
     )
     clock.lap("profile")
     run = _Run(pipe, calibration, held, settings, backend, clock, say, elsewhere)
-    return _solved(run, profiled, objective, max_generations, merge_stages)
+    return _solved(run, profiled, objective, max_generations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,13 +157,7 @@ class _Run:
     elsewhere: Elsewhere | None = None
 
 
-def _solved(
-    run: _Run,
-    profiled: Profile,
-    objective: Objective,
-    max_generations: float,
-    merge: float | None,
-) -> Searched:
+def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
     clock, say, settings, elsewhere = run.clock, run.say, run.settings, run.elsewhere
     parts = profiled.components
@@ -201,9 +184,7 @@ def _solved(
     }
     task = joined(problems, pair_shares(parts, calls), dense_seconds)
     clock.lap("solve")
-    session = Session(
-        run.pipe, matters, task, tables, profiled, objective, settings, run.backend, merge
-    )
+    session = Session(run.pipe, matters, task, tables, profiled, objective, settings, run.backend)
     choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
     clock.lap("verify")
     plan = _with_break_even(session, plan, choice, run.elsewhere)
@@ -217,10 +198,6 @@ def _solved(
         provenance={**plan.provenance, **record},
         measured=measured_of(objective, verified, len(run.held_out), run.elsewhere),
     )
-    if merge is not None:
-        plan = merged_plan(plan)
-        stages = sum(len(part.stages) for part in plan.components.values())
-        say(f"{_patterns(plan)} patterns in {stages} of {len(task.stages)} stages")
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
 
@@ -255,12 +232,6 @@ def _sensitivities(
         name: sensitivity(run.pipe, name, stages[name], part.layers, case, small, levels=levels)
         for name, part in parts.items()
     }
-
-
-def _patterns(plan: Plan) -> int:
-    """How many distinct ones a plan's heads have."""
-    rows = [stages for part in plan.components.values() for stages in part.layers.values()]
-    return len({head.pattern for stages in rows for heads in stages for head in heads})
 
 
 def _with_break_even(

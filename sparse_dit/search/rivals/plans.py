@@ -21,7 +21,6 @@ from ..engine import Searched
 from ..local import improve
 from ..seen import density
 from ..solve import Problem, evaluate
-from .fed_forward import fed_forward
 from .rule import best_rule
 from .scores import RivalScores
 
@@ -138,15 +137,6 @@ def _epsilon_lambda(case: _Case) -> _Picked | None:
     return found and found[:2]
 
 
-def _fed_forward(case: _Case) -> _Picked | None:
-    """Sparse-vDiT's rule, layer after layer; its densities and lambda are those that stock inputs say."""
-    start = best_rule(case.scores, case.importance, case.share, case.target)
-    if start is None:
-        return None
-    found = fed_forward(case.scores, case.share, case.target, start[2])
-    return found and (start[0], found[0])
-
-
 def _random(searched: Searched, target: float) -> Plan | None:
     """The best of many choices by lot, by forecast damage."""
     task, best = searched.problem, None
@@ -201,7 +191,6 @@ RIVALS: dict[str, Callable[[_Case], _Picked | None]] = {
     "radial": _uniform("radial"),
     "row-wise blocks": _uniform("blocks"),
     "epsilon-lambda": _epsilon_lambda,
-    "fed forward": _fed_forward,
 }
 METHODS = ("searched", *RIVALS, "random")
 SOURCES: dict[str, str] = {
@@ -212,7 +201,6 @@ SOURCES: dict[str, str] = {
     "radial": "one radial mask for all heads (Radial Attention)",
     "row-wise blocks": "top blocks of each row, chosen once (as AdaSpa)",
     "epsilon-lambda": "five modes by loss and threshold (Sparse-vDiT)",
-    "fed forward": "the same, each layer judged behind the sparse ones before it (Sparse-vDiT)",
     "random": f"the best of {RANDOM_DRAWS} choices by lot from our own candidates",
 }
 

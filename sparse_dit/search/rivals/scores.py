@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...generation import Case, GenerationSettings, generate
-from ...integrations.call import AttentionCall, Intercept
+from ...integrations.call import AttentionCall
 from ...integrations.diffusers import attach, components
 from ...layout import TokenLayout
 from ...patterns import Pattern
@@ -83,16 +83,12 @@ class RivalScores:
         patterns: For `(level, layer, head)` its K patterns; those of most families are the same for all.
         error: float64 `[S, L, H, K]`, squared relative error behind the output projection.
         density: float64 `[S, L, H, K]`.
-        generate: Runs the calibration generation, one step a noise level, with an intercept.
-        judge: Makes what measures other patterns in the same way.
     """
 
     places: dict[str, list[int]]
     patterns: dict[Unit, list[Pattern]]
     error: Tensor
     density: Tensor
-    generate: Callable[[Intercept], None]
-    judge: Callable[[], Judge]
 
 
 class _Scorer:
@@ -148,14 +144,13 @@ def score_rivals(
                 every["blocks"] = row_wise_blocks(statistics["block"], layout)
             patterns[level, layer, number] = [p for family in every.values() for p in family]
             places = places or _numbered(every)
-    judge, generation = _ways(pipe, component, profile, case, settings, rows)
-    error = _scored(judge(), patterns, generation)
+    error = score_patterns(pipe, component, profile, patterns, case, settings, rows)
     dens = torch.zeros_like(error)
     for (level, layer, head), listed in patterns.items():
         dens[level, profile.layers.index(layer), head] = torch.tensor(
             [density(p, layout) for p in listed], dtype=torch.float64
         )
-    return RivalScores(places, patterns, error, dens, generation, judge)
+    return RivalScores(places, patterns, error, dens)
 
 
 def score_patterns(
@@ -181,39 +176,14 @@ def score_patterns(
     Returns:
         float64 `[S, L, H, K]`, squared relative error behind the output projection.
     """
-    judge, generation = _ways(pipe, component, profile, case, settings, rows)
-    return _scored(judge(), patterns, generation)
-
-
-def _ways(
-    pipe: Any,
-    component: str,
-    profile: ComponentProfile,
-    case: Case,
-    settings: GenerationSettings,
-    rows: int,
-) -> tuple[Callable[[], Judge], Callable[[Intercept], None]]:
-    """What judges a case's calls, and what generates it with an intercept, a step for each noise level."""
     module = components(pipe)[component]
     behind = projections(module, profile.num_heads)
-    steps = replace(settings, steps=len(profile.sigmas))
-
-    def run(intercept: Intercept) -> None:
-        attachment = attach(module, intercept)
-        try:
-            generate(pipe, case, steps)
-        finally:
-            attachment.detach()
-
-    return lambda: Judge(profile, behind, rows, case.seed), run
-
-
-def _scored(
-    judge: Judge, patterns: Mapping[Unit, list[Pattern]], generation: Callable[[Intercept], None]
-) -> Tensor:
-    """float64 `[S, L, H, K]`, squared relative errors."""
-    scorer = _Scorer(judge, patterns)
-    generation(scorer)
+    scorer = _Scorer(Judge(profile, behind, rows, case.seed), patterns)
+    attachment = attach(module, scorer)
+    try:
+        generate(pipe, case, replace(settings, steps=len(profile.sigmas)))
+    finally:
+        attachment.detach()
     return scorer.error / scorer.norm[..., None].clamp_min(1e-20)
 
 
