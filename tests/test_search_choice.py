@@ -1,4 +1,7 @@
-"""What a search chooses from a stored profile stays what it was; `python -m tests.test_search_choice` writes it anew."""
+"""What a search chooses from a stored profile stays what it was.
+
+`python -m tests.test_search_choice` writes it anew.
+"""
 
 import hashlib
 import json

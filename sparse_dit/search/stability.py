@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..integrations.diffusers import components
-from ..patterns import Pattern, Skip
+from ..patterns import Pattern
 from ..plan import Plan, config_hash
 from .assemble import first_plan
-from .candidates import tilings
 from .cost import CostTable
 from .joint import joined
 from .profile import ComponentProfile
@@ -138,19 +137,14 @@ def _held_out_errors(
     """Squared relative error of each unit's pattern in each plan, float64 `[U, K]`, mean over cases."""
     part, units = solved[-1].part, solved[-1].problem.units
     chosen = list(zip(*(plan.patterns for plan in solved), strict=True))
-    stand_in = Pattern(Skip(), tile=tilings(part.known_layout)[0])
-    patterns = {
-        unit: [stand_in if p.is_dense else p for p in listed]
-        for unit, listed in zip(units, chosen, strict=True)
-    }
+    patterns = {unit: list(listed) for unit, listed in zip(units, chosen, strict=True)}
     settings = replace(request.settings, steps=request.profile_steps)
     total = torch.zeros(len(units), len(solved), dtype=torch.float64)
     for case in request.held_out:
         error = score_patterns(pipe, name, part, patterns, case, settings, request.rows)
         for number, (stage, layer, head) in enumerate(units):
             total[number] += error[stage, part.layers.index(layer), head]
-    dense = torch.tensor([[p.is_dense for p in listed] for listed in chosen])
-    return (total / len(request.held_out)).masked_fill(dense, 0.0)
+    return total / len(request.held_out)
 
 
 def _row(count: int, solved: Sequence[_Solved], number: int, errors: Tensor) -> StabilityRow:

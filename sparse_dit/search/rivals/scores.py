@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,65 +13,15 @@ from torch import Tensor
 from ...generation import Case, GenerationSettings, generate
 from ...integrations.call import AttentionCall
 from ...integrations.diffusers import attach, components
-from ...layout import TokenLayout
 from ...patterns import Pattern
 from ..candidates import tilings
-from ..cells import sample_rows
-from ..nested import Candidates
 from ..profile import ComponentProfile
 from ..projection import projections
-from ..sampling import sampled_heads, whole_layout
+from ..scorer import Asked, PatternScorer
 from ..seen import density
-from ..side_by_side import one_thread
-from ..statistics import score_all
 from .families import families, row_wise_blocks, vertical_stripes
 
 Unit = tuple[int, str, int]
-
-
-class Judge:
-    """Measures given patterns on sampled rows of a call.
-
-    Args:
-        profile: Of the model; calls of other layers or sizes have no place.
-        behind: For layers by name what values are multiplied by, see `projections`.
-        rows: Sampled query rows for each head and call.
-        seed: Of the rows.
-    """
-
-    def __init__(
-        self, profile: ComponentProfile, behind: Mapping[str, Tensor], rows: int, seed: int
-    ) -> None:
-        self.profile, self.behind, self.rows = profile, behind, rows
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def place_of(self, call: AttentionCall) -> tuple[int, int] | None:
-        """Numbers of the noise level and the layer; None if the profile has no such call."""
-        layout, sigma = whole_layout(call), call.context.sigma
-        if layout is None or sigma is None or call.layer not in self.profile.layers:
-            return None
-        if layout.without_text() != self.profile.known_layout.without_text():
-            return None
-        return self.profile.nearest_level(sigma), self.profile.layers.index(call.layer)
-
-    def __call__(
-        self, call: AttentionCall, layout: TokenLayout, patterns: Sequence[Sequence[Pattern]]
-    ) -> tuple[Tensor, Tensor]:
-        """Squared errors float64 `[H, K]` and squared outputs `[H]`, summed over rows and batch.
-
-        Args:
-            call: What the host computes.
-            layout: Its sequence.
-            patterns: Equally many for each head, none of them dense.
-        """
-        error = torch.zeros(len(patterns), len(patterns[0]), dtype=torch.float64)
-        norm = torch.zeros(len(patterns), dtype=torch.float64)
-        rows = sample_rows(layout, self.rows, self.generator)
-        for head, sampled in sampled_heads(call, layout, rows, self.behind.get(call.layer)):
-            found = score_all(sampled, Candidates(patterns[head]), layout)
-            error[head] += found[0]
-            norm[head] += found[3]
-        return error, norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,29 +39,6 @@ class RivalScores:
     patterns: dict[Unit, list[Pattern]]
     error: Tensor
     density: Tensor
-
-
-class _Scorer:
-    """An intercept that adds up the squared errors of given patterns."""
-
-    def __init__(self, judge: Judge, patterns: Mapping[Unit, list[Pattern]]) -> None:
-        self.judge, self.patterns = judge, patterns
-        count = len(next(iter(patterns.values())))
-        profile = judge.profile
-        shape = (len(profile.sigmas), len(profile.layers), profile.num_heads)
-        self.error = torch.zeros(*shape, count, dtype=torch.float64)
-        self.norm = torch.zeros(shape, dtype=torch.float64)
-
-    def __call__(self, call: AttentionCall) -> Tensor:
-        place, layout = self.judge.place_of(call), whole_layout(call)
-        if place is not None and layout is not None:
-            heads = range(call.q.shape[2])
-            listed = [self.patterns[place[0], call.layer, head] for head in heads]
-            with one_thread():
-                error, norm = self.judge(call, layout, listed)
-            self.error[place] += error
-            self.norm[place] += norm
-        return call.stock()
 
 
 def score_rivals(
@@ -168,7 +95,7 @@ def score_patterns(
         pipe: Stock pipeline.
         component: Its transformer's name.
         profile: Of it.
-        patterns: For each `(level, layer, head)` equally many, none of them dense.
+        patterns: For each `(level, layer, head)` equally many.
         case: Prompt and seed.
         settings: Size of the profile; runs as many steps as there are noise levels.
         rows: Sampled query rows for each head, layer, step.
@@ -177,14 +104,31 @@ def score_patterns(
         float64 `[S, L, H, K]`, squared relative error behind the output projection.
     """
     module = components(pipe)[component]
-    behind = projections(module, profile.num_heads)
-    scorer = _Scorer(Judge(profile, behind, rows, case.seed), patterns)
+
+    def ask(call: AttentionCall) -> Asked | None:
+        layout, sigma = call.context.layout, call.context.sigma
+        if layout is None or sigma is None or call.layer not in profile.layers:
+            return None
+        if layout.without_text() != profile.known_layout.without_text():
+            return None
+        level = profile.nearest_level(sigma)
+        heads = range(profile.num_heads)
+        return (level, call.layer), [patterns[level, call.layer, head] for head in heads]
+
+    scorer = PatternScorer(ask, projections(module, profile.num_heads), rows, case.seed)
     attachment = attach(module, scorer)
     try:
         generate(pipe, case, replace(settings, steps=len(profile.sigmas)))
     finally:
         attachment.detach()
-    return scorer.error / scorer.norm[..., None].clamp_min(1e-20)
+    shape = (profile.num_heads, len(next(iter(patterns.values()))))
+    none = torch.zeros(shape, dtype=torch.float64)
+    found = {key: scored.squared_error for key, scored in scorer.found.items()}
+    levels = [
+        torch.stack([found.get((level, layer), none) for layer in profile.layers])
+        for level in range(len(profile.sigmas))
+    ]
+    return torch.stack(levels)
 
 
 def _numbered(every: Mapping[str, list[Pattern]]) -> dict[str, list[int]]:
