@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     """Versions, devices and backends here, and whether they compute what they should."""
     from .doctor import checkups, devices, packages, variant_checkups
-    from .eval.provenance import environment
+    from .environment import environment
     from .whole_file import whole_file
 
     if json_file is not None and json_file.suffix != ".json":

@@ -10,20 +10,20 @@ import torch
 
 from sparse_dit.demo.run import CALIBRATION, HELD_OUT, QUICK
 from sparse_dit.eval import frontier as frontier_module
+from sparse_dit.eval.baselines import (
+    METHODS,
+    SOURCES,
+    least_damage_at_density,
+    plan_at,
+    score_baselines,
+)
+from sparse_dit.eval.baselines.families import families
+from sparse_dit.eval.baselines.rule import Rule
 from sparse_dit.eval.frontier import TRANSFERRED, FrontierRequest, frontier
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
 from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
-from sparse_dit.search.rivals import (
-    METHODS,
-    SOURCES,
-    least_damage_at_density,
-    plan_at,
-    score_rivals,
-)
-from sparse_dit.search.rivals.families import families
-from sparse_dit.search.rivals.rule import Rule
 from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
 
@@ -43,7 +43,7 @@ def searched(pipe):
 @pytest.fixture(scope="module")
 def scores(pipe, searched):
     ((component, part),) = searched.profile.components.items()
-    return score_rivals(pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
+    return score_baselines(pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
 
 
 @pytest.mark.parametrize("grid", [(8, 12, 12), (21, 30, 52), (1, 16, 16)], ids=str)
@@ -77,7 +77,7 @@ def test_plans_stay_below_the_density(searched, scores, method, target):
 
 
 def test_ours_forecasts_less_damage_than_any_choice_by_lot(searched, scores):
-    from sparse_dit.search.baselines import random_choice
+    from sparse_dit.eval.baselines.uniform import random_choice
 
     ours = least_damage_at_density(searched, 0.3).forecast["error"]
     for seed in range(5):

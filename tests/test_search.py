@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_dit
+from sparse_dit.eval.baselines.uniform import random_choice, uniform_plan
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.generation import generate as run
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import PlanError
 from sparse_dit.plan.evidence import prompt_dependent
 from sparse_dit.search import engine, plan_of, pricing, search, search_plan
-from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
 from sparse_dit.search.profile_file import FORMAT, read_profile
 from sparse_dit.search.profiling import profile_pipeline

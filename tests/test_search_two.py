@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparse_dit import cli
+from sparse_dit.eval.baselines.uniform import random_choice, uniform_plan
 from sparse_dit.eval.command import plan_atlases
 from sparse_dit.eval.front import front_beside
 from sparse_dit.eval.frontier import FrontierRequest, frontier
@@ -18,7 +19,6 @@ from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.diffusers import attachment_of, components, self_attention_layers
 from sparse_dit.plan import Plan
 from sparse_dit.search import plan_of, search_plan, sensitivity
-from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.check import check_plan
 from sparse_dit.search.error_bar import damage_error
 from sparse_dit.search.front import front_path, pick, read_front, write_front

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..demo.draw import draw
+from ..environment import environment
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
 from ..plan.evidence import prompt_dependent
@@ -19,7 +20,6 @@ from .atlas import StageAtlas, stage_atlas
 from .differences import difference
 from .forecasts import expected_psnr
 from .heads import HeadQuality, head_quality
-from .provenance import environment
 from .quality import Quality, evaluate
 from .report import FILES, Report, check_free, write_report
 from .runs import seam_overhead

@@ -17,16 +17,16 @@ from torch import Tensor
 from ..integrations.diffusers import components
 from ..patterns import Pattern
 from ..plan import Plan, config_hash
-from .assemble import first_plan
-from .cost import CostTable
-from .joint import joined
-from .profile import ComponentProfile
-from .profiling import profile_pipeline
-from .rivals.scores import score_patterns
-from .sensitivity import Sensitivity, reduced, sensitivity
-from .solve import Choice, Problem, least_damage, problem, stages_of
+from ..search.assemble import first_plan
+from ..search.cost import CostTable
+from ..search.joint import joined
+from ..search.profile import ComponentProfile
+from ..search.profiling import profile_pipeline
+from ..search.sensitivity import Sensitivity, reduced, sensitivity
+from ..search.solve import Choice, Problem, least_damage, problem, stages_of
+from ..search.verify import dense_reference, verify
+from .baselines.scores import score_patterns
 from .stability_file import StabilityRequest, StabilityRow, StabilityState
-from .verify import dense_reference, verify
 
 Say = Callable[[str], None]
 NEAR = 1.25  # densities within this factor count as near

@@ -1,4 +1,4 @@
-"""Errors of the rivals' patterns on sampled rows of a calibration prompt, for every head."""
+"""Errors of the baselines' patterns on sampled rows of a calibration prompt, for every head."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ...generation import Case, GenerationSettings, generate
 from ...integrations.call import AttentionCall
 from ...integrations.diffusers import attach, components
 from ...patterns import Pattern
-from ..candidates import tilings
-from ..profile import ComponentProfile
-from ..projection import projections
-from ..scorer import Asked, PatternScorer
-from ..seen import density
+from ...search.candidates import tilings
+from ...search.profile import ComponentProfile
+from ...search.projection import projections
+from ...search.scorer import Asked, PatternScorer
+from ...search.seen import density
 from .families import families, row_wise_blocks, vertical_stripes
 
 Unit = tuple[int, str, int]
 
 
 @dataclass(frozen=True, eq=False)
-class RivalScores:
-    """What the rivals' patterns cost and spoil; S noise levels, L layers, H heads, K patterns.
+class BaselineScores:
+    """What the baselines' patterns cost and spoil; S noise levels, L layers, H heads, K patterns.
 
     Args:
         places: For each family the numbers of its patterns.
@@ -41,15 +41,15 @@ class RivalScores:
     density: Tensor
 
 
-def score_rivals(
+def score_baselines(
     pipe: Any,
     component: str,
     profile: ComponentProfile,
     case: Case,
     settings: GenerationSettings,
     rows: int = 32,
-) -> RivalScores:
-    """Run the stock pipeline once and measure every rival's patterns.
+) -> BaselineScores:
+    """Run the stock pipeline once and measure every baseline's patterns.
 
     Args:
         pipe: Stock pipeline.
@@ -77,7 +77,7 @@ def score_rivals(
         dens[level, profile.layers.index(layer), head] = torch.tensor(
             [density(p, layout) for p in listed], dtype=torch.float64
         )
-    return RivalScores(places, patterns, error, dens)
+    return BaselineScores(places, patterns, error, dens)
 
 
 def score_patterns(

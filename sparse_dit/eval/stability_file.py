@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
+from ..search.sensitivity import Sensitivity
 from ..whole_file import whole_file
-from .sensitivity import Sensitivity
 
 FORMAT = "sparse_dit stability 1"
 COUNTS = (1, 2, 4)
