@@ -1,7 +1,7 @@
 """Check, then time every backend on a GPU against the best dense kernel present; fit the forecasting model.
 
-    python benchmarks/gpu.py --json gpu.json --plot gpu.png
-    python benchmarks/gpu.py --dry         # tiny sizes on the CPU, Triton interpreted: says nothing of speed
+    python -m benchmarks.gpu --json gpu.json --plot gpu.png
+    python -m benchmarks.gpu --dry         # tiny sizes on the CPU, Triton interpreted: says nothing of speed
 
 The grid is that of `sparse-dit bench kernel`. A backend that fails its check is not timed.
 """
@@ -25,6 +25,7 @@ if "--dry" in sys.argv:
 import torch
 from torch import Tensor
 
+from benchmarks.tile_model import fit
 from sparse_dit.attention import BACKENDS, attend
 from sparse_dit.backends import dense as dense_kernels
 from sparse_dit.backends import selfcheck
@@ -34,9 +35,8 @@ from sparse_dit.bench.measure import Timing, interleaved
 from sparse_dit.bench.plot import save_plot
 from sparse_dit.bench.truth import WrongResult, check
 from sparse_dit.doctor import packages
-from sparse_dit.eval.provenance import environment
+from sparse_dit.environment import environment
 from sparse_dit.index import SparseIndex
-from sparse_dit.search.tile_model import fit
 from sparse_dit.whole_file import whole_file
 
 BLOCK_Q, BLOCK_K = 128, 64  # of the model's tiles

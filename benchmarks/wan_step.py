@@ -26,7 +26,7 @@ import sparse_dit
 from sparse_dit.bench.lists import layout_of
 from sparse_dit.bench.measure import interleaved
 from sparse_dit.doctor import packages
-from sparse_dit.eval.provenance import environment
+from sparse_dit.environment import environment
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage

@@ -26,7 +26,7 @@ def doctor(
 ) -> int:
     """Versions, devices and backends here, and whether they compute what they should."""
     from .doctor import checkups, devices, packages, variant_checkups
-    from .eval.provenance import environment
+    from .environment import environment
     from .whole_file import write_text
 
     outputs = Outputs(replace=force, say=say)

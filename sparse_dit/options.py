@@ -25,9 +25,6 @@ Frames = Annotated[int | None, typer.Option(help="Frames of video.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Text = Annotated[int | None, typer.Option(help="Text tokens; the pipeline's own if left out.")]
-Wide = Annotated[
-    bool, typer.Option("--wide", help="Also try orders along curves and finer pooled keys.")
-]
 ProfileSteps = Annotated[
     int | None,
     typer.Option(min=1, help="Of profiling runs: the noise levels told apart; default a third."),

@@ -25,7 +25,6 @@ from .options import (
     Seed,
     Steps,
     Text,
-    Wide,
     Width,
     say,
     settings_of,
@@ -48,8 +47,6 @@ class _Job:
     cases: list[Case]
     settings: GenerationSettings
     rows: int
-    wide: bool
-    shared: bool
     path: Path
 
 
@@ -68,10 +65,6 @@ def profile(
     max_sequence_length: Text = None,
     rows: Annotated[int, typer.Option(min=1, help="Sampled query rows of each call.")] = 64,
     profile_steps: ProfileSteps = None,
-    wide: Wide = False,
-    shared: Annotated[
-        bool, typer.Option("--shared", help="For a search with --merge-stages.")
-    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -92,7 +85,7 @@ def profile(
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
     settings = profiled_at(settings, profile_steps)
     cases = [Case(text, seed + number) for number, text in enumerate(texts)]
-    job = _Job(model, device, dtype, cases, settings, rows, wide, shared, file)
+    job = _Job(model, device, dtype, cases, settings, rows, file)
     torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if torchrun and workers != 1:
         raise ValueError("under torchrun its processes are the workers; leave out --workers")
@@ -119,8 +112,7 @@ def _check(job: _Job) -> None:
     outputs.expect("--out", job.path, again=True)
     if (pipe := described(job.model, job.device, job.dtype)) is not None:
         check_search(pipe, job.cases[0], job.settings, rows=job.rows)
-        kind = {"rows": job.rows, "wide": job.wide, "shared": job.shared}
-        check_profile(pipe, job.cases, job.settings, job.path, **kind)
+        check_profile(pipe, job.cases, job.settings, job.path, rows=job.rows)
 
 
 def _spawned(workers: int, job: _Job) -> Path:
@@ -179,8 +171,6 @@ def _share(rank: int, world: int, barrier: Callable[[], object], job: _Job) -> P
         world=world,
         barrier=barrier,
         rows=job.rows,
-        wide=job.wide,
-        shared=job.shared,
         report=say,
     )
 

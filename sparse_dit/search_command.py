@@ -21,7 +21,6 @@ from .options import (
     Seed,
     Steps,
     Text,
-    Wide,
     Width,
     resumable,
     say,
@@ -58,15 +57,6 @@ def search(
         Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
     ] = None,
     profile_steps: ProfileSteps = None,
-    wide: Wide = False,
-    merge_stages: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="More damage, relative, that is accepted for heads that keep one pattern over several "
-            "noise levels: 0.1, say. Profiles candidates for it.",
-        ),
-    ] = None,
     cost_table: Annotated[
         str | None,
         typer.Option(
@@ -117,12 +107,10 @@ def search(
             calibration[0],
             settings,
             profile_steps=profile_steps,
-            merge_stages=merge_stages,
             elsewhere=elsewhere,
         )
         profiled = profiled_at(settings, profile_steps)
-        shared = merge_stages is not None
-        check_profile(pipe, calibration, profiled, kept, wide=wide, shared=shared)
+        check_profile(pipe, calibration, profiled, kept)
     pipe = load_pipeline(model, device, dtype)
     try:
         searched = find(
@@ -132,8 +120,6 @@ def search(
             settings=settings,
             profile=kept,
             profile_steps=profile_steps,
-            wide=wide,
-            merge_stages=merge_stages,
             report=say,
             device_table=cost_table,
             dense_seconds=dense_seconds,

@@ -28,8 +28,8 @@ from .outputs import Outputs
 from .tables import out
 
 if TYPE_CHECKING:
+    from .eval.stability_file import StabilityRow
     from .generation import Case
-    from .search.stability_file import StabilityRow
 
 DRAWN = 2  # held-out prompts, if none are given
 
@@ -66,11 +66,11 @@ def stability(
 
     Prompts that are left out are drawn from those of the embedded model.
     """
+    from .eval.stability import stability as compare
+    from .eval.stability import started
+    from .eval.stability_file import COUNTS, StabilityRequest
     from .inputs import described, load_pipeline
     from .search.profiling import profiling_steps
-    from .search.stability import stability as compare
-    from .search.stability import started
-    from .search.stability_file import COUNTS, StabilityRequest
 
     counts = sorted(set(count)) if count else list(COUNTS)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)

@@ -331,7 +331,7 @@ def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
     import sparse_dit.search
 
     def missed(pipe, prompts, **options):
-        assert options["profile_steps"] == 7 and options["wide"]
+        assert options["profile_steps"] == 7
         plan = Plan.load("plan.json")
         measured = {"psnr_db": 21.04, "speedup": 1.4, "met": False}
         plan = replace(plan, measured=measured, provenance={"objective": {"min_psnr": 30.0}})
@@ -341,7 +341,7 @@ def test_a_missed_goal_is_written_and_told(here, capsys, monkeypatch):
 
     monkeypatch.setattr(sparse_dit.search, "search_plan", missed)
     arguments = ["search", "model", "--prompts", "prompts.txt", *SIZE, "--min-psnr", "30"]
-    arguments += ["--profile-steps", "7", "--wide"]
+    arguments += ["--profile-steps", "7"]
     assert cli.run([*arguments, "--out", "new.json"]) == 1
     said = capsys.readouterr().err
     assert "not met: 30 dB were asked for" in said and "21.0 dB" in said

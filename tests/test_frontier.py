@@ -10,21 +10,20 @@ import torch
 
 from sparse_dit.demo.run import CALIBRATION, HELD_OUT, QUICK
 from sparse_dit.eval import frontier as frontier_module
+from sparse_dit.eval.baselines import (
+    METHODS,
+    SOURCES,
+    least_damage_at_density,
+    plan_at,
+    score_baselines,
+)
+from sparse_dit.eval.baselines.families import families
+from sparse_dit.eval.baselines.rule import Rule
 from sparse_dit.eval.frontier import TRANSFERRED, FrontierRequest, frontier
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
 from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
-from sparse_dit.search.rivals import (
-    METHODS,
-    SOURCES,
-    least_damage_at_density,
-    plan_at,
-    score_rivals,
-)
-from sparse_dit.search.rivals.families import families
-from sparse_dit.search.rivals.fed_forward import _Sequential
-from sparse_dit.search.rivals.rule import Rule, modes_of
 from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
 
@@ -44,7 +43,7 @@ def searched(pipe):
 @pytest.fixture(scope="module")
 def scores(pipe, searched):
     ((component, part),) = searched.profile.components.items()
-    return score_rivals(pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
+    return score_baselines(pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
 
 
 @pytest.mark.parametrize("grid", [(8, 12, 12), (21, 30, 52), (1, 16, 16)], ids=str)
@@ -78,7 +77,7 @@ def test_plans_stay_below_the_density(searched, scores, method, target):
 
 
 def test_ours_forecasts_less_damage_than_any_choice_by_lot(searched, scores):
-    from sparse_dit.search.baselines import random_choice
+    from sparse_dit.eval.baselines.uniform import random_choice
 
     ours = least_damage_at_density(searched, 0.3).forecast["error"]
     for seed in range(5):
@@ -117,27 +116,6 @@ def test_two_classes_takes_the_better_band_for_each_head(searched, scores):
                 used = {n for _, n in seen}
                 assert error[number] <= min(error[n] for n in used) + 1e-12 or len(used) > 2
     assert len(seen) <= 2, "one spatial and one temporal band"
-
-
-def test_errors_are_fed_forward_from_layer_to_layer(searched, scores):
-    """The first layer is judged on stock inputs, the others on what skipped heads give them."""
-    modes = modes_of(scores.places, scores.density[0, 0, 0], 0)
-    inputs: dict[str, list[torch.Tensor]] = {}
-
-    class Watched(_Sequential):
-        def _decide(self, call, layout, place):
-            if place[0] == 0:
-                inputs.setdefault(call.layer, []).append(call.q.clone())
-            return super()._decide(call, layout, place)
-
-    for epsilon, wanted in ((-1.0, -1), (9.0, modes[0])):  # all dense; all heads are skipped
-        rule = Rule(modes[:1], 0.0, epsilon)
-        sequential = Watched(scores.judge(), scores, rule)
-        scores.generate(sequential)
-        assert (sequential.pick == wanted).all() and sequential.decided.all()
-    first, *others = inputs.values()
-    assert torch.equal(*first)
-    assert others and all(not torch.allclose(*pair) for pair in others)
 
 
 def test_the_rule_takes_the_least_loss_and_dense_above_epsilon():

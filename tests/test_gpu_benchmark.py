@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.tile_model import TileModel, fit
 from sparse_dit.attention import BACKENDS
 from sparse_dit.backends.attended import Attended
-from sparse_dit.search.tile_model import TileModel, fit
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 SMALL = ["--dry", "--tokens", "128", "192", "--head-dim", "16", "--pattern", "blocks", "--backend"]
@@ -34,7 +34,17 @@ def test_dry_run_checks_times_writes_and_fits(tmp_path):
     """As a user runs it, Triton's kernels interpreted."""
     pytest.importorskip("triton")
     file, picture = tmp_path / "gpu.json", tmp_path / "gpu.png"
-    command = [sys.executable, str(SCRIPT), "--dry", "--tokens", "256", "320", "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--dry",
+        "--tokens",
+        "256",
+        "320",
+        "--json",
+        str(file),
+    ]
     root = str(SCRIPT.parents[1])
     done = subprocess.run(
         [*command, "--plot", str(picture), "--backend", "triton", "gather"],

@@ -2,10 +2,11 @@
 
 import pytest
 
+from benchmarks import published
 from sparse_dit.generation import GenerationSettings
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Window
-from sparse_dit.search import published, search
+from sparse_dit.search import search
 from sparse_dit.search.device_table import DeviceTable
 from sparse_dit.search.elsewhere import Elsewhere
 from tests import tiny_pipelines

@@ -9,21 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_dit
-from sparse_dit.curve import Curve
+from sparse_dit.eval.baselines.uniform import random_choice, uniform_plan
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.generation import generate as run
-from sparse_dit.index import build_index
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import PlanError
 from sparse_dit.plan.evidence import prompt_dependent
 from sparse_dit.search import engine, plan_of, pricing, profiling, search, search_plan
-from sparse_dit.search.baselines import random_choice, uniform_plan
 from sparse_dit.search.cost import CostTable
 from sparse_dit.search.profile_file import FORMAT, read_profile
 from sparse_dit.search.profiling import profile_pipeline
-from sparse_dit.search.rivals import least_damage_at_density
 from sparse_dit.search.seen import density
-from sparse_dit.search.solve import evaluate
 from tests import tiny_pipelines
 from tests.search_cases import accounts, stub_costs
 
@@ -405,36 +401,3 @@ def test_no_tensor_is_of_tokens_by_tokens(phase):
     with _Largest() as largest:
         Recorder(profile, phase, 8, 0)(call)
     assert largest.numel <= tokens * 8 * 8 < tokens * tokens / 32, largest.what
-
-
-def test_the_wide_family_adds_curves_and_finer_pools(pipe, fast, tmp_path):
-    file = tmp_path / "profile.safetensors"
-    narrow = _search(pipe, max_error=0.4)
-    wide = _search(pipe, max_error=0.4, wide=True, profile=file)
-    some = wide.problem.candidates[0]
-    few = narrow.problem.candidates[0]
-    assert [*few] == [p for p in some if p in few]
-    added = set(some) - set(few)
-    assert {p.tile.curve for p in added if isinstance(p.tile, Curve)} == {"frame", "video"}
-    assert {p.pool for p in added} == {None, 16}
-    layout = wide.profile.components["transformer"].known_layout
-    for place in range(0, len(some), 7):  # what is solved with is what its index computes
-        index = build_index([some[place]], layout)
-        assert wide.problem.density[0, place] == pytest.approx(index.density, rel=1e-5)
-    kept = [place for place, pattern in enumerate(some) if pattern in few]
-    torch.testing.assert_close(wide.problem.error[0, kept], narrow.problem.error[0])
-    # more to choose from: no more damage at a density, but for what a choice by the hull leaves
-    best = [least_damage_at_density(s, 0.4).forecast["error"] for s in (narrow, wide)]
-    assert best[1] <= best[0] * 1.02
-    again = read_profile(file).components["transformer"]
-    assert again.wide and again.candidates(0, again.layers[0])[0][:] == list(some)
-    with pytest.raises(ValueError, match="another family of candidates"):
-        _search(pipe, max_error=0.4, profile=file)
-    # a plan all along curves, whose cost is as any other's
-    task = wide.problem
-    curved = torch.tensor(
-        [[isinstance(p.tile, Curve) for p in listed] for listed in task.candidates]
-    )
-    cost = torch.where(curved, task.damage, torch.inf)
-    plan = plan_of(wide, evaluate(task, cost.argmin(1)))
-    assert None in _works(pipe, plan, SETTINGS, tmp_path)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from sparse_dit.eval import heads as quality
+from sparse_dit.eval.baselines import METHODS, plan_at, score_baselines
+from sparse_dit.eval.baselines import scores as baselines
 from sparse_dit.generation import Case, generate
 from sparse_dit.index import build_index
 from sparse_dit.integrations.call import AttentionCall, StepContext
@@ -20,8 +22,6 @@ from sparse_dit.search.check import check_plan
 from sparse_dit.search.merge import merge_profiles
 from sparse_dit.search.profile_file import write_profile
 from sparse_dit.search.profiling import Phase, profile_pipeline, run_phase, started
-from sparse_dit.search.rivals import METHODS, plan_at, score_rivals
-from sparse_dit.search.rivals import scores as rivals
 from sparse_dit.search.sampling import attention_over, exact_rows, sampled_heads, whole_layout
 from tests import tiny_image_models, tiny_image_transformers, tiny_pipelines, tiny_video_models
 from tests.prompted import cut, prompted, settings_of
@@ -213,7 +213,7 @@ class _Exact:
 
 @pytest.mark.parametrize("name", [*ANY_LENGTH, *PADDED, *BIASED, "flux"])
 def test_what_is_measured_of_heads_is_what_the_plan_computes(name, monkeypatch):
-    """By the report, the check and the rivals' scores, of a text that the plan hasn't seen."""
+    """By the report, the check and the baselines' scores, of a text that the plan hasn't seen."""
     stub_costs(monkeypatch)
     monkeypatch.setattr(quality, "ROWS", ROWS)
     pipe, settings = _prompted(name)
@@ -227,12 +227,12 @@ def test_what_is_measured_of_heads_is_what_the_plan_computes(name, monkeypatch):
     finally:
         attachment.detach()
     wanted = {key: (error / norm).sqrt() for key, (error, norm) in exact.sums.items()}
-    found = quality.head_quality(pipe, plan, LONG, settings)["transformer"]
+    unprojected = replace(plan, provenance={})  # errors of heads' own outputs
+    found = quality.head_quality(pipe, unprojected, LONG, settings)["transformer"]
     assert found.keys() == wanted.keys() and max(e.max() for e in wanted.values()) > 0.01
     for key, totals in found.items():
-        measured = torch.tensor(totals.relative_error)
+        measured = totals.relative_error[:, 0].to(wanted[key].dtype)
         torch.testing.assert_close(measured, wanted[key], rtol=1e-3, atol=1e-4)
-    unprojected = replace(plan, provenance={})  # errors of heads' own outputs
     for head in check_plan(pipe, unprojected, LONG, settings, rows=ROWS).heads:
         now = wanted[head.stage, head.layer][head.head].item()
         assert head.now == pytest.approx(now, rel=1e-3, abs=1e-4)
@@ -245,9 +245,9 @@ def test_what_is_measured_of_heads_is_what_the_plan_computes(name, monkeypatch):
     for listed in units.values():
         if listed[0].is_dense:
             listed[0] = Pattern(Skip(), (1, 8, 8))  # dense ones aren't scored
-    monkeypatch.setattr(rivals, "projections", lambda *args: {})
+    monkeypatch.setattr(baselines, "projections", lambda *args: {})
     profile = searched.profile.components["transformer"]
-    scored = rivals.score_patterns(pipe, "transformer", profile, units, LONG, settings, ROWS)
+    scored = baselines.score_patterns(pipe, "transformer", profile, units, LONG, settings, ROWS)
     for (stage, layer, head), (pattern,) in units.items():
         if pattern == part.layers[layer][stage][head].pattern:
             now = scored[stage, profile.layers.index(layer), head, 0].sqrt().item()
@@ -263,7 +263,7 @@ def test_rivals_have_plans_for_texts_of_any_length(name, monkeypatch):
         tune_on="calibration",
     )  # fmt: skip
     part = searched.profile.components["transformer"]
-    scores = score_rivals(pipe, "transformer", part, LONG, settings, rows=8)
+    scores = score_baselines(pipe, "transformer", part, LONG, settings, rows=8)
     assert scores.error.isfinite().all()
     searched_plan, *others = (
         plan_at(method, searched, scores, 0.85) for method in METHODS if method != "random"

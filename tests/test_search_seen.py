@@ -24,7 +24,7 @@ VIDEOS = [
 
 def _candidates(layout):
     generator = torch.Generator().manual_seed(0)
-    statistics = {tile: empty_statistics(layout, tile) for tile in tilings(layout, wide=True)}
+    statistics = {tile: empty_statistics(layout, tile) for tile in tilings(layout)}
     for part in statistics.values():
         for values in part.values():
             values += torch.rand(values.shape, generator=generator)

@@ -94,10 +94,10 @@ def test_two_processes_give_the_profile_of_one(whole, tmp_path):
     ]
 
 
-def test_torchrun_gives_the_profile_of_one_with_shared_candidates(pipe, tmp_path):
-    several, one = tmp_path / "several.safetensors", tmp_path / "one.safetensors"
+def test_torchrun_gives_the_profile_of_one(whole, tmp_path):
+    several = tmp_path / "several.safetensors"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = _command(several, *_prompts(tmp_path), "--shared")
+    command = _command(several, *_prompts(tmp_path))
     ran = subprocess.run(
         [sys.executable, *launch, "-m", "sparse_dit", *command],
         capture_output=True,
@@ -105,9 +105,7 @@ def test_torchrun_gives_the_profile_of_one_with_shared_candidates(pipe, tmp_path
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
-    profile_pipeline(pipe, CASES, SETTINGS, rows=ROWS, path=one, shared=True)
-    assert read_profile(several).shared
-    _assert_equal(read_profile(several), read_profile(one))
+    _assert_equal(read_profile(several), read_profile(whole))
 
 
 def test_a_stopped_profile_goes_on_from_the_runs_that_are_there(pipe, whole, tmp_path):

@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
+from sparse_dit.eval.baselines.uniform import random_choice, uniform_pattern
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.plan import Stage
 from sparse_dit.search import Objective
-from sparse_dit.search.baselines import random_choice, uniform_pattern
 from sparse_dit.search.candidates import tilings
 from sparse_dit.search.cells import cell_sums, cell_table, sample_rows
 from sparse_dit.search.cost import CostTable, break_even_tokens, measure_cost, rising

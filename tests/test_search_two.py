@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparse_dit import cli
+from sparse_dit.eval.baselines.uniform import random_choice, uniform_plan
 from sparse_dit.eval.command import plan_atlases
 from sparse_dit.eval.front import front_beside
 from sparse_dit.eval.frontier import FrontierRequest, frontier
@@ -17,9 +18,7 @@ from sparse_dit.eval.quality import evaluate
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.diffusers import attachment_of, components, self_attention_layers
 from sparse_dit.plan import Plan
-from sparse_dit.plan.merged import merged_plan
-from sparse_dit.search import engine, plan_of, search_plan, sensitivity
-from sparse_dit.search.baselines import random_choice, uniform_plan
+from sparse_dit.search import plan_of, search_plan, sensitivity
 from sparse_dit.search.check import check_plan
 from sparse_dit.search.error_bar import damage_error
 from sparse_dit.search.front import front_path, pick, read_front, write_front
@@ -211,30 +210,13 @@ def test_other_choices_and_baselines(pipe, searched, tmp_path):
     assert again.components == whole.plan.components
     chance = plan_of(whole, random_choice(whole.problem, whole.plan.density))
     uniform = uniform_plan(whole.plan, whole.profile, by_stage=True)
-    for number, plan in enumerate((chance, uniform, merged_plan(whole.plan))):
+    for number, plan in enumerate((chance, uniform, whole.plan)):
         folder = tmp_path / str(number)
         folder.mkdir()
         ran = accounts(pipe, plan, CASE, SETTINGS, folder)
         entries = [entry for account in ran.values() for entry in account]
         density = sum(e.computed for e in entries) / sum(e.pairs for e in entries)
         assert density == pytest.approx(plan.density, abs=1e-4)
-
-
-def test_merged_stages_stay_inside_a_transformer(pipe, tmp_path, monkeypatch):
-    stub_costs(monkeypatch)
-    monkeypatch.setattr(engine, "dense_generation", lambda *measured: 0.06)
-    merged = _search(pipe, target_speedup=2.5, merge_stages=1e9)
-    parts = merged.plan.components
-    assert list(parts) == BOTH
-    assert all(len(part.stages) < len(merged.problem.stages_of(n)) for n, part in parts.items())
-    assert parts[BOTH[0]].stages[-1].sigma_min == parts[BOTH[1]].stages[-1].sigma_min == 0
-    shares = merged.plan.provenance["stage_shares"]
-    assert {n: len(part) for n, part in shares.items()} == {n: len(parts[n].stages) for n in BOTH}
-    assert sum(sum(part) for part in shares.values()) == pytest.approx(1)
-    accounts(pipe, merged.plan, CASE, SETTINGS, tmp_path)
-    write_front(merged.front, front_path(tmp_path / "plan.json"))
-    point = pick(merged.plan, read_front(front_path(tmp_path / "plan.json")), "density", 0.5)
-    assert list(point.components) == BOTH and point.density <= 0.5
 
 
 def test_report_and_check_see_both(pipe, searched):

@@ -241,7 +241,7 @@ def _variant(backends: Sequence[str]) -> str | None:
 
 
 def _measured(sweep: Sweep | None, backends: Sequence[str], conditions: Conditions) -> Results:
-    from ..eval.provenance import environment
+    from ..environment import environment
     from .measure import Load, num_threads
     from .quick import run_quick, table
     from .results import Results

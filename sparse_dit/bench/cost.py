@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from rich.table import Table
 
-from ..eval.provenance import environment
+from ..environment import environment
 from ..layout import TokenLayout, tile_order
 from ..search.cost import BUDGETS, CostTable, measure_cost, timed
 from ..search.device_table import DeviceTable, Dtype, Entry, processor, slug

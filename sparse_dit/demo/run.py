@@ -10,10 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..environment import environment
 from ..eval.atlas import StageAtlas, stage_atlas
+from ..eval.baselines.uniform import random_choice, uniform_plan
 from ..eval.command import SEAM_STEPS, dense_on_drawn_clips, forced_on_drawn_clips
 from ..eval.forecasts import expected_psnr
-from ..eval.provenance import environment
 from ..eval.quality import Quality, evaluate
 from ..eval.report import FILES, Method, Report, write_report, written_files
 from ..eval.runs import seam_overhead
@@ -24,7 +25,6 @@ from ..plan.evidence import prompt_dependent
 from ..plan.storage import tensor_path
 from ..resources import shipped
 from ..search import Searched, plan_of, search_plan
-from ..search.baselines import random_choice, uniform_plan
 from ..search.front import front_path, write_front
 from ..whole_file import uninterrupted
 

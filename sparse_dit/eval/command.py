@@ -9,9 +9,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..demo.draw import draw
+from ..environment import environment
 from ..generation import Case, GenerationSettings
 from ..outputs import Outputs
 from ..patch import patch
@@ -22,7 +24,6 @@ from .atlas import StageAtlas, stage_atlas
 from .differences import difference
 from .forecasts import expected_psnr
 from .heads import HeadQuality, head_quality
-from .provenance import environment
 from .quality import Quality, evaluate
 from .report import FILES, Report, write_report, written_files
 from .runs import seam_overhead
@@ -150,8 +151,8 @@ def plan_atlases(plan: Plan, heads: dict[str, HeadQuality]) -> list[StageAtlas]:
             stage,
             part.layout,
             recall={
-                layer: totals.recall
-                for (at, layer), totals in heads.get(name, {}).items()
+                layer: scored.recall[:, 0].tolist()
+                for (at, layer), scored in heads.get(name, {}).items()
                 if at == stage
             },
             marked=marked,
@@ -175,15 +176,14 @@ def _heads(
 
 
 def _held_out_error(heads: dict[str, HeadQuality]) -> str:
-    errors = [
-        e for part in heads.values() for totals in part.values() for e in totals.relative_error
-    ]
-    recalls = [r for part in heads.values() for totals in part.values() for r in totals.recall]
-    if not errors:
+    every = [scored for part in heads.values() for scored in part.values()]
+    if not every:
         return "The plan covers no attention call of this run, so heads have no error."
+    error = torch.cat([scored.relative_error[:, 0] for scored in every]).mean().item()
+    recall = torch.cat([scored.recall[:, 0] for scored in every]).mean().item()
     return (
-        f"Mean relative error of head outputs on the first case: {sum(errors) / len(errors):.4f}; "
-        f"mean attention recall {sum(recalls) / len(recalls):.3f} (sampled rows)."
+        f"Mean relative error of head outputs on the first case: {error:.4f}; "
+        f"mean attention recall {recall:.3f} (sampled rows)."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..environment import environment
 from ..generation import Case, GenerationSettings, call_arguments
 from ..integrations.diffusers import components
 from ..layout import TokenLayout
@@ -18,18 +19,17 @@ from ..on_cpu import on_cpu
 from ..outputs import Outputs, check_writable
 from ..plan import Plan
 from ..search.engine import Searched, search_plan
-from ..search.rivals import (
-    METHODS,
-    SOURCES,
-    RivalScores,
-    least_damage_at_density,
-    plan_at,
-    score_rivals,
-)
 from ..texts import read_text
 from ..whole_file import write_text
 from ..words import option
-from .provenance import environment
+from .baselines import (
+    METHODS,
+    SOURCES,
+    BaselineScores,
+    least_damage_at_density,
+    plan_at,
+    score_baselines,
+)
 from .quality import Quality, evaluate, forecast_speedup
 
 Say = Callable[[str], None]
@@ -106,7 +106,7 @@ def frontier(
     """Measure every method at every density; rows are in the file as soon as they are measured.
 
     Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, seconds,
-    dense_seconds, and the speed-up that the search forecast (None for rivals' plans and another size's);
+    dense_seconds, and the speed-up that the search forecast (None for baselines' plans and another size's);
     a method that has no plan at a density has a row with `"none"`. Dense generations are made anew for each
     density, so that speed-ups bear a machine whose speed drifts over the hour.
 
@@ -183,26 +183,26 @@ class _Plans:
     Args:
         layout: Of the size that is measured at.
         searched: At that size.
-        scores: Of the rivals' patterns.
+        scores: Of the baselines' patterns.
         elsewhere: Searched at another size.
     """
 
     layout: TokenLayout
     searched: Searched
-    scores: RivalScores
+    scores: BaselineScores
     elsewhere: Searched | None
 
     @staticmethod
     def of(pipe: Any, request: FrontierRequest, methods: set[str], say: Say) -> _Plans:
-        """Search, and score the rivals' patterns."""
+        """Search, and score the baselines' patterns."""
         searched = _searched(pipe, request, request.settings, "profile", say)
         ((component, part),) = searched.profile.components.items()
         elsewhere = None
         if request.elsewhere and TRANSFERRED in methods:
             say("searching at the other size")
             elsewhere = _searched(pipe, request, request.elsewhere, "elsewhere", say)
-        say("scoring the rivals' patterns")
-        scores = score_rivals(pipe, component, part, request.calibration[-1], request.settings)
+        say("scoring the baselines' patterns")
+        scores = score_baselines(pipe, component, part, request.calibration[-1], request.settings)
         return _Plans(part.known_layout, searched, scores, elsewhere)
 
     def at(self, method: str, target: float) -> Plan | None:

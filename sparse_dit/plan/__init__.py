@@ -8,7 +8,6 @@ from .component import ComponentPlan, HeadChoice, Stage
 from .errors import PlanError
 from .hub import built_in
 from .identity import config_hash
-from .merged import merged, merged_plan
 from .plan import ANY_CONFIG, Plan
 
 __all__ = [
@@ -22,7 +21,5 @@ __all__ = [
     "config_hash",
     "diff",
     "merge",
-    "merged",
-    "merged_plan",
     "summary_rows",
 ]

@@ -66,7 +66,8 @@ class HeadChoice:
 
     Args:
         pattern: What is computed.
-        error: Relative L2 error of the head's output that was expected; None if unknown.
+        error: Relative L2 error that was expected of the head, behind the layer's output projection (of its
+            own output in plans whose provenance doesn't say so); None if unknown.
         runner_up: The second choice, or None.
         runner_up_error: Its error, or None.
 

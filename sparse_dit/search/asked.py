@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,6 @@ def check_search(
     rows: int = 64,
     profile: str | Path | None = None,
     profile_steps: int | None = None,
-    merge_stages: float | None = None,
     elsewhere: Elsewhere | None = None,
 ) -> None:
     """Raise unless the pipeline can be profiled and searched so.
@@ -36,15 +34,12 @@ def check_search(
     Args:
         pipe: Loaded, or an `outline`.
         case: One of the prompts.
-        settings, rows, profile, profile_steps, merge_stages: As `search_plan` takes them.
+        settings, rows, profile, profile_steps: As `search_plan` takes them.
         elsewhere: The device that is solved for.
 
     Raises:
         ValueError, TypeError, NotImplementedError, OSError: See `search_plan`.
     """
-    if merge_stages is not None and not (math.isfinite(merge_stages) and merge_stages >= 0):
-        name = option("merge_stages")
-        raise ValueError(f"{name} must be a finite number >= 0, got {merge_stages!r}")
     for transformer in searchable(pipe).values():
         if elsewhere is not None:
             elsewhere.check(transformer)
@@ -82,21 +77,19 @@ def check_profile(
     *,
     rows: int = 64,
     reference_steps: int | None = None,
-    wide: bool = False,
-    shared: bool = False,
 ) -> None:
     """Raise unless the profile at `path`, if there is one, can be gone on with.
 
     Args:
         pipe: Loaded, or an `outline`.
-        cases, settings, path, rows, reference_steps, wide, shared: As `profile_pipeline` takes them.
+        cases, settings, path, rows, reference_steps: As `profile_pipeline` takes them.
 
     Raises:
         ValueError: If it is of something else, or damaged.
     """
     if path.exists():
         phases = phases_of(cases, reference_steps, beyond=has_frames(settings))
-        started(pipe, settings, rows, phases, path, wide, shared)
+        started(pipe, settings, rows, phases, path)
 
 
 def searchable(pipe: Any) -> dict[str, nn.Module]:

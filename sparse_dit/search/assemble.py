@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from ..plan import ComponentPlan, HeadChoice, Plan, Stage
 from ..plan.evidence import without_evidence
 from .cost import CostTable
-from .head_runs import runner_up_of_runs
 from .joint import one_or_named
 from .profile import ComponentProfile
 from .solve import Choice, Problem, runner_up
@@ -105,7 +104,7 @@ def stage_shares(task: Problem) -> dict[str, list[float]]:
 def layers_of(name: str, part: ComponentProfile, task: Problem, choice: Choice) -> Layers:
     """What each head of each of a transformer's layers gets at each of its stages, with its error and the
     runner-up."""
-    second = (runner_up_of_runs if part.shared else runner_up)(task, choice)
+    second = runner_up(task, choice)
     rows: dict[str, list[list[HeadChoice]]] = {
         layer: [[] for _ in task.stages_of(name)] for layer in part.layers
     }

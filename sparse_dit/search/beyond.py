@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from ..autocast import in_own_dtypes
-from ..curve import Curve
 from ..generation import Case, GenerationSettings, call_arguments, generate_until
 from ..integrations.call import AttentionCall
 from ..integrations.diffusers import attach, components
-from ..layout import Tile, TokenLayout
+from ..layout import TokenLayout
 from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
 from .nested import Cells
@@ -66,7 +65,7 @@ def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
 def look_beyond(
     pipe: Any, profile: Profile, case: Case, say: Callable[[str], None] | None = None
 ) -> None:
-    """Add to what was found of every head at all noise levels, in orders by tiles, what it does at greater
+    """Add to what was found of every head at all noise levels what it does at greater
     distances at the highest one.
 
     A pipeline that refuses the size is left as it is, with what it says told to `say`: what holds at the
@@ -118,8 +117,7 @@ class _Look:
     ) -> None:
         self.profile, self.rows, self.behind = profile, rows, behind
         self.generator = torch.Generator().manual_seed(seed)
-        orders = tilings(profile.known_layout)
-        self.tiles: list[Tile] = [tile for tile in orders if not isinstance(tile, Curve)]
+        self.tiles = tilings(profile.known_layout)
         self.found: dict[str, list[HeadStatistics]] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:

@@ -32,13 +32,11 @@ BUDGETS = (
 )
 DROP_BUDGETS = (0.1, 0.2, 0.35)
 TILE_TOKENS = 64
-POOLS = (16,)  # tokens of a pooled key, beside whole cells, in the wide family
-POOLED_BUDGETS = (0.02, 0.055, 0.1, 0.2)
 
 DENSE = Pattern(Dense())
 
 
-def tilings(layout: TokenLayout, wide: bool = False) -> tuple[Tile, ...]:
+def tilings(layout: TokenLayout) -> tuple[Tile, ...]:
     """Token orders that are tried: cubes, flat tiles of one frame, and lines (of a column, of a row)
     through all frames.
 
@@ -46,16 +44,13 @@ def tilings(layout: TokenLayout, wide: bool = False) -> tuple[Tile, ...]:
 
     Args:
         layout: At calibration.
-        wide: Also curves through a frame and through the video.
     """
     frames = layout.grid[0]
-    curves = (Curve("frame"), Curve("video")) if frames > 1 else (Curve("frame"),)
-    more: tuple[Tile, ...] = curves if wide else ()
     if frames == 1:
-        return ((1, 8, 8), *more)
+        return ((1, 8, 8),)
     length = max(1, TILE_TOKENS // frames)
     lines: list[Tile] = [(None, length, 1), (None, 1, length)]
-    return tuple(dict.fromkeys([(4, 4, 4), (1, 8, 8), *lines, *more]))
+    return tuple(dict.fromkeys([(4, 4, 4), (1, 8, 8), *lines]))
 
 
 @functools.lru_cache(maxsize=16)
@@ -111,7 +106,6 @@ def found(
     statistics: dict[str, Tensor],
     tile: Tile,
     layout: TokenLayout,
-    pools: Sequence[int] = (),
     most_runs: int = MOST_RUNS,
 ) -> list[Pattern | Unbuilt]:
     """Candidates that follow a head's statistics in one token order.
@@ -122,7 +116,6 @@ def found(
             of a larger lattice; see `discover` and `look_beyond`.
         tile: The order.
         layout: Calibration layout.
-        pools: Stencils are also tried with pooled keys of so many tokens.
         most_runs: Of a stencil, see `reach.nested_stencil`.
     """
     table = cell_table(layout, tile)
@@ -133,7 +126,6 @@ def found(
     result: list[Pattern | Unbuilt] = [
         Nested(Kind(tile, far=False), dropped, dropped.within(BUDGETS if lines else DROP_BUDGETS)),
         Nested(far_kind, best, best.within(BUDGETS)),
-        *(Nested(Kind(tile, True, n), best, best.within(POOLED_BUDGETS)) for n in pools),
     ]
     if int(table.counts.prod()) == len(table.tokens):  # what follows needs a full lattice
         result += placed(statistics, best, far_kind, layout)
@@ -176,15 +168,12 @@ def all_candidates(
 ) -> Candidates:
     """Dense first, then all others; as many, in the same order, for every head of a layout.
 
-    Of the wide family, if there are statistics of its orders.
-
     Args:
         statistics: Of a head, for each token order; see `found`.
         layout: Calibration layout.
         most_runs: Of a stencil, see `reach.nested_stencil`.
     """
-    wide = any(isinstance(tile, Curve) for tile in statistics)
     parts: list[Pattern | Unbuilt] = [DENSE, *fixed(layout)]
-    for tile in tilings(layout, wide):
-        parts += found(statistics[tile], tile, layout, POOLS if wide else (), most_runs)
+    for tile in tilings(layout):
+        parts += found(statistics[tile], tile, layout, most_runs)
     return Candidates(parts)

@@ -5,16 +5,12 @@ For a model that changed after its plan was made: a LoRA loaded, fine-tuned, ano
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..autocast import in_own_dtypes
 from ..generation import Case, GenerationSettings, generate
-from ..integrations.call import AttentionCall
 from ..integrations.diffusers import (
     attach,
     attachment_of,
@@ -22,16 +18,9 @@ from ..integrations.diffusers import (
     heads_of,
     self_attention_layers,
 )
-from ..layout import TokenLayout
 from ..on_cpu import on_cpu
-from ..patterns import Pattern
 from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
-from .cells import sample_rows
-from .nested import Candidates
-from .projection import projections
-from .sampling import sampled_heads, whole_layout
-from .side_by_side import one_thread
-from .statistics import score_all
+from .scorer import PatternScorer, plan_scorer
 
 ROWS = 64
 GROWTH = 1.5  # times the planned error that a head may have
@@ -91,63 +80,6 @@ class Checked:
         return len(self.left) / max(1, len(self.heads))
 
 
-@dataclass
-class _Totals:
-    """Sums over sampled rows of one layer at one noise level, `[H]` each; see `statistics.score`."""
-
-    error: Tensor
-    square: Tensor
-    norm: Tensor
-    rows: int = 0
-
-    def relative(self, head: int) -> tuple[float, float]:
-        """Relative error of a head's output, and its standard error."""
-        norm, rows = max(self.norm[head].item(), 1e-20), self.rows
-        total, square = self.error[head].item(), self.square[head].item()
-        spread = max(0.0, square - total**2 / rows) ** 0.5 / norm  # of the squared relative error
-        now = (total / norm) ** 0.5
-        return now, spread / (2 * now) if now else 0.0
-
-
-@dataclass
-class _Watch:
-    """An intercept that scores the plan's pattern of each head on sampled rows; runs stock."""
-
-    plan: ComponentPlan
-    rows: int
-    behind: dict[str, Tensor]
-    found: dict[tuple[int, str], _Totals] = field(default_factory=dict)
-    layout: TokenLayout | None = None
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    def __call__(self, call: AttentionCall) -> Tensor:
-        context, layout = call.context, whole_layout(call)
-        stage = self.plan.stage(context.sigma, context.branch)
-        patterns = self.plan.patterns(call.layer, context.sigma, context.branch)
-        if patterns is not None and stage is not None and layout is not None:
-            self.layout = layout
-            with one_thread():
-                self._score(call, stage, patterns, layout)
-        return call.stock()
-
-    @in_own_dtypes
-    def _score(
-        self, call: AttentionCall, stage: int, patterns: tuple[Pattern, ...], layout: TokenLayout
-    ) -> None:
-        heads = len(patterns)
-        fresh = _Totals(*(torch.zeros(heads, dtype=torch.float64) for _ in range(3)))
-        totals = self.found.setdefault((stage, call.layer), fresh)
-        rows = sample_rows(layout, self.rows, self.generator)
-        totals.rows += len(rows) * call.q.shape[0]
-        sparse = [head for head, pattern in enumerate(patterns) if not pattern.is_dense]
-        behind = self.behind.get(call.layer)
-        for head, sampled in sampled_heads(call, layout, rows, behind, sparse):
-            error, square, _, norm = score_all(sampled, Candidates([patterns[head]]), layout)
-            totals.error[head] += error[0]
-            totals.square[head] += square[0]
-            totals.norm[head] += norm
-
-
 @on_cpu
 def check_plan(
     pipe: Any,
@@ -177,42 +109,41 @@ def check_plan(
         if name not in found:
             raise PlanError(f"the plan has a part for {name!r}, the pipeline has {sorted(found)}")
         notes += _notes(name, part, found[name])
-    watches, attachments = {}, []
-    behind = bool(plan.provenance.get("errors_behind_projection"))
-    try:
-        for name, part in plan.components.items():
-            roots = projections(found[name], part.num_heads) if behind else {}
-            watches[name] = _Watch(part, rows, roots)
-            attachments.append(attach(found[name], watches[name], pipe))
+    scorers = {name: plan_scorer(plan, name, found[name], rows) for name in plan.components}
+    with contextlib.ExitStack() as stack:
+        for name, scorer in scorers.items():
+            stack.callback(attach(found[name], scorer, pipe).detach)
         generate(pipe, case, settings)
-    finally:
-        for attachment in attachments:
-            attachment.detach()
     heads, unseen = [], 0
-    for name, watch in watches.items():
-        if watch.layout and watch.layout.without_text() != watch.plan.layout.without_text():
+    for name, scorer in scorers.items():
+        part, layout = plan.components[name], scorer.layout
+        if layout and layout.without_text() != part.layout.without_text():
             notes.append(
-                f"{name}: measured at {watch.layout}, the plan was made at {watch.plan.layout}; "
+                f"{name}: measured at {layout}, the plan was made at {part.layout}; "
                 "errors differ with the size too"
             )
-        for head in _compared(name, watch):
+        for head in _compared(name, part, scorer):
             heads += [head] if head else []
             unseen += head is None
     return Checked(tuple(heads), tuple(notes), unseen, growth)
 
 
-def _compared(name: str, watch: _Watch) -> Iterator[CheckedHead | None]:
+def _compared(
+    name: str, part: ComponentPlan, scorer: PatternScorer
+) -> Iterator[CheckedHead | None]:
     """Each sparse head of the plan; None for one that can't be compared."""
-    for layer, stages in watch.plan.layers.items():
+    for layer, stages in part.layers.items():
         for stage, heads in enumerate(stages):
-            totals = watch.found.get((stage, layer))
+            scored = scorer.found.get((stage, layer))
             for number, head in enumerate(heads):
                 if head.pattern.is_dense:
                     continue
-                if totals is None or head.error is None:
+                if scored is None or head.error is None:
                     yield None
                     continue
-                now, spread = totals.relative(number)
+                now, spread = (
+                    x[number, 0].item() for x in (scored.relative_error, scored.standard_error)
+                )
                 if now != now:
                     raise ValueError(
                         f"{layer} head {number} gives NaN or Inf: the stock pipeline is broken at "
@@ -227,8 +158,6 @@ def _notes(name: str, part: ComponentPlan, transformer: Any) -> list[str]:
         raise ValueError(
             "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe)"
         )
-    if any(pattern.cell is not None for pattern in part.distinct_patterns):
-        raise NotImplementedError("a plan is checked for patterns of whole tiles only")
     config = transformer.config
     num_heads, head_dim = heads_of(transformer)
     kinds = [kind.__name__ for kind in type(transformer).__mro__]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..eval.provenance import cpu_name
+from ..environment import cpu_name
 from ..layout import TokenLayout
 from ..plan.document import place
 from ..plan.errors import PlanError, short
@@ -112,7 +112,7 @@ class DeviceTable(_Form):
         environment: Versions, readable text by name.
         foreign_cores: Mean number of cores that others used meanwhile; None if that isn't known.
         entries: Sizes that were measured.
-        caveat: What must be told wherever it is used, if it wasn't measured; see `published.py`.
+        caveat: What must be told wherever it is used, if it wasn't measured but estimated.
     """
 
     version: Literal[1] = 1
@@ -138,15 +138,11 @@ class DeviceTable(_Form):
 
     @staticmethod
     def load(name: str | os.PathLike[str]) -> DeviceTable:
-        """Read a table by path, or by the name of one that ships with the package or is estimated (`h100`).
+        """Read a table by path, or by the name of one that ships with the package (`nvidia-h200`, `h100`).
 
         Raises:
             ValueError: If there is none, or it is not a valid table; one line with the place.
         """
-        from .published import DEVICES, estimated_table
-
-        if name in DEVICES and not Path(name).exists():
-            return estimated_table(os.fspath(name))
         path = _find(name)
         data = read(path, MAX_BYTES)
         try:

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components
 from ..on_cpu import on_cpu
-from ..plan import Plan, Stage, merged_plan
+from ..plan import Plan, Stage
 from .asked import check_search, profiled_at
 from .cost import break_even_tokens
 from .elsewhere import Elsewhere
@@ -75,8 +75,6 @@ def search_plan(
     profile_steps: int | None = None,
     tune_on: TuneOn = "held_out",
     rows: int = 64,
-    wide: bool = False,
-    merge_stages: float | None = None,
     max_generations: float = 3.0,
     backend: str = "auto",
     device_table: str | Path | None = None,
@@ -101,11 +99,6 @@ def search_plan(
             recorded while it is profiled, so that none is made for verification alone. Nothing is held
             out then: verify the plan afterwards.
         rows: Sampled query rows for each head, layer, step and prompt.
-        wide: Also try orders along Hilbert curves and finer pooled keys; see `profile_pipeline`.
-        merge_stages: By how much more damage, relative, is accepted for heads that keep one pattern over
-            several noise levels: 0.1, say. The plan then has fewer patterns, and stages at which every head
-            goes on as before are one. What was asked for holds all the same. Candidates that noise levels
-            have in common are profiled for it.
         max_generations: With `min_psnr`: stop tightening when the search has taken the time of this
             many dense generations and the PSNR is reached.
         backend: Sparse backend to measure and verify with.
@@ -135,7 +128,6 @@ def search_plan(
         rows=rows,
         profile=profile,
         profile_steps=profile_steps,
-        merge_stages=merge_stages,
         elsewhere=elsewhere,
     )
     if not (math.isfinite(max_generations) and max_generations > 0):
@@ -150,14 +142,12 @@ def search_plan(
         rows=rows,
         reference_steps=None if held else settings.steps,
         path=profile,
-        wide=wide,
-        shared=merge_stages is not None,
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
         say=say,
     )
     clock.lap("profile")
     run = _Run(pipe, calibration, held, settings, backend, clock, say, elsewhere)
-    return _solved(run, profiled, objective, max_generations, merge_stages)
+    return _solved(run, profiled, objective, max_generations)
 
 
 def _for_the_plan(find: Callable[Params, Searched]) -> Callable[Params, Plan]:
@@ -190,13 +180,7 @@ class _Run:
     elsewhere: Elsewhere | None = None
 
 
-def _solved(
-    run: _Run,
-    profiled: Profile,
-    objective: Objective,
-    max_generations: float,
-    merge: float | None,
-) -> Searched:
+def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
     clock, say, settings, elsewhere = run.clock, run.say, run.settings, run.elsewhere
     parts = profiled.components
@@ -223,9 +207,7 @@ def _solved(
     }
     task = joined(problems, pair_shares(parts, calls), dense_seconds)
     clock.lap("solve")
-    session = Session(
-        run.pipe, matters, task, tables, profiled, objective, settings, run.backend, merge
-    )
+    session = Session(run.pipe, matters, task, tables, profiled, objective, settings, run.backend)
     choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
     clock.lap("verify")
     plan = _with_break_even(session, plan, choice, run.elsewhere)
@@ -239,10 +221,6 @@ def _solved(
         provenance={**plan.provenance, **record},
         measured=measured_of(objective, verified, len(run.held_out), run.elsewhere),
     )
-    if merge is not None:
-        plan = merged_plan(plan)
-        stages = sum(len(part.stages) for part in plan.components.values())
-        say(f"{_patterns(plan)} patterns in {stages} of {len(task.stages)} stages")
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
 
@@ -267,12 +245,6 @@ def _sensitivities(
         )
         for name, part in parts.items()
     }
-
-
-def _patterns(plan: Plan) -> int:
-    """How many distinct ones a plan's heads have."""
-    rows = [stages for part in plan.components.values() for stages in part.layers.values()]
-    return len({head.pattern for stages in rows for heads in stages for head in heads})
 
 
 def _with_break_even(

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,21 +19,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..patterns import Pattern
-from ..plan import (
-    ComponentPlan,
-    HeadChoice,
-    Plan,
-    PlanError,
-    Stage,
-    config_hash,
-    merged_plan,
-)
+from ..plan import ComponentPlan, HeadChoice, Plan, PlanError, config_hash
 from ..plan.evidence import without_evidence
 from ..texts import read_text
 from ..whole_file import write_text
 from .archive import explore
-from .assemble import levels_of, stage_shares
-from .candidates import DENSE
 from .solve import Choice, Problem
 
 FORMAT = "sparse_dit front 1"
@@ -44,7 +34,7 @@ Measure = Literal["speedup", "density", "error", "psnr"]
 class Point(BaseModel):
     """One choice: its forecasts, and for each unit the number of its pattern and its error.
 
-    Units go by component, stage, layer and head, in the order of the front's levels.
+    Units go by component, stage, layer and head, in the order of the plan's.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -58,16 +48,6 @@ class Point(BaseModel):
     errors: list[float]
 
 
-class Level(BaseModel):
-    """A recorded noise level: a stage of the points, and its share in the attention of a generation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    sigma_max: float
-    sigma_min: float
-    share: float = Field(ge=0)
-
-
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -76,7 +56,7 @@ class _File(BaseModel):
     dense_seconds: float = Field(gt=0)
     patterns: list[dict[str, Any]]
     masks: dict[str, str]
-    levels: dict[str, list[Level]] = {}
+    levels: dict[str, list[Any]] = {}  # of plans with merged stages, which an earlier version made
     points: list[Point] = Field(min_length=1)
 
 
@@ -89,15 +69,12 @@ class Front:
         dense_seconds: Of a dense generation.
         patterns: Each once.
         points: Choices.
-        levels: Stages of the points, by component; those of the plan if there are none. A plan whose stages
-            were merged has fewer.
     """
 
     config_hash: str
     dense_seconds: float
     patterns: tuple[Pattern, ...]
     points: tuple[Point, ...]
-    levels: Mapping[str, Sequence[Level]] = field(default_factory=dict)
 
 
 def model_hash(components: Mapping[str, ComponentPlan]) -> str:
@@ -138,18 +115,7 @@ def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | No
         )
         if not points or point.patterns != points[-1].patterns:
             points.append(point)
-    return Front(config_hash, task.dense_seconds, tuple(numbers), tuple(points), _levels(task))
-
-
-def _levels(task: Problem) -> dict[str, list[Level]]:
-    """The problem's stages, by component."""
-    return {
-        name: [
-            Level(sigma_max=stage.sigma_max, sigma_min=stage.sigma_min, share=share)
-            for stage, share in zip(levels_of(task, name), shares, strict=True)
-        ]
-        for name, shares in stage_shares(task).items()
-    }
+    return Front(config_hash, task.dense_seconds, tuple(numbers), tuple(points))
 
 
 def _psnr(choice: Choice, found: Choice, psnr_db: float | None) -> float | None:
@@ -179,7 +145,6 @@ def write_front(front: Front, path: Path) -> None:
         dense_seconds=front.dense_seconds,
         patterns=[pattern.to_dict() for pattern in front.patterns],
         masks=masks,
-        levels={name: list(levels) for name, levels in front.levels.items()},
         points=list(front.points),
     )
     write_text(path, file.model_dump_json())
@@ -210,7 +175,7 @@ def read_front(path: Path) -> Front:
     except (ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PlanError(f"{path}: damaged ({reason:.200}); search again") from None
-    return Front(file.config_hash, file.dense_seconds, patterns, tuple(file.points), file.levels)
+    return Front(file.config_hash, file.dense_seconds, patterns, tuple(file.points))
 
 
 def _check(file: _File, count: int) -> None:
@@ -246,20 +211,19 @@ def wish(text: str) -> tuple[Measure, float]:
 def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
     """The point of least error with at least that speed-up or at most that density, or the fastest with
     at most that error or at least that forecast PSNR, as a plan. What was measured of the first plan is
-    left out. It has merged stages if the plan has.
+    left out.
 
     Raises:
         ValueError: If the front belongs to another model or plan, or no point is like that.
     """
-    whole = _at_levels(plan, front)
-    units = sum(map(_units, whole.components.values()))
+    units = sum(map(_units, plan.components.values()))
     same_model = model_hash(plan.components) == front.config_hash
     if not same_model or len(front.points[0].patterns) != units:
         raise ValueError("the front belongs to another model or plan; search again")
     point = _chosen(front.points, measure, value)
     pairs = zip(point.patterns, point.errors, strict=True)
     heads = iter([HeadChoice(front.patterns[number], error) for number, error in pairs])
-    components = {name: _filled(part, heads) for name, part in whole.components.items()}
+    components = {name: _filled(part, heads) for name, part in plan.components.items()}
     forecast = {
         "speedup": point.speedup,
         "error": point.error,
@@ -268,33 +232,13 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
     }
     if point.psnr is not None:
         forecast["psnr_db"] = point.psnr
-    picked = replace(
-        whole,
+    return replace(
+        plan,
         components=components,
         density=point.density,
-        provenance={**without_evidence(whole.provenance), "objective": {measure: value}},
+        provenance={**without_evidence(plan.provenance), "objective": {measure: value}},
         forecast=forecast,
         measured={},
-    )
-    return picked if whole is plan else merged_plan(picked)
-
-
-def _at_levels(plan: Plan, front: Front) -> Plan:
-    """The plan with the front's stages, all heads dense, if its own are fewer; else the plan itself."""
-    fewer = any(
-        len(front.levels.get(name, ())) > len(part.stages) for name, part in plan.components.items()
-    )
-    if not fewer or front.levels.keys() != plan.components.keys():
-        return plan
-    components = {}
-    for name, part in plan.components.items():
-        levels = front.levels[name]
-        stages = tuple(Stage(level.sigma_max, level.sigma_min) for level in levels)
-        rows = ((HeadChoice(DENSE),) * part.num_heads,) * len(stages)
-        components[name] = replace(part, stages=stages, layers=dict.fromkeys(part.layers, rows))
-    shares = {name: [level.share for level in levels] for name, levels in front.levels.items()}
-    return replace(
-        plan, components=components, provenance={**plan.provenance, "stage_shares": shares}
     )
 
 

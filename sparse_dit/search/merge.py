@@ -15,7 +15,6 @@ from .profile import LATER, ComponentProfile, Profile
 from .profile_file import read_profile
 
 SCORE = "score"
-_SAME = ("settings", "rows", "wide", "shared")
 
 
 def merge_profiles(paths: Sequence[str | Path]) -> Profile:
@@ -53,11 +52,8 @@ def _misfit(a: Profile, b: Profile) -> str | None:
         n: p.config_hash for n, p in b.components.items()
     }:
         return "it is of another model; profile all prompts with one model"
-    if any(getattr(a, name) != getattr(b, name) for name in _SAME):
-        return (
-            "it was made with other settings, another number of rows or another family of candidates; "
-            "profile it again"
-        )
+    if (a.settings, a.rows) != (b.settings, b.rows):
+        return "it was made with other settings or another number of rows; profile it again"
     for name, part in a.components.items():
         other = b.components[name]
         if part.found and other.found and _place(part) != _place(other):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -68,10 +68,6 @@ class Nested:
     def _built(self) -> dict[int, Pattern]:
         return {}
 
-    def name(self, number: int) -> int:
-        """What tells it from the others."""
-        return self.counts[number]
-
     def pattern(self, number: int) -> Pattern:
         """One of them; equal ones are the same object."""
         count = self.counts[number]
@@ -110,10 +106,6 @@ class Drawn:
     @functools.cached_property
     def _built(self) -> Pattern:
         return self.kind.pattern(self.shape())
-
-    def name(self, number: int = 0) -> int:
-        """There are no others."""
-        return number
 
     def pattern(self, number: int = 0) -> Pattern:
         """The pattern, built once."""
@@ -167,10 +159,3 @@ class Candidates(Sequence[Pattern]):
             return [self[n] for n in range(*place.indices(len(self)))]
         part, number = self._where[place]
         return part if isinstance(part, Pattern) else part.pattern(number)
-
-    def names(self) -> list[Hashable]:
-        """What tells candidates apart without building them: those that lists share have the same in each."""
-        return [
-            part if isinstance(part, Pattern) else (id(part), part.name(number))
-            for part, number in self._where
-        ]

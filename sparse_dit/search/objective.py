@@ -9,7 +9,6 @@ from ..plan import Plan
 from ..words import option
 from .local import improve
 from .solve import Choice, Problem, at_price, cheapest, least_damage
-from .stages import merge_stages
 
 _ABOVE = {"target_speedup": 1.0, "max_error": 0.0, "min_psnr": 0.0}
 _MOST = {"min_psnr": 100.0}  # what videos that are equal count as
@@ -54,28 +53,16 @@ class Objective:
         """The one that is set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def choose(self, problem: Problem, damage: float, merge: float | None = None) -> Choice:
-        """The best choice of the problem; with fewer patterns if `merge` says at what loss.
-
-        What is asked for holds in any case: where it limits the damage, the loss is put aside before, and
-        costs seconds.
+    def choose(self, problem: Problem, damage: float) -> Choice:
+        """The best choice of the problem.
 
         Args:
             problem: What to choose from.
             damage: Largest damage, for `min_psnr`; the caller knows what it means in dB.
-            merge: By how much more damage is accepted for fewer patterns, see `merge_stages`.
 
         Raises:
             ValueError: If the speed-up is out of reach.
         """
-        if merge is None:
-            return self._best(problem, damage, 0.0)
-        first = self._best(problem, damage, merge)
-        found = merge_stages(problem, first, loss=merge)
-        return self._best(problem, damage, 0.0) if found is first else found
-
-    def _best(self, problem: Problem, damage: float, spare: float) -> Choice:
-        """The best choice whose damage may still grow by `spare` of it."""
         if self.target_speedup is not None:
             choice = least_damage(problem, self.target_speedup)
             if choice is None:
@@ -88,7 +75,6 @@ class Objective:
             return improve(problem, choice, seconds=seconds)
         if (limit := self.max_error) is not None:
             damage = limit**2 * problem.importance.sum().item()
-        damage /= 1 + spare
         return improve(
             problem, cheapest(problem, lambda choice: choice.damage <= damage), damage=damage
         )

@@ -34,7 +34,7 @@ def cost_tables(
     for name, part in parts.items():
         module: Any = modules[name]
         layout, head_dim = part.known_layout, part.head_dim
-        orders = tilings(layout, part.wide)[1:]
+        orders = tilings(layout)[1:]
         key = layout, part.num_heads, head_dim, module.device, module.dtype, orders
         if key not in known and elsewhere is not None:
             known[key] = elsewhere.cost(layout, head_dim, module.dtype)

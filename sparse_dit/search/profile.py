@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,11 +13,9 @@ from ..layout import Tile, TokenLayout
 from .candidates import all_candidates
 from .nested import Candidates
 from .reach import runs_each
-from .shared import shared_candidates, summed
 from .statistics import HeadStatistics
 from .verify import Reference
 
-ALL_LEVELS = -1  # in the place of a level's number
 HALF, LATER = "half", "later"  # of the finding runs' rows; the scoring runs' rows
 
 
@@ -42,10 +40,6 @@ class ComponentProfile:
             over its tiles, at the middle level.
         looks: For `(kind, level, layer)`, of `HALF` and `LATER`, by what heads are compared from prompt to
             prompt: `offset_far`, `offset_count` and `column`, `[H, ...]`; see `dependence`.
-        wide: Whether candidates are of the wide family; see `candidates.tilings`.
-        shared: Whether there are also candidates that all noise levels have in common; see `shared`.
-        forgotten: For layers the statistics of heads, summed over the levels that were dropped: shared
-            candidates follow from them too.
     """
 
     model_class: str
@@ -59,9 +53,6 @@ class ComponentProfile:
     scores: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict)
     pictures: dict[tuple[str, Tile], Tensor] = field(default_factory=dict)
     looks: dict[tuple[str, int, str], dict[str, Tensor]] = field(default_factory=dict)
-    wide: bool = False
-    shared: bool = False
-    forgotten: dict[str, list[HeadStatistics]] = field(default_factory=dict)
     _candidates: dict[tuple[int, str], list[Candidates]] = field(default_factory=dict, repr=False)
 
     @property
@@ -96,29 +87,10 @@ class ComponentProfile:
         key = (level, layer)
         if key not in self._candidates:
             runs = runs_each(len(self.found) * self.num_heads)
-            own = [all_candidates(head, self.known_layout, runs) for head in self.found[key]]
-            if self.shared:
-                both = zip(own, self._shared_candidates(layer, runs), strict=True)
-                own = [Candidates([*mine.parts, *common.parts]) for mine, common in both]
-            self._candidates[key] = own
-        return self._candidates[key]
-
-    def _shared_candidates(self, layer: str, most_runs: int) -> list[Candidates]:
-        """Those of each head of a layer that all its noise levels have."""
-        key = (ALL_LEVELS, layer)
-        if key not in self._candidates:
             self._candidates[key] = [
-                shared_candidates(head, self.known_layout, most_runs)
-                for head in self._over_levels(layer, range(len(self.sigmas)))
+                all_candidates(head, self.known_layout, runs) for head in self.found[key]
             ]
         return self._candidates[key]
-
-    def _over_levels(self, layer: str, levels: Iterable[int]) -> list[HeadStatistics]:
-        """What was found of each head of a layer at these noise levels and the forgotten ones, summed."""
-        every = [self.found[level, layer] for level in levels]
-        if layer in self.forgotten:
-            every.append(self.forgotten[layer])
-        return [summed(head) for head in zip(*every, strict=True)]
 
     def add(self, other: ComponentProfile) -> None:
         """Add what other runs gave, of the same noise levels, layers and size."""
@@ -138,9 +110,6 @@ class ComponentProfile:
         scored = sorted({level for level, _ in self.scores})
         if len(scored) == len(self.sigmas):
             return
-        if self.shared:
-            idle = [level for level in range(len(self.sigmas)) if level not in scored]
-            self.forgotten = {layer: self._over_levels(layer, idle) for layer in self.layers}
         place = {level: number for number, level in enumerate(scored)}
         self.sigmas = [self.sigmas[level] for level in scored]
         for table in (self.found, self.scores):
@@ -193,13 +162,3 @@ class Profile:
     done: list[str] = field(default_factory=list)
     seconds: float = 0.0
     reference: Reference | None = None
-
-    @property
-    def wide(self) -> bool:
-        """Whether candidates are of the wide family."""
-        return any(part.wide for part in self.components.values())
-
-    @property
-    def shared(self) -> bool:
-        """Whether noise levels have candidates in common."""
-        return any(part.shared for part in self.components.values())

@@ -19,7 +19,6 @@ from ..whole_file import whole_file
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
 from .reach import BEYOND, whole_beyond
-from .shared import SUMMED
 from .statistics import HeadStatistics, empty_statistics, look_shapes
 from .verify import Reference
 
@@ -41,8 +40,6 @@ def write_profile(profile: Profile, path: str | Path) -> None:
             "layout": part.layout and part.layout.to_dict(),
             "sigmas": part.sigmas,
             "layers": part.layers,
-            "wide": part.wide,
-            "shared": part.shared,
         }
     header = {
         "components": parts,
@@ -72,11 +69,6 @@ def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:
             for key in heads[0][tile]:
                 stacked = torch.stack([head[tile][key] for head in heads])
                 tensors[f"found|{name}|{level}|{layer}|{_tile_text(tile)}|{key}"] = stacked
-    for layer, heads in part.forgotten.items():
-        for tile in heads[0]:
-            for key in heads[0][tile]:
-                stacked = torch.stack([head[tile][key] for head in heads])
-                tensors[f"forgotten|{name}|{layer}|{_tile_text(tile)}|{key}"] = stacked
     for (level, layer), scores in part.scores.items():
         for key, value in scores.items():
             tensors[f"scores|{name}|{level}|{layer}|{key}"] = value
@@ -125,6 +117,8 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
     reference = _reference(header.get("reference"), tensors.pop(VIDEO, None))
     for name, data in header["components"].items():
         layout = data.pop("layout")
+        if data.pop("wide", False) or data.pop("shared", False):  # an earlier version could
+            raise ValueError("it has candidates that are no longer tried")
         parts[name] = ComponentProfile(layout=layout and TokenLayout.from_dict(layout), **data)
     for key, value in tensors.items():
         kind, name, *rest = key.split("|")
@@ -132,10 +126,6 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
         if kind == "found":
             level, layer, tile, field_name = rest
             heads = part.found.setdefault((int(level), layer), [{} for _ in value])
-            _take_apart(value, heads, tile, field_name)
-        elif kind == "forgotten":
-            layer, tile, field_name = rest
-            heads = part.forgotten.setdefault(layer, [{} for _ in value])
             _take_apart(value, heads, tile, field_name)
         elif kind == "scores":
             level, layer, field_name = rest
@@ -184,8 +174,6 @@ def _check(part: ComponentProfile) -> None:
                 raise ValueError("statistics don't have the layout's shape")
             if not all(map(whole_beyond, head.values())):
                 raise ValueError("statistics of greater distances aren't whole")
-    if part.forgotten:
-        _check_forgotten(part)
     shapes = look_shapes(part.known_layout) if every else {}
     for looks in part.looks.values():
         if {k: list(v.shape[1:]) for k, v in looks.items()} != shapes or any(
@@ -204,28 +192,11 @@ def _check(part: ComponentProfile) -> None:
             raise ValueError(f"scores must be of {count} candidates, are of another version")
 
 
-def _check_forgotten(part: ComponentProfile) -> None:
-    """Raise ValueError unless the sums over forgotten noise levels fit those of the known ones."""
-    if set(part.forgotten) != set(part.layers):
-        raise ValueError("statistics of some layers at forgotten noise levels are missing")
-    for layer, heads in part.forgotten.items():
-        known = part.found[0, layer]
-        if len(heads) != len(known) or any(
-            _summed_shapes(a) != _summed_shapes(b) for a, b in zip(heads, known, strict=True)
-        ):
-            raise ValueError("statistics of forgotten noise levels don't fit the others")
-
-
-def _summed_shapes(head: HeadStatistics) -> dict[tuple[Tile, str], torch.Size]:
-    """Shapes of what is summed over noise levels."""
-    return {(t, k): s[k].shape for t, s in head.items() for k in SUMMED if k in s}
-
-
 def _statistics_shapes(part: ComponentProfile) -> dict[Tile, dict[str, torch.Size]]:
     layout = part.known_layout
     return {
         tile: {key: value.shape for key, value in empty_statistics(layout, tile).items()}
-        for tile in tilings(layout, part.wide)
+        for tile in tilings(layout)
     }
 
 

@@ -36,8 +36,6 @@ def profile_pipeline(
     rows: int = 64,
     reference_steps: int | None = None,
     path: str | Path | None = None,
-    wide: bool = False,
-    shared: bool = False,
     beyond: bool = True,
     report: Callable[[int, int, str], None] | None = None,
     say: Callable[[str], None] | None = None,
@@ -59,8 +57,6 @@ def profile_pipeline(
             guidance in turn.
         path: Where the profile is saved after each case; an existing one of the same model and
             settings is taken up where it stopped.
-        wide: Try more token orders, and finer pooled keys; takes about half as long again.
-        shared: Also try stencils that all noise levels of a head have in common, so that it can keep one.
         beyond: For larger videos, also look at what heads do at greater distances than this size has, in one
             forward of as many tokens, more rows and columns and fewer frames; see `look_beyond`.
         report: Called with `(done, total, text)`.
@@ -79,11 +75,11 @@ def profile_pipeline(
     if path is not None:
         check_writable(Path(path), option("profile"))
     phases = phases_of(cases, reference_steps, beyond=beyond and has_frames(settings))
-    profile = started(pipe, settings, rows, phases, path, wide, shared)
+    profile = started(pipe, settings, rows, phases, path)
     lock = only_writer(path) if path is not None and len(profile.done) < len(phases) else None
     with lock or contextlib.nullcontext():
         if lock:  # another may have gone on in between
-            profile = started(pipe, settings, rows, phases, path, wide, shared)
+            profile = started(pipe, settings, rows, phases, path)
         for number in range(len(profile.done), len(phases)):
             phase, progress = phases[number], None
             if report:
@@ -144,8 +140,6 @@ def started(
     rows: int,
     phases: Sequence[Phase],
     path: str | Path | None,
-    wide: bool = False,
-    shared: bool = False,
 ) -> Profile:
     """The profile at `path` if there is one, else an empty one.
 
@@ -157,9 +151,7 @@ def started(
     for name, module in components(pipe).items():
         config: Any = module.config
         heads, head_dim = heads_of(module)
-        parts[name] = ComponentProfile(
-            type(module).__name__, config_hash(config), heads, head_dim, wide=wide, shared=shared
-        )
+        parts[name] = ComponentProfile(type(module).__name__, config_hash(config), heads, head_dim)
     profile = Profile(parts, settings, rows)
     if path is None or not Path(path).exists():
         return profile
@@ -175,9 +167,6 @@ def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Pa
         "model": stored == wanted,
         "size, steps or guidance": profile.settings == fresh.settings,
         "number of rows": profile.rows == fresh.rows,
-        "family of candidates": profile.wide == fresh.wide,
-        "choice of shared candidates (search --merge-stages, profile --shared)": profile.shared
-        == fresh.shared,
         "list of prompts": profile.done == labels[: len(profile.done)],
     }
     if other := [what for what, equal in same.items() if not equal]:

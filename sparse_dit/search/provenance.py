@@ -54,7 +54,6 @@ def provenance(
         "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
         "profile_steps": session.profile.settings.steps,
         "profile_rows": session.profile.rows,
-        "merge_stages": session.merge,
         "errors_behind_projection": True,
         "sensitivity": one_or_named(sensitivity),
         "search_seconds": {phase: round(value, 3) for phase, value in seconds.items()},

@@ -91,7 +91,7 @@ class Recorder:
         if call.layer not in profile.layers:
             profile.layers.append(call.layer)
         rows = sample_rows(layout, self.rows, self.generator)
-        orders: list[Cells] = [(tile, None) for tile in tilings(layout, profile.wide)]
+        orders: list[Cells] = [(tile, None) for tile in tilings(layout)]
         if self.phase == "find":
             use, wanted = self._finding(level, call.layer), orders
         else:
@@ -115,7 +115,7 @@ class Recorder:
     def _finding(self, level: int, layer: str) -> Use:
         """What is done with the sums of one head in one token order while finding."""
         run, layout = self.run, self.run.known_layout
-        orders = tilings(layout, run.wide)
+        orders = tilings(layout)
         if (level, layer) not in run.found:
             run.found[level, layer] = empty_heads(layout, orders, run.num_heads)
         heads = run.found[level, layer]

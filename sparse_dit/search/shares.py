@@ -37,8 +37,6 @@ def profile_share(
     world: int,
     barrier: Callable[[], object],
     rows: int = 64,
-    wide: bool = False,
-    shared: bool = False,
     report: Report | None = None,
 ) -> Path:
     """This process's share of a profile; see `profile_pipeline`, to whose result it is equal.
@@ -46,7 +44,7 @@ def profile_share(
     Args:
         pipe: A diffusers pipeline of a supported class, not patched.
         cases: Calibration prompts and seeds, the same in all processes.
-        settings, rows, wide, shared: Of the profiling runs.
+        settings, rows: Of the profiling runs.
         path: The whole profile, written by the first process; what it has already isn't run again.
             Files of single runs lie in a folder beside it until then.
         rank, world: Number of this process, and how many there are.
@@ -65,12 +63,12 @@ def profile_share(
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
     phases = phases_of(cases, beyond=has_frames(settings))
-    base = started(pipe, settings, rows, phases, path, wide, shared)
+    base = started(pipe, settings, rows, phases, path)
     left = phases[len(base.done) :]
     if not left:
         return path
     share = _Share(pipe, path, rank, world, report or (lambda text: None))
-    empty = started(pipe, settings, rows, phases, None, wide, shared)
+    empty = started(pipe, settings, rows, phases, None)
     files = share.run(empty, [phase for phase in left if phase.kind == "find"])
     barrier()
     first = [share.path] if base.done else []
@@ -120,7 +118,6 @@ class _Share:
     def _file(self, base: Profile, phase: Phase) -> Path:
         """Named by all that the run depends on."""
         models = {name: part.config_hash for name, part in base.components.items()}
-        kind = [base.rows, base.wide, base.shared]
-        about = [models, base.settings.to_dict(), *kind, base.done, phase.label]
+        about = [models, base.settings.to_dict(), base.rows, base.done, phase.label]
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         return self.folder / f"{phase.kind}-{name}.safetensors"

@@ -61,8 +61,6 @@ class Session:
         objective: What is asked for.
         settings: Size and steps of the runs that verify.
         backend: Sparse backend.
-        merge: By how much more damage is accepted for heads that keep one pattern over several noise levels;
-            None if they needn't.
     """
 
     pipe: Any
@@ -73,7 +71,6 @@ class Session:
     objective: Objective
     settings: GenerationSettings
     backend: str
-    merge: float | None = None
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as a plan."""
@@ -83,7 +80,7 @@ class Session:
 
     def choose(self, damage: float) -> Choice:
         """What answers the objective, at a largest damage if it asks for a PSNR."""
-        return self.objective.choose(self.problem, damage, self.merge)
+        return self.objective.choose(self.problem, damage)
 
 
 def tune(

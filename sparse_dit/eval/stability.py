@@ -18,20 +18,19 @@ from ..generation import call_arguments
 from ..integrations.diffusers import components
 from ..on_cpu import on_cpu
 from ..outputs import Outputs, check_writable
-from ..patterns import Pattern, Skip
+from ..patterns import Pattern
 from ..plan import Plan, config_hash
+from ..search.assemble import first_plan
+from ..search.cost import CostTable
+from ..search.joint import joined
+from ..search.profile import ComponentProfile
+from ..search.profiling import profile_pipeline
+from ..search.sensitivity import Sensitivity, reduced, sensitivity
+from ..search.solve import Choice, Problem, least_damage, problem, stages_of
+from ..search.verify import dense_reference, verify
 from ..words import option
-from .assemble import first_plan
-from .candidates import tilings
-from .cost import CostTable
-from .joint import joined
-from .profile import ComponentProfile
-from .profiling import profile_pipeline
-from .rivals.scores import score_patterns
-from .sensitivity import Sensitivity, reduced, sensitivity
-from .solve import Choice, Problem, least_damage, problem, stages_of
+from .baselines.scores import score_patterns
 from .stability_file import StabilityRequest, StabilityRow, StabilityState
-from .verify import dense_reference, verify
 
 Say = Callable[[str], None]
 NEAR = 1.25  # densities within this factor count as near
@@ -171,19 +170,14 @@ def _held_out_errors(
     """Squared relative error of each unit's pattern in each plan, float64 `[U, K]`, mean over cases."""
     part, units = solved[-1].part, solved[-1].problem.units
     chosen = list(zip(*(plan.patterns for plan in solved), strict=True))
-    stand_in = Pattern(Skip(), tile=tilings(part.known_layout)[0])
-    patterns = {
-        unit: [stand_in if p.is_dense else p for p in listed]
-        for unit, listed in zip(units, chosen, strict=True)
-    }
+    patterns = {unit: list(listed) for unit, listed in zip(units, chosen, strict=True)}
     settings = replace(request.settings, steps=request.profile_steps)
     total = torch.zeros(len(units), len(solved), dtype=torch.float64)
     for case in request.held_out:
         error = score_patterns(pipe, name, part, patterns, case, settings, request.rows)
         for number, (stage, layer, head) in enumerate(units):
             total[number] += error[stage, part.layers.index(layer), head]
-    dense = torch.tensor([[p.is_dense for p in listed] for listed in chosen])
-    return (total / len(request.held_out)).masked_fill(dense, 0.0)
+    return total / len(request.held_out)
 
 
 def _row(count: int, solved: Sequence[_Solved], number: int, errors: Tensor) -> StabilityRow:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from ..patterns import Pattern
-from ..plan import ComponentPlan, HeadChoice, Plan
-from .candidates import DENSE, single_stencil, tilings
-from .profile import ComponentProfile, Profile
-from .seen import density
-from .solve import Choice, Problem, evaluate
+from ...patterns import Pattern
+from ...plan import ComponentPlan, HeadChoice, Plan
+from ...search.candidates import DENSE, single_stencil, tilings
+from ...search.profile import ComponentProfile, Profile
+from ...search.seen import density
+from ...search.solve import Choice, Problem, evaluate
 
 
 def uniform_pattern(profile: ComponentProfile, target: float) -> Pattern:

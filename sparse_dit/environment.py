@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..backends.cpu import library
-from ..version import VERSION
+from .backends.cpu import library
+from .version import VERSION
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "scipy")
 

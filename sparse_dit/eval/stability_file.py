@@ -10,10 +10,10 @@ from typing import Any
 
 from ..generation import Case, GenerationSettings
 from ..outputs import Outputs
+from ..search.sensitivity import Sensitivity
 from ..texts import read_text
 from ..whole_file import write_text
 from ..words import option
-from .sensitivity import Sensitivity
 
 FORMAT = "sparse_dit stability 1"
 COUNTS = (1, 2, 4)

@@ -1,13 +1,13 @@
 """Published ways to choose what attention computes, as plans at a wanted density: what ours must beat."""
 
 from .plans import METHODS, SOURCES, least_damage_at_density, plan_at
-from .scores import RivalScores, score_rivals
+from .scores import BaselineScores, score_baselines
 
 __all__ = [
     "METHODS",
     "SOURCES",
-    "RivalScores",
+    "BaselineScores",
     "least_damage_at_density",
     "plan_at",
-    "score_rivals",
+    "score_baselines",
 ]

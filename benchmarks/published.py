@@ -5,15 +5,16 @@ flex-block-attn (https://github.com/Tencent-Hunyuan/flex-block-attn, `benchmark/
 `TileModel`; what its sparse calls (`benchmark/dynamic/random`, 60 % of blocks, and `benchmark/static/swa`)
 took over that model's forecast is the error band. So relative costs of one kernel, sparse against dense, are
 all that this tells: nothing was measured by this project, and nothing is said of which kernel is faster.
+`python -m benchmarks.published` writes the tables that ship as `profiles/devices/{h100,h800,h20}.json`.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from pathlib import Path
 
-from .device_table import DeviceTable, Entry
-from .tile_model import TileModel, fit
+from benchmarks.tile_model import TileModel, fit
+from sparse_dit.search.device_table import DeviceTable, Entry
 
 HEAD_DIM, DTYPE, HEADS = 128, "bfloat16", 16
 BLOCK_Q, BLOCK_K = 128, 64
@@ -65,7 +66,6 @@ def model_of(name: str) -> TileModel:
     return fit(calls, gpu.multiprocessors, BLOCK_Q, BLOCK_K)
 
 
-@functools.cache
 def estimated_table(name: str) -> DeviceTable:
     """The table of a GPU in `DEVICES`; its `caveat` says what it is worth."""
     gpu = DEVICES[name]
@@ -110,3 +110,14 @@ def _entry(grid: tuple[int, int, int], model: TileModel, factor: float) -> Entry
         masked=points,
         far_field=points,  # pooled keys count in the density as others do
     )
+
+
+def main() -> None:
+    """Write the tables."""
+    folder = Path(__file__).parents[1] / "profiles" / "devices"
+    for name in DEVICES:
+        estimated_table(name).save(folder / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""Each rival's plan of least forecast damage at a density: its best parameters, by the calibration data.
+"""Each baseline's plan of least forecast damage at a density: its best parameters, by the calibration data.
 
-Every rival may run the first noise levels dense, as the published ones do, if that serves it better: the
+Every baseline may run the first noise levels dense, as the published ones do, if that serves it better: the
 others then get what is left of the density.
 """
 
@@ -14,32 +14,31 @@ from torch import Tensor
 
 from ...layout import TokenLayout
 from ...plan import HeadChoice, Plan
-from ..assemble import levels_of, plan_of
-from ..baselines import random_choice
-from ..candidates import DENSE
-from ..engine import Searched
-from ..local import improve
-from ..seen import density
-from ..solve import Problem, evaluate
-from .fed_forward import fed_forward
+from ...search.assemble import levels_of, plan_of
+from ...search.candidates import DENSE
+from ...search.engine import Searched
+from ...search.local import improve
+from ...search.seen import density
+from ...search.solve import Problem, evaluate
 from .rule import best_rule
-from .scores import RivalScores
+from .scores import BaselineScores
+from .uniform import random_choice
 
 RANDOM_DRAWS = 400  # ten times the choices that a search of ours evaluates
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """One rival's task. S noise levels, L layers, H heads.
+    """One baseline's task. S noise levels, L layers, H heads.
 
     Args:
-        scores: Of the rivals' patterns.
+        scores: Of the baselines' patterns.
         importance: `[S, L, H]`, expected change of the video for a squared relative error of 1.
         share: `[S]`, share of each level in the attention calls.
         target: Density not to exceed.
     """
 
-    scores: RivalScores
+    scores: BaselineScores
     importance: Tensor
     share: Tensor
     target: float
@@ -57,13 +56,15 @@ class _Case:
 _Picked = tuple[float, Tensor]  # damage, pick [S, L, H] with -1 for dense
 
 
-def rival_plan(name: str, searched: Searched, scores: RivalScores, target: float) -> Plan | None:
-    """The plan of a rival at a density not above `target`; None if it has none there.
+def baseline_plan(
+    name: str, searched: Searched, scores: BaselineScores, target: float
+) -> Plan | None:
+    """The plan of a baseline at a density not above `target`; None if it has none there.
 
     Args:
-        name: In `RIVALS`.
+        name: In `BASELINES`.
         searched: The search whose profile, sensitivity and stages are used.
-        scores: See `score_rivals`.
+        scores: See `score_baselines`.
         target: Density.
     """
     if name == "random":
@@ -72,7 +73,7 @@ def rival_plan(name: str, searched: Searched, scores: RivalScores, target: float
     shape = (len(task.stages), len(part.layers), part.num_heads)
     importance = task.importance.view(shape)
     share = task.weight.view(shape).sum((1, 2))
-    picked = RIVALS[name](_Case(scores, importance, share / share.sum(), target))
+    picked = BASELINES[name](_Case(scores, importance, share / share.sum(), target))
     if picked is None:
         return None
     rows: dict[str, tuple[tuple[HeadChoice, ...], ...]] = {}
@@ -138,15 +139,6 @@ def _epsilon_lambda(case: _Case) -> _Picked | None:
     return found and found[:2]
 
 
-def _fed_forward(case: _Case) -> _Picked | None:
-    """Sparse-vDiT's rule, layer after layer; its densities and lambda are those that stock inputs say."""
-    start = best_rule(case.scores, case.importance, case.share, case.target)
-    if start is None:
-        return None
-    found = fed_forward(case.scores, case.share, case.target, start[2])
-    return found and (start[0], found[0])
-
-
 def _random(searched: Searched, target: float) -> Plan | None:
     """The best of many choices by lot, by forecast damage."""
     task, best = searched.problem, None
@@ -194,16 +186,15 @@ def _density_at(task: Problem, layout: TokenLayout) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-RIVALS: dict[str, Callable[[_Case], _Picked | None]] = {
+BASELINES: dict[str, Callable[[_Case], _Picked | None]] = {
     "window": _uniform("window"),
     "two classes": _two_classes,
     "sliding tile": _uniform("tile"),
     "radial": _uniform("radial"),
     "row-wise blocks": _uniform("blocks"),
     "epsilon-lambda": _epsilon_lambda,
-    "fed forward": _fed_forward,
 }
-METHODS = ("searched", *RIVALS, "random")
+METHODS = ("searched", *BASELINES, "random")
 SOURCES: dict[str, str] = {
     "searched": "ours",
     "window": "one window for all heads (NATTEN)",
@@ -212,13 +203,12 @@ SOURCES: dict[str, str] = {
     "radial": "one radial mask for all heads (Radial Attention)",
     "row-wise blocks": "top blocks of each row, chosen once (as AdaSpa)",
     "epsilon-lambda": "five modes by loss and threshold (Sparse-vDiT)",
-    "fed forward": "the same, each layer judged behind the sparse ones before it (Sparse-vDiT)",
     "random": f"the best of {RANDOM_DRAWS} choices by lot from our own candidates",
 }
 
 
-def plan_at(name: str, searched: Searched, scores: RivalScores, target: float) -> Plan | None:
+def plan_at(name: str, searched: Searched, scores: BaselineScores, target: float) -> Plan | None:
     """The plan of any of `METHODS` at a density."""
     if name == "searched":
         return least_damage_at_density(searched, target)
-    return rival_plan(name, searched, scores, target)
+    return baseline_plan(name, searched, scores, target)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .families import MODE_BUDGETS
-from .scores import RivalScores
+from .scores import BaselineScores
 
 LAMBDAS = (0.0, 0.1, 0.5, 1.0)
 THRESHOLDS = 65  # values of epsilon that are tried: quantiles of the heads' losses
@@ -73,7 +73,7 @@ def picked_density(pick: Tensor, density: Tensor, share: Tensor) -> float:
 
 
 def best_rule(
-    scores: RivalScores, importance: Tensor, share: Tensor, target: float
+    scores: BaselineScores, importance: Tensor, share: Tensor, target: float
 ) -> tuple[float, Tensor, Rule] | None:
     """Damage, pick `[S, L, H]` (-1 for dense) and the rule of least damage at a density; None if none is
     so sparse. Densities, lambda and epsilon are tried, on the errors of stock inputs.
