@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..bench.seam import share_of_generation
 from ..demo.draw import draw
 from ..generation import Case, GenerationSettings
 from ..plan import Plan
@@ -21,7 +22,6 @@ from .heads import HeadQuality, head_quality
 from .provenance import environment
 from .quality import Quality, evaluate
 from .report import FILES, Report, check_free, write_report
-from .runs import seam_overhead
 from .sizes import SizeRow, check_sizes, evaluate_sizes
 from .teacher import DensePredictions, TeacherForced, dense_predictions, teacher_forced
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 SIGMAS = (0.3, 0.6, 0.9)
 HEAD_STEPS = 8
-SEAM_STEPS = 2  # a generation of so few steps is enough to see what the patch costs
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def evaluate_plan(
     check_sizes(pipe, request.cases[0], [request.settings, *others])
     quality = evaluate(pipe, plan, request.cases, request.settings, progress=say)
     say("what the patch itself costs")
-    short = replace(request.settings, steps=min(SEAM_STEPS, request.settings.steps))
-    overhead = seam_overhead(pipe, plan, request.cases[0], short)
+    overhead = seam_overhead(plan, quality)
     heads = _heads(pipe, plan, request, say)
     report = Report(
         title=f"{type(pipe).__name__}: sparse attention against dense",
@@ -107,6 +105,13 @@ def evaluate_plan(
         sizes=_other_sizes(pipe, plan, quality, request, say),
     )
     return report, write_report(request.folder, report, overwrite=request.force)
+
+
+def seam_overhead(plan: Plan, quality: Quality) -> float:
+    """What the patch itself adds to a dense generation, as a share of it."""
+    layers = sum(len(part.layers) for part in plan.components.values())
+    calls = quality.sparse_calls + quality.dense_calls
+    return share_of_generation(calls, layers // len(plan.components), quality.dense_seconds)
 
 
 def _other_sizes(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..generation import Case, GenerationSettings
+from ..generation import Case, GenerationSettings, device_of
 from ..integrations.diffusers import attachment_of, components
 from ..plan import Plan, Stage, merged_plan
 from .cost import break_even_tokens
@@ -135,7 +135,7 @@ def search_plan(
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
     if merge_stages is not None and not (math.isfinite(merge_stages) and merge_stages >= 0):
         raise ValueError(f"merge_stages must be a finite number >= 0, got {merge_stages!r}")
-    clock = Clock()
+    clock = Clock(device_of(pipe))
     steps = profiling_steps(settings.steps) if profile_steps is None else profile_steps
     say(f"profiling {len(calibration)} prompts at {steps} noise levels")
     profiled = profile_pipeline(

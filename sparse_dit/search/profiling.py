@@ -12,6 +12,7 @@ from typing import Any
 from ..generation import Case, GenerationSettings
 from ..integrations.diffusers import components, heads_of
 from ..plan import config_hash
+from ..timing import Taken
 from .beyond import has_frames, look_beyond
 from .lock import only_writer
 from .profile import ComponentProfile, Profile
@@ -211,8 +212,10 @@ def run_phase(
         )
     profile.seconds += made.seconds
     if steps is not None:
-        recording = sum(recorder.seconds for recorder in recorders.values())
-        profile.reference = replace(made, seconds=made.seconds - recording)
+        seconds = sum(recorder.seconds for recorder in recorders.values())
+        wall = sum(recorder.wall for recorder in recorders.values())
+        alone = Taken(made.taken.seconds - seconds, made.taken.wall - wall)
+        profile.reference = replace(made, taken=alone)
         for part in profile.components.values():
             part.drop_unscored()
     profile.done.append(phase.label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
+from ..timing import Timer
 from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
 from .dependence import look
@@ -37,7 +37,7 @@ class Recorder:
             behind the output projection; see `projections`.
 
     Attributes:
-        seconds: Spent on recording.
+        seconds, wall: Spent on recording; see `Taken`.
     """
 
     def __init__(
@@ -57,13 +57,16 @@ class Recorder:
         self.projections = projections or {}
         self.generator = torch.Generator().manual_seed(seed)
         self.seconds = 0.0
+        self.wall = 0.0
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, sigma = whole_layout(call), call.context.sigma
         if layout is not None and sigma is not None and self._due(call.context):
-            started = time.perf_counter()
+            timer = Timer(call.q.device)
             self._record(call, layout, sigma)
-            self.seconds += time.perf_counter() - started
+            taken = timer.stop()
+            self.seconds += taken.seconds
+            self.wall += taken.wall
         return call.stock()
 
     def _due(self, context: StepContext) -> bool:
