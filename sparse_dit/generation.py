@@ -7,7 +7,6 @@ sparse run differ in the attention alone.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +17,7 @@ import torch
 
 from .generation_size import check_size
 from .texts import unfit
+from .timing import Taken, Timer
 from .words import option
 
 MAX_SEED = (1 << 63) - 1
@@ -98,7 +98,7 @@ class GenerationSettings:
 
 def generate(
     pipe: Any, case: Case, settings: GenerationSettings, callback: StepCallback | None = None
-) -> tuple[np.ndarray, float]:
+) -> tuple[np.ndarray, Taken]:
     """Run a diffusers pipeline once.
 
     The noise is drawn on the CPU from `case.seed`, so that it is the same on every device. Only
@@ -111,8 +111,8 @@ def generate(
         callback: Called after each step with its index, its timestep and the latents.
 
     Returns:
-        Video `[T, H, W, 3]`, float32 in 0..1 (NaN stays NaN; T is 1 for an image), and the seconds
-        that the whole call took.
+        Video `[T, H, W, 3]`, float32 in 0..1 (NaN stays NaN; T is 1 for an image), and how long
+        the whole call took.
 
     Raises:
         ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
@@ -123,12 +123,10 @@ def generate(
             raise ValueError(f"{type(pipe).__name__} reports no steps: call without a callback")
         arguments["callback_on_step_end"] = _step_end(callback)
     with progress_bars_off(pipe):
-        synchronize(pipe)
-        started = time.perf_counter()
+        timer = Timer(device_of(pipe))
         result = pipe(**arguments)
-        synchronize(pipe)
-        seconds = time.perf_counter() - started
-    return _video(result), seconds
+        taken = timer.stop()
+    return _video(result), taken
 
 
 class _Enough(Exception):
@@ -159,13 +157,13 @@ def generate_until(
         if enough():
             raise _Enough
 
-    started = time.perf_counter()
+    timer = Timer(device_of(pipe))
     try:
         with suppress(_Enough):
             generate(pipe, case, settings, step_end if _reports_steps(pipe) else None)
     finally:
         pipe.maybe_free_model_hooks()
-    return time.perf_counter() - started
+    return timer.stop().seconds
 
 
 def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[str, Any]:
@@ -210,10 +208,10 @@ def progress_bars_off(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
-def synchronize(pipe: Any) -> None:
-    """Wait for the pipeline's device, so that a clock read next is true."""
-    if getattr(pipe.device, "type", "cpu") == "cuda":
-        torch.cuda.synchronize(pipe.device)
+def device_of(pipe: Any) -> torch.device:
+    """Where the pipeline computes; one that is offloaded lies on the CPU in between."""
+    found = getattr(pipe, "_execution_device", pipe.device)
+    return found if isinstance(found, torch.device) else torch.device("cpu")
 
 
 def _reports_steps(pipe: Any) -> bool:

@@ -27,8 +27,11 @@ def show_plan(plan: Plan) -> None:
     )
     for name in ("forecast", "measured"):
         if values := getattr(plan, name):
-            words = ", ".join(f"{key} {value}" for key, value in values.items())
+            numbers = {key: value for key, value in values.items() if key != "caution"}
+            words = ", ".join(f"{key} {value}" for key, value in numbers.items())
             out.print(f"{name}: {words}", markup=False, highlight=False, soft_wrap=True)
+    if caution := plan.measured.get("caution"):
+        out.print(str(caution), markup=False, highlight=False, soft_wrap=True)
     for name, part in plan.components.items():
         low, high = part.valid_tokens
         out.print(

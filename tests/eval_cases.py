@@ -21,6 +21,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from sparse_dit.search.front import Front, Point
+from sparse_dit.timing import Taken
 
 WINDOW = Pattern(Window(frames=1, rows=1, columns=1), tile=(2, 2, 2), far=True)
 
@@ -82,6 +83,8 @@ def made_up_quality(**changes: Any) -> Quality:
             case=case,
             dense_seconds=12.0 + i,
             sparse_seconds=8.0,
+            dense_wall=12.1 + i,
+            sparse_wall=8.1,
             psnr_db=33.5 + i,
             psnr_flat_db=14.0,
             psnr_noise_floor_db=71.0 if i == 0 else None,
@@ -100,8 +103,10 @@ def made_up_quality(**changes: Any) -> Quality:
         "cases": rows,
         "interleaved": True,
         "summary": "ran 40 sparse and 8 dense attention calls",
+        "sparse_calls": 40,
+        "dense_calls": 8,
         "references": [
-            Recorded(case, video, [torch.zeros(1)], 12.0)
+            Recorded(case, video, [torch.zeros(1)], Taken(12.0, 12.1))
             for case, video in zip(cases, dense, strict=True)
         ],
         "sparse_videos": [np.clip(video + noise, 0, 1) for video in dense],

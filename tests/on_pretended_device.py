@@ -18,7 +18,7 @@ from sparse_dit.nan_guard import finite_or_dense
 from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
 from sparse_dit.search.check import check_plan
-from sparse_dit.search.stopwatch import Stopwatch
+from sparse_dit.timing import Stopwatch
 from tests.cases import LAYOUTS, PATTERN_CASES
 from tests.kernel_cases import qkv
 from tests.pretended_device import DEVICE, PretendedDevice

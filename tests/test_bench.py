@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_dit import cli
 from sparse_dit.attention import BACKENDS, attend
 from sparse_dit.backends.reference import token_mask
-from sparse_dit.bench import lists, measure, quick, truth
+from sparse_dit.bench import flex, lists, measure, quick, truth
 from sparse_dit.bench.flex import compiled, flex_call
 from sparse_dit.bench.results import _field
 from sparse_dit.index import SparseIndex
@@ -90,6 +91,48 @@ def test_quick_fills_the_table(tmp_path, capsys, monkeypatch):
         assert extra["reached"] == (extra["value"] <= 8)
     said = capsys.readouterr().out
     assert "backend gather" in said and "multi-diagonal" in said
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """FlexAttention by dense attention with a mask, which needs no compiler; a backend of its name, too."""
+
+    def attend_in_blocks(q, k, v, block_mask):
+        seen = block_mask.to_dense().repeat_interleave(64, 2).repeat_interleave(64, 3)
+        return scaled_dot_product_attention(q, k, v, seen[..., : q.shape[2], : k.shape[2]].bool())
+
+    monkeypatch.setattr(flex, "compiled", lambda threads: attend_in_blocks)
+    monkeypatch.setitem(BACKENDS, "flex", BACKENDS["gather"])
+
+
+@pytest.mark.parametrize("backends", [["gather"], ["gather", "flex"]], ids=" and ".join)
+def test_flex_attention_is_compared_with_and_is_no_row(tmp_path, capsys, uncompiled, backends):
+    """What a backend is compared with may have a backend's name."""
+    file = tmp_path / "bench.json"
+    named = [word for name in backends for word in ("--backend", name)]
+    sizes = ["--tokens", 256, "--head-dim", 16, "--density", 0.5, "--heads", 1]
+    options = ["--pattern", "blocks", "--pattern", "columns", "--rounds", 1, "--clock", "cpu"]
+    assert bench(*sizes, *options, *named, "--json", file) == 0, capsys.readouterr().err
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["backend"] for row in rows} == set(backends)
+    for row in rows:
+        if row["pattern"] == "blocks":
+            assert row["flex_seconds"] > 0
+            assert row["flex_speedup"] == pytest.approx(row["flex_seconds"] / row["seconds"])
+        else:
+            assert row["flex_seconds"] is row["flex_speedup"] is None
+    assert len(rows) == 3 * len(backends)
+
+
+def test_quick_compares_with_flex_attention(capsys, monkeypatch, uncompiled):
+    monkeypatch.setattr(quick, "TOKENS", TokenLayout.video(2, 16, 16))
+    monkeypatch.setattr(quick, "DIAGONAL_TOKENS", TokenLayout.video(4, 6, 10))
+    monkeypatch.setattr(quick, "HEAD_DIMS", (16,))
+    monkeypatch.setattr(quick, "SECONDS", 0.1)
+    assert bench("--quick", "--clock", "cpu") == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "vs FlexAttention, same lists" in line]
+    assert re.search(r"\d\.\d+x \(2x\)", line), line
 
 
 def test_a_narrow_miss_shows():
@@ -294,17 +337,17 @@ def test_load_of_others(monkeypatch):
 def test_flex_attention_gets_the_same_lists():
     layout = lists.layout_of("300")
     q, k, v = tensors(layout, heads=2)
-    flex = compiled(1)
+    made = compiled(1)
     index = lists.build("blocks", layout, 2, 0.5, 0)
-    call = flex_call(flex, q, k, v, index)
+    call = flex_call(made, q, k, v, index)
     assert call is not None
     assert truth.check("FlexAttention", call(), q, k, v, index) < 1e-5
     other = SparseIndex(index.entries, (1, 0))
-    call = flex_call(flex, q, k, v, other)
+    call = flex_call(made, q, k, v, other)
     assert call is not None
     assert truth.check("FlexAttention", call(), q, k, v, other) < 1e-5
     for pattern in ("far", "columns", "tiles"):
-        assert flex_call(flex, q, k, v, lists.build(pattern, layout, 2, 0.3, 0)) is None
+        assert flex_call(made, q, k, v, lists.build(pattern, layout, 2, 0.3, 0)) is None
 
 
 def test_flex_attention_that_does_not_compile_says_what_to_do():

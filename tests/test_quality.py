@@ -1,18 +1,24 @@
 """Quality on tiny random pipelines: what is measured is what was run."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sparse_dit.bench import seam
+from sparse_dit.bench.measure import Timing
 from sparse_dit.eval import teacher
+from sparse_dit.eval.command import seam_overhead
 from sparse_dit.eval.quality import evaluate
-from sparse_dit.eval.runs import dense_references, noise_floor_video, record, seam_overhead
+from sparse_dit.eval.runs import dense_references, noise_floor_video, record
 from sparse_dit.eval.teacher import _decode, _encode, dense_predictions, teacher_forced
 from sparse_dit.generation import Case, GenerationSettings, generate
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip
+from sparse_dit.search.verify import dense_reference, verify
+from sparse_dit.timing import timing_of
 from tests.eval_cases import WINDOW, uniform_plan
 from tests.tiny_pipelines import BUILDERS, wan
 
@@ -76,11 +82,33 @@ def test_a_nan_is_reported(pipe):
     assert math.isnan(quality.ssim)
 
 
-def test_the_seam_costs_little(pipe):
+def test_the_seam_costs_what_its_benchmark_says(pipe, monkeypatch):
     plan = uniform_plan(pipe, WINDOW, LAYOUT)
-    overhead = seam_overhead(pipe, plan, CASES[0], SETTINGS, repeats=2)
-    assert -0.9 < overhead < 5  # a tiny model on a busy machine: the sign and size are noise
-    assert attachment_of(pipe.transformer) is None
+    quality = evaluate(pipe, plan, CASES[:1], SETTINGS, noise_cases=0, warm_up=False)
+    calls = 2 * 3 * 2  # two layers, three steps, two halves of guidance
+    assert quality.sparse_calls + quality.dense_calls == calls
+    assert 0 < seam_overhead(plan, quality) < 0.2
+    taken = {"stock": 2e-3, "patched": 7e-3, "hook": 4e-3, "no hook": 1e-3}
+    timings = {name: Timing(seconds, 0.0, 3) for name, seconds in taken.items()}
+    monkeypatch.setattr(seam, "interleaved", lambda runs, **options: timings)
+    added = calls * 5e-3 / seam.REPEATED + calls / 2 * 3e-3 / seam.REPEATED
+    assert seam_overhead(plan, quality) == pytest.approx(added / quality.dense_seconds)
+
+
+def test_what_runs_all_dense_has_no_speedup(pipe):
+    plan = uniform_plan(pipe, Pattern(Dense()), LAYOUT)
+    quality = evaluate(pipe, plan, CASES[:1], SETTINGS, noise_cases=0, warm_up=False)
+    assert quality.pairs is None and quality.speedup == 1.0 and quality.caution is None
+    assert timing_of(quality.pairs) == {"timing": "dense; not measured"}
+    references = [dense_reference(pipe, CASES[0], SETTINGS)]
+    verified = verify(pipe, plan, references, SETTINGS)
+    assert verified.pairs is None and verified.speedup == 1.0 and verified.psnr_db == 100
+    windows = uniform_plan(pipe, WINDOW, LAYOUT)
+    part = replace(windows.components["transformer"], valid_tokens=(10**6, None))
+    below = replace(windows, components={"transformer": part})
+    assert verify(pipe, below, references, SETTINGS).pairs is None
+    sparse = verify(pipe, windows, references, SETTINGS)
+    assert sparse.pairs is not None and sparse.speedup == sparse.pairs.speedups[0]
 
 
 def test_wrong_use_is_refused(pipe):
@@ -102,8 +130,8 @@ def test_every_family_generates_and_has_a_noise_floor(family):
     assert run.video.ndim == 4 and run.video.shape[-1] == 3
     assert run.video.shape[0] == frames
     assert len(run.latents) == 2
-    again, seconds = generate(pipe, Case("a cat", 3), settings)
-    assert (again == run.video).all() and seconds > 0
+    again, taken = generate(pipe, Case("a cat", 3), settings)
+    assert (again == run.video).all() and taken.seconds > 0
     floor = noise_floor_video(pipe, Case("a cat", 3), settings)
     assert abs(floor - run.video).max() < 1e-3
     assert attachment_of(pipe.transformer) is None

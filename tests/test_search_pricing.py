@@ -10,8 +10,8 @@ from sparse_dit.search.candidates import tilings
 from sparse_dit.search.cost import CostTable, measure_cost
 from sparse_dit.search.pricing import inside
 from sparse_dit.search.profile import ComponentProfile
-from sparse_dit.search.stopwatch import Stopwatch
 from sparse_dit.search.verify import Reference, dense_reference
+from sparse_dit.timing import Stopwatch, Taken
 from tests import tiny_pipelines
 
 LAYOUT = TokenLayout.video(2, 8, 8)
@@ -34,7 +34,8 @@ def test_all_costs_are_at_the_speed_that_dense_attention_had():
     }
     calls = {"transformer": [4, 6], "transformer_2": [10]}  # 2 x 10 x 3 x 2 head calls of 8 ms
     attention = {"transformer": 0.5, "transformer_2": 0.94}  # 1.44 instead of .96 s
-    references = [Reference(Case("a cat"), torch.zeros(1).numpy(), 9.0, {}, attention)] * 2
+    video, taken = torch.zeros(1).numpy(), Taken(9.0, 9.0)
+    references = [Reference(Case("a cat"), video, taken, {}, attention)] * 2
     tables = inside(dict.fromkeys(parts, TABLE), parts, calls, references)
     for table in tables.values():
         assert table.in_generation == pytest.approx(1.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,12 +79,35 @@ class Conditions:
     loads: list[Load] = field(default_factory=list)
 
 
+class _Key(NamedTuple):
+    """Who computes which case. A backend may have the name of what backends are compared with.
+
+    Args:
+        who: Name of the backend, or of what it is compared with.
+        case: Number of the case; -1 for what has none.
+        backend: Whether it is a backend.
+    """
+
+    who: str
+    case: int
+    backend: bool
+
+
+SGEMM = _Key("sgemm", -1, backend=False)
+SDPA = _Key("SDPA", -1, backend=False)
+
+
+def _flex(case: int) -> _Key:
+    """FlexAttention as PyTorch has it, beside the backend that is made of it."""
+    return _Key("FlexAttention", case, backend=False)
+
+
 @dataclass
 class _Calls:
-    """What will be timed; keys are `(who, pattern number)`, -1 for what has no pattern."""
+    """What will be timed."""
 
-    runs: dict[tuple[str, int], Callable[[], object]] = field(default_factory=dict)
-    errors: dict[tuple[str, int], float] = field(default_factory=dict)
+    runs: dict[_Key, Callable[[], object]] = field(default_factory=dict)
+    errors: dict[_Key, float] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
 
 
@@ -119,9 +143,9 @@ def measure(
             )
     conditions.loads.append(load)
     rows = [
-        _row(size, cases[number], (backend, number), times, calls.errors, conditions)
-        for backend, number in calls.runs
-        if backend in BACKENDS
+        _row(size, cases[key.case], key, times, calls.errors, conditions)
+        for key in calls.runs
+        if key.backend
     ]
     return rows, calls.skipped
 
@@ -138,9 +162,9 @@ def _calls(
     calls = _Calls()
     if q.dtype == torch.float32:  # other dtypes have other peaks
         a = torch.randn(GEMM, GEMM, generator=torch.Generator().manual_seed(1))
-        calls.runs["sgemm", -1] = lambda: a @ a
-        calls.runs["sgemm", -1]()
-    calls.runs["sdpa", -1] = lambda: scaled_dot_product_attention(q, k, v)
+        calls.runs[SGEMM] = lambda: a @ a
+        calls.runs[SGEMM]()
+    calls.runs[SDPA] = lambda: scaled_dot_product_attention(q, k, v)
     check("SDPA", scaled_dot_product_attention(q, k, v), q, k, v, cases[0].index)
     flex = conditions.flex and any(c.flex for c in cases) and conditions.flex(conditions.threads)
     for number, case in enumerate(cases):
@@ -150,7 +174,7 @@ def _calls(
             call = flex_call(flex, q, k, v, case.index)
             if call is not None:
                 check(f"FlexAttention ({case.pattern})", call(), q, k, v, case.index)
-                calls.runs["flex", number] = call
+                calls.runs[_flex(number)] = call
     return calls
 
 
@@ -158,8 +182,9 @@ def _add_backend(
     calls: _Calls, size: Size, tensors: list[Tensor], case: Case, number: int, backend: str
 ) -> None:
     q, k, v = tensors
+    key = _Key(backend, number, backend=True)
     reason = BACKENDS[backend].unsupported(q, case.index)
-    if reason is None and number and (backend, 0) not in calls.runs:
+    if reason is None and number and key._replace(case=0) not in calls.runs:
         reason = "its dense mode, which it is compared with, can't run"
     if reason is not None:
         skipped = Skipped(backend, case.pattern, size.head_dim, size.dtype, reason)
@@ -172,28 +197,28 @@ def _add_backend(
 
     name = f"backend {backend!r} ({case.pattern}, {size})"
     result = call()
-    calls.errors[backend, number] = check(name, result.out, q, k, v, case.index)
+    calls.errors[key] = check(name, result.out, q, k, v, case.index)
     if block is not None and result.mass is not None:
         check_mass(name, result.mass, q, k, v, case.index, block)
-    calls.runs[backend, number] = call
+    calls.runs[key] = call
 
 
 def _row(
     size: Size,
     case: Case,
-    key: tuple[str, int],
-    times: dict[tuple[str, int], Timing],
-    errors: dict[tuple[str, int], float],
+    key: _Key,
+    times: dict[_Key, Timing],
+    errors: dict[_Key, float],
     conditions: Conditions,
 ) -> Row:
-    (backend, number), timing = key, times[key]
-    sdpa, own = times["sdpa", -1].seconds, times[backend, 0].seconds
-    flex = times["flex", number].seconds if ("flex", number) in times else None
+    timing = times[key]
+    sdpa, own = times[SDPA].seconds, times[key._replace(case=0)].seconds
+    flex = times[_flex(key.case)].seconds if _flex(key.case) in times else None
     n, density = size.layout.seq_len, case.index.density
     speedup = sdpa / timing.seconds
-    peak = 2e-9 * GEMM**3 / times["sgemm", -1].seconds if ("sgemm", -1) in times else None
+    peak = 2e-9 * GEMM**3 / times[SGEMM].seconds if SGEMM in times else None
     return Row(
-        backend, case.pattern, n, size.head_dim, size.heads, size.dtype, conditions.threads, density,
+        key.who, case.pattern, n, size.head_dim, size.heads, size.dtype, conditions.threads, density,
         seconds=timing.seconds,
         sdpa_seconds=sdpa,
         flex_seconds=flex,

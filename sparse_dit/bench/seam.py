@@ -6,7 +6,7 @@ given size is timed by itself, to say what share of it they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..layout import TokenLayout
 from ..patterns import Dense, Pattern
 from ..plan import ComponentPlan, HeadChoice, Stage
 from ..runtime import Runtime
-from .measure import interleaved
+from .measure import Timing, interleaved
 
 LAYER = "blocks.0.attn1"
 REPEATED = 500  # calls in one sample: a clock can't see one
@@ -79,40 +79,62 @@ def measure_seam(
         clock: As in `interleaved`.
         rounds: As in `interleaved`.
     """
+    q, k, v = torch.randn(3, 1, tokens, heads, head_dim)
+    runs = _seam(q, k, v)
+    copies = sum(a.data_ptr() != b.data_ptr() for a, b in zip(_SEEN, (q, k, v), strict=True))
+    first, second, third = (x.transpose(1, 2) for x in (q, k, v))
+    runs["attention"] = lambda: F.scaled_dot_product_attention(first, second, third)
+    with torch.no_grad():
+        found = interleaved(runs, clock=clock, rounds=rounds)
+    call, forward = _added(found)
+    return SeamCost(tokens, heads, head_dim, call, forward, found["attention"].seconds, copies)
+
+
+def share_of_generation(
+    calls: int, layers: int, seconds: float, clock: str = "cpu", rounds: int = 3
+) -> float:
+    """What the seam adds to a dense generation, as a share of it: its time in Python, see `measure_seam`.
+
+    Two generations differ by more than that when they are timed as a whole. Of one on a GPU it is the most
+    that it can be, as Python runs ahead of the device.
+
+    Args:
+        calls: Of attention.
+        layers: Attention calls in one forward.
+        seconds: Of the generation.
+        clock: As in `interleaved`.
+        rounds: As in `interleaved`.
+    """
+    with torch.no_grad():
+        runs = _seam(*torch.randn(3, 1, 64, 2, 64))
+        call, forward = _added(interleaved(runs, clock=clock, rounds=rounds))
+    return (calls * call + calls / max(layers, 1) * forward) / seconds
+
+
+def _seam(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+    """A call and a forward with the seam and without, each repeated; q, k and v have been in `_SEEN`."""
     from ..integrations.call import StepContext
     from ..integrations.processors import Seam, Tap, wrap
 
+    _, tokens, heads, head_dim = q.shape
     layout = TokenLayout.video(1, 1, tokens)
-    q, k, v = torch.randn(3, 1, tokens, heads, head_dim)
     stock = Processor()
     tap = Tap(_runtime(layout, heads, head_dim), StepContext(layout, 0.5, "cond", 0, 0))
     patched = wrap(stock, Seam(LAYER, tap))
     patched(q, k, v)
-    copies = sum(a.data_ptr() != b.data_ptr() for a, b in zip(_SEEN, (q, k, v), strict=True))
     forward, bare = _forwards()
-    first, second, third = (x.transpose(1, 2) for x in (q, k, v))
-    with torch.no_grad():
-        found = interleaved(
-            {
-                "stock": _often(lambda: stock(q, k, v)),
-                "patched": _often(lambda: patched(q, k, v)),
-                "hook": _often(forward),
-                "no hook": _often(bare),
-                "attention": lambda: F.scaled_dot_product_attention(first, second, third),
-            },
-            clock=clock,
-            rounds=rounds,
-        )
-    seconds = {name: timing.seconds for name, timing in found.items()}
-    return SeamCost(
-        tokens,
-        heads,
-        head_dim,
-        (seconds["patched"] - seconds["stock"]) / REPEATED,
-        (seconds["hook"] - seconds["no hook"]) / REPEATED,
-        seconds["attention"],
-        copies,
-    )
+    return {
+        "stock": _often(lambda: stock(q, k, v)),
+        "patched": _often(lambda: patched(q, k, v)),
+        "hook": _often(forward),
+        "no hook": _often(bare),
+    }
+
+
+def _added(found: Mapping[str, Timing]) -> tuple[float, float]:
+    """Seconds that the seam adds to a call, and to a forward."""
+    seconds = {name: timing.seconds / REPEATED for name, timing in found.items()}
+    return seconds["patched"] - seconds["stock"], seconds["hook"] - seconds["no hook"]
 
 
 def _often(call: Callable[[], object]) -> Callable[[], None]:

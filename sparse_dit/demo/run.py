@@ -13,11 +13,10 @@ from typing import Any
 from ..environment import environment
 from ..eval.atlas import StageAtlas, stage_atlas
 from ..eval.baselines.uniform import random_choice, uniform_plan
-from ..eval.command import SEAM_STEPS, dense_on_drawn_clips, forced_on_drawn_clips
+from ..eval.command import dense_on_drawn_clips, forced_on_drawn_clips, seam_overhead
 from ..eval.forecasts import expected_psnr
 from ..eval.quality import Quality, evaluate
 from ..eval.report import FILES, Method, Report, write_report, written_files
-from ..eval.runs import seam_overhead
 from ..generation import Case, GenerationSettings
 from ..outputs import Outputs
 from ..plan import Plan
@@ -26,6 +25,7 @@ from ..plan.storage import tensor_path
 from ..resources import shipped
 from ..search import Searched, plan_of, search_plan
 from ..search.front import front_path, write_front
+from ..timing import timing_of
 from ..whole_file import uninterrupted
 
 Say = Callable[[str], None]
@@ -114,8 +114,7 @@ def measure(pipe: Any, searched: Searched, settings: GenerationSettings, say: Sa
         errors = forced_on_drawn_clips(pipe, other, settings, DRAWN_CLIPS, say, dense)
         baselines.append(Method.of(name, text, result, errors))
     say("what the patch itself costs")
-    short = replace(settings, steps=SEAM_STEPS)
-    overhead = seam_overhead(pipe, plan, HELD_OUT[0], short)
+    overhead = seam_overhead(plan, quality)
     return Report(
         title="The embedded model: sparse attention against dense",
         plan=verified(plan, quality),
@@ -138,6 +137,7 @@ def verified(plan: Plan, quality: Quality) -> Plan:
     measured = {
         "psnr_db": round(quality.psnr_db, 3),
         "speedup": round(quality.speedup, 4),
+        **timing_of(quality.pairs),
         "held_out_cases": len(cases),
         "met": quality.psnr_db >= MIN_PSNR,
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..bench.seam import share_of_generation
 from ..demo.draw import draw
 from ..environment import environment
 from ..generation import Case, GenerationSettings
@@ -26,7 +27,6 @@ from .forecasts import expected_psnr
 from .heads import HeadQuality, head_quality
 from .quality import Quality, evaluate
 from .report import FILES, Report, write_report, written_files
-from .runs import seam_overhead
 from .sizes import SizeRow, check_sizes, evaluate_sizes
 from .teacher import DensePredictions, TeacherForced, dense_predictions, teacher_forced
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 SIGMAS = (0.3, 0.6, 0.9)
 HEAD_STEPS = 8
-SEAM_STEPS = 2  # a generation of so few steps is enough to see what the patch costs
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ def evaluate_plan(
     request.check(pipe, plan)
     quality = evaluate(pipe, plan, request.cases, request.settings, progress=say)
     say("what the patch itself costs")
-    short = replace(request.settings, steps=min(SEAM_STEPS, request.settings.steps))
-    overhead = seam_overhead(pipe, plan, request.cases[0], short)
+    overhead = seam_overhead(plan, quality)
     heads = _heads(pipe, plan, request, say)
     report = Report(
         title=f"{type(pipe).__name__}: sparse attention against dense",
@@ -126,6 +124,13 @@ def evaluate_plan(
         request.folder, lambda path: write_report(path, report, overwrite=request.force)
     )
     return report, written_files(folder)
+
+
+def seam_overhead(plan: Plan, quality: Quality) -> float:
+    """What the patch itself adds to a dense generation, as a share of it."""
+    layers = sum(len(part.layers) for part in plan.components.values())
+    calls = quality.sparse_calls + quality.dense_calls
+    return share_of_generation(calls, layers // len(plan.components), quality.dense_seconds)
 
 
 def _other_sizes(

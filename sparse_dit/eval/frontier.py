@@ -105,10 +105,11 @@ def frontier(
 ) -> list[dict[str, Any]]:
     """Measure every method at every density; rows are in the file as soon as they are measured.
 
-    Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, seconds,
-    dense_seconds, and the speed-up that the search forecast (None for baselines' plans and another size's);
-    a method that has no plan at a density has a row with `"none"`. Dense generations are made anew for each
-    density, so that speed-ups bear a machine whose speed drifts over the hour.
+    Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, why that says
+    little (`caution`, or None), seconds, dense_seconds, and the speed-up that the search forecast (None for
+    plans of others and of another size); a method that has no plan at a density has a row with `"none"`. Dense
+    generations are made anew for each density, so that speed-ups bear a machine whose speed drifts over the
+    hour.
 
     Args:
         pipe: A diffusers pipeline with one transformer, not patched.
@@ -244,6 +245,7 @@ def _measured(quality: Quality) -> dict[str, Any]:
         "psnr_min_db": round(quality.psnr_min_db, 3),
         "ssim": None if quality.ssim is None else round(quality.ssim, 4),
         "speedup": round(quality.speedup, 4),
+        "caution": quality.caution,
         "seconds": round(quality.sparse_seconds, 3),
         "dense_seconds": round(quality.dense_seconds, 3),
         "psnr_flat_db": round(quality.psnr_flat_db, 3),

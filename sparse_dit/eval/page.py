@@ -51,7 +51,12 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.filters.update(
-        db=decibels, seconds=seconds, times=times, share=share, number=number
+        db=decibels,
+        seconds=seconds,
+        times=times,
+        share=share,
+        small_share=small_share,
+        number=number,
     )
     environment.filters["of_kind"] = of_kind
     return environment.get_template("report.html.j2").render(
@@ -92,6 +97,11 @@ def times(value: float | None) -> str:
 def share(value: float | None) -> str:
     """A fraction in percent."""
     return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def small_share(value: float | None) -> str:
+    """A fraction of about a thousandth in percent, two digits."""
+    return NONE if value is None else f"{100 * value:.2g} %"
 
 
 def number(value: float | None) -> str:

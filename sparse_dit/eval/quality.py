@@ -15,6 +15,7 @@ from ..on_cpu import on_cpu
 from ..patch import patch
 from ..plan import Plan
 from ..summary import Summary
+from ..timing import Pairs, Taken
 from .metrics import drift, flat_psnr, mean_db, nonfinite, psnr, ssim
 from .runs import Recorded, noise_floor_video, record
 
@@ -27,7 +28,8 @@ class CaseQuality:
 
     Attributes:
         case: Prompt and seed.
-        dense_seconds, sparse_seconds: Duration of the whole pipeline call.
+        dense_seconds, sparse_seconds: Of the whole pipeline call; see `Taken`.
+        dense_wall, sparse_wall: The same by the clock.
         psnr_db: Sparse against dense; inf if equal, NaN if either has one.
         psnr_flat_db: The dense video against its own mean colour.
         psnr_noise_floor_db: Dense against dense (`NOISE_FLOOR`); None if not measured for this case.
@@ -39,6 +41,8 @@ class CaseQuality:
     case: Case
     dense_seconds: float
     sparse_seconds: float
+    dense_wall: float
+    sparse_wall: float
     psnr_db: float
     psnr_flat_db: float
     psnr_noise_floor_db: float | None
@@ -62,6 +66,7 @@ class Quality:
         summary: What ran where, as text.
         references: The dense generations, to compare other plans with.
         sparse_videos: `[T, H, W, 3]`, one for each case.
+        sparse_calls, dense_calls: Attention calls of one generation with the plan.
         layout: Where the tokens lie; None if it wasn't noted.
     """
 
@@ -72,6 +77,8 @@ class Quality:
     cases: list[CaseQuality]
     interleaved: bool
     summary: str
+    sparse_calls: int
+    dense_calls: int
     references: list[Recorded] = field(repr=False)
     sparse_videos: list[np.ndarray] = field(repr=False)
     layout: TokenLayout | None = None
@@ -88,8 +95,23 @@ class Quality:
 
     @property
     def speedup(self) -> float:
-        """Dense over sparse seconds, whole pipeline calls."""
-        return self.dense_seconds / self.sparse_seconds
+        """Dense over sparse seconds, whole pipeline calls; 1 if no attention call ran sparse."""
+        return self.pairs.speedup if self.pairs else 1.0
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """How long each case took; None if no attention call ran sparse: nothing is compared then."""
+        if not self.sparse_calls:
+            return None
+        return Pairs(
+            [Taken(case.dense_seconds, case.dense_wall) for case in self.cases],
+            [Taken(case.sparse_seconds, case.sparse_wall) for case in self.cases],
+        )
+
+    @property
+    def caution(self) -> str | None:
+        """Why the speed-up says little, if it does."""
+        return self.pairs.caution if self.pairs else None
 
     @property
     def psnr_db(self) -> float:
@@ -191,6 +213,8 @@ def evaluate(
         cases=measured,
         interleaved=references is None,
         summary=str(run.summary),
+        sparse_calls=run.summary.sparse_calls,
+        dense_calls=run.summary.dense_calls,
         references=dense_runs,
         sparse_videos=videos,
         layout=layout,
@@ -233,8 +257,10 @@ def _compare(dense: Recorded, sparse: Recorded, floor: float | None) -> CaseQual
     big_enough = min(dense.video.shape[1:3]) >= 11
     return CaseQuality(
         case=dense.case,
-        dense_seconds=dense.seconds,
-        sparse_seconds=sparse.seconds,
+        dense_seconds=dense.taken.seconds,
+        sparse_seconds=sparse.taken.seconds,
+        dense_wall=dense.taken.wall,
+        sparse_wall=sparse.taken.wall,
         psnr_db=psnr(sparse.video, dense.video),
         psnr_flat_db=flat_psnr(dense.video),
         psnr_noise_floor_db=floor,

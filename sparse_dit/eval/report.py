@@ -42,6 +42,7 @@ class Method:
         description: One line of prose.
         density, psnr_db, psnr_min_db, ssim, sparse_seconds, speedup: See `Quality`.
         velocity_error: Teacher-forced, mean over sigmas; None if not measured.
+        caution: Why the speed-up says little, if it does.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Method:
     sparse_seconds: float
     speedup: float
     velocity_error: float | None = None
+    caution: str | None = None
 
     @staticmethod
     def of(
@@ -70,6 +72,7 @@ class Method:
             sparse_seconds=quality.sparse_seconds,
             speedup=quality.speedup,
             velocity_error=sum(errors) / len(errors) if errors else None,
+            caution=quality.caution,
         )
 
 
@@ -85,7 +88,7 @@ class Report:
         teacher_forced: What `teacher_forced` measured for the plan.
         atlases: One for each component and stage, see `stage_atlas`.
         search_seconds: Profiling, choosing and verifying.
-        seam_overhead: (dense plan through the patch - stock) / stock seconds; 0.01 is 1 % slower.
+        seam_overhead: What the patch itself adds to a dense generation, as a share of it.
         provenance: `environment()` and the command, as text by name.
         notes: Sentences of whoever measured.
         fps: Of the videos.
@@ -200,6 +203,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "dense_seconds": quality.dense_seconds,
         "sparse_seconds": quality.sparse_seconds,
         "speedup": quality.speedup,
+        "speedup_pairs": quality.pairs.speedups if quality.pairs else [],
+        "speedup_caution": quality.caution,
         "forecast_speedup": quality.forecast_speedup,
         "density": quality.density,
         "efficiency": quality.speedup * quality.density,

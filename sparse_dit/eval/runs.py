@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..generation import Case, GenerationSettings, generate
 from ..integrations.diffusers import AttentionCall, attach, components
-from ..patch import patch
-from ..patterns import Dense, Pattern
-from ..plan import HeadChoice, Plan
+from ..timing import Taken
 
 NOISE_FLOOR = (
     "dense again, the same attention with its keys in reverse order: what rounding alone changes"
@@ -32,13 +30,13 @@ class Recorded:
         case: Prompt and seed.
         video: `[T, H, W, 3]`.
         latents: What they were after each step, on the CPU.
-        seconds: Duration of the whole pipeline call.
+        taken: By the whole pipeline call.
     """
 
     case: Case
     video: np.ndarray
     latents: list[Tensor]
-    seconds: float
+    taken: Taken
 
 
 def dense_references(
@@ -51,10 +49,10 @@ def dense_references(
 def record(pipe: Any, case: Case, settings: GenerationSettings) -> Recorded:
     """One generation of the pipeline as it is, with the latents of every step."""
     latents: list[Tensor] = []
-    video, seconds = generate(
+    video, taken = generate(
         pipe, case, settings, lambda step, timestep, x: latents.append(x.detach().cpu().clone())
     )
-    return Recorded(case, video, latents, seconds)
+    return Recorded(case, video, latents, taken)
 
 
 def noise_floor_video(pipe: Any, case: Case, settings: GenerationSettings) -> np.ndarray:
@@ -68,42 +66,6 @@ def noise_floor_video(pipe: Any, case: Case, settings: GenerationSettings) -> np
     finally:
         for attachment in attached:
             attachment.detach()
-
-
-def seam_overhead(
-    pipe: Any, plan: Plan, case: Case, settings: GenerationSettings, *, repeats: int = 3
-) -> float:
-    """What the patch itself costs: (dense plan through the patch - stock) / stock seconds.
-
-    Both run `repeats` times in turn after a warm-up, and the fastest of each counts, as everything
-    else that a machine does only adds time. Below the spread of such times it can be negative.
-    """
-    dense = dense_plan(plan)
-    stock_seconds, patched_seconds = [], []
-    for number in range(repeats + 1):
-        stock = generate(pipe, case, settings)[1]
-        with patch(pipe, dense):
-            patched = generate(pipe, case, settings)[1]
-        if number:
-            stock_seconds.append(stock)
-            patched_seconds.append(patched)
-    return min(patched_seconds) / min(stock_seconds) - 1
-
-
-def dense_plan(plan: Plan) -> Plan:
-    """The plan with every head dense: same layers, same stages."""
-    head = HeadChoice(Pattern(Dense()))
-    components = {
-        name: replace(
-            part,
-            layers={
-                layer: tuple((head,) * part.num_heads for _ in stages)
-                for layer, stages in part.layers.items()
-            },
-        )
-        for name, part in plan.components.items()
-    }
-    return replace(plan, components=components, density=1.0, forecast={})
 
 
 def _reversed_keys(call: AttentionCall) -> Tensor:

@@ -30,7 +30,10 @@ def findings(report: Report) -> list[str]:
             f"PSNR {quality.psnr_db:.1f} dB is not clearly above the flat image's "
             f"{quality.psnr_flat_db:.1f} dB: it says little about what the videos show."
         )
-    if quality.speedup < 1:
+    found += _cautions(report)
+    if not quality.sparse_calls:
+        found.append("No attention call ran sparse here, so there is no speed-up to measure.")
+    elif quality.speedup < 1:
         found.append(
             f"Sparse was slower than dense here ({quality.speedup:.2f}x), "
             f"although it computes {quality.density:.0%} of the pairs."
@@ -52,6 +55,7 @@ def limits(report: Report) -> list[str]:
     said = [
         f"All times are of whole pipeline calls (text, every step, decoding) on {device}. "
         "Nothing here was measured on other hardware, and nothing follows for it.",
+        _clock(report),
         "Dense is the stock pipeline with the attention that it uses by default.",
     ]
     count = len(quality.cases)
@@ -77,6 +81,26 @@ def limits(report: Report) -> list[str]:
     if absent:
         said.append(f"Not measured: {', '.join(absent)}.")
     return said
+
+
+def _clock(report: Report) -> str:
+    """What the seconds are, and how far the pairs are apart."""
+    if "gpu" in report.provenance:
+        said = "Seconds are those of the clock, after the GPU has finished."
+    else:
+        said = "Seconds are CPU time, which other programs disturb less than the clock."
+    pairs = report.quality.pairs
+    if pairs is None or len(pairs.speedups) < 2:
+        return said
+    return f"{said} Speed-ups of single cases: {min(pairs.speedups):.2f}x to {max(pairs.speedups):.2f}x."
+
+
+def _cautions(report: Report) -> list[str]:
+    """Why speed-ups say little, those of the plan first."""
+    told = {"this plan": report.quality.caution}
+    told |= {f"the {method.name} plan": method.caution for method in report.baselines}
+    told |= {f"{row.width}x{row.height}x{row.num_frames}": row.caution for row in report.sizes}
+    return [f"Speed of {name}: {text}." for name, text in told.items() if text]
 
 
 def _absent(report: Report) -> list[str]:

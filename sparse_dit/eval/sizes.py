@@ -23,7 +23,7 @@ class SizeRow:
         tokens: Length of the attention's sequence.
         calibrated: Whether the plan was made at this size.
         density, psnr_db, psnr_min_db, psnr_flat_db, ssim: See `Quality`.
-        dense_seconds, sparse_seconds, speedup: See `Quality`.
+        dense_seconds, sparse_seconds, speedup, caution: See `Quality`.
     """
 
     width: int
@@ -40,6 +40,7 @@ class SizeRow:
     dense_seconds: float
     sparse_seconds: float
     speedup: float
+    caution: str | None
 
     @staticmethod
     def of(plan: Plan, quality: Quality) -> SizeRow:
@@ -47,7 +48,7 @@ class SizeRow:
         settings = quality.settings
         names = (
             *("tokens", "density", "psnr_db", "psnr_min_db", "psnr_flat_db", "ssim"),
-            *("dense_seconds", "sparse_seconds", "speedup"),
+            *("dense_seconds", "sparse_seconds", "speedup", "caution"),
         )
         return SizeRow(
             settings.width,

@@ -108,7 +108,8 @@ def started(pipe: Any, request: StabilityRequest) -> tuple[str, StabilityState]:
     call_arguments(pipe, request.calibration[0], request.settings)
     for file in (request.file, request.profiles / "x.safetensors"):
         check_writable(file, "file")
-    return name, StabilityState.started(request, config_hash(module.config))
+    config: Any = module.config
+    return name, StabilityState.started(request, config_hash(config))
 
 
 def _solve_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from ..index import SparseIndex, build_index, pattern_index
 from ..layout import Tile, TokenLayout
 from ..patterns import Dense, Pattern, Stencil
 from ..patterns.pattern import tile_text
+from ..timing import timed
 from .candidates import tilings
 from .cells import cell_table
 from .nested import Kind
@@ -259,14 +259,3 @@ def nearest_tiles(
     pairs = (counts - ranked.abs()).prod(1).double().cumsum(0) / counts.prod().double() ** 2
     keep: Tensor = ranked[: max(1, int((pairs <= budget).sum()))]
     return Pattern(Stencil.from_offsets(keep), tile, far=far)
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, waiting for a GPU before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

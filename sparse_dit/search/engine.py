@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from ..generation import Case, GenerationSettings
+from ..generation import Case, GenerationSettings, device_of
 from ..integrations.diffusers import components
 from ..on_cpu import on_cpu
 from ..plan import Plan, Stage
@@ -132,7 +132,7 @@ def search_plan(
     )
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
-    clock = Clock()
+    clock = Clock(device_of(pipe))
     profiled_settings = profiled_at(settings, profile_steps)
     say(f"profiling {len(calibration)} prompts at {profiled_settings.steps} noise levels")
     profiled = profile_pipeline(

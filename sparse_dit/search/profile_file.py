@@ -15,6 +15,7 @@ from ..curve import Curve
 from ..generation import Case, GenerationSettings
 from ..layout import Tile, TokenLayout
 from ..plan.errors import PlanError
+from ..timing import Taken
 from ..whole_file import whole_file
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
@@ -53,7 +54,8 @@ def write_profile(profile: Profile, path: str | Path) -> None:
         header["reference"] = {
             "prompt": reference.case.prompt,
             "seed": reference.case.seed,
-            "seconds": reference.seconds,
+            "seconds": reference.taken.seconds,
+            "wall": reference.taken.wall,
             "forwards": reference.forwards,
             "attention": reference.attention,
         }
@@ -155,7 +157,9 @@ def _reference(data: dict[str, Any] | None, video: Tensor | None) -> Reference |
     forwards = {name: [float(s) for s in sigmas] for name, sigmas in data["forwards"].items()}
     case = Case(data["prompt"], data["seed"])
     attention = {name: float(seconds) for name, seconds in data["attention"].items()}
-    return Reference(case, video.numpy(), float(data["seconds"]), forwards, attention)
+    seconds = float(data["seconds"])
+    taken = Taken(seconds, float(data.get("wall", seconds)))  # that of older files is by the clock
+    return Reference(case, video.numpy(), taken, forwards, attention)
 
 
 def _check(part: ComponentProfile) -> None:

@@ -14,6 +14,7 @@ from ..integrations.diffusers import components, heads_of
 from ..on_cpu import on_cpu
 from ..outputs import check_writable, rescued
 from ..plan import config_hash
+from ..timing import Taken
 from ..words import option
 from .beyond import has_frames, look_beyond
 from .lock import only_writer
@@ -220,8 +221,10 @@ def run_phase(
         recorder.keep()
     profile.seconds += made.seconds
     if steps is not None:
-        recording = sum(recorder.seconds for recorder in recorders.values())
-        profile.reference = replace(made, seconds=made.seconds - recording)
+        seconds = sum(recorder.seconds for recorder in recorders.values())
+        wall = sum(recorder.wall for recorder in recorders.values())
+        alone = Taken(made.taken.seconds - seconds, made.taken.wall - wall)
+        profile.reference = replace(made, taken=alone)
         for part in profile.components.values():
             part.drop_unscored()
     profile.done.append(phase.label)

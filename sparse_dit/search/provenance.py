@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..generation import Case
+from ..timing import timing_of
 from ..version import VERSION
 from .elsewhere import Elsewhere
 from .joint import one_or_named
@@ -79,6 +80,7 @@ def measured_of(
     return {
         "psnr_db": round(verified.psnr_db, 3),
         "speedup_on_another_device" if foreign else "speedup": round(verified.speedup, 4),
+        **timing_of(verified.pairs),
         "held_out_cases": cases,
         "met": met,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..autocast import in_own_dtypes
 from ..integrations.call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
+from ..timing import Timer
 from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
 from .dependence import look
@@ -41,7 +41,7 @@ class Recorder:
 
     Attributes:
         run: What this run gave; its noise levels and layers are the profile's.
-        seconds: Spent on recording.
+        seconds, wall: Spent on recording; see `Taken`.
     """
 
     def __init__(
@@ -62,13 +62,16 @@ class Recorder:
         self.projections = projections or {}
         self.generator = torch.Generator().manual_seed(seed)
         self.seconds = 0.0
+        self.wall = 0.0
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, sigma = whole_layout(call), call.context.sigma
         if layout is not None and sigma is not None and self._due(call.context):
-            started = time.perf_counter()
+            timer = Timer(call.q.device)
             self._record(call, layout, sigma)
-            self.seconds += time.perf_counter() - started
+            taken = timer.stop()
+            self.seconds += taken.seconds
+            self.wall += taken.wall
         return call.stock()
 
     def keep(self) -> None:

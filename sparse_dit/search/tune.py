@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from ..generation import GenerationSettings
 from ..plan import Plan
+from ..timing import Timer
 from .assemble import first_plan, stage_shares
 from .cost import CostTable
 from .objective import Objective
@@ -31,23 +33,27 @@ DECLINED = 0.999  # of the dense seconds: what isn't faster than this is all den
 
 
 class Clock:
-    """Seconds of each phase, and `"total"`, in `laps`."""
+    """Seconds of each phase, and `"total"`, in `laps`.
 
-    def __init__(self) -> None:
+    Args:
+        device: That the pipeline computes on; see `Taken` for what its seconds are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.laps: dict[str, float] = {"total": 0.0}
-        self._start = self._last = time.perf_counter()
+        self._device = device
+        self._whole, self._lap = Timer(device), Timer(device)
 
     def lap(self, name: str) -> None:
         """Since the last lap it was phase `name`."""
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
-        self.laps["total"] = now - self._start
+        self.laps[name] = self.laps.get(name, 0.0) + self._lap.stop().seconds
+        self._lap = Timer(self._device)
+        self.laps["total"] = self.elapsed
 
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self._start
+        return self._whole.stop().seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +118,10 @@ def tune(
         choice, _, verified = last
         say(
             f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "
-            f"measured {verified.speedup:.2f}x at {verified.psnr_db:.1f} dB"
+            f"{_speed(verified)} at {verified.psnr_db:.1f} dB"
         )
+        if verified.pairs and (caution := verified.pairs.caution):
+            say(caution)
         if wanted is None:
             return last
         good = verified.psnr_db >= wanted
@@ -131,6 +139,13 @@ def tune(
             floor = max(floor, wanted + MARGIN_DB * (number + 2) / 2)
     assert closest is not None, "there is at least one round"
     return best or closest
+
+
+def _speed(verified: Verified) -> str:
+    """What was measured of a round's speed-up, in words."""
+    if verified.pairs is None:
+        return "all dense, so no speed-up to measure,"
+    return f"measured {verified.speedup:.2f}x"
 
 
 def _round(

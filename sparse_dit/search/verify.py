@@ -15,7 +15,7 @@ from ..integrations.call import AttentionCall, Intercept
 from ..integrations.diffusers import attach, components
 from ..patch import patch
 from ..plan import Plan, Stage
-from .stopwatch import Stopwatch
+from ..timing import Pairs, Stopwatch, Taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,16 +25,21 @@ class Reference:
     Args:
         case: What was generated.
         video: `[T, H, W, 3]` in 0..1.
-        seconds: Of the whole call.
+        taken: By the whole call.
         forwards: For each component the noise level of each of its forwards (times the batch).
         attention: For each component the part of `seconds` that its self-attention took.
     """
 
     case: Case
     video: np.ndarray
-    seconds: float
+    taken: Taken
     forwards: dict[str, list[float]]
     attention: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole call."""
+        return self.taken.seconds
 
     def calls(self, component: str, stages: Sequence[Stage]) -> list[int]:
         """Forwards that fall into each stage."""
@@ -88,7 +93,7 @@ def dense_reference(
         for name, module in components(pipe).items():
             counters[name] = _Count((watched_by or {}).get(name, stock))
             attachments.append(attach(module, counters[name], pipe))
-        video, seconds = generate(pipe, case, settings)
+        video, taken = generate(pipe, case, settings)
     finally:
         for attachment in attachments:
             attachment.detach()
@@ -96,7 +101,7 @@ def dense_reference(
         raise ValueError(f"the stock pipeline gives NaN or Inf for {case.prompt!r}")
     forwards = {name: counter.sigmas for name, counter in counters.items()}
     attention = {name: counter.watch.seconds for name, counter in counters.items()}
-    return Reference(case, video, seconds, forwards, attention)
+    return Reference(case, video, taken, forwards, attention)
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,16 @@ class Verified:
     Args:
         mse: Mean squared difference of the videos (in 0..1), mean over cases.
         psnr_db: Mean over cases of the PSNR.
-        speedup: Seconds of the dense over the sparse generations.
+        speedup: Seconds of the dense over the sparse generations; 1 if no attention call ran sparse.
         sparse_seconds: Of all sparse generations together.
+        pairs: How long each case took, dense and sparse; None if no attention call ran sparse.
     """
 
     mse: float
     psnr_db: float
     speedup: float
     sparse_seconds: float
+    pairs: Pairs | None = None
 
 
 def verify(
@@ -128,16 +135,21 @@ def verify(
     Raises:
         ValueError: If the sparse video holds NaN or Inf.
     """
-    errors, seconds = [], 0.0
+    errors, sparse, sparse_calls = [], [], 0
     for reference in references:
-        with patch(pipe, plan, backend=backend):
-            video, took = generate(pipe, reference.case, settings)
+        with patch(pipe, plan, backend=backend) as handle:
+            video, taken = generate(pipe, reference.case, settings)
+        sparse_calls += handle.summary().sparse_calls
+        sparse.append(taken)
         if not np.isfinite(video).all():
             raise ValueError(f"the plan gives NaN or Inf on {reference.case.prompt!r}")
         errors.append(float(np.mean((video - reference.video) ** 2)))
-        seconds += took
     levels = [-10 * np.log10(max(e, 1e-10)) for e in errors]
-    dense = sum(reference.seconds for reference in references)
+    pairs = Pairs([reference.taken for reference in references], sparse) if sparse_calls else None
     return Verified(
-        float(np.mean(errors)), float(np.mean(levels)), dense / max(seconds, 1e-9), seconds
+        float(np.mean(errors)),
+        float(np.mean(levels)),
+        pairs.speedup if pairs else 1.0,
+        sum(taken.seconds for taken in sparse),
+        pairs,
     )
