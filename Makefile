@@ -34,6 +34,7 @@ test: .venv/.test
 .venv/.test: .venv/.made $(INSTALLED_BY)
 	@echo "installing sparse_dit[all,test] into .venv: torch alone is 200 MB, this takes minutes"
 	$(PIP) --editable '.[all,test]'
+	$(PIP) --no-deps --upgrade --target .venv/quantised torchao gguf
 	@touch $@ .venv/.demo
 
 clean:

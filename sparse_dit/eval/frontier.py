@@ -107,7 +107,7 @@ def frontier(
 
     Each row: method, source, target, density, tokens, psnr_db, psnr_min_db, ssim, speedup, why that says
     little (`caution`, or None), seconds, dense_seconds, and the speed-up that the search forecast (None for
-    plans of others and of another size); a method that has no plan at a density has a row with `"none"`. Dense
+    plans of others and of another size); a method without a plan at a density has a row with `"none"`. Dense
     generations are made anew for each density, so that speed-ups bear a machine whose speed drifts over the
     hour.
 
