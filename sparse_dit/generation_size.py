@@ -6,12 +6,10 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .case import GenerationSettings
 from .words import option
-
-if TYPE_CHECKING:
-    from .generation import GenerationSettings
 
 GOOD = 1024  # pixels that every host takes: what it refuses with them isn't about the size
 _SPATIAL = (

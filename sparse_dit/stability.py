@@ -99,7 +99,7 @@ def _cases(
     prompt: list[str], prompts: Path | None, held_out: list[str], count: int, seed: int
 ) -> tuple[list[Case], list[Case]]:
     """Calibration and held-out cases: the first ones given, and the others if none are named."""
-    from .demo.draw import all_prompts
+    from .eval.draw import all_prompts
     from .generation import Case
     from .inputs import read_prompts
 

@@ -1,3 +1,5 @@
+import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -20,6 +22,60 @@ HEAVY = (
     "triton",
     "typer",
 )
+
+# what each part of the package must know nothing of, so that arrows point one way
+ABOVE = {
+    **dict.fromkeys(
+        ("patterns", "backends", "plan"), ("integrations", "search", "eval", "bench", "demo")
+    ),
+    "integrations": ("search", "eval", "bench", "demo"),
+    "search": ("eval", "bench", "demo"),
+    "eval": ("demo",),
+    "bench": ("demo",),
+}
+
+
+def _known(file: Path, names: dict[str, Path]) -> set[str]:
+    """Modules of the package that a file imports when it is imported, or for its types."""
+    package = Path(sparse_dit.__file__).parent.parent
+    parts = file.relative_to(package).with_suffix("").parts
+    found = set()
+    body = ast.parse(file.read_text()).body
+    guarded = [n for n in body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    for node in [*body, *(inner for guard in guarded for inner in guard.body)]:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+            name = ".".join(part for part in base if part)
+            inside = {f"{name}.{alias.name}" for alias in node.names}
+            found |= inside & names.keys() or {name} & names.keys()
+    return found
+
+
+def _modules() -> dict[str, Path]:
+    package = Path(sparse_dit.__file__).parent
+    files = package.rglob("*.py")
+    return {
+        ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): file
+        for file in files
+    }
+
+
+def test_imports_make_no_circle():
+    names = _modules()
+    graph = {name: _known(file, names) - {name} for name, file in names.items()}
+    assert sum(map(len, graph.values())) > len(graph), "imports are seen"
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
+
+
+def test_arrows_point_one_way():
+    names = _modules()
+    for name, file in names.items():
+        part = name.split(".")[1] if "." in name else ""
+        for other in _known(file, names):
+            above = other.split(".")[1] if "." in other else ""
+            assert above not in ABOVE.get(part, ()), f"{name} imports {other}"
 
 
 def _loaded(statement: str) -> set[str]:
@@ -44,7 +100,9 @@ def test_the_benchmark_stands_apart():
     package = Path(sparse_dit.__file__).parent
     knows = re.compile(r"^\s*(from|import) .*\bbench\b", re.MULTILINE)
     files = [f for f in package.rglob("*.py") if f.parent.name != "bench"]
-    assert [f.name for f in files if knows.search(f.read_text())] == ["cli.py"]
+    # the command line, and the report, which says what the patch itself costs
+    known = {str(f.relative_to(package)) for f in files if knows.search(f.read_text())}
+    assert known == {"cli.py", "eval/command.py"}
     allowed = {"attention", "backends", "bench", "index", "layout", "patterns", "rounding"}
     allowed.add("whole_file")
     for file in package.glob("bench/*.py"):

@@ -17,7 +17,8 @@ import torch
 from sparse_dit.eval.atlas import stage_atlas
 from sparse_dit.eval.figures import Point, quality_over_speed, to_svg
 from sparse_dit.eval.pictures import attention_image, mask_image, mask_map
-from sparse_dit.eval.report import FILES, Report, to_json, write_report
+from sparse_dit.eval.report import Report
+from sparse_dit.eval.report_files import FILES, to_json, write_report
 from sparse_dit.eval.sentences import findings, limits
 from sparse_dit.index import expand, pattern_index
 from sparse_dit.layout import TokenLayout

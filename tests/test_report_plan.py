@@ -12,7 +12,7 @@ from sparse_dit.eval.figures import Point, front_curve, to_svg
 from sparse_dit.eval.forecasts import compared, expected_psnr
 from sparse_dit.eval.front import front_beside
 from sparse_dit.eval.page import render_page
-from sparse_dit.eval.report import to_json
+from sparse_dit.eval.report_files import to_json
 from sparse_dit.eval.sentences import findings, limits
 from sparse_dit.eval.sizes import calibrated_at, elsewhere, evaluate_sizes, parse_sizes
 from sparse_dit.generation import Case, GenerationSettings

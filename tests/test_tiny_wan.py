@@ -20,7 +20,7 @@ from demos.tiny_wan.measure import eval_prompts, score
 from demos.tiny_wan.recognise import read_video
 from demos.tiny_wan.text import build_tokenizer, encode
 from demos.tiny_wan.vae import PatchEncoder, build_vae, fit_pca
-from sparse_dit.demo.draw import all_prompts, draw, draw_prompt, parse_prompt, sample_prompt
+from sparse_dit.eval.draw import all_prompts, draw, draw_prompt, parse_prompt, sample_prompt
 
 MODEL = Path(__file__).parents[1] / "demos" / "tiny_wan" / "model"
 

@@ -15,7 +15,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from sparse_dit.demo.draw import draw
+from sparse_dit.eval.draw import draw
 
 TEXT_LEN = 20
 NOISE_SHIFT = 2.2

@@ -25,7 +25,7 @@ from torch import Tensor
 from demos.tiny_wan.recognise import Reading, read_video
 from demos.tiny_wan.text import encode
 from demos.tiny_wan.vae import PatchEncoder
-from sparse_dit.demo.draw import Scene, all_prompts, draw, draw_prompt, parse_prompt
+from sparse_dit.eval.draw import Scene, all_prompts, draw, draw_prompt, parse_prompt
 
 TEXT_LEN = 32
 WORDS = tuple(field.name for field in fields(Scene))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_dit.demo.draw import COLORS, GROUNDS, MOTIONS, SHAPES, Scene, shape_distance
+from sparse_dit.eval.draw import COLORS, GROUNDS, MOTIONS, SHAPES, Scene, shape_distance
 
 _LEAST_AREA = 0.005  # of the picture: less is no object
 _LEAST_DRIFT = 0.05  # of the shorter side, over the clip: less is no motion

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from sparse_dit.demo.draw import all_prompts
+from sparse_dit.eval.draw import all_prompts
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from torch import Tensor, nn
 
-from sparse_dit.demo.draw import draw
+from sparse_dit.eval.draw import draw
 
 PATCH = 8
 CHANNELS = 16

@@ -16,7 +16,8 @@ from ..eval.baselines.uniform import random_choice, uniform_plan
 from ..eval.command import dense_on_drawn_clips, forced_on_drawn_clips, seam_overhead
 from ..eval.forecasts import expected_psnr
 from ..eval.quality import Quality, evaluate
-from ..eval.report import FILES, Method, Report, write_report, written_files
+from ..eval.report import Method, Report
+from ..eval.report_files import FILES, write_report, written_files
 from ..generation import Case, GenerationSettings
 from ..outputs import Outputs
 from ..plan import Plan

@@ -87,7 +87,7 @@ def evaluate(
     from ..plan import Plan
     from .command import Request, evaluate_plan
     from .front import front_beside
-    from .report import FILES
+    from .report_files import FILES
     from .sizes import parse_sizes
 
     loaded = Plan.from_pretrained(plan)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..bench.seam import share_of_generation
-from ..demo.draw import draw
 from ..environment import environment
 from ..generation import Case, GenerationSettings
 from ..outputs import Outputs
@@ -23,10 +22,12 @@ from ..plan.evidence import prompt_dependent
 from ..words import option
 from .atlas import StageAtlas, stage_atlas
 from .differences import difference
+from .draw import draw
 from .forecasts import expected_psnr
 from .heads import HeadQuality, head_quality
 from .quality import Quality, evaluate
-from .report import FILES, Report, write_report, written_files
+from .report import Report
+from .report_files import FILES, write_report, written_files
 from .sizes import SizeRow, check_sizes, evaluate_sizes
 from .teacher import DensePredictions, TeacherForced, dense_predictions, teacher_forced
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -22,11 +22,9 @@ from .figures import (
     to_svg,
 )
 from .pictures import attention_image, data_uri, mask_image
+from .report import Report
 from .sizes import elsewhere
 from .video import enlarge, side_by_side, to_uint8
-
-if TYPE_CHECKING:
-    from .report import Report
 
 MANY_HEADS = 200  # beyond it pictures are half the size, so that the page stays a few megabytes
 LINE_LIMIT = 300  # lines of a difference to another plan that are shown

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from ..plan.evidence import evidence_lines
+from .report import Method, Report
 from .sizes import elsewhere
-
-if TYPE_CHECKING:
-    from .report import Method, Report
 
 CLEARLY_DB = 3.0  # above the flat image; less and the video's content may be lost
 PROMISED_DB = 0.5  # an advantage in dB that is worth naming

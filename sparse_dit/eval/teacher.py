@@ -90,7 +90,7 @@ def teacher_forced(
     Args:
         pipe: A stock WanPipeline; stock again on return.
         plan: What to measure.
-        clips: Video `[3, T, H, W]` in -1..1 and its prompt, as `demo.draw.draw` gives them.
+        clips: Video `[3, T, H, W]` in -1..1 and its prompt, as `eval.draw.draw` gives them.
         sigmas: Noise levels in (0, 1].
         seed: Of the noise; each clip has one noise for all levels.
         max_sequence_length: Text tokens.

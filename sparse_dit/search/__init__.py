@@ -11,8 +11,7 @@ import sys
 import types
 from typing import Any
 
-from .assemble import plan_of
-from .engine import Objective, Searched, search, search_plan
+from .engine import Objective, Searched, plan_of, search, search_plan
 
 __all__ = ["Objective", "Searched", "plan_of", "search", "search_plan"]
 __signature__ = inspect.signature(search)  # what `inspect.signature` shows of the package

@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..plan import ComponentPlan, HeadChoice, Plan, Stage
-from ..plan.evidence import without_evidence
 from .cost import CostTable
 from .joint import one_or_named
 from .profile import ComponentProfile
 from .solve import Choice, Problem, runner_up
 
-if TYPE_CHECKING:
-    from .engine import Searched
-
 Layers = dict[str, tuple[tuple[HeadChoice, ...], ...]]
-
-
-def plan_of(searched: Searched, choice: Choice) -> Plan:
-    """Any choice of a search's problem as a plan, for the same model at the same size.
-
-    What the search measured of its own plan (quality, speed-up) doesn't hold for it and is left out.
-
-    Args:
-        searched: Result of `search_plan`.
-        choice: Of `searched.problem`; see `solve` and `baselines.random_choice`.
-    """
-    plan, task = searched.plan, searched.problem
-    components = {
-        name: replace(
-            plan.components[name],
-            stages=levels_of(task, name),
-            layers=layers_of(name, part, task, choice),
-        )
-        for name, part in searched.profile.components.items()
-    }
-    known = {**without_evidence(plan.provenance), "stage_shares": stage_shares(task)}
-    return replace(
-        plan,
-        components=components,
-        density=round(choice.density, 6),
-        provenance={**known, "objective": {}},
-        forecast=forecast_of(task, choice),
-        measured={},
-    )
 
 
 def first_plan(

@@ -14,7 +14,9 @@ from ..generation import Case, GenerationSettings, device_of
 from ..integrations.diffusers import components
 from ..on_cpu import on_cpu
 from ..plan import Plan, Stage
+from ..plan.evidence import without_evidence
 from .asked import check_search, profiled_at
+from .assemble import forecast_of, layers_of, levels_of, stage_shares
 from .cost import break_even_tokens
 from .elsewhere import Elsewhere
 from .evidence import evidence
@@ -59,6 +61,35 @@ class Searched:
         """Other points of the same problem, with the PSNR that the verified plan lets expect."""
         model = model_hash(self.plan.components)
         return front_of(self.problem, model, self.choice, self.plan.measured.get("psnr_db"))
+
+
+def plan_of(searched: Searched, choice: Choice) -> Plan:
+    """Any choice of a search's problem as a plan, for the same model at the same size.
+
+    What the search measured of its own plan (quality, speed-up) doesn't hold for it and is left out.
+
+    Args:
+        searched: Result of `search_plan`.
+        choice: Of `searched.problem`; see `solve` and `baselines.random_choice`.
+    """
+    plan, task = searched.plan, searched.problem
+    components = {
+        name: replace(
+            plan.components[name],
+            stages=levels_of(task, name),
+            layers=layers_of(name, part, task, choice),
+        )
+        for name, part in searched.profile.components.items()
+    }
+    known = {**without_evidence(plan.provenance), "stage_shares": stage_shares(task)}
+    return replace(
+        plan,
+        components=components,
+        density=round(choice.density, 6),
+        provenance={**known, "objective": {}},
+        forecast=forecast_of(task, choice),
+        measured={},
+    )
 
 
 @on_cpu

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...layout import TokenLayout
 from ...plan import HeadChoice, Plan
-from ...search.assemble import levels_of, plan_of
+from ...search.assemble import levels_of
 from ...search.candidates import DENSE
-from ...search.engine import Searched
+from ...search.engine import Searched, plan_of
 from ...search.local import improve
 from ...search.seen import density
 from ...search.solve import Problem, evaluate
