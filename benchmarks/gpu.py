@@ -25,9 +25,9 @@ if "--dry" in sys.argv:
 import torch
 from torch import Tensor
 
+from benchmarks import dense as dense_kernels
 from benchmarks.tile_model import fit
 from sparse_dit.attention import BACKENDS, attend
-from sparse_dit.backends import dense as dense_kernels
 from sparse_dit.backends import selfcheck
 from sparse_dit.bench.kernel import DTYPES
 from sparse_dit.bench.lists import build, dense, layout_of

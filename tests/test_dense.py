@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse_dit.backends import dense
+from benchmarks import dense
 
 Q = torch.randn(1, 4, 40, 16, generator=torch.Generator().manual_seed(0))
 K = Q[:, :2] + 0.5
