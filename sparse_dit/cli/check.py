@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..tables import out
 from .options import (
     Device,
     Dtype,
@@ -21,12 +22,11 @@ from .options import (
     say,
     settings_of,
 )
-from .tables import out
 
 if TYPE_CHECKING:
-    from .generation import Case
-    from .plan import Plan
-    from .search.check import Checked
+    from ..generation import Case
+    from ..plan import Plan
+    from ..search.check import Checked
 
 SHOWN = 40  # heads in the table
 
@@ -61,11 +61,11 @@ def check(
 
     One generation of a few steps without the plan, with the size it was made at unless told otherwise.
     """
-    from .generation import call_arguments
-    from .inputs import described, load_pipeline
-    from .patch import patch
-    from .plan import Plan
-    from .search.check import check_plan
+    from ..generation import call_arguments
+    from ..inputs import described, load_pipeline
+    from ..patch import patch
+    from ..plan import Plan
+    from ..search.check import check_plan
 
     loaded = Plan.from_pretrained(plan)
     known = dict(loaded.provenance.get("settings") or {})
@@ -96,7 +96,7 @@ def check(
 
 def _case(plan: Plan, prompt: str | None, seed: int) -> Case:
     """What to generate: as the user says, or the plan's last calibration case."""
-    from .generation import Case
+    from ..generation import Case
 
     if prompt is not None:
         return Case(prompt, seed)

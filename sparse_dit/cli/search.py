@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..outputs import Outputs
+from ..tables import out, show_plan
+from ..whole_file import uninterrupted
 from .options import (
     Device,
     Dtype,
@@ -26,12 +29,9 @@ from .options import (
     say,
     settings_of,
 )
-from .outputs import Outputs
-from .tables import out, show_plan
-from .whole_file import uninterrupted
 
 if TYPE_CHECKING:
-    from .search import Searched
+    from ..search import Searched
 
 
 def search(
@@ -75,14 +75,14 @@ def search(
 
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
-    from .generation import Case
-    from .inputs import check_model, described, load_pipeline, read_prompts
-    from .search import Objective
-    from .search import search_plan as find
-    from .search.asked import check_profile, check_search, profiled_at
-    from .search.elsewhere import Elsewhere
-    from .search.objective import shortfall
-    from .search.prompts import split_cases
+    from ..generation import Case
+    from ..inputs import check_model, described, load_pipeline, read_prompts
+    from ..search import Objective
+    from ..search import search_plan as find
+    from ..search.asked import check_profile, check_search, profiled_at
+    from ..search.elsewhere import Elsewhere
+    from ..search.objective import shortfall
+    from ..search.prompts import split_cases
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
@@ -139,15 +139,15 @@ def search(
 
 def _beside(plan_file: Path) -> tuple[Path, Path]:
     """What a search writes with a plan."""
-    from .plan.storage import tensor_path
-    from .search.front import front_path
+    from ..plan.storage import tensor_path
+    from ..search.front import front_path
 
     return tensor_path(plan_file), front_path(plan_file)
 
 
 def _save(searched: Searched, plan_file: Path, outputs: Outputs, force: bool) -> None:
     """Write the plan and its search's other points, and show it."""
-    from .search.front import front_path, write_front
+    from ..search.front import front_path, write_front
 
     with uninterrupted():  # one plan beside another's front would be wrong
         lies = outputs.write(plan_file, lambda path: searched.plan.save(path, overwrite=force))

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from .generation import GenerationSettings
+    from ..generation import GenerationSettings
 
 err = Console(stderr=True)
 
@@ -45,7 +45,7 @@ def resumable(profile: Path, how: str = "") -> None:
 
 def settings_of(known: dict[str, Any], *given: Any) -> GenerationSettings:
     """Settings of the options, filled up with known ones; ValueError if the size isn't known."""
-    from .generation import GenerationSettings
+    from ..generation import GenerationSettings
 
     names = ("height", "width", "num_frames", "steps", "guidance", "max_sequence_length")
     values = {name: v for name, v in zip(names, given, strict=True) if v is not None}

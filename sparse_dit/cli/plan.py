@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
+from ..outputs import Outputs
+from ..tables import out, show_plan
 from .options import Dtype, Force, Frames, Height, Model, Steps, Text, Width, say
-from .outputs import Outputs
-from .tables import out, show_plan
 
 
 def plan(
@@ -37,8 +37,8 @@ def plan(
 
     Text encoders are loaded and run, on the CPU; the transformer's weights aren't.
     """
-    from .inputs import check_model, load_pipeline
-    from .plan.storage import tensor_path
+    from ..inputs import check_model, load_pipeline
+    from ..plan.storage import tensor_path
 
     sizes = {"--height": height, "--width": width, "--num-frames": num_frames, "--steps": steps}
     sizes["--max-sequence-length"] = max_sequence_length
@@ -50,10 +50,10 @@ def plan(
     outputs = Outputs(replace=force, say=say)
     outputs.expect("--out", plan_file, ".json", beside=lambda path: [tensor_path(path)])
     check_model(model)
-    from .search.starting import check_shares, geometric_plan
+    from ..search.starting import check_shares, geometric_plan
 
     check_shares(density, dense_steps, ("--density", "--dense-steps"))
-    from .weightless import weightless
+    from ..weightless import weightless
 
     pipe = load_pipeline(model, "cpu", dtype, **weightless(model))
     call = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..options import (
+from ..outputs import Outputs
+from ..tables import out, show_frontier, show_quality
+from .options import (
     Device,
     Dtype,
     Force,
@@ -27,8 +29,6 @@ from ..options import (
     say,
     settings_of,
 )
-from ..outputs import Outputs
-from ..tables import out, show_frontier, show_quality
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -82,13 +82,13 @@ def evaluate(
 
     Prompts and settings that are left out are those that the plan was verified with.
     """
+    from ..eval.command import Request, evaluate_plan
+    from ..eval.front import front_beside
+    from ..eval.report_files import FILES
+    from ..eval.sizes import parse_sizes
     from ..generation import Case
     from ..inputs import described, load_pipeline, read_prompts
     from ..plan import Plan
-    from .command import Request, evaluate_plan
-    from .front import front_beside
-    from .report_files import FILES
-    from .sizes import parse_sizes
 
     loaded = Plan.from_pretrained(plan)
     known = loaded.provenance.get("settings") or {}
@@ -151,13 +151,13 @@ def frontier(
 ) -> int:
     """Quality over density: searched plans against the published methods, on held-out prompts."""
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
+    from ..eval.figures import save_figure
+    from ..eval.frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
+    from ..eval.frontier import frontier as measure
+    from ..eval.sizes import parse_sizes
     from ..generation import Case
     from ..inputs import described, load_pipeline, read_prompts
     from ..resources import shipped
-    from .figures import save_figure
-    from .frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
-    from .frontier import frontier as measure
-    from .sizes import parse_sizes
 
     known = {} if model else SETTINGS.to_dict()
     settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ..outputs import Outputs
+from ..tables import out
 from .options import Force, say
-from .outputs import Outputs
-from .tables import out
 
 if TYPE_CHECKING:
-    from .doctor import Checkup, VariantCheckup
+    from ..doctor import Checkup, VariantCheckup
 
 COLUMNS = ("against reference", "4,096 tokens", "SDPA", "density")
 
@@ -25,9 +25,9 @@ def doctor(
     force: Force = False,
 ) -> int:
     """Versions, devices and backends here, and whether they compute what they should."""
-    from .doctor import checkups, devices, packages, variant_checkups
-    from .environment import environment
-    from .whole_file import write_text
+    from ..doctor import checkups, devices, packages, variant_checkups
+    from ..environment import environment
+    from ..whole_file import write_text
 
     outputs = Outputs(replace=force, say=say)
     if json_file is not None:

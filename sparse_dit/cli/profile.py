@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..outputs import MOVED, Outputs
 from .options import (
     Device,
     Dtype,
@@ -29,10 +30,9 @@ from .options import (
     say,
     settings_of,
 )
-from .outputs import MOVED, Outputs
 
 if TYPE_CHECKING:
-    from .generation import Case, GenerationSettings
+    from ..generation import Case, GenerationSettings
 
 PATIENCE = timedelta(days=7)  # processes wait for one another's generations
 
@@ -76,10 +76,10 @@ def profile(
     prompts, other prompts as --held-out, and --profile. Steps are those of the generation: a third of them
     is run, at least 4, unless --profile-steps says how many.
     """
-    from .generation import Case
-    from .inputs import read_prompts
-    from .search.asked import profiled_at
-    from .search.lock import only_writer
+    from ..generation import Case
+    from ..inputs import read_prompts
+    from ..search.asked import profiled_at
+    from ..search.lock import only_writer
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
@@ -105,8 +105,8 @@ def profile(
 
 def _check(job: _Job) -> None:
     """Raise, before a model is loaded, if it can't be profiled so or the file couldn't be written."""
-    from .inputs import described
-    from .search.asked import check_profile, check_search
+    from ..inputs import described
+    from ..search.asked import check_profile, check_search
 
     outputs = Outputs(replace=True, say=say)
     outputs.expect("--out", job.path, again=True)
@@ -158,8 +158,8 @@ def _joined(rank: int, world: int, meeting: str, job: _Job) -> Path:
 
 
 def _share(rank: int, world: int, barrier: Callable[[], object], job: _Job) -> Path:
-    from .inputs import load_pipeline
-    from .search.shares import profile_share
+    from ..inputs import load_pipeline
+    from ..search.shares import profile_share
 
     device = _device(job.device, int(os.environ.get("LOCAL_RANK", rank)))
     return profile_share(

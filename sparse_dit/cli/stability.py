@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..outputs import Outputs
+from ..tables import out
 from .options import (
     Device,
     Dtype,
@@ -24,12 +26,10 @@ from .options import (
     say,
     settings_of,
 )
-from .outputs import Outputs
-from .tables import out
 
 if TYPE_CHECKING:
-    from .eval.stability_file import StabilityRow
-    from .generation import Case
+    from ..eval.stability_file import StabilityRow
+    from ..generation import Case
 
 DRAWN = 2  # held-out prompts, if none are given
 
@@ -66,11 +66,11 @@ def stability(
 
     Prompts that are left out are drawn from those of the embedded model.
     """
-    from .eval.stability import stability as compare
-    from .eval.stability import started
-    from .eval.stability_file import COUNTS, StabilityRequest
-    from .inputs import described, load_pipeline
-    from .search.profiling import profiling_steps
+    from ..eval.stability import stability as compare
+    from ..eval.stability import started
+    from ..eval.stability_file import COUNTS, StabilityRequest
+    from ..inputs import described, load_pipeline
+    from ..search.profiling import profiling_steps
 
     counts = sorted(set(count)) if count else list(COUNTS)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
@@ -99,9 +99,9 @@ def _cases(
     prompt: list[str], prompts: Path | None, held_out: list[str], count: int, seed: int
 ) -> tuple[list[Case], list[Case]]:
     """Calibration and held-out cases: the first ones given, and the others if none are named."""
-    from .eval.draw import all_prompts
-    from .generation import Case
-    from .inputs import read_prompts
+    from ..eval.draw import all_prompts
+    from ..generation import Case
+    from ..inputs import read_prompts
 
     if prompt or prompts:
         texts = read_prompts(prompt, prompts)
@@ -123,7 +123,7 @@ def _cases(
 def _show(rows: list[StabilityRow], density: float) -> None:
     from rich.table import Table
 
-    from .eval.page import decibels
+    from ..eval.page import decibels
 
     table = Table(
         "prompts", "same pattern", "same kind", "near density", "error expected", "held out",

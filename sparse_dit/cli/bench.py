@@ -14,9 +14,9 @@ from ..outputs import Outputs
 from ..tables import out
 
 if TYPE_CHECKING:
-    from .kernel import Conditions
-    from .results import Results
-    from .sweep import Sweep
+    from ..bench.kernel import Conditions
+    from ..bench.results import Results
+    from ..bench.sweep import Sweep
 
 app = typer.Typer(
     help="Measure this machine: how fast sparse attention is.",
@@ -78,7 +78,7 @@ def kernel(
         raise ValueError(f"--quick has its own sizes: leave out {', '.join(given)}")
     conditions = _conditions(clock, threads, rounds, flex)
     names = _backends(backend, quick)
-    from .sweep import Sweep
+    from ..bench.sweep import Sweep
 
     sweep = None
     if not quick:
@@ -87,13 +87,13 @@ def kernel(
             dtype or ["float32"], pattern or ["blocks", "far", "columns"], heads or 2,
         )  # fmt: skip
     if plot_file is not None:
-        from . import plot  # noqa: F401 - a missing matplotlib shows before the measurement
+        from ..bench import plot  # noqa: F401 - a missing matplotlib shows before the measurement
     results = _measured(sweep, names, conditions)
     _print(results)
     if json_file is not None:
         _say(f"wrote {outputs.write(json_file, results.save)}")
     if plot_file is not None:
-        from .plot import save_plot
+        from ..bench.plot import save_plot
 
         _say(f"wrote {outputs.write(plot_file, lambda path: save_plot(results.rows, path))}")
     return outputs.code
@@ -125,12 +125,12 @@ def cost(
     """What heads cost on this machine, as a table that plans can be searched with anywhere."""
     import torch
 
+    from ..bench.cost import CostSweep, cost_table, measure_device
+    from ..bench.measure import num_threads
+    from ..bench.results import load_notes
     from ..inputs import check_device
     from ..search.cost import BUDGETS
     from ..search.device_table import slug
-    from .cost import CostSweep, cost_table, measure_device
-    from .measure import num_threads
-    from .results import load_notes
 
     check_device(device)
     sweep = CostSweep(
@@ -158,8 +158,8 @@ def seam(
     head_dim: Annotated[int, typer.Option(min=1, help="Of the attention to compare with.")] = 64,
 ) -> None:
     """What a patch with a dense plan adds to an attention call, and whether it copies anything."""
-    from .measure import num_threads
-    from .seam import measure_seam
+    from ..bench.measure import num_threads
+    from ..bench.seam import measure_seam
 
     with num_threads(1):
         cost = measure_seam(tokens, heads, head_dim)
@@ -178,8 +178,8 @@ def host(
     rounds: Annotated[int, typer.Option(min=1, help="Times that all calls take turns.")] = 9,
 ) -> None:
     """What a call of the Triton backend takes in Python, with launches that do nothing."""
-    from .host import measure_host
-    from .measure import num_threads
+    from ..bench.host import measure_host
+    from ..bench.measure import num_threads
 
     with num_threads(1):
         costs = measure_host(heads, head_dim, rounds)
@@ -192,9 +192,9 @@ def host(
 def _conditions(clock: str, threads: int | None, rounds: int, flex: bool) -> Conditions:
     import torch
 
-    from .flex import compiled
-    from .kernel import Conditions
-    from .measure import CLOCKS
+    from ..bench.flex import compiled
+    from ..bench.kernel import Conditions
+    from ..bench.measure import CLOCKS
 
     if clock not in CLOCKS:
         raise ValueError(f"--clock must be one of {', '.join(CLOCKS)}, got {clock!r}")
@@ -222,7 +222,7 @@ def _first_that_can(names: Sequence[str]) -> str:
     import torch
 
     from ..attention import BACKENDS
-    from .lists import dense, layout_of
+    from ..bench.lists import dense, layout_of
 
     index, q = dense(layout_of("64"), 1), torch.zeros(1, 1, 64, 64)
     for name in names:
@@ -241,11 +241,11 @@ def _variant(backends: Sequence[str]) -> str | None:
 
 
 def _measured(sweep: Sweep | None, backends: Sequence[str], conditions: Conditions) -> Results:
+    from ..bench.measure import Load, num_threads
+    from ..bench.quick import run_quick, table
+    from ..bench.results import Results
+    from ..bench.sweep import run_sweep
     from ..environment import environment
-    from .measure import Load, num_threads
-    from .quick import run_quick, table
-    from .results import Results
-    from .sweep import run_sweep
 
     with num_threads(conditions.threads):
         if sweep is None:
@@ -271,7 +271,7 @@ def _measured(sweep: Sweep | None, backends: Sequence[str], conditions: Conditio
 
 
 def _print(results: Results) -> None:
-    from .results import quick_tables, rows_table
+    from ..bench.results import quick_tables, rows_table
 
     for table in quick_tables(results.quick) if results.quick else [rows_table(results.rows)]:
         out.print(table)
