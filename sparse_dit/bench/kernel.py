@@ -16,6 +16,7 @@ from ..layout import TokenLayout
 from .flex import Compiled, flex_call
 from .lists import BLOCK, dense
 from .measure import Load, Timing, interleaved, watched
+from .peak import peak_loop
 from .rows import Row, Skipped
 from .truth import check, check_mass
 
@@ -85,6 +86,7 @@ class _Calls:
     runs: dict[tuple[str, int], Callable[[], object]] = field(default_factory=dict)
     errors: dict[tuple[str, int], float] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    peak_flops: int = 0  # operations of a call of "peak"
 
 
 def measure(
@@ -119,7 +121,7 @@ def measure(
             )
     conditions.loads.append(load)
     rows = [
-        _row(size, cases[number], (backend, number), times, calls.errors, conditions)
+        _row(size, cases[number], (backend, number), times, calls, conditions)
         for backend, number in calls.runs
         if backend in BACKENDS
     ]
@@ -140,6 +142,8 @@ def _calls(
         a = torch.randn(GEMM, GEMM, generator=torch.Generator().manual_seed(1))
         calls.runs["sgemm", -1] = lambda: a @ a
         calls.runs["sgemm", -1]()
+        if peak := peak_loop(conditions.threads):
+            calls.peak_flops, calls.runs["peak", -1] = peak(), peak
     calls.runs["sdpa", -1] = lambda: scaled_dot_product_attention(q, k, v)
     check("SDPA", scaled_dot_product_attention(q, k, v), q, k, v, cases[0].index)
     flex = conditions.flex and any(c.flex for c in cases) and conditions.flex(conditions.threads)
@@ -183,7 +187,7 @@ def _row(
     case: Case,
     key: tuple[str, int],
     times: dict[tuple[str, int], Timing],
-    errors: dict[tuple[str, int], float],
+    calls: _Calls,
     conditions: Conditions,
 ) -> Row:
     (backend, number), timing = key, times[key]
@@ -191,7 +195,7 @@ def _row(
     flex = times["flex", number].seconds if ("flex", number) in times else None
     n, density = size.layout.seq_len, case.index.density
     speedup = sdpa / timing.seconds
-    peak = 2e-9 * GEMM**3 / times["sgemm", -1].seconds if ("sgemm", -1) in times else None
+    sgemm, peak = times.get(("sgemm", -1)), times.get(("peak", -1))
     return Row(
         backend, case.pattern, n, size.head_dim, size.heads, size.dtype, conditions.threads, density,
         seconds=timing.seconds,
@@ -203,8 +207,9 @@ def _row(
         dense_efficiency=own / timing.seconds * density,
         flex_speedup=None if flex is None else flex / timing.seconds,
         gflops=4e-9 * n * n * size.head_dim * size.heads * density / timing.seconds,
-        sgemm_gflops=peak,
-        error=errors[key],
+        sgemm_gflops=2e-9 * GEMM**3 / sgemm.seconds if sgemm else None,
+        peak_gflops=1e-9 * calls.peak_flops / peak.seconds if peak else None,
+        error=calls.errors[key],
         samples=timing.samples,
         spread=timing.spread,
         foreign_cores=conditions.loads[-1].foreign_cores,

@@ -203,7 +203,7 @@ struct TaskRun {
         bool more = tiles.next(both[0]);
         if (more && !both[0].pooled) {  // on their way while the queries are packed
             fetch_rows(both[0].k, both[0].n, 0, p.channels * static_cast<int64_t>(sizeof(T)));
-            fetch_rows(both[0].v, both[0].n, 0, p.channels * static_cast<int64_t>(sizeof(T)));
+            if (!SPREAD_FETCH) fetch_rows(both[0].v, both[0].n, 0, p.channels * static_cast<int64_t>(sizeof(T)));
         }
         start_softmax();
         while (more) {

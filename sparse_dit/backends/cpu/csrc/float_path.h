@@ -38,7 +38,7 @@ NOINLINE void score_rows(const void *const *rows, const float *__restrict q, int
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) x[i][n] = MODE == RAW ? set1(0.f) : load(a.neg_max + n * W);
     }
-    if (a.biased)
+    if (!STORE_EARLY || a.biased)
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
