@@ -141,6 +141,15 @@ def test_every_library_has_the_portable_variant():
 
 
 @needs_library
+def test_multiply_adds_of_every_variant_are_counted():
+    opened = library.Library(library.FILE)
+    for name in opened.runnable:
+        opened.use_variant(name)
+        one = opened.multiply_adds(1)
+        assert one >= 2 * 4 * 12 and opened.multiply_adds(1000) == 1000 * one
+
+
+@needs_library
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is loaded")
 def test_one_openmp_library_is_loaded():
     code = """

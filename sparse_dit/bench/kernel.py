@@ -17,6 +17,7 @@ from ..layout import TokenLayout
 from .flex import Compiled, flex_call
 from .lists import BLOCK, dense
 from .measure import Load, Timing, interleaved, watched
+from .peak import peak_loop
 from .rows import Row, Skipped
 from .truth import check, check_mass
 
@@ -94,6 +95,7 @@ class _Key(NamedTuple):
 
 
 SGEMM = _Key("sgemm", -1, backend=False)
+PEAK = _Key("peak", -1, backend=False)
 SDPA = _Key("SDPA", -1, backend=False)
 
 
@@ -109,6 +111,7 @@ class _Calls:
     runs: dict[_Key, Callable[[], object]] = field(default_factory=dict)
     errors: dict[_Key, float] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    peak_flops: int = 0  # operations of a call of "peak"
 
 
 def measure(
@@ -143,7 +146,7 @@ def measure(
             )
     conditions.loads.append(load)
     rows = [
-        _row(size, cases[key.case], key, times, calls.errors, conditions)
+        _row(size, cases[key.case], key, times, calls, conditions)
         for key in calls.runs
         if key.backend
     ]
@@ -164,6 +167,8 @@ def _calls(
         a = torch.randn(GEMM, GEMM, generator=torch.Generator().manual_seed(1))
         calls.runs[SGEMM] = lambda: a @ a
         calls.runs[SGEMM]()
+        if peak := peak_loop(conditions.threads):
+            calls.peak_flops, calls.runs[PEAK] = peak(), peak
     calls.runs[SDPA] = lambda: scaled_dot_product_attention(q, k, v)
     check("SDPA", scaled_dot_product_attention(q, k, v), q, k, v, cases[0].index)
     flex = conditions.flex and any(c.flex for c in cases) and conditions.flex(conditions.threads)
@@ -208,7 +213,7 @@ def _row(
     case: Case,
     key: _Key,
     times: dict[_Key, Timing],
-    errors: dict[_Key, float],
+    calls: _Calls,
     conditions: Conditions,
 ) -> Row:
     timing = times[key]
@@ -216,7 +221,7 @@ def _row(
     flex = times[_flex(key.case)].seconds if _flex(key.case) in times else None
     n, density = size.layout.seq_len, case.index.density
     speedup = sdpa / timing.seconds
-    peak = 2e-9 * GEMM**3 / times[SGEMM].seconds if SGEMM in times else None
+    sgemm, peak = times.get(SGEMM), times.get(PEAK)
     return Row(
         key.who, case.pattern, n, size.head_dim, size.heads, size.dtype, conditions.threads, density,
         seconds=timing.seconds,
@@ -228,8 +233,9 @@ def _row(
         dense_efficiency=own / timing.seconds * density,
         flex_speedup=None if flex is None else flex / timing.seconds,
         gflops=4e-9 * n * n * size.head_dim * size.heads * density / timing.seconds,
-        sgemm_gflops=peak,
-        error=errors[key],
+        sgemm_gflops=2e-9 * GEMM**3 / sgemm.seconds if sgemm else None,
+        peak_gflops=1e-9 * calls.peak_flops / peak.seconds if peak else None,
+        error=calls.errors[key],
         samples=timing.samples,
         spread=timing.spread,
         foreign_cores=conditions.loads[-1].foreign_cores,

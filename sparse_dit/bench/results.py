@@ -57,6 +57,13 @@ class Results:
             for row in self.rows
             if row.pattern == "dense" and row.sgemm_gflops
         ]
+        lines += [
+            f"{row.backend}, {row.pattern}, {row.tokens} tokens, head_dim {row.head_dim}, density "
+            f"{row.density:.2%}: {row.gflops / row.peak_gflops:.0%} of the multiply-add peak of "
+            f"{self.variant}, {row.threads} thread{'s' * (row.threads > 1)} ({row.peak_gflops:.0f} GFLOPS)"
+            for row in self.rows
+            if row.backend == "cpu" and row.peak_gflops
+        ]
         if self.variant:
             lines.append(f"native kernel: {self.variant}")
         lines += load_notes(self.foreign_cores, "use --clock cpu" if self.clock != "cpu" else None)

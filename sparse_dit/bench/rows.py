@@ -27,6 +27,8 @@ class Row:
         gflops: Of the two products of attention, `4 * N * M * D * H * density / seconds`, in 1e9.
         sgemm_gflops: torch's float32 matrix product of 2048 x 2048 in the same rounds; None for other
             dtypes.
+        peak_gflops: What the same threads do of float32 multiply-adds on registers alone, with the vectors
+            of the native kernel's variant, in the same rounds; None for other dtypes, or without the kernel.
         error: Relative L2 error of sampled rows against float64.
         samples, spread: Of `seconds`: how many, and the distance of their quartiles over the median.
         foreign_cores: Mean number of cores that others used meanwhile; None if that isn't known.
@@ -50,6 +52,7 @@ class Row:
     flex_speedup: float | None
     gflops: float
     sgemm_gflops: float | None
+    peak_gflops: float | None
     error: float
     samples: int
     spread: float

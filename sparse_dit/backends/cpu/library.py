@@ -59,6 +59,9 @@ class Library:
             )
         self._attend = _function(dll.sparse_dit_attend, ctypes.c_int64, ctypes.c_char_p)
         self._error = _function(dll.sparse_dit_error, ctypes.c_char_p, ctypes.c_int64)
+        self._multiply_adds = _function(
+            dll.sparse_dit_multiply_adds, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
+        )
         runs = _function(dll.sparse_dit_runs, ctypes.c_int64, ctypes.c_int64)
         names = _function(dll.sparse_dit_variants, ctypes.c_char_p)().decode()
         self.variants = tuple(names.split())
@@ -87,6 +90,14 @@ class Library:
                 f"{', '.join(self.runnable)}, or unset"
             )
         self.variant = -1 if name is None else self.variants.index(name)
+
+    def multiply_adds(self, turns: int) -> int:
+        """Run float32 multiply-adds on registers alone, with the vectors of the running variant.
+
+        Returns:
+            The number of floating-point operations: over the time, the peak of one thread.
+        """
+        return self._multiply_adds(self.variant, turns)
 
     def attend(self, problem: bytes) -> None:
         """Run a packed `Problem`. Releases the GIL; what it points to must stay alive meanwhile.

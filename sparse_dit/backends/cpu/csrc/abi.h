@@ -84,6 +84,9 @@ const char *sparse_dit_error(int64_t status);
 const char *sparse_dit_variants();
 // Whether this machine runs a variant (its place in the list above): 1 or 0.
 int64_t sparse_dit_runs(int64_t variant);
+// Runs `turns` of independent float32 multiply-adds on this thread, with a variant's vectors or, for -1, those
+// of the best that runs here; the number of floating-point operations, 0 if the variant doesn't run.
+int64_t sparse_dit_multiply_adds(int64_t variant, int64_t turns);
 // Run in the thread pool that `GOMP_parallel` of an OpenMP library belongs to; null for own threads.
 void sparse_dit_use_gomp(void *gomp_parallel);
 }

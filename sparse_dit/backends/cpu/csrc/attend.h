@@ -1,6 +1,7 @@
 // One task: the rows of a query group against the keys that it sees, with an online softmax.
 
 constexpr float BOUND = 16.f;             // exp(logit) in [2^-16, 2^16] needs no maximum
+constexpr float UNCLAMPED = 126.f;        // exp2 of no more than this, either sign, needs no clamps
 constexpr float RESCALE = 65536.f;        // a tile with larger sums moves the maximum
 
 constexpr int SEED_KEYS = 4;              // whose largest logit is a first maximum
@@ -65,6 +66,7 @@ struct TaskRun {
     Panel panels[MAX_ROWS / W]{};
     int num_panels = 0;
     bool bounded = false, by_lse = false;
+    bool clamped = true;  // whether a logit minus a maximum may be out of the range of exp2
     const T *q = nullptr, *k = nullptr, *v = nullptr;
     T *out = nullptr;
     int64_t kv_head = 0, num_blocks = 0;
@@ -157,6 +159,7 @@ struct TaskRun {
         const float far = pattern.cells ? 31.f : 0.f;
         const float largest = q_norm * k_norm * __builtin_fabsf(static_cast<float>(p.scale)) * LOG2E;
         bounded = !by_lse && largest + far <= BOUND;
+        clamped = by_lse || !(2 * largest + far <= UNCLAMPED);
         const int lanes = rounded_rows();
         __builtin_memset(w.o, 0, static_cast<size_t>(lanes * d) * 4);
         __builtin_memset(w.sum, 0, static_cast<size_t>(lanes) * 4);
@@ -199,8 +202,8 @@ struct TaskRun {
         int now = 0;
         bool more = tiles.next(both[0]);
         if (more && !both[0].pooled) {  // on their way while the queries are packed
-            fetch_rows(both[0].k, both[0].n, p.channels * static_cast<int64_t>(sizeof(T)));
-            fetch_rows(both[0].v, both[0].n, p.channels * static_cast<int64_t>(sizeof(T)));
+            fetch_rows(both[0].k, both[0].n, 0, p.channels * static_cast<int64_t>(sizeof(T)));
+            if (!SPREAD_FETCH) fetch_rows(both[0].v, both[0].n, 0, p.channels * static_cast<int64_t>(sizeof(T)));
         }
         start_softmax();
         while (more) {
@@ -213,7 +216,7 @@ struct TaskRun {
     void compute(const Tile &tile, const Tile *next) {
         const Problem &p = call.problem;
         const void *const *rows_k = tile.k, *const *rows_v = tile.v;
-        const void *staged_k[BN] = {}, *staged_v[BN] = {};
+        const void *staged_k[BN], *staged_v[BN];
         if (Path::stage_k(tile, p.k_strides, p.channels, w.staged_k, staged_k)) rows_k = staged_k;
         if (!by_lse && Path::stage_v(tile, p.v_strides, p.channels, w.staged_v, staged_v))
             rows_v = staged_v;
@@ -221,12 +224,21 @@ struct TaskRun {
         Scores a{};
         a.bias = tile.bias;
         a.token = tile.token;
-        a.next_bytes = p.channels * static_cast<int64_t>(sizeof(T));
+        a.biased = tile.pooled;
+        a.next_k = fetch ? next->k : nullptr;
+        a.next_v = fetch ? next->v : nullptr;
+        a.next_last = p.channels * static_cast<int64_t>(sizeof(T));
+        const int64_t lines = (a.next_last + 63) / 64;
         a.scale = static_cast<float>(p.scale) * LOG2E;
         a.parts = tile.pooled ? Path::POOLED_PARTS : 1;
         for (int i = 0; i < num_panels; i++) {
-            a.next_k = fetch && i == 0 ? next->k : nullptr;
-            a.next_v = fetch && i == num_panels - 1 ? next->v : nullptr;
+            if (SPREAD_FETCH) {  // each panel its share of the lines
+                a.next_first = lines * i / num_panels * 64;
+                a.next_last = lines * (i + 1) / num_panels * 64;
+            } else {
+                a.next_k = fetch && i == 0 ? next->k : nullptr;
+                a.next_v = fetch && i == num_panels - 1 ? next->v : nullptr;
+            }
             if (panels[i].vectors == FULL)
                 step<FULL>(tile, rows_k, rows_v, panels[i], a);
             else if (panels[i].vectors == NARROW)
@@ -252,7 +264,7 @@ struct TaskRun {
             for (int n = 0; n < NV; n++) store(w.stat + n * W, set1(0.f));
             if (tile.masked)
                 Path::template scores<NV, SAFE, true>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
-            else if (bounded)
+            else if (!clamped)
                 Path::template scores<NV, BOUNDED, false>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
             else
                 Path::template scores<NV, SAFE, false>(tile, rows_k, tile.n, queries, d, w.s, w.p, a);
@@ -268,7 +280,7 @@ struct TaskRun {
         if (by_lse) return;
         const void *finite[BN];
         if (tile.masked) rows_v = without_nonfinite<NV>(tile, rows_v, finite, panel, o);
-        Path::template values<NV>(tile, rows_v, w.p, d, o);
+        Path::template values<NV>(tile, rows_v, w.p, d, o, a);
     }
 
     // Takes the maximum of a few keys for that of all, which the sums then confirm or don't.

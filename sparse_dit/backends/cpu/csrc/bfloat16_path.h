@@ -33,8 +33,8 @@ NOINLINE void score_pairs(const void *const *rows, const uint32_t *__restrict q,
                           float *__restrict s, uint32_t *__restrict p, const Scores &a, int j) {
     const BFloat16 *k[M];
     V x[M][NV];
-    if (a.next_k) fetch_rows(a.next_k + j, M, a.next_bytes);
-    if (a.next_v) fetch_rows(a.next_v + j, M, a.next_bytes);
+    if (a.next_k) fetch_rows(a.next_k + j, M, a.next_first, a.next_last);
+    if (a.next_v) fetch_rows(a.next_v + j, M, a.next_first, a.next_last);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
         k[i] = static_cast<const BFloat16 *>(rows[j + i]);
@@ -66,7 +66,7 @@ NOINLINE void score_pairs(const void *const *rows, const uint32_t *__restrict q,
             if (MODE != RAW) shift += load(a.neg_max + n * W);
             x[i][n] = fma(x[i][n], scale, shift);
         }
-    finish_scores<M, NV, MODE, MASK>(x, a, j);
+    finish_scores<M, NV, MODE, MASK, false>(x, a, j, nullptr);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
@@ -239,7 +239,7 @@ struct BFloat16Path {
 
     template <int NV>
     static INLINE void values(const Tile &tile, const void *const *rows, const uint32_t *p,
-                              int64_t channels, float *o) {
+                              int64_t channels, float *o, const Scores &) {
         constexpr int M = VALUE_COLUMNS<NV>;
         const int pairs = (tile.n + 1) / 2;
         for (int64_t d = 0; d < channels; d += M) value_pairs<M, NV>(rows, d, p, pairs, o);

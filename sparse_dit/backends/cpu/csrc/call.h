@@ -62,6 +62,8 @@ struct Variant {
     void (*pool)(const Call &call, int64_t batch, int64_t kv_head, const Pattern &pattern,
                  const Pooled &pooled, int64_t first, int64_t last);
     void (*attend)(const Call &call, const Task &task, void *scratch);
+    // Multiply-adds on registers alone, as fast as this machine has them; how many operations that were.
+    int64_t (*multiply_adds)(int64_t turns);
 };
 
 // Compiled variants, best first, up to one whose name is null.

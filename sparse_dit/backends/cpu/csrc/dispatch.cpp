@@ -300,3 +300,8 @@ int64_t sparse_dit_runs(int64_t variant) {
         if (place == variant) return (*v)->runs();
     return 0;
 }
+
+int64_t sparse_dit_multiply_adds(int64_t variant, int64_t turns) {
+    const auto *chosen = sparse_dit::choose(variant);
+    return chosen ? chosen->multiply_adds(turns) : 0;
+}

@@ -11,6 +11,11 @@ template <int NV>
 constexpr int SCORE_ROWS = NV == 4 ? 4 : 8;
 template <int NV>
 constexpr int VALUE_COLUMNS = SCORE_ROWS<NV>;
+#elif defined(__AVX2__)
+template <int NV>
+constexpr int SCORE_ROWS = NV == 2 ? 6 : 8;
+template <int NV>
+constexpr int VALUE_COLUMNS = SCORE_ROWS<NV>;
 #else
 template <int NV>
 constexpr int SCORE_ROWS = NV == 2 ? 4 : 8;
@@ -18,25 +23,29 @@ template <int NV>
 constexpr int VALUE_COLUMNS = SCORE_ROWS<NV>;
 #endif
 
+constexpr int UNROLL = STORE_EARLY ? 2 : 4;  // channels in a turn of the loop; with more, GCC spills sums
+
 template <int M, int NV, int MODE, bool MASK>
 NOINLINE void score_rows(const void *const *rows, const float *__restrict q, int64_t channels,
                          float *__restrict s, const Scores &a, int j) {
     const float *k[M];
     V x[M][NV];
-    if (a.next_k) fetch_rows(a.next_k + j, M, a.next_bytes);
-    if (a.next_v) fetch_rows(a.next_v + j, M, a.next_bytes);
+    if (a.next_k) fetch_rows(a.next_k + j, M, a.next_first, a.next_last);
+    if (!SPREAD_FETCH && a.next_v) fetch_rows(a.next_v + j, M, a.next_first, a.next_last);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
         k[i] = static_cast<const float *>(rows[j + i]);
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) {
-            x[i][n] = set1(a.bias[j + i]);
-            if (MODE != RAW) x[i][n] += load(a.neg_max + n * W);
-        }
+        for (int n = 0; n < NV; n++) x[i][n] = MODE == RAW ? set1(0.f) : load(a.neg_max + n * W);
     }
-    for (int64_t d = 0; d < channels; d += 4)
+    if (!STORE_EARLY || a.biased)
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; u++, q += NV * W) {
+            for (int n = 0; n < NV; n++) x[i][n] += set1(a.bias[j + i]);
+    for (int64_t d = 0; d < channels; d += UNROLL)
+#pragma GCC unroll 4
+        for (int u = 0; u < UNROLL; u++, q += NV * W) {
             V b[NV];
 #pragma GCC unroll 4
             for (int n = 0; n < NV; n++) b[n] = load(q + n * W);
@@ -47,7 +56,8 @@ NOINLINE void score_rows(const void *const *rows, const float *__restrict q, int
                 for (int n = 0; n < NV; n++) x[i][n] = fma(y, b[n], x[i][n]);
             }
         }
-    finish_scores<M, NV, MODE, MASK>(x, a, j);
+    finish_scores<M, NV, MODE, MASK, STORE_EARLY>(x, a, j, s + int64_t{j} * NV * W);
+    if (STORE_EARLY) return;
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
@@ -159,9 +169,19 @@ struct FloatPath {
 
     template <int NV>
     static INLINE void values(const Tile &tile, const void *const *rows, const float *p, int64_t channels,
-                              float *o) {
-        constexpr int M = VALUE_COLUMNS<NV>;  // 4 or 8, and so is what divides the channels
-        for (int64_t d = 0; d < channels; d += M) value_columns<M, NV>(rows, d, p, tile.n, o);
+                              float *o, const Scores &a) {
+        constexpr int M = VALUE_COLUMNS<NV>;  // 4, 6 or 8; what is left of a multiple of 8, after 6: 4 or 8
+        const int64_t left = M == 6 ? (channels % 6 == 2 ? 8 : channels % 6) : 0;
+        int64_t d = 0;
+        if (SPREAD_FETCH && a.next_v) {
+            const int each = channels < 96 ? 8 : 4;  // rows a turn, so that there are turns for all of BN
+            for (int j = 0; j < BN && d < channels - left; j += each, d += M) {
+                fetch_rows(a.next_v + j, each, a.next_first, a.next_last);
+                value_columns<M, NV>(rows, d, p, tile.n, o);
+            }
+        }
+        for (; d < channels - left; d += M) value_columns<M, NV>(rows, d, p, tile.n, o);
+        for (; d < channels; d += 4) value_columns<4, NV>(rows, d, p, tile.n, o);
     }
 
     static float weight(const float *p, int j, int lane, int lanes) { return p[j * lanes + lane]; }

@@ -13,13 +13,18 @@ constexpr int FULL = 2;
 constexpr int NARROW = W < 8 ? 2 : 1;  // vectors of the narrowest panel, which holds 8 rows or more
 constexpr int LANES = FULL * W;
 
+// AVX2 has registers for the sums and little else: results are stored as soon as they are there. And it
+// asks for the next tile's rows bit by bit, as its narrow panels leave time for it: all at once they would
+// hold up the loads of this tile.
+constexpr bool STORE_EARLY = W == 8, SPREAD_FETCH = W == 8;
+
 constexpr int PAD = 16;  // floats after a staged row, so that rows fall into different sets of the cache
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float INF = __builtin_inff();
 
 // RAW stores logits and their maximum; the others store exp2(logit - maximum) and the sums.
-// BOUNDED knows that no logit is far from 0, and needs neither a maximum nor clamps.
+// BOUNDED knows that a logit minus its maximum lies in the range of exp2, and needs no clamps.
 enum Mode { RAW, BOUNDED, SAFE };
 
 // What scores need beside K and Q. Arrays of lanes belong to the panel, arrays of keys to the tile.
@@ -30,19 +35,20 @@ struct Scores {
     const float *bias;       // [n]
     const int32_t *token;    // [n]
     const void *const *next_k, *const *next_v;  // [n] rows of the next tile, to be fetched; or null
-    int64_t next_bytes;      // of such a row
+    int64_t next_first, next_last;  // bytes of such a row to be fetched
+    bool biased;             // whether some bias isn't 0
     float scale;             // of logits, where it isn't in the queries already
     int parts;               // rows of K that add up to one, behind each other
 };
 
-INLINE void fetch_rows(const void *const *rows, int count, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64)
+INLINE void fetch_rows(const void *const *rows, int count, int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; at += 64)
         for (int i = 0; i < count; i++) prefetch(static_cast<const char *>(rows[i]) + at);
 }
 
-// Turns logits of M keys into what is stored, and keeps the statistics.
-template <int M, int NV, int MODE, bool MASK>
-INLINE void finish_scores(V (&x)[M][NV], const Scores &a, int j) {
+// Turns logits of M keys into what is stored, and keeps the statistics. With EARLY, stores it to `s`.
+template <int M, int NV, int MODE, bool MASK, bool EARLY>
+INLINE void finish_scores(V (&x)[M][NV], const Scores &a, int j, float *s) {
     V stat[NV];
     VI limit[NV];
     for (int n = 0; n < NV; n++) {
@@ -60,6 +66,7 @@ INLINE void finish_scores(V (&x)[M][NV], const Scores &a, int j) {
                 x[i][n] = (V)((seen & (VI)x[i][n]) | (~seen & (VI)hidden));
             }
             stat[n] = MODE == RAW ? max_or_second(x[i][n], stat[n]) : stat[n] + x[i][n];
+            if (EARLY) store(s + (i * NV + n) * W, x[i][n]);
         }
     for (int n = 0; n < NV; n++) store(a.stat + n * W, stat[n]);
 }

@@ -52,9 +52,37 @@ struct Tiles {
             if (stop > end) stop = end;
         }
         if (stop - start > BN - tile.n) stop = start + BN - tile.n;
+        if (pattern.k_order)
+            take_ordered(tile, start, stop);
+        else
+            take_range(tile, start, stop);
+        at += static_cast<int32_t>(stop - start);
+        if (at == pattern.runs[2 * run + 1]) {
+            run++;
+            at = 0;
+        }
+        return true;
+    }
+
+    // Takes tokens that lie side by side.
+    INLINE void take_range(Tile &tile, int64_t start, int64_t stop) {
+        if (stop > valid) stop = valid;
+        if (stop > highest + 1) stop = highest + 1;
+        if (stop <= start) return;
+        const int n = tile.n, count = static_cast<int>(stop - start);
+        const char *const first_k = k + start * k_step, *const first_v = v + start * v_step;
+        for (int i = 0; i < count; i++) tile.k[n + i] = first_k + i * k_step;
+        for (int i = 0; i < count; i++) tile.v[n + i] = first_v + i * v_step;
+        for (int i = 0; i < count; i++) tile.bias[n + i] = 0;
+        for (int i = 0; i < count; i++) tile.token[n + i] = static_cast<int32_t>(start) + i;
+        tile.masked |= stop - 1 > lowest;
+        tile.n = n + count;
+    }
+
+    INLINE void take_ordered(Tile &tile, int64_t start, int64_t stop) {
         int n = tile.n;
         for (int64_t position = start; position < stop; position++) {
-            const int64_t token = pattern.k_order ? pattern.k_order[position] : position;
+            const int64_t token = pattern.k_order[position];
             if (token >= valid || token > highest) continue;
             tile.k[n] = k + token * k_step;
             tile.v[n] = v + token * v_step;
@@ -64,12 +92,6 @@ struct Tiles {
             n++;
         }
         tile.n = n;
-        at += static_cast<int32_t>(stop - start);
-        if (at == pattern.runs[2 * run + 1]) {
-            run++;
-            at = 0;
-        }
-        return true;
     }
 
     INLINE void take_cells(Tile &tile) {

@@ -118,6 +118,25 @@ void attend(const Call &call, const Task &task, void *scratch) {
     }
 }
 
+// Independent sums, enough to hide the latency of each.
+int64_t multiply_adds(int64_t turns) {
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+    constexpr int SUMS = 24;
+#else
+    constexpr int SUMS = 12;
+#endif
+    V sums[SUMS];
+    for (int i = 0; i < SUMS; i++) sums[i] = set1(static_cast<float>(i));
+    const V factor = set1(0.999f), addend = set1(0.001f);
+    for (int64_t turn = 0; turn < turns; turn++)
+#pragma GCC unroll 24
+        for (int i = 0; i < SUMS; i++) sums[i] = fma(sums[i], factor, addend);
+    for (int i = 1; i < SUMS; i++) sums[0] += sums[i];
+    volatile float kept = lane_sum(sums[0]);  // so that the loop isn't left out
+    static_cast<void>(kept);
+    return turns * SUMS * W * 2;
+}
+
 }  // namespace
 }  // namespace SPARSE_DIT_VARIANT
 }  // namespace sparse_dit

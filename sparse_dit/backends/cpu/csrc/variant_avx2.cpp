@@ -11,5 +11,6 @@ const Variant AVX2 = {"avx2",
                           return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                                  __builtin_cpu_supports("f16c");
                       },
-                      avx2::scratch_bytes, avx2::key_norm, avx2::pool, avx2::attend};
+                      avx2::scratch_bytes, avx2::key_norm, avx2::pool, avx2::attend,
+                      avx2::multiply_adds};
 }  // namespace sparse_dit

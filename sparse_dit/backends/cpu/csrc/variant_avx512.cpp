@@ -14,5 +14,6 @@ const Variant AVX512 = {"avx512",
                                    __builtin_cpu_supports("avx512vl") &&
                                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
                         },
-                        avx512::scratch_bytes, avx512::key_norm, avx512::pool, avx512::attend};
+                        avx512::scratch_bytes, avx512::key_norm, avx512::pool, avx512::attend,
+                        avx512::multiply_adds};
 }  // namespace sparse_dit

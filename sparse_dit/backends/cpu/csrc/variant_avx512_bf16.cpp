@@ -15,5 +15,6 @@ const Variant AVX512_BF16 = {
                __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma") &&
                __builtin_cpu_supports("f16c");
     },
-    avx512_bf16::scratch_bytes, avx512_bf16::key_norm, avx512_bf16::pool, avx512_bf16::attend};
+    avx512_bf16::scratch_bytes, avx512_bf16::key_norm, avx512_bf16::pool, avx512_bf16::attend,
+    avx512_bf16::multiply_adds};
 }  // namespace sparse_dit

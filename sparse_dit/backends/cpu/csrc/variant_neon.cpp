@@ -7,5 +7,5 @@
 namespace sparse_dit {
 extern const Variant NEON;
 const Variant NEON = {"neon",          [] { return true; }, neon::scratch_bytes,
-                      neon::key_norm, neon::pool,          neon::attend};
+                      neon::key_norm, neon::pool,          neon::attend, neon::multiply_adds};
 }  // namespace sparse_dit
