@@ -6,6 +6,7 @@ import sparse_dit
 from sparse_dit.generation import generate
 from sparse_dit.plan import Plan
 from sparse_dit.search import engine, pricing
+from sparse_dit.search.cells import sampled_rows
 from sparse_dit.search.cost import CostTable
 
 
@@ -32,3 +33,8 @@ def accounts(pipe, plan, case, settings, folder):
         ran = handle.ran
     assert np.isfinite(video).all() and video.shape == dense.shape
     return ran
+
+
+def cell_sums(q, k, v, rows, table, scale, valid):
+    """The sampled rows of one head, evaluated exactly and summed by the cells of `table`."""
+    return sampled_rows(q, k, v, rows, scale, valid).by_cells(table)

@@ -11,7 +11,7 @@ from sparse_dit.bench.measure import Timing
 from sparse_dit.eval import teacher
 from sparse_dit.eval.command import seam_overhead
 from sparse_dit.eval.quality import evaluate
-from sparse_dit.eval.runs import dense_references, noise_floor_video, record
+from sparse_dit.eval.runs import noise_floor_video, record
 from sparse_dit.eval.teacher import _decode, _encode, dense_predictions, teacher_forced
 from sparse_dit.generation import Case, GenerationSettings, generate
 from sparse_dit.integrations.diffusers import attachment_of
@@ -58,7 +58,7 @@ def test_a_sparse_plan_is_not(pipe):
 
 
 def test_references_save_the_dense_runs(pipe):
-    references = dense_references(pipe, CASES, SETTINGS)
+    references = [record(pipe, case, SETTINGS) for case in CASES]
     plan = uniform_plan(pipe, WINDOW, LAYOUT)
     again = evaluate(pipe, plan, CASES, SETTINGS, references=references, noise_cases=0)
     fresh = evaluate(pipe, plan, CASES, SETTINGS, noise_cases=0, warm_up=False)
@@ -73,7 +73,7 @@ def test_references_save_the_dense_runs(pipe):
 def test_a_nan_is_reported(pipe):
     broken = wan()[0]
     plan = uniform_plan(broken, WINDOW, LAYOUT)
-    references = dense_references(broken, CASES[:1], SETTINGS)
+    references = [record(broken, CASES[0], SETTINGS)]
     with torch.no_grad():
         broken.transformer.proj_out.bias.fill_(math.nan)
     quality = evaluate(broken, plan, CASES[:1], SETTINGS, references=references, noise_cases=0)

@@ -11,10 +11,11 @@ from sparse_dit.index import build_index
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import Pattern, Stencil, Vertical, Window
 from sparse_dit.search.candidates import DENSE, all_candidates, fixed, found, tilings
-from sparse_dit.search.cells import cell_sums, cell_table, sample_rows, sampled_rows
+from sparse_dit.search.cells import cell_table, sample_rows, sampled_rows
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.seen import density, seen_tiles
 from sparse_dit.search.statistics import discover, empty_statistics, score_all
+from tests.search_cases import cell_sums
 
 LAYOUT = TokenLayout.video(8, 16, 16, text_after=4)
 CUBE = (4, 4, 4)

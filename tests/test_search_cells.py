@@ -12,11 +12,12 @@ from sparse_dit.index import build_index, pattern_index
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Blocks, Pattern, Stencil
 from sparse_dit.search.candidates import DENSE, fixed
-from sparse_dit.search.cells import cell_sums, cell_table, sample_rows, sampled_rows
+from sparse_dit.search.cells import cell_table, sample_rows, sampled_rows
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.seen import density, seen_tiles
 from sparse_dit.search.statistics import score_all
 from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.search_cases import cell_sums
 
 VIDEOS = [layout for layout in LAYOUTS if layout.num_video]
 TILES = [(2, 2, 2), (4, 4, 4), (1, 2, 3), (None, 1, 2)]

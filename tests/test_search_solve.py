@@ -12,7 +12,7 @@ from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.plan import Stage
 from sparse_dit.search import Objective
 from sparse_dit.search.candidates import tilings
-from sparse_dit.search.cells import cell_sums, cell_table, sample_rows
+from sparse_dit.search.cells import cell_table, sample_rows
 from sparse_dit.search.cost import CostTable, break_even_tokens, measure_cost, rising
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.seen import density
@@ -28,6 +28,7 @@ from sparse_dit.search.solve import (
     stages_of,
 )
 from sparse_dit.search.statistics import discover, empty_statistics
+from tests.search_cases import cell_sums
 
 PATTERNS = (Pattern(Dense()), Pattern(Skip()), Pattern(Window(0)), Pattern(Window(1), far=True))
 LAYOUT = TokenLayout.video(8, 16, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +36,6 @@ class Recorded:
     video: np.ndarray
     latents: list[Tensor]
     taken: Taken
-
-
-def dense_references(
-    pipe: Any, cases: Iterable[Case], settings: GenerationSettings
-) -> list[Recorded]:
-    """Dense generations of all cases, for `evaluate(..., references=...)`."""
-    return [record(pipe, case, settings) for case in cases]
 
 
 def record(pipe: Any, case: Case, settings: GenerationSettings) -> Recorded:

@@ -244,13 +244,6 @@ def sampled_rows(
     return SampledRows(p.div_(total), largest + total.log(), queries, keys, values, rows)
 
 
-def cell_sums(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, table: CellTable, scale: float, valid: int
-) -> CellSums:
-    """Evaluate the sampled rows of one head exactly and sum by cells; see `sampled_rows`."""
-    return sampled_rows(q, k, v, rows, scale, valid).by_cells(table)
-
-
 def sample_rows(layout: TokenLayout, count: int, generator: torch.Generator) -> Tensor:
     """`count` video tokens, stratified over the video: one at random from each of equal stretches
     of a blockwise order, so that frames, rows and columns are all spread over. int64 `[R]`, sorted.
