@@ -40,7 +40,7 @@ class Outputs:
         """Check that `path` can be written; nothing is left behind.
 
         Args:
-            option: That names it, as typed.
+            option: The option that names it, as typed.
             path: A file.
             endings: One of them must be its own; any will do if there are none.
             beside: Gives the files that are written with one at a path.
@@ -118,10 +118,10 @@ def check_writable(path: Path, name: str) -> None:
 
     Args:
         path: Its folder needn't be there.
-        name: Of the option or argument, for the message.
+        name: The option or argument that gives the path, for the message.
 
     Raises:
-        ValueError, OSError: In one line.
+        ValueError, OSError: If the file can't be made, with a message of one line.
     """
     try:
         if os.path.lexists(path) and not path.is_file() and not path.is_symlink():

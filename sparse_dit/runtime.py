@@ -28,8 +28,8 @@ NOT_COVERED = "noise level or branch not in the plan"
 ALL_DENSE = "every head dense in the plan"
 ALL_SEEN = "at this size the plan's patterns cover everything"
 PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE, ALL_SEEN}
-NOT_TOLD = (
-    "the plan has stages for one guidance branch each, and this forward is of both, or unnamed "
+UNKNOWN_BRANCH = (
+    "each stage of the plan is for one guidance branch, and this forward computes both or names none "
     '(in a loop of your own: with transformer.cache_context("cond"))'
 )
 
@@ -39,11 +39,11 @@ class Ran:
     """How often one layer ran one way.
 
     Args:
-        layer: Module path.
+        layer: The module path of the layer.
         stage: Number of the plan's stage; None if none applied.
         dense_because: Why stock attention ran; None if sparse attention did.
         backend: Name of the backend that sparse attention ran on; None for stock attention.
-        calls: Attention calls.
+        calls: How many attention calls did.
         computed: Query-key pairs that were computed (a pooled key counts as one).
         pairs: Query-key pairs that dense attention would have computed.
         tokens: Length of the sequence.
@@ -105,7 +105,7 @@ class Runtime:
             self._reuse.forget()
 
     def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
-        """As the plan says for the stage, but nothing for the heads `skipped`, `[B, N, H, D]`."""
+        """Attention as the plan says for the stage, `[B, N, H, D]`; the heads `skipped` aren't computed."""
         index = self._index(call, stage, skipped)
         if index.is_dense:
             heads = self.plan.layers[call.layer][stage]
@@ -147,8 +147,10 @@ class Runtime:
         if stage is not None:
             return None
         sigma, branch = call.context.sigma, call.context.branch
-        told = branch != "any" or all(self.plan.stage(sigma, b) is None for b in ("cond", "uncond"))
-        return NOT_COVERED if told else NOT_TOLD
+        named = branch != "any" or all(
+            self.plan.stage(sigma, b) is None for b in ("cond", "uncond")
+        )
+        return NOT_COVERED if named else UNKNOWN_BRANCH
 
     def _forced_dense(self, call: AttentionCall) -> str | None:
         """Why the plan can't be followed in this call; None if it can."""

@@ -30,8 +30,8 @@ class Size:
     """Tensors of a measurement: `[1, heads, layout.seq_len, head_dim]`, contiguous.
 
     Args:
-        layout: Tokens.
-        heads, head_dim: Of queries, keys and values alike.
+        layout: The tokens of the sequence.
+        heads, head_dim: The heads H and channels D, the same for queries, keys and values.
         dtype: A name in `DTYPES`.
     """
 
@@ -49,8 +49,8 @@ class Case:
     """What is timed at a size.
 
     Args:
-        pattern: Its name in the results.
-        index: What is computed.
+        pattern: The name of the case in the results.
+        index: The query-key pairs that are computed.
         flex: Whether FlexAttention is timed with the same lists, if it can be.
         mass: Whether the backend computes the exact block mass too.
     """
@@ -67,10 +67,10 @@ class Conditions:
 
     Args:
         clock: `"wall"` or `"cpu"`.
-        threads: Of torch.
-        rounds: Of the calls in turn.
+        threads: The number of threads that torch computes with.
+        rounds: How many times all calls are timed, one after the other.
         flex: Makes FlexAttention for a new set of tensors; None to do without.
-        loads: Filled: who else was busy, for each set of tensors.
+        loads: Filled while measuring: how busy others kept the machine, for each set of tensors.
     """
 
     clock: str
@@ -127,7 +127,7 @@ def measure(
         size: The tensors: random normal, the same for all.
         cases: What the backends compute; their dense mode is always timed too, as the first row.
         backends: Names in `BACKENDS`; what one can't run is skipped, with its reason.
-        conditions: How.
+        conditions: By which clock, on how many threads and how often calls are timed.
         budget: Seconds after which no further round begins.
 
     Raises:

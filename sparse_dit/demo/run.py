@@ -58,7 +58,7 @@ def run_demo(
         folder: Made if it isn't there.
         force: Whether files of an earlier demo may be replaced.
         quick: A small size at which attention hardly matters: to see that everything runs.
-        outputs: Of the command; knows afterwards what had to be written elsewhere.
+        outputs: Where the command writes to; it knows afterwards what had to be written to another place.
 
     Raises:
         FileExistsError: If `folder` holds files of an earlier demo and `force` is not given.
@@ -160,7 +160,7 @@ def _baselines(searched: Searched) -> list[tuple[str, str, Plan]]:
             "the best single pattern of each stage, at the searched plan's density there",
             uniform_plan(plan, profile, by_stage=True),
         ),
-        ("random", "candidates drawn by lot for every head", plan_of(searched, chance)),
+        ("random", "candidates drawn at random for every head", plan_of(searched, chance)),
     ]
 
 

@@ -12,13 +12,13 @@ from .quality import Quality
 
 @dataclass(frozen=True)
 class Compared:
-    """One quantity.
+    """One quantity, forecast by the plan and measured.
 
     Attributes:
-        name: What it is.
-        kind: How it is written.
-        forecast: None if the plan promises nothing.
-        measured: What came out.
+        name: The name of the quantity.
+        kind: Its unit, which says how it is written.
+        forecast: What the plan forecasts; None if it doesn't.
+        measured: What was measured.
     """
 
     name: str
@@ -44,15 +44,15 @@ def compared(plan: Plan, quality: Quality, expected_psnr_db: float | None) -> li
     """Speed, seconds, density and likeness, forecast and measured.
 
     Args:
-        plan: With its forecast.
-        quality: What was measured.
+        plan: The plan, which holds its forecast.
+        quality: What was measured of it.
         expected_psnr_db: What the search let expect of the PSNR, see `expected_psnr`.
     """
-    told = {name: _number(plan.forecast.get(name)) for name in ("seconds", "dense_seconds")}
+    forecast = {name: _number(plan.forecast.get(name)) for name in ("seconds", "dense_seconds")}
     return [
         Compared("speed-up", "times", quality.forecast_speedup, quality.speedup),
-        Compared("dense generation", "seconds", told["dense_seconds"], quality.dense_seconds),
-        Compared("sparse generation", "seconds", told["seconds"], quality.sparse_seconds),
+        Compared("dense generation", "seconds", forecast["dense_seconds"], quality.dense_seconds),
+        Compared("sparse generation", "seconds", forecast["seconds"], quality.sparse_seconds),
         Compared("density", "share", plan.density, quality.density),
         Compared("PSNR against dense", "decibels", expected_psnr_db, quality.psnr_db),
     ]

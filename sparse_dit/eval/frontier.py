@@ -114,7 +114,7 @@ def frontier(
     Args:
         pipe: A diffusers pipeline with one transformer, not patched.
         request: What to compare.
-        say: Called with progress.
+        say: Called with a line of text before each step.
         outputs: Knows afterwards where the file lies, if it couldn't be written where it should.
 
     Raises:
@@ -182,10 +182,10 @@ class _Plans:
     """Every method's plans at a size.
 
     Args:
-        layout: Of the size that is measured at.
-        searched: At that size.
-        scores: Of the baselines' patterns.
-        elsewhere: Searched at another size.
+        layout: The token layout of the size at which plans are measured.
+        searched: The result of a search at that size.
+        scores: The errors and densities of the baselines' patterns.
+        elsewhere: The result of a search at another size, for the method `TRANSFERRED`; None without it.
     """
 
     layout: TokenLayout

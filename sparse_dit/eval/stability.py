@@ -46,7 +46,7 @@ class _Solved:
 
     @property
     def patterns(self) -> list[Pattern]:
-        """Of each unit."""
+        """The chosen pattern of each unit: of each stage, layer and head."""
         picks = self.choice.pick.tolist()
         return [listed[pick] for listed, pick in zip(self.problem.candidates, picks, strict=True)]
 
@@ -63,7 +63,7 @@ def stability(
     Args:
         pipe: A diffusers pipeline with one transformer, not patched.
         request: What to compare.
-        say: Called with progress.
+        say: Called with a line of text before each step.
         outputs: Knows afterwards where the file lies, if it couldn't be written where it should.
 
     Returns:

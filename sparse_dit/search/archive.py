@@ -24,7 +24,7 @@ ERROR_BIN = 0.1  # decades
 PRICES = 80
 MUTATIONS = 400
 _DECADES = (-4.0, 8.0)  # of prices, in dense generations for the largest damage of a head
-_SHARE = 0.03  # of units that a mutation changes by lot
+_SHARE = 0.03  # of units that a mutation changes at random
 
 Cell = tuple[int, int, int]
 
@@ -33,7 +33,7 @@ class Archive:
     """The best known choice of each bin.
 
     Args:
-        problem: What the choices are of.
+        problem: The problem that the choices are of.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -90,13 +90,13 @@ def explore(
     mutations: int = MUTATIONS,
     seed: int = 0,
 ) -> Archive:
-    """An archive of a problem; the same arguments give the same one.
+    """An archive of good choices of a problem; the same arguments give the same archive.
 
     Args:
-        problem: What to choose from.
-        known: Choices to begin with.
-        mutations: So many are tried.
-        seed: Of the mutations.
+        problem: The units, with what each of their candidates costs and spoils.
+        known: Choices that the archive begins with, beside those that it finds itself.
+        mutations: How many changed choices are tried.
+        seed: The seed by which choices are changed.
     """
     small, order = _without_dominated(problem)
     archive = Archive(small)
@@ -170,7 +170,7 @@ def _polish(archive: Archive, seen: Problem) -> None:
 
 
 def _other_units(archive: Archive, generator: torch.Generator) -> Tensor:
-    """An elite with a few units by lot."""
+    """An elite in which a few units are drawn anew at random."""
     pick = _elite(archive, generator).pick.clone()
     chosen = torch.rand(len(pick), generator=generator, dtype=torch.float32) < max(
         _SHARE, 1 / len(pick)
@@ -180,7 +180,7 @@ def _other_units(archive: Archive, generator: torch.Generator) -> Tensor:
 
 
 def _other_layers(archive: Archive, generator: torch.Generator) -> Tensor:
-    """An elite that has each layer at each stage from another one, or not, by lot."""
+    """An elite that has each layer at each stage from another one, or not, at random."""
     layer = archive.problem.layer_of
     swap = torch.rand(int(layer.max()) + 1, generator=generator, dtype=torch.float32) < 0.25
     one, two = (_elite(archive, generator).pick for _ in range(2))

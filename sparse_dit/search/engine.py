@@ -18,7 +18,6 @@ from ..plan.evidence import without_evidence
 from .asked import check_search, profiled_at
 from .assemble import forecast_of, layers_of, levels_of, stage_shares
 from .cost import break_even_tokens
-from .elsewhere import Elsewhere
 from .evidence import evidence
 from .front import Front, front_of, model_hash
 from .joint import joined, pair_shares
@@ -30,6 +29,7 @@ from .prompts import TuneOn, split_cases
 from .provenance import measured_of, provenance
 from .sensitivity import Sensitivity, reduced, sensitivity
 from .solve import Choice, Problem, problem, stages_of
+from .target_device import TargetDevice
 from .tune import Clock, Report, Session, tune
 from .verify import Reference, dense_reference
 
@@ -41,12 +41,12 @@ class Searched:
     """A plan with all that it was found from.
 
     Args:
-        plan: The plan.
-        profile: What was measured of the heads.
-        problem: Damage and cost of every choice.
-        choice: The one taken.
-        references: Dense generations that the plan was tuned and verified with.
-        seconds: By phase, and `"total"`.
+        plan: The plan that was found.
+        profile: The measured statistics and errors of all heads.
+        problem: The units, with what each of their candidates costs and spoils.
+        choice: The candidate of each unit that the plan takes.
+        references: The dense generations that the plan was tuned and verified with.
+        seconds: What each phase of the search took, by name, and `"total"`.
     """
 
     plan: Plan
@@ -69,8 +69,8 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
     What the search measured of its own plan (quality, speed-up) doesn't hold for it and is left out.
 
     Args:
-        searched: Result of `search_plan`.
-        choice: Of `searched.problem`; see `solve` and `baselines.random_choice`.
+        searched: The result of `search_plan`.
+        choice: The candidate of each unit of `searched.problem`, as `solve` gives it.
     """
     plan, task = searched.plan, searched.problem
     components = {
@@ -135,7 +135,7 @@ def search_plan(
         backend: Sparse backend to measure and verify with.
         device_table: Table of another device to solve for, by name or path; see `DeviceTable`. What is
             verified here is then the quality, not the speed-up.
-        dense_seconds: Of a dense generation on that device; measured if the table is of this one.
+        dense_seconds: The seconds of a dense generation on that device; measured if the table is of this one.
         report: Called with a line of text at each phase.
 
     Raises:
@@ -148,9 +148,9 @@ def search_plan(
     """
     say = report or (lambda text: None)
     objective = Objective(target_speedup, max_error, min_psnr)
-    elsewhere = Elsewhere.of(device_table, dense_seconds)
-    if elsewhere is not None and elsewhere.table.caveat:
-        say(elsewhere.table.caveat)
+    target_device = TargetDevice.of(device_table, dense_seconds)
+    if target_device is not None and target_device.table.caveat:
+        say(target_device.table.caveat)
     calibration, held = split_cases(prompts, held_out, tune_on)
     check_search(
         pipe,
@@ -159,7 +159,7 @@ def search_plan(
         rows=rows,
         profile=profile,
         profile_steps=profile_steps,
-        elsewhere=elsewhere,
+        target_device=target_device,
     )
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
@@ -177,7 +177,7 @@ def search_plan(
         say=say,
     )
     clock.lap("profile")
-    run = _Run(pipe, calibration, held, settings, backend, clock, say, elsewhere)
+    run = _Run(pipe, calibration, held, settings, backend, clock, say, target_device)
     return _solved(run, profiled, objective, max_generations)
 
 
@@ -208,18 +208,20 @@ class _Run:
     backend: str
     clock: Clock
     say: Report
-    elsewhere: Elsewhere | None = None
+    target_device: TargetDevice | None = None
 
 
 def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
-    clock, say, settings, elsewhere = run.clock, run.say, run.settings, run.elsewhere
+    clock, say, settings, target_device = run.clock, run.say, run.settings, run.target_device
     parts = profiled.components
     of_device = (
-        f"those of the device table {elsewhere.table.name}" if elsewhere else "measured here"
+        f"those of the device table {target_device.table.name}"
+        if target_device
+        else "measured here"
     )
     say(f"costs are {of_device}")
-    tables = cost_tables(components(run.pipe), parts, run.backend, elsewhere)
+    tables = cost_tables(components(run.pipe), parts, run.backend, target_device)
     clock.lap("cost")
     stages = {name: stages_of(part.sigmas) for name, part in parts.items()}
     say("measuring how much each noise level and layer matters")
@@ -229,9 +231,9 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("references")
     local_seconds = sum(r.seconds for r in references) / len(references)
     calls = {name: references[0].calls(name, stages[name]) for name in parts}
-    if elsewhere is None:
+    if target_device is None:
         tables = inside(tables, parts, calls, references)
-    dense_seconds = dense_generation(tables, parts, calls, local_seconds, elsewhere)
+    dense_seconds = dense_generation(tables, parts, calls, local_seconds, target_device)
     problems = {
         name: problem(part, stages[name], matters[name], tables[name], calls[name], dense_seconds)
         for name, part in parts.items()
@@ -241,7 +243,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     session = Session(run.pipe, matters, task, tables, profiled, objective, settings, run.backend)
     choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
     clock.lap("verify")
-    plan = _with_break_even(session, plan, choice, run.elsewhere)
+    plan = _with_break_even(session, plan, choice, run.target_device)
     clock.lap("break-even")
     backing = evidence(parts, task, choice)
     clock.lap("evidence")
@@ -250,7 +252,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
-        measured=measured_of(objective, verified, len(run.held_out), run.elsewhere),
+        measured=measured_of(objective, verified, len(run.held_out), run.target_device),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
@@ -267,7 +269,7 @@ def _references(run: _Run, profiled: Profile) -> list[Reference]:
 def _sensitivities(
     run: _Run, parts: Mapping[str, ComponentProfile], stages: Mapping[str, tuple[Stage, ...]]
 ) -> dict[str, Sensitivity]:
-    """Of each transformer, by component name."""
+    """How sensitive the video is to errors of each transformer, by component name."""
     small, case = reduced(run.settings), run.calibration[-1]
     levels = sum(map(len, stages.values()))
     return {
@@ -279,7 +281,7 @@ def _sensitivities(
 
 
 def _with_break_even(
-    session: Session, plan: Plan, choice: Choice, elsewhere: Elsewhere | None
+    session: Session, plan: Plan, choice: Choice, target_device: TargetDevice | None
 ) -> Plan:
     """The plan with the number of tokens under which dense attention is faster, for each transformer."""
     task = session.problem
@@ -291,7 +293,7 @@ def _with_break_even(
         found[name] = component
         if len(sparse):
             head_dim = component.head_dim
-            others = elsewhere.smaller(head_dim, table.dtype) if elsewhere else None
+            others = target_device.smaller(head_dim, table.dtype) if target_device else None
             density, heads = sparse.mean().item(), component.num_heads
             tokens = break_even_tokens(table, density, heads, head_dim, others)
             found[name] = replace(component, valid_tokens=(tokens, None))

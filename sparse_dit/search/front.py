@@ -1,6 +1,6 @@
 """The whole front of a search: every point between dense and the fastest, kept beside the plan.
 
-A search answers one wish; another speed or density is another point of the same problem, and takes no
+A search answers one question; another speed or density is another point of the same problem, and takes no
 new search. The file holds the front of an archive: the best choice of each bin of latency and density.
 """
 
@@ -65,10 +65,10 @@ class Front:
     """Points by rising speed-up, and the patterns that they number.
 
     Args:
-        config_hash: Of the model that it was searched for, see `model_hash`.
-        dense_seconds: Of a dense generation.
-        patterns: Each once.
-        points: Choices.
+        config_hash: The hash of the model that it was searched for, see `model_hash`.
+        dense_seconds: The seconds of a dense generation.
+        patterns: All patterns that the points use, each once.
+        points: The choices, each with the number of every head's pattern in `patterns`.
     """
 
     config_hash: str
@@ -87,11 +87,11 @@ def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | No
     """The front of an archive of the problem; `found` is kept in any case.
 
     Args:
-        task: What there is to choose from.
-        config_hash: Of the model, see `model_hash`.
-        found: What the search chose.
-        psnr_db: What `found` was measured to give; the PSNR of the others is forecast from it, as the
-            squared error of the video is in proportion to the damage.
+        task: The problem that was searched.
+        config_hash: The hash of the model, see `model_hash`.
+        found: The choice that the search made.
+        psnr_db: The measured PSNR of `found`; that of the others is forecast from it, as the squared error
+            of the video is in proportion to the damage.
     """
     choices = [*explore(task, [found]).front(), found]
     choices.sort(key=lambda choice: (choice.speedup, -choice.damage))
@@ -190,11 +190,11 @@ def _check(file: _File, count: int) -> None:
             raise ValueError(f"point {number} has a negative error")
 
 
-def wish(text: str) -> tuple[Measure, float]:
-    """`"speedup=2.0"` as a pair.
+def parse_pick(text: str) -> tuple[Measure, float]:
+    """Which point of a front is asked for: `"speedup=2.0"` is read as `("speedup", 2.0)`; see `pick`.
 
     Raises:
-        ValueError: If it has another form.
+        ValueError: If the text isn't the name of a measure, an equals sign and a finite number above 0.
     """
     name, _, number = text.partition("=")
     try:

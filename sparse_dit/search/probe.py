@@ -28,7 +28,7 @@ class Seen:
     """What was seen at the door.
 
     Args:
-        layouts: Of each transformer, by component name.
+        layouts: The token layout of each transformer, by component name.
         sigmas: Noise level of each step from the first on; None if the scheduler doesn't tell them.
         steps: How many there are; None if that isn't known either.
     """
@@ -62,8 +62,8 @@ def probe(pipe: Any, given: Mapping[str, Any]) -> Seen:
     layouts = {}
     for name, transformer in found.items():
         family, config = _family(transformer), transformer.config
-        told = family.arrange(config, seen.arguments) if family.arrange else None
-        layout = told.layout if told else family.layout(config, seen.arguments)
+        arrangement = family.arrange(config, seen.arguments) if family.arrange else None
+        layout = arrangement.layout if arrangement else family.layout(config, seen.arguments)
         if layout is None:
             raise ValueError(
                 f"the arguments of {type(transformer).__name__}'s forward must tell its token grid, and "

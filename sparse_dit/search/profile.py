@@ -29,8 +29,9 @@ class ComponentProfile:
     """One transformer's heads at one layout; S recorded noise levels, H heads.
 
     Args:
-        model_class, config_hash, num_heads, head_dim: What the profile is of.
-        layout: Size at calibration, with the longest text that was recorded.
+        model_class, config_hash: The transformer's class, and the hash of its configuration.
+        num_heads, head_dim: The heads H of each layer, and the channels of a head.
+        layout: The token layout at calibration, with the longest text that was recorded.
         sigmas: Noise levels recorded, falling, `[S]`.
         layers: Module paths, in order of execution.
         found: For `(level, layer)` a list over heads of their statistics (discovery).
@@ -38,8 +39,8 @@ class ComponentProfile:
             `norm`, `rows` `[H]` (scoring); see `statistics.score`.
         pictures: For `(layer, token order)`, `[H, R, C]`: attention of the sampled rows (in that order)
             over its tiles, at the middle level.
-        looks: For `(kind, level, layer)`, of `HALF` and `LATER`, by what heads are compared from prompt to
-            prompt: `offset_far`, `offset_count` and `column`, `[H, ...]`; see `dependence`.
+        looks: For `(kind, level, layer)`, of `HALF` and `LATER`, the sums by which heads' attention is
+            compared between prompts: `offset_far`, `offset_count` and `column`, `[H, ...]`; see `dependence`.
     """
 
     model_class: str
@@ -149,10 +150,11 @@ class Profile:
     """A pipeline's profile: one `ComponentProfile` a transformer, and how it was made.
 
     Args:
-        components: By component name.
-        settings, rows: Of the profiling runs.
-        done: Labels of the runs that are in it, in order.
-        seconds: That these runs took.
+        components: The profile of each transformer, by component name.
+        settings: The size, steps and guidance of the profiling runs.
+        rows: The sampled query rows for each head, layer, step and run.
+        done: The labels of the runs that are in it, in order.
+        seconds: What these runs took together.
         reference: The last case's whole dense generation, if it was asked for.
     """
 

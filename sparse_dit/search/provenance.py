@@ -11,9 +11,9 @@ from typing import Any
 from ..generation import Case
 from ..timing import timing_of
 from ..version import VERSION
-from .elsewhere import Elsewhere
 from .joint import one_or_named
 from .objective import Objective
+from .target_device import TargetDevice
 from .tune import Session
 from .verify import Verified
 
@@ -29,9 +29,9 @@ def provenance(
     """JSON-ready `provenance` of a plan, less what `Session.plan` wrote.
 
     Args:
-        session: What was chosen from.
-        calibration, held_out: Cases that were profiled, and that the plan was verified on.
-        seconds: Of the search, by phase.
+        session: What the search chose from, and by what.
+        calibration, held_out: The cases that were profiled, and those that the plan was verified on.
+        seconds: What each phase of the search took, by its name.
     """
     cases = {"calibration": calibration, "held_out": held_out}
     tables = session.tables.items()
@@ -62,18 +62,18 @@ def provenance(
 
 
 def measured_of(
-    objective: Objective, verified: Verified, cases: int, elsewhere: Elsewhere | None
+    objective: Objective, verified: Verified, cases: int, target_device: TargetDevice | None
 ) -> dict[str, Any]:
     """`measured` of a plan; whether a speed-up is met on another device isn't known here (None).
 
     Args:
-        objective: What was asked for.
-        verified: What came out.
+        objective: The speed-up, error or PSNR that was asked for.
+        verified: What the plan gave when it was verified.
         cases: Held-out cases among those it was verified on.
-        elsewhere: The device that was solved for, if it isn't this one.
+        target_device: The device that was solved for, if it isn't this one.
     """
     psnr, speedup = objective.min_psnr, objective.target_speedup
-    foreign = elsewhere is not None and not elsewhere.table.here
+    foreign = target_device is not None and not target_device.table.here
     met: bool | None = psnr is None or verified.psnr_db >= psnr
     if speedup is not None:
         met = None if foreign else verified.speedup >= speedup

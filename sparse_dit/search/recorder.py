@@ -14,11 +14,11 @@ from ..layout import Tile, TokenLayout
 from ..timing import Timer
 from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
-from .dependence import look
+from .dependence import add_rows
 from .nested import Cells
+from .parallel_map import each_sum
 from .profile import HALF, LATER, ComponentProfile
 from .sampling import items_of, whole_layout
-from .side_by_side import each_sum
 from .statistics import discover, empty_heads, score
 
 PICTURE = 96
@@ -26,22 +26,24 @@ Use = Callable[[int, Cells, CellSums], None]  # for a head and what was summed b
 
 
 class Recorder:
-    """An intercept that records one run and returns what stock attention computes; `keep` adds the run to the
-    profile. So runs are summed alone and then added, as files of several processes are, to the same last bit.
+    """An intercept that records one profiling run and returns what stock attention computes.
+
+    `keep` adds the run to the profile. Each run is summed on its own and then added, as the files of several
+    processes are, so both ways give the same result to the last bit.
 
     Args:
-        profile: What is known already, and where the run is added.
+        profile: The profile of the runs before, which the run is added to.
         phase: `"find"` or `"score"`.
-        rows: Sampled rows for each call.
-        seed: Of the sampling.
+        rows: How many query rows of each call are sampled.
+        seed: The seed by which rows are sampled.
         turns: Steps to record and the half of guidance at each, see `sampling.turns`; all if None. A
             pipeline that has no halves is recorded whole at these steps.
         projections: For each layer `[H, D, D]` that values are multiplied by, so that errors are those
             behind the output projection; see `projections`.
 
     Attributes:
-        run: What this run gave; its noise levels and layers are the profile's.
-        seconds, wall: Spent on recording; see `Taken`.
+        run: The profile of this run alone; it shares the noise levels and layers of `profile`.
+        seconds, wall: What recording took; see `Taken`.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Recorder:
             discover(heads[head][tile], sums, layout, tile)
             if tile == orders[0]:
                 check_finite(sums, layer, head, run.sigmas[level])
-                look(run, HALF, level, layer, head, sums)
+                add_rows(run, HALF, level, layer, head, sums)
 
         return use
 
@@ -161,7 +163,7 @@ class Recorder:
                 scores["recall"][head, dense] += len(sums.out)
                 scores["norm"][head] += sums.out.square().sum()
                 scores["rows"][head] += len(sums.out)
-                look(run, LATER, level, layer, head, sums)
+                add_rows(run, LATER, level, layer, head, sums)
             if cells in orders and level == len(run.sigmas) // 2:
                 self._picture(layer, cells[0], head, sums)
 
@@ -175,6 +177,6 @@ class Recorder:
         pictures, heads = self.profile.pictures, self.profile.num_heads
         if (layer, tile) not in pictures:
             fresh = torch.zeros(heads, *size, dtype=torch.float32)
-            pictures.setdefault((layer, tile), fresh)  # heads come side by side
+            pictures.setdefault((layer, tile), fresh)  # heads come in parallel
         if image.shape == pictures[layer, tile].shape[1:]:
             pictures[layer, tile][head] = image

@@ -20,9 +20,9 @@ from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
 from .cells import sample_rows
 from .nested import Candidates
+from .parallel_map import one_thread
 from .projection import projections
 from .sampling import sampled_heads, whole_layout
-from .side_by_side import one_thread
 from .statistics import score_all
 
 Key = tuple[int, str]  # number of a stage or noise level, and layer
@@ -78,18 +78,18 @@ class Scored:
 
 
 class PatternScorer:
-    """An intercept that measures patterns on sampled rows of the calls that it is asked about; runs stock.
+    """An intercept that measures patterns on sampled rows of attention calls and returns stock outputs.
 
     Args:
-        ask: Gives for a call over all tokens of its layout the key to sum under and the patterns of each of
-            the H heads, equally many; None for a call that isn't measured.
-        roots: For each layer `[H, D, D]` that values are multiplied by; see `projections`.
-        rows: Sampled query rows for each call.
-        seed: Of the sampling.
+        ask: Says what is measured of a call over all tokens of its layout: the key to sum under, and the
+            patterns of each of the H heads, equally many. It gives None for a call that isn't measured.
+        roots: For each layer what the heads' values are multiplied by, `[H, D, D]`; see `projections`.
+        rows: How many query rows of each call are sampled.
+        seed: The seed by which rows are sampled.
 
     Attributes:
-        found: The sums, by key.
-        layout: Of the last call that was measured; None before.
+        found: The sums over the measured calls, by key.
+        layout: The token layout of the last call that was measured; None before the first.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class PatternScorer:
 def plan_scorer(
     plan: Plan, component: str, transformer: nn.Module, rows: int, seed: int = 0
 ) -> PatternScorer:
-    """What measures the patterns of a plan, by stage and layer, in the way its errors were measured.
+    """A scorer of a plan's patterns, by stage and layer, that measures errors as the plan's were measured.
 
     Args:
         plan: Its patterns must have whole tiles as cells. Errors are of the heads' own outputs, as in early
             plans, unless its provenance has `errors_behind_projection`.
         component: Name of the transformer in the plan.
-        transformer: The transformer.
+        transformer: The transformer itself, which has the output projections.
         rows, seed: See `PatternScorer`.
 
     Raises:

@@ -123,12 +123,12 @@ def _even(steps: int) -> list[float]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Which steps are sparse.
+    """The noise levels of a generation's steps, and how many of them are dense.
 
     Args:
-        sigmas: Noise levels of the steps.
+        sigmas: The noise levels of the steps, in order.
         dense: How many steps, from the first on, are dense.
-        known: Whether the scheduler told the noise levels.
+        known: Whether the noise levels are the scheduler's own rather than assumed.
     """
 
     sigmas: Sequence[float]
@@ -137,12 +137,12 @@ class _Schedule:
 
     @property
     def share(self) -> float:
-        """Of the steps that are dense."""
+        """The share of the steps that are dense, in [0, 1]."""
         return self.dense / len(self.sigmas)
 
     @property
     def sigma_max(self) -> float:
-        """Between the last dense step and the first sparse one."""
+        """The noise level between the last dense step and the first sparse one; 1 if none is dense."""
         if not self.dense:
             return 1.0
         level = (self.sigmas[self.dense - 1] + self.sigmas[self.dense]) / 2
@@ -174,7 +174,7 @@ class _Part:
 
     @property
     def dense_share(self) -> float:
-        """Of the pairs, in layers that stay dense."""
+        """The share of the query-key pairs that lie in layers which stay dense, in [0, 1]."""
         return 1 - self.pairs(self.sparse) / self.pairs(self.layers)
 
     @property
@@ -207,10 +207,10 @@ class _Geometry:
     """What every head of a sparse layer computes, and how many steps are dense.
 
     Args:
-        reach: How far heads see.
+        reach: How far heads see around themselves; see `Reach`.
         computed: Computed pairs / all pairs in a sparse layer.
-        dense: Steps.
-        density: Of a generation, with the dense steps and layers.
+        dense: The number of first steps that are dense.
+        density: The density of a whole generation, its dense steps and layers included.
     """
 
     reach: Reach

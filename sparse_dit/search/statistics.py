@@ -36,13 +36,16 @@ def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
 
 
 def empty_heads(layout: TokenLayout, tiles: Iterable[Tile], count: int) -> list[HeadStatistics]:
-    """Zeroed accumulators of so many heads, in each token order."""
+    """Zeroed accumulators of `count` heads, in each token order."""
     orders = list(tiles)
     return [{tile: empty_statistics(layout, tile) for tile in orders} for _ in range(count)]
 
 
-def look_shapes(layout: TokenLayout) -> dict[str, list[int]]:
-    """Of what heads are compared by from prompt to prompt; see `dependence.look`."""
+def compared_shapes(layout: TokenLayout) -> dict[str, list[int]]:
+    """The shapes `[...]` of the sums by which a head's attention is compared between prompts, by name.
+
+    They are summed over sampled rows in the first token order, see `dependence.add_rows`.
+    """
     table = cell_table(layout, tilings(layout)[0])
     lattice = (2 * table.counts - 1).tolist()
     return {"offset_far": lattice, "offset_count": lattice, "column": [len(table.tokens)]}
@@ -71,14 +74,16 @@ def score(
     """Squared errors of candidates' outputs on the sampled rows of one head, a group of them at a time.
 
     Args:
-        sums: Of the head.
-        cells: What was summed over; candidates of others are left out, the dense one too.
-        candidates: What is judged.
-        layout: Their grid, with or without text.
+        sums: The sums of the head's rows by cells.
+        cells: The kind of cells that were summed over; candidates of other kinds are left out, the dense one
+            too.
+        candidates: The head's candidates.
+        layout: The token layout of the sampled call, with or without text.
 
-    Returns:
-        Of each group the candidates' numbers, int64 `[k]`; `error` and `error_squared`, `[k]`: sum over rows
-        of the squared error, and of its square; `recall`, `[k]`: sum over rows of the mass seen exactly.
+    Yields:
+        For each group the candidates' numbers, int64 `[k]`; `error` and `error_squared`, `[k]`: the sum over
+        rows of the squared error, and of its square; `recall`, `[k]`: the sum over rows of the attention mass
+        that is seen exactly.
     """
     for where, group in grouped(candidates, layout, cells):
         outputs, mass = sums.outputs_and_recall(group.rows(sums.cell, layout), group.far)

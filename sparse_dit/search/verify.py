@@ -23,9 +23,9 @@ class Reference:
     """A dense generation.
 
     Args:
-        case: What was generated.
-        video: `[T, H, W, 3]` in 0..1.
-        taken: By the whole call.
+        case: The prompt and seed that was generated.
+        video: The frames, `[T, H, W, 3]` in 0..1.
+        taken: What the whole pipeline call took.
         forwards: For each component the noise level of each of its forwards (times the batch).
         attention: For each component the part of `seconds` that its self-attention took.
     """
@@ -38,7 +38,7 @@ class Reference:
 
     @property
     def seconds(self) -> float:
-        """Of the whole call."""
+        """The seconds of the whole pipeline call; see `Taken.seconds`."""
         return self.taken.seconds
 
     def calls(self, component: str, stages: Sequence[Stage]) -> list[int]:
@@ -79,9 +79,9 @@ def dense_reference(
     """Generate with stock attention, count forwards and time attention.
 
     Args:
-        pipe: Stock pipeline.
-        case: What to generate.
-        settings: Size and steps.
+        pipe: The pipeline, not patched.
+        case: The prompt and seed that is generated.
+        settings: The size and steps.
         watched_by: For components by name an intercept that sees every call and returns what stock
             attention gives. What it takes is in the reference's seconds.
 
@@ -109,10 +109,11 @@ class Verified:
     """What a plan gave on held-out cases.
 
     Args:
-        mse: Mean squared difference of the videos (in 0..1), mean over cases.
-        psnr_db: Mean over cases of the PSNR.
-        speedup: Seconds of the dense over the sparse generations; 1 if no attention call ran sparse.
-        sparse_seconds: Of all sparse generations together.
+        mse: The mean squared difference between sparse and dense videos (in 0..1), mean over cases.
+        psnr_db: The PSNR of the sparse videos against the dense ones, mean over cases.
+        speedup: The seconds of the dense over those of the sparse generations; 1 if no attention call ran
+            sparse.
+        sparse_seconds: What all sparse generations took together.
         pairs: How long each case took, dense and sparse; None if no attention call ran sparse.
     """
 
