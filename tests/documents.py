@@ -56,8 +56,8 @@ def commands(page: str) -> list[Shown]:
             words = shlex.split(line, comments=True) if _typed(line) else []
             if words:
                 found.append(Shown(page, shlex.join(words), whole=True))
-    prose = "\n".join(line for line in rest.split("\n") if not line.startswith("    "))
-    for line in re.findall(r"`([^`]+)`", prose):
+    sentences = "\n".join(line for line in rest.split("\n") if not line.startswith("    "))
+    for line in re.findall(r"`([^`]+)`", sentences):
         line = " ".join(line.split())
         if _typed(line):
             found.append(Shown(page, line, whole=False))

@@ -11,15 +11,17 @@ SIZE = {"--height": "64", "--width": "64", "--num-frames": "17", "--steps": "2",
 EMBEDDED = {"--height": "32", "--width": "32", "--num-frames": "5", "--steps": "2"}
 # of the options of a command: the values that take the place of those shown
 VALUES: dict[tuple[str, ...], dict[str, str]] = {
-    ("eval", "frontier"): {**EMBEDDED, "--searched-at": "48x48x5"},
+    ("eval", "frontier"): {**EMBEDDED, "--searched-at": "16x32x3"},
     ("search",): {**SIZE, "--min-psnr": "5"},
     ("stability",): SIZE,
     ("plan",): SIZE,
+    ("show",): {"--pick": "speedup=1.01"},  # attention is hardly anything here
 }
 WORDS = {
     "MODEL_FOLDER": "model",
     "MODEL": "model",
     "FILE": "lora.safetensors",
+    "SECONDS": "95",
     "32768": "128",
     "8x30x52": "2x6x10",
 }
@@ -63,15 +65,20 @@ def among(table: dict[str, str], shown: Shown) -> str | None:
     return next((start for start in table if f"{shown.text} ".startswith(f"{start} ")), None)
 
 
+def filled(words: list[str]) -> list[str]:
+    """With something in each place that is left to who reads."""
+    return [WORDS.get(word, word) for word in words]
+
+
 def shorter(words: list[str]) -> list[str]:
     """A command of `sparse-dit` as the test runs it."""
     names, _ = read(words)
     found: list[str] = []
-    for before, word in zip(["", *words], words, strict=False):
+    for before, word in zip(["", *words], filled(words), strict=False):
         if word in ELSEWHERE or before in ELSEWHERE:
             continue
         hub = re.fullmatch(r"[\w-]+/[\w.-]+", word) and not before.startswith("-")
-        small = VALUES.get(names, {}).get(before, WORDS.get(word, word))
+        small = VALUES.get(names, {}).get(before, word)
         found.append("model" if hub else small)
     alone = {("bench", "kernel"): "--quick"}.get(names)  # it has sizes of its own
     for option, value in MORE.get(names, {}).items():
