@@ -8,7 +8,7 @@ from tests.documents import Shown
 from tests.typed import read
 
 SIZE = {"--height": "64", "--width": "64", "--num-frames": "17", "--steps": "2", "--guidance": "1"}
-EMBEDDED = {"--height": "32", "--width": "32", "--num-frames": "5", "--steps": "2"}
+EMBEDDED = {"--height": "32", "--width": "32", "--num-frames": "5", "--steps": "1"}
 # of the options of a command: the values that take the place of those shown
 VALUES: dict[tuple[str, ...], dict[str, str]] = {
     ("eval", "frontier"): {**EMBEDDED, "--searched-at": "16x32x3"},
