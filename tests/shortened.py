@@ -36,7 +36,9 @@ MORE: dict[tuple[str, ...], dict[str, str | None]] = {
     ("eval", "frontier"): {**EMBEDDED, "--density": "0.5", "--method": "searched"},
     ("stability",): {"--count": "1", "--rows": "8", "--steps": "2", "--guidance": "1"},
 }
-CODES = {("check",): (0, 1)}  # 1: heads left their error, as those of a random LoRA do
+CODES: dict[tuple[str, ...], tuple[int, ...]] = {
+    ("check",): (0, 1),  # 1: heads left their error, as those of a random LoRA do
+}
 
 # read by the program, but not run
 READ = {

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import peft
 import pytest
-from diffusers import WanPipeline
 
 from sparse_dit import cli, doctor
 from sparse_dit.bench import flex, quick
@@ -51,7 +50,7 @@ class Desk:
         )
         layers = peft.get_peft_model_state_dict(pipe.transformer)
         name = "lora.safetensors"
-        WanPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=name)
+        pipe.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=name)
 
     def at(self, page: str) -> Path:
         """The folder of a page."""

@@ -44,7 +44,7 @@ def lacks(words: list[str]) -> list[str]:
         try:
             read([*words, *added])
         except USAGE as error:
-            parameter = getattr(error, "param", None)
+            parameter: Any = getattr(error, "param", None)
             if type(error).__name__ == "NoArgsIsHelpError":
                 return ["a command"]
             if type(error).__name__ != "MissingParameter" or len(added) > 6:
