@@ -24,6 +24,7 @@ from tests.tiny_pipelines import wan
 from tests.typed import (
     USAGE,
     arguments,
+    command_names,
     known_options,
     lacks,
     program_file,
@@ -211,8 +212,16 @@ def test_links_and_the_map_of_the_house_lead_somewhere():
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
     there = {ROOT / path for path in mapped((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert all(path.exists() for path in there), [path for path in there if not path.exists()]
-    folders = {file.parent for file in (ROOT / "sparse_dit").glob("*/__init__.py")}
-    assert folders <= there, "folders of the package that the map doesn't name"
+    package = ROOT / "sparse_dit"
+    parts = {file.parent for file in package.glob("*/__init__.py")} | set(package.glob("*.py"))
+    small = {package / f"{name}.py" for name in ("__init__", "__main__", "version")}
+    assert parts - small <= there, f"not in the map: {sorted(parts - small - there)}"
+
+
+def test_the_map_of_the_house_names_every_command():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"cli\.py +sparse-dit ([a-z| \n]+?)\n +\w+_command", page)
+    assert sorted(re.findall(r"\w+", named)) == sorted(command_names())
 
 
 def mapped(page: str) -> list[str]:

@@ -129,6 +129,11 @@ def arguments(words: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
+def command_names() -> list[str]:
+    """The first words of commands."""
+    return list(getattr(typer.main.get_command(app), "commands", {}))
+
+
 def known_options() -> set[str]:
     """Every option of every command and of the programs of this project."""
     found, waiting = set(), [typer.main.get_command(app)]
