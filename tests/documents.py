@@ -71,7 +71,10 @@ def snippets(page: str) -> list[Shown]:
 
 
 def _typed(line: str) -> bool:
-    return line.split()[:1] != [] and line.split()[0] in FIRST_WORDS and len(line.split()) > 1
+    words = line.split()
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    return len(words) > 1 and words[0] in FIRST_WORDS
 
 
 def prose(page: str) -> str:

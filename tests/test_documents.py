@@ -4,6 +4,7 @@ A command is run, smaller (`shortened.py`); or the program that it is for reads 
 neither is done. What can't be run as it stands, a fault in the document, fails here.
 """
 
+import itertools
 import re
 import shutil
 from dataclasses import replace
@@ -125,19 +126,22 @@ def _check(shown: Shown) -> bool:
     if among(NOT_READ, shown):
         _look_up(shown)
         return False
-    first, *rest = without_ellipses(filled(shown.words))
+    words = without_ellipses(filled(shown.words))
+    first, *rest = itertools.dropwhile(lambda word: re.match("[A-Z_]+=", word), words)
     if first == "torchrun":
         assert "sparse_dit" in rest
         lacks(rest[rest.index("sparse_dit") + 1 :])
-    elif first == "pytest":
-        assert all((ROOT / word).exists() for word in rest), shown
+    elif first == "pytest" or rest[:2] == ["-m", "pytest"]:
+        files = [word for word in rest if word not in ("-m", "pytest")]
+        assert all((ROOT / word).exists() for word in files), shown
+        return False
     elif first in ("python", "python3"):
         program_file(rest)
         read_by_program(rest)
     elif lacks(rest):
         assert not shown.whole, f"{shown} lacks {lacks(rest)}"
         return False
-    return not (among(READ, shown) or first == "pytest" or rest != filled(shown.words[1:]))
+    return not (among(READ, shown) or rest != filled(shown.words[1:]))
 
 
 def _look_up(shown: Shown) -> None:
@@ -178,6 +182,7 @@ def test_every_command_runs_as_it_is_shown(page, desk, monkeypatch, capsys):
         ("python search/ltx_video_2b_geometry.py --merge", "unrecognized arguments"),
         ("make tests", "the Makefile has"),
         ("pytest tests/test_nothing.py", "test_nothing"),
+        ("A=1 python -m pytest tests/test_nothing.py", "test_nothing"),
     ],
 )
 def test_a_wrong_command_is_found(text, words):
@@ -200,6 +205,9 @@ def options_in(text: str) -> set[str]:
 
 def test_what_is_said_of_commands_here_is_of_some():
     every = [shown for page in pages() for shown in commands(page)]
+    texts = {shown.text for shown in every}
+    assert {"sparse-dit show plan.json", "sparse-dit doctor", "make demo"} <= texts
+    assert "TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py" in texts
     for table in (READ, NOT_READ):
         unused = [start for start in table if not any(among({start: ""}, one) for one in every)]
         assert not unused
