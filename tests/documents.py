@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FIRST_WORDS = ("sparse-dit", ".venv/bin/sparse-dit", ".venv/bin/pip", "pip", "make", "torchrun")
-FIRST_WORDS += ("python", "python3")
+FIRST_WORDS += ("python", "python3", "pytest")
 ELLIPSES = {"...", "…"}
 
 
@@ -46,7 +46,7 @@ def pages() -> list[str]:
 
 def commands(page: str) -> list[Shown]:
     """In blocks and in sentences."""
-    text = re.sub(r"^```(python|json).*?^```", "", _read(page), flags=re.M | re.S)
+    text = prose(page)
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
     rest = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     lines = [line for line in rest.split("\n") if line.startswith("    ")]
@@ -56,8 +56,8 @@ def commands(page: str) -> list[Shown]:
             words = shlex.split(line, comments=True) if _typed(line) else []
             if words:
                 found.append(Shown(page, shlex.join(words), whole=True))
-    prose = "\n".join(line for line in rest.split("\n") if not line.startswith("    "))
-    for line in re.findall(r"`([^`]+)`", prose):
+    sentences = "\n".join(line for line in rest.split("\n") if not line.startswith("    "))
+    for line in re.findall(r"`([^`]+)`", sentences):
         line = " ".join(line.split())
         if _typed(line):
             found.append(Shown(page, line, whole=False))
@@ -66,13 +66,22 @@ def commands(page: str) -> list[Shown]:
 
 def snippets(page: str) -> list[Shown]:
     """Blocks of Python."""
-    found = re.findall(r"^```python\n(.*?)^```", _read(page), flags=re.M | re.S)
+    found = re.findall(r"^```python\n(.*?)^```", words_of(page), flags=re.M | re.S)
     return [Shown(page, text, whole=True) for text in found]
 
 
 def _typed(line: str) -> bool:
-    return line.split()[:1] != [] and line.split()[0] in FIRST_WORDS and len(line.split()) > 1
+    words = line.split()
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    return len(words) > 1 and words[0] in FIRST_WORDS
 
 
-def _read(page: str) -> str:
+def prose(page: str) -> str:
+    """All but its Python and JSON."""
+    return re.sub(r"^```(python|json).*?^```", "", words_of(page), flags=re.M | re.S)
+
+
+def words_of(page: str) -> str:
+    """All of it."""
     return (ROOT / page).read_text(encoding="utf-8")

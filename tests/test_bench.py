@@ -96,14 +96,15 @@ def test_quick_fills_the_table(tmp_path, capsys, monkeypatch):
     assert "backend gather" in said and "multi-diagonal" in said
 
 
+def attend_in_blocks(q, k, v, block_mask):
+    """FlexAttention by dense attention with a mask, which needs no compiler."""
+    seen = block_mask.to_dense().repeat_interleave(64, 2).repeat_interleave(64, 3)
+    return scaled_dot_product_attention(q, k, v, seen[..., : q.shape[2], : k.shape[2]].bool())
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """FlexAttention by dense attention with a mask, which needs no compiler; a backend of its name, too."""
-
-    def attend_in_blocks(q, k, v, block_mask):
-        seen = block_mask.to_dense().repeat_interleave(64, 2).repeat_interleave(64, 3)
-        return scaled_dot_product_attention(q, k, v, seen[..., : q.shape[2], : k.shape[2]].bool())
-
+    """FlexAttention without a compiler; a backend of its name, too."""
     monkeypatch.setattr(flex, "compiled", lambda threads: attend_in_blocks)
     monkeypatch.setitem(BACKENDS, "flex", BACKENDS["gather"])
 

@@ -118,6 +118,13 @@ def test_unwelcome_findings_are_said():
     assert "other hardware" in " ".join(limits(made_up_report()))
 
 
+def test_a_plan_that_computes_everything_is_not_infinitely_closer():
+    report = made_up_report()
+    exact = replace(report, baselines=[replace(report.baselines[0], psnr_db=math.inf)])
+    said = " ".join(findings(exact))
+    assert "The uniform plan gave the dense videos themselves" in said and "inf dB" not in said
+
+
 def test_nothing_is_overwritten_unasked(written):
     before = (written / "report.json").read_bytes()
     with pytest.raises(FileExistsError, match="pass overwrite=True"):

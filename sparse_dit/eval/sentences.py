@@ -125,6 +125,9 @@ def _against(report: Report, method: Method) -> str:
         return f"The {method.name} plan can't be compared: a PSNR is not a number."
     if ours == theirs:
         return f"The searched plan and the {method.name} plan are equally close {densities}."
+    if math.isinf(ours) or math.isinf(theirs):
+        exact = "searched" if math.isinf(ours) else method.name
+        return f"The {exact} plan gave the dense videos themselves, the other not, {densities}."
     gain = ours - theirs
     if abs(gain) < PROMISED_DB:
         return (
