@@ -148,11 +148,16 @@ def _refused(pipe: Any, arguments: Mapping[str, Any], height: int, width: int) -
     if check is None:
         return None
     given = {**arguments, "height": height, "width": width}
-    values = {
-        name: given.get(name)
-        for name, parameter in inspect.signature(check).parameters.items()
-        if name in given or parameter.default is inspect.Parameter.empty
-    }
+    call = inspect.signature(type(pipe).__call__).parameters
+    values = {}
+    for name, parameter in inspect.signature(check).parameters.items():
+        if name in given:
+            values[name] = given[name]
+        elif (
+            parameter.default is inspect.Parameter.empty
+        ):  # what the call hands on if nothing is given
+            default = call[name].default if name in call else None
+            values[name] = None if default is inspect.Parameter.empty else default
     try:
         check(**values)
     except ValueError as error:

@@ -212,7 +212,7 @@ def test_the_command_prints_and_plots(tmp_path):
     [
         ({"densities": [0.0]}, "between 0 and 1"),
         ({"methods": ["magic"]}, "methods must be among"),
-        ({"held_out": ()}, "at least one held-out"),
+        ({"held_out": ()}, "a held-out prompt, got none"),
         ({"held_out": CALIBRATION}, "must not be calibration"),
     ],
 )

@@ -3,11 +3,10 @@ import torch
 
 from sparse_dit.attention import sparse_attention
 from sparse_dit.eval.heads import head_quality
-from sparse_dit.eval.runs import dense_plan
 from sparse_dit.generation import Case, GenerationSettings, generate
 from sparse_dit.index import build_index
 from sparse_dit.integrations.diffusers import attach, components, self_attention_layers
-from sparse_dit.patterns import Pattern, Window
+from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from tests.tiny_pipelines import wan
 
@@ -78,7 +77,7 @@ def test_error_and_recall_are_those_of_the_kernel(pipe):
 
 
 def test_dense_heads_have_no_error_and_full_recall(pipe):
-    plan = dense_plan(plan_with(pipe, Pattern(Window(0, 1, 1))))
+    plan = plan_with(pipe, Pattern(Dense()))
     for totals in head_quality(pipe, plan, CASE, SETTINGS)["transformer"].values():
         assert (totals.relative_error == 0).all() and (totals.recall == 1).all()
 

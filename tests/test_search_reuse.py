@@ -135,8 +135,8 @@ def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
     options = (pipe, "transformer", stages, layers, CASES[0], SHORT)
     ours = sensitivity.sensitivity(*options)
 
-    def whole(transformer, outputs, intercept):
-        return replaying(transformer, [], intercept)
+    def whole(transformer, outputs, intercept, pipe):
+        return replaying(transformer, [], intercept, pipe)
 
     monkeypatch.setattr(sensitivity, "replaying", whole)
     assert sensitivity.sensitivity(*options) == ours

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sparse_dit import cli
+from sparse_dit.eval import stability as module
 from sparse_dit.eval.stability import stability
 from sparse_dit.eval.stability_file import StabilityRequest
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.diffusers import attachment_of
-from sparse_dit.search import stability as module
 from sparse_dit.search.check import check_plan
 from sparse_dit.search.profile_file import read_profile
 from tests.tiny_pipelines import wan

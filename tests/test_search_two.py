@@ -239,12 +239,12 @@ def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
     parts = {"transformer": stages_of([1.0, 0.93]), "transformer_2": stages_of([0.8, 0.4])}
     played = []
 
-    def watched(transformer, outputs, intercept):
+    def watched(transformer, outputs, intercept, pipe):
         played.append(len(outputs))
-        return replaying(transformer, outputs, intercept)
+        return replaying(transformer, outputs, intercept, pipe)
 
-    def whole(transformer, outputs, intercept):
-        return replaying(transformer, [], intercept)
+    def whole(transformer, outputs, intercept, pipe):
+        return replaying(transformer, [], intercept, pipe)
 
     for name, stages in parts.items():
         layers = list(self_attention_layers(components(pipe)[name]))

@@ -213,7 +213,7 @@ def test_the_command_writes_a_plan_that_says_what_it_is(tmp_path, capsys):
         (["--density", "1.5"], "--density must be"),
         (["--dense-steps", "0.9"], "--dense-steps must be a share from 0 to less than the --density"),
         (["--num-frames", "0"], "--num-frames must be a whole number >= 1"),
-        (["--out", "plan"], "--out: a plan file must end in .json"),
+        (["--out", "plan"], "--out must name a file that ends in .json"),
     ],
 )  # fmt: skip
 def test_the_command_refuses_before_it_loads(more, words, capsys, monkeypatch):

@@ -36,7 +36,7 @@ TESTED = [
 @pytest.fixture(autouse=True)
 def unwritten_is_nan():
     """What `torch.empty` makes holds NaN, as in the interpreter's tests."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # block mass has no fixed order
     yield
     torch.use_deterministic_algorithms(False)
 
