@@ -36,7 +36,7 @@ def check(index, inputs, variant=None, truth=None, **keywords):
 
 
 def scattered(seed, n, m, size, share=0.3, **keywords):
-    """Groups of `size` rows that see keys by lot; the first sees nothing, the last everything."""
+    """Groups of `size` rows that see keys at random; the first sees nothing, the last everything."""
     generator = torch.Generator().manual_seed(seed)
     groups = split(n, size)
     keys = [(torch.rand(m, generator=generator) < share).nonzero()[:, 0] for _ in groups]

@@ -159,7 +159,7 @@ def _baselines(searched: Searched) -> list[tuple[str, str, Plan]]:
             "the best single pattern of each stage, at the searched plan's density there",
             uniform_plan(plan, profile, by_stage=True),
         ),
-        ("random", "candidates drawn by lot for every head", plan_of(searched, chance)),
+        ("random", "candidates drawn at random for every head", plan_of(searched, chance)),
     ]
 
 

@@ -24,7 +24,7 @@ ERROR_BIN = 0.1  # decades
 PRICES = 80
 MUTATIONS = 400
 _DECADES = (-4.0, 8.0)  # of prices, in dense generations for the largest damage of a head
-_SHARE = 0.03  # of units that a mutation changes by lot
+_SHARE = 0.03  # of units that a mutation changes at random
 
 Cell = tuple[int, int, int]
 
@@ -170,7 +170,7 @@ def _polish(archive: Archive, seen: Problem) -> None:
 
 
 def _other_units(archive: Archive, generator: torch.Generator) -> Tensor:
-    """An elite with a few units by lot."""
+    """An elite with a few units at random."""
     pick = _elite(archive, generator).pick.clone()
     chosen = torch.rand(len(pick), generator=generator, dtype=torch.float32) < max(
         _SHARE, 1 / len(pick)
@@ -180,7 +180,7 @@ def _other_units(archive: Archive, generator: torch.Generator) -> Tensor:
 
 
 def _other_layers(archive: Archive, generator: torch.Generator) -> Tensor:
-    """An elite that has each layer at each stage from another one, or not, by lot."""
+    """An elite that has each layer at each stage from another one, or not, at random."""
     layer = archive.problem.layer_of
     swap = torch.rand(int(layer.max()) + 1, generator=generator, dtype=torch.float32) < 0.25
     one, two = (_elite(archive, generator).pick for _ in range(2))

@@ -16,7 +16,7 @@ def damage_error(parts: Mapping[str, ComponentProfile], problem: Problem, pick: 
 
     Heads of a layer are scored on the same rows, so their errors are added up as if they went together;
     layers and noise levels have rows of their own, and are added in squares. The bar is wide rather than
-    narrow: rows are drawn from equal stretches of the video, which spreads them better than a lot would.
+    narrow: rows are drawn from equal stretches of the video, which spreads them better than free draws would.
     What it leaves out: other prompts, and what a squared error at a noise level does to the video.
 
     Args:

@@ -140,7 +140,7 @@ def _epsilon_lambda(case: _Case) -> _Picked | None:
 
 
 def _random(searched: Searched, target: float) -> Plan | None:
-    """The best of many choices by lot, by forecast damage."""
+    """The best of many random choices, by forecast damage."""
     task, best = searched.problem, None
     for seed in range(RANDOM_DRAWS):
         choice = random_choice(task, target, seed)
@@ -203,7 +203,7 @@ SOURCES: dict[str, str] = {
     "radial": "one radial mask for all heads (Radial Attention)",
     "row-wise blocks": "top blocks of each row, chosen once (as AdaSpa)",
     "epsilon-lambda": "five modes by loss and threshold (Sparse-vDiT)",
-    "random": f"the best of {RANDOM_DRAWS} choices by lot from our own candidates",
+    "random": f"the best of {RANDOM_DRAWS} random choices from our own candidates",
 }
 
 

@@ -73,7 +73,7 @@ def stage_densities(component: ComponentPlan, profile: ComponentProfile) -> list
 
 
 def random_choice(problem: Problem, target: float, seed: int = 0) -> Choice:
-    """Candidates by lot, one for each unit, exchanged by lot until the density is the target's."""
+    """Random candidates, one for each unit, exchanged at random until the density is the target's."""
     generator = torch.Generator().manual_seed(seed)
     units, count = problem.density.shape
     pick = torch.randint(count, (units,), generator=generator)
