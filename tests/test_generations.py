@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sparse_dit.integrations.call import StepContext
-from sparse_dit.integrations.course import Course
 from sparse_dit.integrations.diffusers import attach, attachment_of
 from sparse_dit.integrations.families import FAMILIES
+from sparse_dit.integrations.step_tracker import StepTracker
 from sparse_dit.patch import patch
 from tests.test_diffusers_seam import Recorder
 from tests.test_patch import NARROW, plan_for
@@ -204,11 +204,11 @@ def test_copies_know_their_own_pipeline_and_pickles_none():
 
 def test_where_nothing_is_told_a_noise_level_met_again_gives_nothing_out():
     """A loop of one's own: a second-order scheduler, or a run that was cut off and another one."""
-    course, context, prompt = Course(), StepContext(), torch.ones(1)
+    tracker, context, prompt = StepTracker(), StepContext(), torch.ones(1)
     arguments = {"encoder_hidden_states": prompt, "hidden_states": torch.ones(1)}
     family, got = FAMILIES["WanTransformer3DModel"], []
     for sigma in (1.0, 1.0, 0.5, 0.5, 0.2):
-        branch, run, step = course.advance(context, family, arguments, sigma, "cond")
-        context = StepContext(None, sigma, branch, run, step, course.condition(arguments))
+        branch, run, step = tracker.advance(context, family, arguments, sigma, "cond")
+        context = StepContext(None, sigma, branch, run, step, tracker.condition(arguments))
         got.append((run, step, context.condition))
     assert got == [(0, 0, 0), (0, 1, 1), (0, 2, 1), (0, 3, 2), (0, 4, 2)]

@@ -12,7 +12,7 @@ import torch
 from sparse_dit.attention import sparse_attention
 from sparse_dit.index import build_index
 from sparse_dit.integrations.call import AttentionCall, StepContext
-from sparse_dit.integrations.course import Course
+from sparse_dit.integrations.step_tracker import StepTracker
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch, unpatch
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
@@ -218,14 +218,14 @@ def test_heads_without_work_are_zero_in_every_backend(backend):
 
 
 def test_conditions_are_numbered_by_object():
-    course, a, b = Course(), torch.zeros(2), torch.zeros(2)
-    numbers = [course.condition({"encoder_hidden_states": x}) for x in (a, b, a, b)]
+    tracker, a, b = StepTracker(), torch.zeros(2), torch.zeros(2)
+    numbers = [tracker.condition({"encoder_hidden_states": x}) for x in (a, b, a, b)]
     assert numbers == [0, 1, 0, 1]
     del a
     gc.collect()
-    assert course.condition({"encoder_hidden_states": torch.zeros(2)}) == 2
-    assert course.condition({}) is None
-    assert copy.deepcopy(course).condition({"encoder_hidden_states": b}) == 0
+    assert tracker.condition({"encoder_hidden_states": torch.zeros(2)}) == 2
+    assert tracker.condition({}) is None
+    assert copy.deepcopy(tracker).condition({"encoder_hidden_states": b}) == 0
 
 
 # --- whole pipelines

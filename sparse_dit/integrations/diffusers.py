@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from .call import AttentionCall, Intercept, StepContext
-from .course import Course
 from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
 from .schedule import Schedule
+from .step_tracker import StepTracker
 
 __all__ = [
     "Attachment",
@@ -163,7 +163,7 @@ class Attachment:
         self._links = _links(transformer, self.layers)
         self._name: str | None = None
         self._schedule = Schedule(pipe)
-        self._course = Course(self._schedule)
+        self._tracker = StepTracker(self._schedule)
         self._lost: set[str] = set()
         self._was_replaced = False
         try:
@@ -208,7 +208,7 @@ class Attachment:
 
     def begin_run(self) -> None:
         """Let the next forward begin a generation; see `Handle.begin_run`."""
-        self._course.begin()
+        self._tracker.begin()
 
     def detach(self) -> None:
         """Restore the very stock processors and take the hook off; twice is harmless."""
@@ -223,7 +223,7 @@ class Attachment:
         delattr(self._transformer, self.KEY)
         self._tap.intercept = None  # a processor that the host kept runs stock from now on
         self._tap.mask = self._tap.arrangement = None
-        self._course = Course()  # it holds tensors
+        self._tracker = StepTracker()  # it holds tensors
 
     def _untouched(self) -> bool:
         """Whether every layer is where it was, with our processor."""
@@ -255,13 +255,13 @@ class Attachment:
         family = _family(transformer)
         arguments = forward_arguments(transformer, args, kwargs)
         sigma = sigma_of(family, transformer.config, arguments)
-        branch, run, step = self._course.advance(
+        branch, run, step = self._tracker.advance(
             self._tap.context, family, arguments, sigma, self._name
         )
         told = family.arrange(transformer.config, arguments) if family.arrange else None
         layout = told.layout if told else family.layout(transformer.config, arguments)
         check_split(transformer, layout, family.heads(transformer.config)[0], arguments)
-        condition = self._course.condition(arguments)
+        condition = self._tracker.condition(arguments)
         self._tap.context = StepContext(layout, sigma, branch, run, step, condition)
         self._tap.arrangement = told
 

@@ -170,7 +170,7 @@ def _polish(archive: Archive, seen: Problem) -> None:
 
 
 def _other_units(archive: Archive, generator: torch.Generator) -> Tensor:
-    """An elite with a few units at random."""
+    """An elite in which a few units are drawn anew at random."""
     pick = _elite(archive, generator).pick.clone()
     chosen = torch.rand(len(pick), generator=generator, dtype=torch.float32) < max(
         _SHARE, 1 / len(pick)

@@ -18,8 +18,8 @@ CONDITION = "encoder_hidden_states"
 INPUT = "hidden_states"
 
 
-class Course:
-    """The forwards of the present step, by which the next one is told from a new step or a new run.
+class StepTracker:
+    """Says of each forward which guidance branch, step and run it belongs to, from those before it.
 
     The scheduler tells runs and steps where the pipeline is known. Elsewhere they are guessed: noise falls
     over a run, and pipelines name a forward (`transformer.cache_context`) or don't; forwards without a name
@@ -56,11 +56,11 @@ class Course:
         self._numbered += 1
         return self._conditions[-1][1]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Course:
-        return Course(copy.deepcopy(self._schedule, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
+        return StepTracker(copy.deepcopy(self._schedule, memo))
 
     def __reduce__(self):
-        return Course, ()
+        return StepTracker, ()
 
     def advance(
         self,

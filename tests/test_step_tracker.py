@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparse_dit.integrations.call import StepContext
-from sparse_dit.integrations.course import Course
 from sparse_dit.integrations.diffusers import attach
 from sparse_dit.integrations.families import FAMILIES
+from sparse_dit.integrations.step_tracker import StepTracker
 from sparse_dit.patch import patch
 from sparse_dit.plan import Stage
 from tests.test_image_models import FAR, NARROW, Recorder, plan_for
@@ -83,10 +83,10 @@ def test_each_branch_runs_its_own_plan(name):
 
 def walk(family, *forwards):
     """`(run, step, branch)` of forwards `(sigma, name, condition, latents)`."""
-    course, context, got = Course(), StepContext(), []
+    tracker, context, got = StepTracker(), StepContext(), []
     for sigma, name, condition, latents in forwards:
         arguments = {"encoder_hidden_states": condition, "hidden_states": latents}
-        branch, run, step = course.advance(context, family, arguments, sigma, name)
+        branch, run, step = tracker.advance(context, family, arguments, sigma, name)
         context = StepContext(None, sigma, branch, run, step)
         got.append((run, step, branch))
     return got
@@ -129,10 +129,10 @@ def test_without_names_a_third_prediction_with_the_prompt_is_one_of_its_step():
 
 
 def test_copies_start_anew_and_hold_no_tensors():
-    course = Course()
+    tracker = StepTracker()
     arguments = {"encoder_hidden_states": torch.ones(1), "hidden_states": torch.ones(1)}
-    course.advance(StepContext(), CHROMA, arguments, 1.0, None)
-    for twin in (copy.deepcopy(course), pickle.loads(pickle.dumps(course))):
-        empty = Course()
+    tracker.advance(StepContext(), CHROMA, arguments, 1.0, None)
+    for twin in (copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))):
+        empty = StepTracker()
         assert vars(twin).pop("_schedule").pipe is vars(empty).pop("_schedule").pipe is None
         assert vars(twin) == vars(empty)
