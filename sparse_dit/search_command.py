@@ -80,9 +80,9 @@ def search(
     from .search import Objective
     from .search import search_plan as find
     from .search.asked import check_profile, check_search, profiled_at
-    from .search.elsewhere import Elsewhere
     from .search.objective import shortfall
     from .search.prompts import split_cases
+    from .search.target_device import TargetDevice
 
     texts = read_prompts(prompt or [], prompts)
     settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
@@ -92,7 +92,7 @@ def search(
         "min_psnr": min_psnr,
     }
     Objective(**dial)
-    elsewhere = Elsewhere.of(cost_table, dense_seconds)
+    target_device = TargetDevice.of(cost_table, dense_seconds)
     cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
     later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
     kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
@@ -107,7 +107,7 @@ def search(
             calibration[0],
             settings,
             profile_steps=profile_steps,
-            elsewhere=elsewhere,
+            target_device=target_device,
         )
         profiled = profiled_at(settings, profile_steps)
         check_profile(pipe, calibration, profiled, kept)

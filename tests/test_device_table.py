@@ -11,7 +11,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.search import search
 from sparse_dit.search.device_table import DeviceTable, Entry, slug
-from sparse_dit.search.elsewhere import Elsewhere
+from sparse_dit.search.target_device import TargetDevice
 from tests import tiny_pipelines
 
 PAIR = 1e-9  # seconds a pair of tokens
@@ -149,22 +149,22 @@ def test_a_table_that_is_not_there(tmp_path):
 
 def test_the_rest_of_a_foreign_step_must_be_told():
     with pytest.raises(ValueError, match="give dense_seconds"):
-        Elsewhere.of(table(), None)
+        TargetDevice.of(table(), None)
     with pytest.raises(ValueError, match="device_table too"):
-        Elsewhere.of(None, 3.0)
+        TargetDevice.of(None, 3.0)
     with pytest.raises(ValueError, match="above 0"):
-        Elsewhere.of(table(), math.nan)
-    assert Elsewhere.of(None, None) is None
-    foreign = Elsewhere(table(), 10.0)
+        TargetDevice.of(table(), math.nan)
+    assert TargetDevice.of(None, None) is None
+    foreign = TargetDevice(table(), 10.0)
     assert foreign.generation(measured=99.0, stock=4.0) == 10.0
     with pytest.raises(ValueError, match="at least the 12 s"):
         foreign.generation(measured=99.0, stock=12.0)
-    own = Elsewhere.of(table(name=slug("cpu")), None)
+    own = TargetDevice.of(table(name=slug("cpu")), None)
     assert own is not None and own.generation(measured=7.0, stock=4.0) == 7.0
 
 
 def test_a_size_beyond_the_table_has_no_cost():
-    costs = Elsewhere(table(), 10.0).smaller(64, "float32")
+    costs = TargetDevice(table(), 10.0).smaller(64, "float32")
     assert costs(TokenLayout.video(1, 4, 4)) is None
     found = costs(TokenLayout.video(4, 12, 12))
     assert found is not None and found.source == "made-up"

@@ -8,7 +8,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.search import search
 from sparse_dit.search.device_table import DeviceTable
-from sparse_dit.search.elsewhere import Elsewhere
+from sparse_dit.search.target_device import TargetDevice
 from tests import tiny_pipelines
 
 SPARSE = {  # 60 % of blocks of 384 at random, or as said: tokens and published milliseconds of FlexAttention
@@ -84,8 +84,8 @@ def test_it_survives_a_file(tmp_path):
 
 def test_a_generation_there_must_be_given():
     with pytest.raises(ValueError, match="give dense_seconds"):
-        Elsewhere.of("h100", None)
-    assert Elsewhere.of("h100", 100.0).table.caveat
+        TargetDevice.of("h100", None)
+    assert TargetDevice.of("h100", 100.0).table.caveat
 
 
 def test_a_search_tells_the_caveat_first():

@@ -15,8 +15,8 @@ from ..outputs import check_writable
 from ..plan.schema import MAX_STAGES
 from ..words import option
 from .beyond import has_frames
-from .elsewhere import Elsewhere
 from .profiling import phases_of, profiling_steps, started
+from .target_device import TargetDevice
 
 
 def check_search(
@@ -27,7 +27,7 @@ def check_search(
     rows: int = 64,
     profile: str | Path | None = None,
     profile_steps: int | None = None,
-    elsewhere: Elsewhere | None = None,
+    target_device: TargetDevice | None = None,
 ) -> None:
     """Raise unless the pipeline can be profiled and searched so.
 
@@ -35,14 +35,14 @@ def check_search(
         pipe: Loaded, or an `outline`.
         case: One of the prompts.
         settings, rows, profile, profile_steps: As `search_plan` takes them.
-        elsewhere: The device that is solved for.
+        target_device: The device that is solved for.
 
     Raises:
         ValueError, TypeError, NotImplementedError, OSError: See `search_plan`.
     """
     for transformer in searchable(pipe).values():
-        if elsewhere is not None:
-            elsewhere.check(transformer)
+        if target_device is not None:
+            target_device.check(transformer)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"{option('rows')} must be a whole number >= 1, got {rows!r}")
     profiled_at(settings, profile_steps)

@@ -16,7 +16,6 @@ from ..on_cpu import on_cpu
 from ..plan import Plan, Stage
 from .asked import check_search, profiled_at
 from .cost import break_even_tokens
-from .elsewhere import Elsewhere
 from .evidence import evidence
 from .front import Front, front_of, model_hash
 from .joint import joined, pair_shares
@@ -28,6 +27,7 @@ from .prompts import TuneOn, split_cases
 from .provenance import measured_of, provenance
 from .sensitivity import Sensitivity, reduced, sensitivity
 from .solve import Choice, Problem, problem, stages_of
+from .target_device import TargetDevice
 from .tune import Clock, Report, Session, tune
 from .verify import Reference, dense_reference
 
@@ -117,9 +117,9 @@ def search_plan(
     """
     say = report or (lambda text: None)
     objective = Objective(target_speedup, max_error, min_psnr)
-    elsewhere = Elsewhere.of(device_table, dense_seconds)
-    if elsewhere is not None and elsewhere.table.caveat:
-        say(elsewhere.table.caveat)
+    target_device = TargetDevice.of(device_table, dense_seconds)
+    if target_device is not None and target_device.table.caveat:
+        say(target_device.table.caveat)
     calibration, held = split_cases(prompts, held_out, tune_on)
     check_search(
         pipe,
@@ -128,7 +128,7 @@ def search_plan(
         rows=rows,
         profile=profile,
         profile_steps=profile_steps,
-        elsewhere=elsewhere,
+        target_device=target_device,
     )
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
@@ -146,7 +146,7 @@ def search_plan(
         say=say,
     )
     clock.lap("profile")
-    run = _Run(pipe, calibration, held, settings, backend, clock, say, elsewhere)
+    run = _Run(pipe, calibration, held, settings, backend, clock, say, target_device)
     return _solved(run, profiled, objective, max_generations)
 
 
@@ -177,18 +177,20 @@ class _Run:
     backend: str
     clock: Clock
     say: Report
-    elsewhere: Elsewhere | None = None
+    target_device: TargetDevice | None = None
 
 
 def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
-    clock, say, settings, elsewhere = run.clock, run.say, run.settings, run.elsewhere
+    clock, say, settings, target_device = run.clock, run.say, run.settings, run.target_device
     parts = profiled.components
     of_device = (
-        f"those of the device table {elsewhere.table.name}" if elsewhere else "measured here"
+        f"those of the device table {target_device.table.name}"
+        if target_device
+        else "measured here"
     )
     say(f"costs are {of_device}")
-    tables = cost_tables(components(run.pipe), parts, run.backend, elsewhere)
+    tables = cost_tables(components(run.pipe), parts, run.backend, target_device)
     clock.lap("cost")
     stages = {name: stages_of(part.sigmas) for name, part in parts.items()}
     say("measuring how much each noise level and layer matters")
@@ -198,9 +200,9 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     clock.lap("references")
     local_seconds = sum(r.seconds for r in references) / len(references)
     calls = {name: references[0].calls(name, stages[name]) for name in parts}
-    if elsewhere is None:
+    if target_device is None:
         tables = inside(tables, parts, calls, references)
-    dense_seconds = dense_generation(tables, parts, calls, local_seconds, elsewhere)
+    dense_seconds = dense_generation(tables, parts, calls, local_seconds, target_device)
     problems = {
         name: problem(part, stages[name], matters[name], tables[name], calls[name], dense_seconds)
         for name, part in parts.items()
@@ -210,7 +212,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     session = Session(run.pipe, matters, task, tables, profiled, objective, settings, run.backend)
     choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
     clock.lap("verify")
-    plan = _with_break_even(session, plan, choice, run.elsewhere)
+    plan = _with_break_even(session, plan, choice, run.target_device)
     clock.lap("break-even")
     backing = evidence(parts, task, choice)
     clock.lap("evidence")
@@ -219,7 +221,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
-        measured=measured_of(objective, verified, len(run.held_out), run.elsewhere),
+        measured=measured_of(objective, verified, len(run.held_out), run.target_device),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
@@ -248,7 +250,7 @@ def _sensitivities(
 
 
 def _with_break_even(
-    session: Session, plan: Plan, choice: Choice, elsewhere: Elsewhere | None
+    session: Session, plan: Plan, choice: Choice, target_device: TargetDevice | None
 ) -> Plan:
     """The plan with the number of tokens under which dense attention is faster, for each transformer."""
     task = session.problem
@@ -260,7 +262,7 @@ def _with_break_even(
         found[name] = component
         if len(sparse):
             head_dim = component.head_dim
-            others = elsewhere.smaller(head_dim, table.dtype) if elsewhere else None
+            others = target_device.smaller(head_dim, table.dtype) if target_device else None
             density, heads = sparse.mean().item(), component.num_heads
             tokens = break_even_tokens(table, density, heads, head_dim, others)
             found[name] = replace(component, valid_tokens=(tokens, None))

@@ -10,8 +10,8 @@ from torch import nn
 
 from .candidates import tilings
 from .cost import CostTable, measure_cost
-from .elsewhere import Elsewhere
 from .profile import ComponentProfile
+from .target_device import TargetDevice
 from .verify import Reference
 
 Parts = Mapping[str, ComponentProfile]  # by component name, as all mappings here
@@ -19,7 +19,7 @@ Calls = Mapping[str, Sequence[int]]  # for each stage the forwards of a generati
 
 
 def cost_tables(
-    modules: Mapping[str, nn.Module], parts: Parts, backend: str, elsewhere: Elsewhere | None
+    modules: Mapping[str, nn.Module], parts: Parts, backend: str, target_device: TargetDevice | None
 ) -> dict[str, CostTable]:
     """Of the device that is solved for, measured here if None; transformers that are alike have one table.
 
@@ -27,7 +27,7 @@ def cost_tables(
         modules: The transformers.
         parts: Their profiles.
         backend: Sparse backend to time.
-        elsewhere: Another device.
+        target_device: The device that is solved for, if it is another one.
     """
     known: dict[tuple[Any, ...], CostTable] = {}
     tables = {}
@@ -36,8 +36,8 @@ def cost_tables(
         layout, head_dim = part.known_layout, part.head_dim
         orders = tilings(layout)[1:]
         key = layout, part.num_heads, head_dim, module.device, module.dtype, orders
-        if key not in known and elsewhere is not None:
-            known[key] = elsewhere.cost(layout, head_dim, module.dtype)
+        if key not in known and target_device is not None:
+            known[key] = target_device.cost(layout, head_dim, module.dtype)
         elif key not in known:
             known[key] = measure_cost(
                 layout,
@@ -70,12 +70,12 @@ def dense_generation(
     parts: Parts,
     calls: Calls,
     measured: float,
-    elsewhere: Elsewhere | None,
+    target_device: TargetDevice | None,
 ) -> float:
     """Seconds of a dense generation on the device that is solved for; `measured` is that of this one."""
-    if elsewhere is None:
+    if target_device is None:
         return measured
-    return elsewhere.generation(measured, _stock(tables, parts, calls))
+    return target_device.generation(measured, _stock(tables, parts, calls))
 
 
 def _stock(tables: Mapping[str, CostTable], parts: Parts, calls: Calls) -> float:

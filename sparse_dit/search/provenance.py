@@ -11,9 +11,9 @@ from typing import Any
 from ..generation import Case
 from ..timing import timing_of
 from ..version import VERSION
-from .elsewhere import Elsewhere
 from .joint import one_or_named
 from .objective import Objective
+from .target_device import TargetDevice
 from .tune import Session
 from .verify import Verified
 
@@ -62,7 +62,7 @@ def provenance(
 
 
 def measured_of(
-    objective: Objective, verified: Verified, cases: int, elsewhere: Elsewhere | None
+    objective: Objective, verified: Verified, cases: int, target_device: TargetDevice | None
 ) -> dict[str, Any]:
     """`measured` of a plan; whether a speed-up is met on another device isn't known here (None).
 
@@ -70,10 +70,10 @@ def measured_of(
         objective: What was asked for.
         verified: What came out.
         cases: Held-out cases among those it was verified on.
-        elsewhere: The device that was solved for, if it isn't this one.
+        target_device: The device that was solved for, if it isn't this one.
     """
     psnr, speedup = objective.min_psnr, objective.target_speedup
-    foreign = elsewhere is not None and not elsewhere.table.here
+    foreign = target_device is not None and not target_device.table.here
     met: bool | None = psnr is None or verified.psnr_db >= psnr
     if speedup is not None:
         met = None if foreign else verified.speedup >= speedup

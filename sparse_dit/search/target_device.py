@@ -1,4 +1,6 @@
-"""Searching a plan on one machine for another: attention by that one's table, the rest as its user says."""
+"""The device that a plan is searched for on another machine: its attention by its device table, the rest of
+a generation as the user says.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,16 @@ from .device_table import DeviceTable, slug
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """A device that a plan is searched for on another one.
+class TargetDevice:
+    """A device that a plan is searched for, which may be another than the one that searches.
 
     Args:
-        table: What attention costs there.
-        dense_seconds: Of one dense generation there; None if the table is of this machine.
+        table: What attention costs on the target device.
+        dense_seconds: The seconds that one dense generation takes on the target device. None if the table is
+            of this machine, where they are measured.
 
     Raises:
-        ValueError: If it isn't known and can't be measured here, or is no number above 0.
+        ValueError: If `dense_seconds` is None for another machine's table, or no finite number above 0.
     """
 
     table: DeviceTable
@@ -47,8 +50,12 @@ class Elsewhere:
     @staticmethod
     def of(
         table: str | os.PathLike[str] | DeviceTable | None, dense_seconds: float | None
-    ) -> Elsewhere | None:
-        """From what a user gives; None if no table is given, as everything is then measured here."""
+    ) -> TargetDevice | None:
+        """The target device that a user names; None without a table, as everything is then measured here.
+
+        Raises:
+            ValueError: If `dense_seconds` is given without a table, or is missing or out of range.
+        """
         if table is None:
             if dense_seconds is not None:
                 raise ValueError(
@@ -56,7 +63,7 @@ class Elsewhere:
                     "or leave it out"
                 )
             return None
-        return Elsewhere(
+        return TargetDevice(
             table if isinstance(table, DeviceTable) else DeviceTable.load(table), dense_seconds
         )
 
@@ -66,11 +73,11 @@ class Elsewhere:
         self.table.check(heads_of(transformer)[1], dtype)
 
     def cost(self, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> CostTable:
-        """Costs of heads there."""
+        """The costs of heads on the target device, at one token layout, head_dim and dtype."""
         return self.table.at(layout, head_dim, str(dtype).removeprefix("torch."))
 
     def smaller(self, head_dim: int, dtype: str) -> Callable[[TokenLayout], CostTable | None]:
-        """Gives the costs at other sizes, None beyond what the table covers."""
+        """A function that gives the costs at another token layout, or None if the table doesn't cover it."""
 
         def at(layout: TokenLayout) -> CostTable | None:
             covered = self.table.covers(layout.seq_len, head_dim, dtype)
@@ -79,11 +86,11 @@ class Elsewhere:
         return at
 
     def generation(self, measured: float, stock: float) -> float:
-        """Seconds of a dense generation there.
+        """The seconds that a dense generation takes on the target device.
 
         Args:
-            measured: On this machine.
-            stock: Seconds of its dense attention by the table.
+            measured: The seconds that it takes on this machine.
+            stock: The seconds that its dense attention takes by the table.
 
         Raises:
             ValueError: If the whole is less than its attention.
