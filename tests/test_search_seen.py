@@ -1,4 +1,4 @@
-"""Many candidates at once are what each is alone; heads side by side are what they are in turn."""
+"""Many candidates at once are what each is alone; heads in parallel are what they are in turn."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from sparse_dit.patterns import Stencil
 from sparse_dit.search.candidates import _reach, all_candidates, tilings
 from sparse_dit.search.cells import cell_table
 from sparse_dit.search.nested import kind_of
+from sparse_dit.search.parallel_map import parallel_map
 from sparse_dit.search.reach import nested_stencil
 from sparse_dit.search.seen import densities, grouped
-from sparse_dit.search.side_by_side import side_by_side
 from sparse_dit.search.statistics import empty_statistics
 
 VIDEOS = [
@@ -71,7 +71,7 @@ def test_each_call_is_made_once_and_computes_on_one_thread(threads):
     try:
         seen = []
         with torch.inference_mode():
-            side_by_side(
+            parallel_map(
                 lambda head: seen.append(
                     (head, torch.get_num_threads(), torch.is_inference_mode_enabled())
                 ),
@@ -80,7 +80,7 @@ def test_each_call_is_made_once_and_computes_on_one_thread(threads):
         assert sorted(seen) == [(head, 1, True) for head in range(7)]
         assert torch.get_num_threads() == threads
         with pytest.raises(ZeroDivisionError):
-            side_by_side(lambda head: 1 / (2 - head), 5)
+            parallel_map(lambda head: 1 / (2 - head), 5)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -24,11 +24,11 @@ from ..layout import TokenLayout
 from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
 from .nested import Cells
+from .parallel_map import each_sum
 from .profile import ComponentProfile, Profile
 from .projection import projections
 from .reach import BEYOND
 from .sampling import items_of, whole_layout, without_guidance
-from .side_by_side import each_sum
 from .statistics import HeadStatistics, discover, empty_heads
 
 WIDER = 2  # times the rows and the columns

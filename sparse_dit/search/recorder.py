@@ -16,9 +16,9 @@ from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
 from .dependence import look
 from .nested import Cells
+from .parallel_map import each_sum
 from .profile import HALF, LATER, ComponentProfile
 from .sampling import items_of, whole_layout
-from .side_by_side import each_sum
 from .statistics import discover, empty_heads, score
 
 PICTURE = 96
@@ -175,6 +175,6 @@ class Recorder:
         pictures, heads = self.profile.pictures, self.profile.num_heads
         if (layer, tile) not in pictures:
             fresh = torch.zeros(heads, *size, dtype=torch.float32)
-            pictures.setdefault((layer, tile), fresh)  # heads come side by side
+            pictures.setdefault((layer, tile), fresh)  # heads come in parallel
         if image.shape == pictures[layer, tile].shape[1:]:
             pictures[layer, tile][head] = image

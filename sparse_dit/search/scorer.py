@@ -20,9 +20,9 @@ from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
 from .cells import sample_rows
 from .nested import Candidates
+from .parallel_map import one_thread
 from .projection import projections
 from .sampling import sampled_heads, whole_layout
-from .side_by_side import one_thread
 from .statistics import score_all
 
 Key = tuple[int, str]  # number of a stage or noise level, and layer

@@ -1,4 +1,4 @@
-"""Many small operations: they run on one thread each, and several of them side by side."""
+"""Many small operations in parallel: each runs on one thread, as many at a time as torch has threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from .sampling import Item
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Many small operations: waking other threads for each of them costs more than they bring."""
+    """Let torch compute on one thread inside the block.
+
+    For many small operations: waking other threads for each of them costs more time than they save.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -26,10 +29,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(work: Callable[[int], object], count: int) -> None:
-    """Call `work` with 0 to `count - 1`, on as many threads as torch has, each of which computes alone.
+def parallel_map(work: Callable[[int], object], count: int) -> None:
+    """Call `work` with each number from 0 to `count - 1`, on as many threads as torch has.
 
-    Calls must not depend on one another. What one raises is raised here.
+    Each call computes on a single thread. Calls must not depend on one another. Their results are dropped;
+    what one raises is raised here.
     """
     threads = min(torch.get_num_threads(), count)
     inference = torch.is_inference_mode_enabled()
@@ -55,17 +59,17 @@ def each_sum(
     layout: TokenLayout,
     use: Callable[[int, Cells, CellSums], object],
 ) -> None:
-    """Call `use(head, cells, sums)` for each head of a batch item and each cells to sum by, side by side.
+    """Call `use(head, cells, sums)` in parallel, for each head of a batch item and each kind of cells.
 
-    As many heads at a time as torch has threads, so that memory doesn't grow with the heads.
+    As many heads are in memory at a time as torch has threads, however many the item has.
 
     Args:
-        item: Whose.
-        rows: int64 `[R]`, sampled tokens.
-        behind: See `Item.sampled`.
-        wanted: The cells.
-        layout: Of the item.
-        use: Must only touch what is that head's and these cells' own.
+        item: The batch item, with q, k and v of all heads.
+        rows: The sampled query tokens, int64 `[R]`.
+        behind: What each head's values are multiplied by, see `Item.sampled`; None for nothing.
+        wanted: The kinds of cells that attention is summed by, a token order and a pooling each.
+        layout: The token layout of the item.
+        use: What is done with the sums. It may only write to what belongs to that head and these cells.
     """
     count, together = item.q.shape[1], torch.get_num_threads()
     for first in range(0, count, together):
@@ -78,4 +82,4 @@ def each_sum(
             sums = sampled[head].by_cells(cell_table(layout, tile), pool)
             use(first + head, wanted[place], sums)
 
-        side_by_side(one, len(heads) * len(wanted))
+        parallel_map(one, len(heads) * len(wanted))
