@@ -122,7 +122,7 @@ def _show_points(
         outputs.expect("--out", plan_file, ".json", beside=lambda path: [tensor_path(path)])
     if picture is not None:
         outputs.expect("--picture", picture, ".png", ".svg")
-    wanted = fronts.wish(pick) if pick else None
+    wanted = fronts.parse_pick(pick) if pick else None
     loaded = Plan.from_pretrained(plan)
     file = Path(plan) / "plan.json" if Path(plan).is_dir() else Path(plan)
     found = fronts.read_front(fronts.front_path(file))

@@ -15,7 +15,7 @@ from sparse_dit.inputs import load_pipeline
 from sparse_dit.plan import Plan, PlanError
 from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
-from sparse_dit.search.front import front_of, front_path, pick, read_front, wish, write_front
+from sparse_dit.search.front import front_of, front_path, parse_pick, pick, read_front, write_front
 from sparse_dit.search.solve import at_price
 
 SAID: list[str] = []  # what the one search of this file reported
@@ -94,7 +94,7 @@ def test_what_no_point_has_is_said(searched, plan_file):
         pick(searched.plan, front, "speedup", 99.0)
     for text in ("fast=2", "speedup=", "speedup=nan", "speedup=-1", "2.0"):
         with pytest.raises(ValueError, match="a pick must be one of"):
-            wish(text)
+            parse_pick(text)
 
 
 def test_psnr_is_forecast_from_what_was_measured(searched):

@@ -1,6 +1,6 @@
 """The whole front of a search: every point between dense and the fastest, kept beside the plan.
 
-A search answers one wish; another speed or density is another point of the same problem, and takes no
+A search answers one question; another speed or density is another point of the same problem, and takes no
 new search. The file holds the front of an archive: the best choice of each bin of latency and density.
 """
 
@@ -190,11 +190,11 @@ def _check(file: _File, count: int) -> None:
             raise ValueError(f"point {number} has a negative error")
 
 
-def wish(text: str) -> tuple[Measure, float]:
-    """`"speedup=2.0"` as a pair.
+def parse_pick(text: str) -> tuple[Measure, float]:
+    """Which point of a front is asked for: `"speedup=2.0"` is read as `("speedup", 2.0)`; see `pick`.
 
     Raises:
-        ValueError: If it has another form.
+        ValueError: If the text isn't the name of a measure, an equals sign and a finite number above 0.
     """
     name, _, number = text.partition("=")
     try:
