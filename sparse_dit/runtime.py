@@ -28,8 +28,8 @@ NOT_COVERED = "noise level or branch not in the plan"
 ALL_DENSE = "every head dense in the plan"
 ALL_SEEN = "at this size the plan's patterns cover everything"
 PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE, ALL_SEEN}
-NOT_TOLD = (
-    "the plan has stages for one guidance branch each, and this forward is of both, or unnamed "
+UNKNOWN_BRANCH = (
+    "each stage of the plan is for one guidance branch, and this forward computes both or names none "
     '(in a loop of your own: with transformer.cache_context("cond"))'
 )
 
@@ -147,8 +147,10 @@ class Runtime:
         if stage is not None:
             return None
         sigma, branch = call.context.sigma, call.context.branch
-        told = branch != "any" or all(self.plan.stage(sigma, b) is None for b in ("cond", "uncond"))
-        return NOT_COVERED if told else NOT_TOLD
+        named = branch != "any" or all(
+            self.plan.stage(sigma, b) is None for b in ("cond", "uncond")
+        )
+        return NOT_COVERED if named else UNKNOWN_BRANCH
 
     def _forced_dense(self, call: AttentionCall) -> str | None:
         """Why the plan can't be followed in this call; None if it can."""

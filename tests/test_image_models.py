@@ -454,14 +454,14 @@ def test_a_layer_called_on_part_of_the_batch_runs_dense_with_a_reason(items):
 def test_tokens_are_put_image_first_and_back():
     """Items with 1 and 3 valid tokens before an image of 4, and padding after it."""
     valid = torch.arange(8) < torch.tensor([[5], [7]])
-    told = image_first(valid, torch.tensor([1, 3]), TokenLayout.video(1, 2, 2))
-    assert told.layout == TokenLayout.video(1, 2, 2, text_after=4)
-    assert told.order.tolist() == [[1, 2, 3, 4, 0, 5, 6, 7], [3, 4, 5, 6, 0, 1, 2, 7]]
-    assert told.kv_len.tolist() == [5, 7]
+    arrangement = image_first(valid, torch.tensor([1, 3]), TokenLayout.video(1, 2, 2))
+    assert arrangement.layout == TokenLayout.video(1, 2, 2, text_after=4)
+    assert arrangement.order.tolist() == [[1, 2, 3, 4, 0, 5, 6, 7], [3, 4, 5, 6, 0, 1, 2, 7]]
+    assert arrangement.kv_len.tolist() == [5, 7]
     x = torch.randn(2, 8, 3, 5)
-    assert torch.equal(told.arrange(x)[1, :, 0, 0], x[1, [3, 4, 5, 6, 0, 1, 2, 7], 0, 0])
-    assert torch.equal(told.restore(told.arrange(x)), x)
-    assert Arrangement(told.layout).restore(x) is x
+    assert torch.equal(arrangement.arrange(x)[1, :, 0, 0], x[1, [3, 4, 5, 6, 0, 1, 2, 7], 0, 0])
+    assert torch.equal(arrangement.restore(arrangement.arrange(x)), x)
+    assert Arrangement(arrangement.layout).restore(x) is x
 
 
 def _zimage_inputs(images, captions, **more):

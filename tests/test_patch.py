@@ -20,7 +20,7 @@ from sparse_dit.runtime import (
     MAX_LAYOUTS,
     NOT_COVERED,
     NOT_NAMED,
-    NOT_TOLD,
+    UNKNOWN_BRANCH,
     Runtime,
 )
 from tests.tiny_pipelines import BUILDERS, generate, wan
@@ -542,14 +542,16 @@ def test_a_plan_for_one_branch_on_forwards_of_both_runs_dense_and_says_so(caplog
     halves = (Stage(1.0, 0.0, "cond"), Stage(1.0, 0.0, "uncond"))
     with patch(pipe, plan_for(pipe, NARROW, stages=halves)) as handle:
         assert torch.equal(generate(pipe, call), stock)
-    assert handle.summary().stages[-1].dense_calls == {NOT_TOLD: 4}
-    assert [r.message for r in caplog.records] == [f"transformer runs dense attention: {NOT_TOLD}"]
+    assert handle.summary().stages[-1].dense_calls == {UNKNOWN_BRANCH: 4}
+    assert [r.message for r in caplog.records] == [
+        f"transformer runs dense attention: {UNKNOWN_BRANCH}"
+    ]
     one = (Stage(1.0, 0.4, "any"), Stage(0.4, 0.0, "cond"))
     with patch(pipe, plan_for(pipe, NARROW, stages=one)) as handle:
         generate(pipe, call)  # noise levels 0.5 and 0
     ran = {s.stage: (s.sparse_calls, s.dense_calls) for s in handle.summary().stages}
     assert ran["sigma 1 to 0.4"] == (2, {})
-    assert ran["outside"] == (0, {NOT_TOLD: 2})
+    assert ran["outside"] == (0, {UNKNOWN_BRANCH: 2})
 
 
 def test_the_runtime_moves_an_index_once_a_device():

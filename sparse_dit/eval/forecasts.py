@@ -48,11 +48,11 @@ def compared(plan: Plan, quality: Quality, expected_psnr_db: float | None) -> li
         quality: What was measured.
         expected_psnr_db: What the search let expect of the PSNR, see `expected_psnr`.
     """
-    told = {name: _number(plan.forecast.get(name)) for name in ("seconds", "dense_seconds")}
+    forecast = {name: _number(plan.forecast.get(name)) for name in ("seconds", "dense_seconds")}
     return [
         Compared("speed-up", "times", quality.forecast_speedup, quality.speedup),
-        Compared("dense generation", "seconds", told["dense_seconds"], quality.dense_seconds),
-        Compared("sparse generation", "seconds", told["seconds"], quality.sparse_seconds),
+        Compared("dense generation", "seconds", forecast["dense_seconds"], quality.dense_seconds),
+        Compared("sparse generation", "seconds", forecast["seconds"], quality.sparse_seconds),
         Compared("density", "share", plan.density, quality.density),
         Compared("PSNR against dense", "decibels", expected_psnr_db, quality.psnr_db),
     ]

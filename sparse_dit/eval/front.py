@@ -67,15 +67,15 @@ def _psnr_axis(axes: Axes, front: Front, plan: Plan) -> Axes | None:
     """A second axis with the PSNR of the points that have a forecast below that of equal videos."""
     known = [(p.speedup, p.psnr) for p in front.points if p.psnr is not None and p.psnr < MOST_PSNR]
     own = [plan.forecast.get("speedup"), plan.measured.get("psnr_db")]
-    told = [float(value) for value in own if isinstance(value, int | float)]
-    if not known and len(told) < 2:
+    plan_point = [float(value) for value in own if isinstance(value, int | float)]
+    if not known and len(plan_point) < 2:
         return None
     right = axes.twinx()
     if known:
         speeds, decibels = ([point[axis] for point in known] for axis in (0, 1))
         right.plot(speeds, decibels, "^-", color="tab:green", label="PSNR, forecast")
-    if len(told) == 2:
+    if len(plan_point) == 2:
         star = {"marker": "*", "s": 140.0, "color": "tab:red", "zorder": 3}
-        right.scatter(told[0], told[1], label="PSNR, measured", **star)
+        right.scatter(plan_point[0], plan_point[1], label="PSNR, measured", **star)
     right.set_ylabel("PSNR against dense (dB)")
     return right

@@ -97,10 +97,10 @@ def _clock(report: Report) -> str:
 
 def _cautions(report: Report) -> list[str]:
     """Why speed-ups say little, those of the plan first."""
-    told = {"this plan": report.quality.caution}
-    told |= {f"the {method.name} plan": method.caution for method in report.baselines}
-    told |= {f"{row.width}x{row.height}x{row.num_frames}": row.caution for row in report.sizes}
-    return [f"Speed of {name}: {text}." for name, text in told.items() if text]
+    cautions = {"this plan": report.quality.caution}
+    cautions |= {f"the {method.name} plan": method.caution for method in report.baselines}
+    cautions |= {f"{row.width}x{row.height}x{row.num_frames}": row.caution for row in report.sizes}
+    return [f"Speed of {name}: {text}." for name, text in cautions.items() if text]
 
 
 def _absent(report: Report) -> list[str]:

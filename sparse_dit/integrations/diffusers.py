@@ -258,12 +258,12 @@ class Attachment:
         branch, run, step = self._tracker.advance(
             self._tap.context, family, arguments, sigma, self._name
         )
-        told = family.arrange(transformer.config, arguments) if family.arrange else None
-        layout = told.layout if told else family.layout(transformer.config, arguments)
+        arrangement = family.arrange(transformer.config, arguments) if family.arrange else None
+        layout = arrangement.layout if arrangement else family.layout(transformer.config, arguments)
         check_split(transformer, layout, family.heads(transformer.config)[0], arguments)
         condition = self._tracker.condition(arguments)
         self._tap.context = StepContext(layout, sigma, branch, run, step, condition)
-        self._tap.arrangement = told
+        self._tap.arrangement = arrangement
 
     def _report_lost(self) -> None:
         if not self._lost and self._untouched():  # the usual case, at a microsecond a layer

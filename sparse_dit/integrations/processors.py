@@ -239,34 +239,36 @@ def _attend(seam: Seam, host: Host, args: tuple, kwargs: dict[str, Any]) -> Tens
     mask = options.get("attn_mask")
     unsupported = _unsupported(options)
     kv_len = bias = split = None
-    scale, context, told = options.get("scale"), seam.context, tap.arrangement
+    scale, context, arrangement = options.get("scale"), seam.context, tap.arrangement
     if tap.unpadded and context.layout is not None:
         context = replace(context, layout=context.layout.cut(q.shape[1]))
     if unsupported == CONTEXT_PARALLELISM:
-        if told is None:
+        if arrangement is None:
             split, unsupported = split_of(options["parallel_config"], context.layout, q, k, mask)
-        told = None
-    elif told is not None and not told.fits(q):
-        told, unsupported = None, unsupported or "a mask of other tokens than the forward's"
-    elif told is not None:
-        q, k, v = told.arrange(q), told.arrange(k), told.arrange(v)
-        kv_len, bias = (told.kv_len, told.bias) if mask is not None else (None, None)
+        arrangement = None
+    elif arrangement is not None and not arrangement.fits(q):
+        arrangement, unsupported = None, unsupported or "a mask of other tokens than the forward's"
+    elif arrangement is not None:
+        q, k, v = arrangement.arrange(q), arrangement.arrange(k), arrangement.arrange(v)
+        kv_len, bias = (arrangement.kv_len, arrangement.bias) if mask is not None else (None, None)
     elif unsupported is None:
         kv_len, unsupported = tap.read_mask(mask, k.shape[1])
-    stock = functools.partial(_stock, host, args, kwargs, told)
+    stock = functools.partial(_stock, host, args, kwargs, arrangement)
     out = tap.intercept(
         AttentionCall(
             seam.layer, q, k, v, mask, kv_len, scale, context, unsupported, stock, bias, split
         )
     )
-    out = told.restore(out) if told else out
+    out = arrangement.restore(out) if arrangement else out
     return out.transpose(1, 2) if heads_first else out
 
 
-def _stock(host: Host, args: tuple, kwargs: dict[str, Any], told: Arrangement | None) -> Tensor:
+def _stock(
+    host: Host, args: tuple, kwargs: dict[str, Any], arrangement: Arrangement | None
+) -> Tensor:
     out = host.find()(*args, **kwargs)
     out = out.transpose(1, 2) if host.heads_first else out
-    return told.arrange(out) if told else out
+    return arrangement.arrange(out) if arrangement else out
 
 
 # a compiled block breaks its graph here, if the host asks for what the operator can't hand on

@@ -62,8 +62,8 @@ def probe(pipe: Any, given: Mapping[str, Any]) -> Seen:
     layouts = {}
     for name, transformer in found.items():
         family, config = _family(transformer), transformer.config
-        told = family.arrange(config, seen.arguments) if family.arrange else None
-        layout = told.layout if told else family.layout(config, seen.arguments)
+        arrangement = family.arrange(config, seen.arguments) if family.arrange else None
+        layout = arrangement.layout if arrangement else family.layout(config, seen.arguments)
         if layout is None:
             raise ValueError(
                 f"the arguments of {type(transformer).__name__}'s forward must tell its token grid, and "
