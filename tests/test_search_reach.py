@@ -11,7 +11,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
 from sparse_dit.resources import shipped
-from sparse_dit.search import beyond
+from sparse_dit.search import larger
 from sparse_dit.search.cells import cell_table
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
@@ -22,7 +22,7 @@ from sparse_dit.search.statistics import empty_statistics
 SETTINGS = GenerationSettings(64, 64, 15, steps=4, guidance=3.0, max_sequence_length=32)
 CASES = [Case("a red circle moves left", 0), Case("a yellow triangle moves down", 1)]
 SMALL, LARGE = TokenLayout.video(2, 8, 8), TokenLayout.video(2, 8, 16)
-WIDE = TokenLayout.video(2, 16, 16)  # of the run beyond
+WIDE = TokenLayout.video(2, 16, 16)  # of the larger video
 TILE = (None, 8, 1)
 REACH = torch.tensor([0, 0, 7])
 KEYS = ("offset_far", "offset_drop", "offset_count")
@@ -132,7 +132,7 @@ def looked(pipe, tmp_path_factory):
 
 
 def test_the_run_has_as_many_tokens_and_twice_the_reach(pipe, looked):
-    assert beyond.wider(pipe, SETTINGS) == replace(
+    assert larger.wider(pipe, SETTINGS) == replace(
         SETTINGS, height=128, width=128, num_frames=3, guidance=1.0, steps=2
     )
     part = read_profile(looked).components["transformer"]
@@ -164,7 +164,7 @@ def test_the_run_ends_after_its_first_step(pipe, monkeypatch):
     forwards, decoded = [], []
     monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: decoded.append(1))
     hook = pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
-    beyond.look_beyond(pipe, made, CASES[0])
+    larger.profile_larger(pipe, made, CASES[0])
     hook.remove()
     assert len(forwards) == 1 and not decoded
     heads = made.components["transformer"].found.values()
@@ -176,7 +176,7 @@ def test_a_pipeline_that_refuses_the_size_says_so(pipe, monkeypatch):
         raise ValueError("no such size")
 
     said = []
-    monkeypatch.setattr(beyond, "generate_until", refuse)
+    monkeypatch.setattr(larger, "generate_until", refuse)
     made = profile_pipeline(
         pipe, CASES, SETTINGS, rows=8, report=lambda *text: said.append(text[2])
     )
@@ -190,7 +190,7 @@ def test_a_pipeline_that_breaks_at_the_size_says_so(pipe, monkeypatch):
     values = pipe.transformer.blocks[0].attn1.to_v
     nan = torch.nn.Parameter(torch.full_like(values.weight, torch.nan))
     monkeypatch.setattr(values, "weight", nan)
-    beyond.look_beyond(pipe, made, CASES[0], said.append)
+    larger.profile_larger(pipe, made, CASES[0], said.append)
     (text,) = said
     assert "greater distances can't be looked at: blocks.0.attn1 head" in text and "NaN" in text
     heads = made.components["transformer"].found.values()
@@ -198,8 +198,8 @@ def test_a_pipeline_that_breaks_at_the_size_says_so(pipe, monkeypatch):
 
 
 def test_an_image_has_no_frames_to_give(pipe):
-    assert not beyond.has_frames(replace(SETTINGS, num_frames=1))
-    assert beyond.wider(pipe, replace(SETTINGS, num_frames=1)) is None
+    assert not larger.has_frames(replace(SETTINGS, num_frames=1))
+    assert larger.wider(pipe, replace(SETTINGS, num_frames=1)) is None
 
 
 def test_a_file_that_lacks_some_of_it_is_damaged(looked, tmp_path):

@@ -14,7 +14,7 @@ from ..integrations.diffusers import attachment_of, components
 from ..outputs import check_writable
 from ..plan.schema import MAX_STAGES
 from ..words import option
-from .beyond import has_frames
+from .larger import has_frames
 from .profiling import phases_of, profiling_steps, started
 from .target_device import TargetDevice
 

@@ -113,7 +113,7 @@ def found(
     Args:
         statistics: `offset_far`, `offset_drop`, `offset_count` (lattice of relative tiles),
             `column` `[C]`, maybe `block` `[C, C]`, and maybe `beyond_far`, `beyond_drop` and `beyond_count`
-            of a larger lattice; see `discover` and `look_beyond`.
+            of a larger lattice; see `discover` and `profile_larger`.
         tile: The order.
         layout: Calibration layout.
         most_runs: Of a stencil, see `reach.nested_stencil`.

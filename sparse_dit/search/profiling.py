@@ -16,7 +16,7 @@ from ..outputs import check_writable, rescued
 from ..plan import config_hash
 from ..timing import Taken
 from ..words import option
-from .beyond import has_frames, look_beyond
+from .larger import has_frames, profile_larger
 from .lock import only_writer
 from .profile import ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
@@ -58,8 +58,8 @@ def profile_pipeline(
             guidance in turn.
         path: Where the profile is saved after each case; an existing one of the same model and
             settings is taken up where it stopped.
-        beyond: For larger videos, also look at what heads do at greater distances than this size has, in one
-            forward of as many tokens, more rows and columns and fewer frames; see `look_beyond`.
+        beyond: Also measure what heads do at greater distances than this size has, which larger videos have:
+            in one forward of as many tokens, more rows and columns and fewer frames; see `profile_larger`.
         report: Called with `(done, total, text)`.
         say: Called with a line of text if the profile can't be kept where it should.
 
@@ -125,7 +125,13 @@ def profiling_steps(steps: int) -> int:
 def phases_of(
     cases: Sequence[Case], reference_steps: int | None = None, *, beyond: bool
 ) -> list[Phase]:
-    """The runs of a profile, in order: those that find, the one beyond the size, those that score."""
+    """The runs of a profile in order: they find candidates, measure a larger video, and score.
+
+    Args:
+        cases: Calibration prompts and seeds; of one alone a second seed is made.
+        reference_steps: The steps of the last run, if its video is kept.
+        beyond: Whether there is a run of a larger video.
+    """
     if len(cases) == 1:
         cases = [cases[0], Case(cases[0].prompt, cases[0].seed + 1)]
     half = len(cases) // 2
@@ -189,7 +195,7 @@ def run_phase(
         say: Called with a line of text if one can't be made that can be done without.
     """
     if phase.kind == "beyond":
-        look_beyond(pipe, profile, phase.case, say)
+        profile_larger(pipe, profile, phase.case, say)
         profile.done.append(phase.label)
         return
     settings, rows, steps = profile.settings, profile.rows, phase.reference_steps

@@ -2,7 +2,7 @@
 
 Rotary positions bring attention back at distances where their waves meet again: a head that looks at its
 neighbours in 24 columns may look at its neighbours and 31 columns further in 32. Such offsets are taken up
-from a run of more rows and columns (see `beyond`), where they save as much error as those that are chosen.
+from a run of more rows and columns (see `larger`), where they save as much error as those that are chosen.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from torch import Tensor
 from ..patterns import Stencil
 from .steady import rounded
 
-MOST_RUNS = 512  # of a stencil with offsets beyond, 7 KB in a plan
-PLAN_RUNS = 1 << 19  # of all such stencils in a plan: 15 MB with the runners-up
+MOST_RUNS = 512  # row intervals of a stencil with far offsets, 7 KB in a plan
+PLAN_RUNS = 1 << 19  # row intervals of all such stencils in a plan: 15 MB with the runners-up
 BEYOND = {"offset_far": "beyond_far", "offset_drop": "beyond_drop", "offset_count": "beyond_count"}
 
 
 def ranks(statistics: dict[str, Tensor], benefit: str, ranked: Tensor) -> Tensor:
-    """Place of every offset in the order in which stencils take them up, int64, a lattice of offsets.
+    """Rank of every offset in the order in which stencils take them up, int64, a lattice of offsets.
 
-    As large as the calibrated video's lattice of offsets, or as that of the run beyond, if there was one. An
-    offset that no video of the calibrated size has is taken up with the first one there that saves no more
-    error than it; one that wasn't looked at, like the nearest at the border.
+    The lattice is that of the calibrated video, or the union with that of the larger one, if one was
+    profiled. An offset that no video of the calibrated size has takes the rank of the first offset there that
+    saves no more error than it does. An offset that neither video has takes the rank of the nearest one at
+    the border.
 
     Args:
-        statistics: Of a head in one token order.
-        benefit: `"offset_far"` or `"offset_drop"`.
-        ranked: The calibrated video's offsets, int64 `[n, 3]`, best first. What isn't among them has place n
+        statistics: The sums over offsets of one head in one token order.
+        benefit: `"offset_far"` or `"offset_drop"`: the saved error with a far field or without one.
+        ranked: The calibrated video's offsets, int64 `[n, 3]`, best first. What isn't among them has rank n
             or a greater one.
     """
     shape = statistics["offset_count"].shape
@@ -54,7 +55,10 @@ def ranks(statistics: dict[str, Tensor], benefit: str, ranked: Tensor) -> Tensor
 
 
 def whole_beyond(statistics: dict[str, Tensor]) -> bool:
-    """Whether a head's sums of the run beyond are all there and of one lattice of offsets, or not at all."""
+    """Whether a head's sums of the larger video (`BEYOND`) are complete and of one shape, or all missing.
+
+    Their shape is that of a lattice of offsets: three odd sizes.
+    """
     found = [statistics[key] for key in BEYOND.values() if key in statistics]
     if not found:
         return True
@@ -64,22 +68,22 @@ def whole_beyond(statistics: dict[str, Tensor]) -> bool:
 
 
 def runs_each(choices: int) -> int:
-    """Runs that a stencil with offsets beyond may have, in a plan of so many choices of a pattern."""
+    """The row intervals that a stencil with far offsets may have, in a plan of `choices` patterns."""
     return min(MOST_RUNS, PLAN_RUNS // max(1, choices))
 
 
 def nested_stencil(
     place: Tensor, counts: Sequence[int], number: int, near: Tensor, most_runs: int = MOST_RUNS
 ) -> Stencil:
-    """The stencil of the offsets whose place is below `counts[number]`.
+    """The stencil of the offsets whose rank is below `counts[number]`.
 
     Args:
-        place: From `ranks`.
-        counts: Ascending, of this stencil and those that it is nested with.
-        number: Which.
-        near: The greatest distances of the calibrated size, int64 `[3]`.
-        most_runs: Of a stencil. One that had more takes its offsets that no video of the calibrated size has
-            from the largest of the smaller ones that has no more.
+        place: The rank of every offset, from `ranks`.
+        counts: The numbers of offsets of this stencil and of those that it is nested with, rising.
+        number: Which of `counts` the stencil has.
+        near: The greatest distances of the calibrated size in tiles of frames, rows and columns, int64 `[3]`.
+        most_runs: How many row intervals a stencil may have. One that had more takes the offsets that no
+            video of the calibrated size has from the largest smaller stencil that stays within it.
     """
     order, count = place.numpy(), counts[number]
     reach = np.array(order.shape) // 2
@@ -94,7 +98,7 @@ def nested_stencil(
 
 
 def _beyond(reach: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which offsets up to the distances `reach` no video of the calibrated size has, a lattice."""
+    """Which offsets up to the distances `reach` no video of the calibrated size has, a bool lattice."""
     far = np.zeros(2 * reach + 1, dtype=bool)
     for axis, (longest, known) in enumerate(zip(reach.tolist(), near.tolist(), strict=True)):
         distant = np.abs(np.arange(-longest, longest + 1)) > known
@@ -103,7 +107,7 @@ def _beyond(reach: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.boo
 
 
 def _runs(members: NDArray[np.bool_], reach: NDArray[np.int64]) -> list[list[int]]:
-    """The members of a lattice as a stencil's runs, `[n][4]`."""
+    """The members of a lattice as row intervals `[n][4]` of a stencil: the first offset, and the length."""
     edge = np.diff(np.pad(members, ((0, 0), (0, 0), (1, 1))).astype(np.int8), axis=-1)
     first = np.nonzero(edge > 0)
     length = np.nonzero(edge < 0)[-1] - first[-1]
@@ -116,7 +120,7 @@ def mean_benefit(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _stretched(lattice: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-    """A lattice whose border stands for all beyond, up to the distances `far`; which places are its own."""
+    """A lattice extended to the distances `far` by repeating its border; which places aren't repeated."""
     own = torch.ones((), dtype=torch.bool)
     for axis, (size, most) in enumerate(zip(lattice.shape, far.tolist(), strict=True)):
         distance = torch.arange(-most, most + 1)
@@ -127,8 +131,11 @@ def _stretched(lattice: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale(near: Tensor, wide: Tensor) -> Tensor:
-    """By how much more an offset saves in the calibrated video than in the run beyond: over those that both
-    have, less the own tile, as fewer frames change most what that saves."""
+    """How many times more error offsets save in the calibrated video than in the larger one, a scalar.
+
+    It is the ratio of the sums over the offsets that both have, without the query's own tile: with fewer
+    frames what that saves changes most.
+    """
     middles = [torch.tensor(x.shape) // 2 for x in (near, wide)]
     least = torch.minimum(*middles).tolist()
     near, wide = (

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..generation import Case, GenerationSettings
 from ..outputs import check_writable, rescued
-from .beyond import has_frames
+from .larger import has_frames
 from .merge import found_on, merge_profiles, without_scores
 from .profile import Profile
 from .profile_file import read_profile, write_profile

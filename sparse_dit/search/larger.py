@@ -1,9 +1,9 @@
-"""A run of more rows and columns than the calibrated video has, and fewer frames: as many tokens, but greater
-distances.
+"""One forward of a video of more rows and columns than the calibrated one, and fewer frames.
 
-What heads do at distances that no calibration run shows, they do in larger videos: see `reach`. It is looked
-at in one forward, at the highest noise level, and taken to hold at all of them: where rotary positions bring
-attention back doesn't depend on the noise. The run ends there: nothing is decoded at that size.
+It has about as many tokens, but greater distances between them. What heads do at distances that the
+calibrated video doesn't have matters in larger videos: see `reach`. It is measured at the highest noise
+level and taken to hold at all of them, as the distances at which rotary positions bring attention back don't
+depend on the noise. The run ends after that forward: nothing is decoded.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ WIDER = 2  # times the rows and the columns
 
 
 def has_frames(settings: GenerationSettings) -> bool:
-    """Whether there are frames to be given for rows and columns."""
+    """Whether a video has frames enough to exchange for `WIDER` times the rows and columns."""
     return settings.num_frames >= WIDER**2
 
 
 def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
-    """Settings of twice the height and width and a quarter of the frames; None if there are none that the
-    pipeline takes.
+    """Settings of twice the height and width and at least a quarter of the frames, the fewest that the
+    pipeline takes; None if it takes none.
 
     Without guidance, see `without_guidance`, and of two steps (some schedules have none of one), unless a
     transformer may run only later.
@@ -62,20 +62,21 @@ def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
     return None
 
 
-def look_beyond(
+def profile_larger(
     pipe: Any, profile: Profile, case: Case, say: Callable[[str], None] | None = None
 ) -> None:
-    """Add to what was found of every head at all noise levels what it does at greater
-    distances at the highest one.
+    """Add to a profile what every head does at greater distances than the calibrated video has.
 
-    A pipeline that refuses the size is left as it is, with what it says told to `say`: what holds at the
-    calibrated video's greatest distances then stands for all beyond.
+    It is measured in one forward of a larger video, see `wider`, and added at all noise levels. If the
+    pipeline makes no such video, the profile stays as it is: what holds at the calibrated video's greatest
+    distances then stands for all greater ones.
 
     Args:
         pipe: A diffusers pipeline of a supported class, not patched.
-        profile: Of it, with the finding runs.
-        case: Prompt and seed.
-        say: Called with a line of text if there is nothing to be added.
+        profile: The profile of that pipeline, with the runs that find where heads look. It is changed in
+            place.
+        case: The prompt and seed of the forward.
+        say: Called with one line that says why, if there is nothing to be added.
     """
     settings = wider(pipe, profile.settings)
     tell = say or (lambda text: None)
@@ -83,33 +84,38 @@ def look_beyond(
         tell("the pipeline makes no fewer frames, so greater distances aren't looked at")
         return
     modules = components(pipe)
-    looks = {
-        name: _Look(part, profile.rows, case.seed, projections(modules[name], part.num_heads))
+    intercepts = {
+        name: _LargerProfile(
+            part, profile.rows, case.seed, projections(modules[name], part.num_heads)
+        )
         for name, part in profile.components.items()
     }
     with contextlib.ExitStack() as stack:
-        for name, look in looks.items():
-            stack.callback(attach(modules[name], look).detach)
+        for name, intercept in intercepts.items():
+            stack.callback(attach(modules[name], intercept).detach)
         try:
             seconds = generate_until(
-                pipe, case, settings, lambda: all(look.found for look in looks.values())
+                pipe,
+                case,
+                settings,
+                lambda: all(intercept.found for intercept in intercepts.values()),
             )
         except ValueError as error:
             tell(f"greater distances can't be looked at: {error}")
             return
     profile.seconds += seconds
-    for name, look in looks.items():
-        look.keep(profile.components[name])
+    for name, intercept in intercepts.items():
+        intercept.keep(profile.components[name])
 
 
-class _Look:
+class _LargerProfile:
     """An intercept that sums the benefits of offsets in the first forward of a larger video.
 
     Args:
-        profile: Of the calibrated video; says which layers and token orders.
-        rows: Sampled rows for each call.
-        seed: Of the sampling.
-        behind: For layers by name what values are multiplied by, see `projections`.
+        profile: The component's profile at the calibrated size; it says which layers and token orders.
+        rows: How many query rows of each call are sampled.
+        seed: The seed by which rows are sampled.
+        behind: For each layer name what the heads' values are multiplied by, see `projections`.
     """
 
     def __init__(
