@@ -43,11 +43,13 @@ class Schedule:
         """The pipeline; None if none is known, or it is gone."""
         return None if self._pipe is None else self._pipe()
 
-    def look(self, same_noise: bool) -> tuple[Move | None, bool]:
-        """What begins with the next forward, None: not told; and whether another pipeline may have run.
+    def next_move(self, same_noise: bool) -> tuple[Move | None, bool]:
+        """What begins with the next forward, and whether another pipeline may have run in between.
+
+        The first is `"run"`, `"step"` or `"same"` (neither begins), or None if the scheduler doesn't say.
 
         Args:
-            same_noise: Whether it has the noise level of the forward before it.
+            same_noise: Whether the next forward has the noise level of the one before it.
         """
         scheduler = getattr(self.pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)

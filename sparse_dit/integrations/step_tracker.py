@@ -70,19 +70,19 @@ class StepTracker:
         sigma: float,
         name: str | None,
     ) -> tuple[Branch, int, int]:
-        """Branch, run and step of a forward.
+        """The guidance branch of a forward, and the numbers of its run and of its step in it, from 0.
 
         Args:
-            last: Where the forward before it stood.
-            family: Of the transformer.
-            arguments: Of the forward.
-            sigma: Its noise level.
-            name: What the pipeline calls it; None if it doesn't.
+            last: The context of the forward before it.
+            family: The family of the transformer.
+            arguments: The arguments of the forward, by name.
+            sigma: The noise level of the forward, from 1 (noise) to 0 (clean).
+            name: The branch as the pipeline names it (`transformer.cache_context`); None if it doesn't.
         """
         key = name or arguments.get(CONDITION)
         place = next((n for n, seen in enumerate(self._seen) if _equal(seen, key)), None)
         branch = BRANCHES.get(name, "any") if name else self._unnamed(family, place)
-        move, other_ran = self._schedule.look(last.sigma == sigma)
+        move, other_ran = self._schedule.next_move(last.sigma == sigma)
         if other_ran:
             self._conditions.clear()  # numbered anew: nothing is taken again from before this point
         if self._begins or last.sigma is None:

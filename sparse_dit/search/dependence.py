@@ -1,8 +1,9 @@
-"""Heads whose best places depend on the prompt: a plan made once suits them less.
+"""Heads whose important tiles depend on the prompt: a plan that is made once suits them less.
 
-The tiles that the prompts of the finding runs choose are judged by the prompts of the scoring runs, beside
-those that these would have chosen themselves. Sampled rows alone give such a regret too, which two halves of
-the finding runs' rows tell; it is subtracted.
+How far a head does is measured as a regret. The tiles are chosen on the prompts of some profiling runs
+(those that find candidates), and on the prompts of others (those that score). The regret is the share of the
+saved error that the first choice loses against the second one on the second prompts, and the other way round.
+Two halves of one run's sampled rows differ by chance too: the regret between them is subtracted.
 """
 
 from __future__ import annotations
@@ -19,29 +20,30 @@ from .cells import CellSums, CellTable, cell_table
 from .placed import best_columns
 from .profile import HALF, LATER, ComponentProfile
 from .seen import relative_cells
-from .statistics import look_shapes
+from .statistics import compared_shapes
 
 BUDGET = 0.2  # share of the pairs, or of the columns, that is chosen
 MARKED = 0.1  # from this regret on a head counts as depending on the prompt
 
 
-def look(
+def add_rows(
     profile: ComponentProfile, kind: str, level: int, layer: str, head: int, sums: CellSums
 ) -> None:
-    """Add sampled rows of a head, in the first token order, to what it is compared by.
+    """Add a head's sampled rows to the sums by which its attention is compared between prompts.
 
     Args:
-        profile: Where to add.
-        kind: `HALF`: every other row counts; `LATER`: all of them do.
-        level, layer, head: Whose rows.
-        sums: Of the first of `tilings`.
+        profile: The profile that is added to.
+        kind: `HALF` for a finding run, of which every other row counts; `LATER` for a scoring run, of which
+            all rows do.
+        level, layer, head: The noise level, layer and head that the rows are of.
+        sums: The sums of the rows by cells in the first token order of `tilings`.
     """
     layout, key = profile.known_layout, (kind, level, layer)
     tile = tilings(layout)[0]
     if key not in profile.looks:
         fresh = {
             name: torch.zeros(profile.num_heads, *shape, dtype=torch.float32)
-            for name, shape in look_shapes(layout).items()
+            for name, shape in compared_shapes(layout).items()
         }
         profile.looks.setdefault(key, fresh)  # other heads, on other threads, come to it too
     rows = slice(None, None, 2) if kind == HALF else slice(None)
@@ -63,7 +65,7 @@ def prompt_dependence(profile: ComponentProfile) -> dict[tuple[int, str], Tensor
     to 1. Levels that no scoring run came near are left out.
 
     Args:
-        profile: With what was found, and the scores.
+        profile: A profile whose finding and scoring runs are done.
     """
     layout = profile.known_layout
     tile = tilings(layout)[0]
@@ -85,11 +87,11 @@ def prompt_dependence(profile: ComponentProfile) -> dict[tuple[int, str], Tensor
 
 
 def depends(regret: Tensor, pattern: Pattern) -> bool:
-    """Whether a head's pattern is of places that depend on the prompt.
+    """Whether a head's pattern keeps tiles or columns that depend on the prompt.
 
     Args:
-        regret: `[2]`, of its offsets and its columns.
-        pattern: The one chosen.
+        regret: The head's regrets in `[0, 1]`, `[2]`: of offsets, and of columns.
+        pattern: The pattern that was chosen for the head.
     """
     if pattern.is_dense:
         return False
@@ -99,7 +101,7 @@ def depends(regret: Tensor, pattern: Pattern) -> bool:
 
 
 def _regret(statistics: Sequence[dict[str, Tensor]], table: CellTable) -> Tensor:
-    """`[2]`: of offsets and of columns, mean over ordered pairs."""
+    """Regrets of offsets and of columns, float32 `[2]`: the mean over ordered pairs of `statistics`."""
     result = []
     for name, choose in (("offset_far", _offsets), ("column", _columns)):
         chosen = [choose(s, table) for s in statistics]
@@ -115,7 +117,7 @@ def _regret(statistics: Sequence[dict[str, Tensor]], table: CellTable) -> Tensor
 
 
 def _offsets(statistics: dict[str, Tensor], table: CellTable) -> Tensor:
-    """bool, in the lattice of relative tiles: the stencil that a search would take."""
+    """The offsets that a search would choose, a bool lattice of relative tiles."""
     places = chosen_offsets(statistics, "offset_far", BUDGET, table) + table.counts - 1
     member = torch.zeros_like(statistics["offset_far"], dtype=torch.bool)
     member[tuple(places.T)] = True
@@ -123,7 +125,7 @@ def _offsets(statistics: dict[str, Tensor], table: CellTable) -> Tensor:
 
 
 def _columns(statistics: dict[str, Tensor], table: CellTable) -> Tensor:
-    """bool `[C]`: the columns that a search would take."""
+    """The columns that a search would choose, bool `[C]`."""
     member = torch.zeros(len(table.tokens), dtype=torch.bool)
     member[list(best_columns(statistics["column"], BUDGET))] = True
     return member

@@ -84,7 +84,7 @@ def _add(merged: Profile, other: Profile) -> None:
             merged.components[name] = part
             continue
         mine.note_layout(part.known_layout)
-        later = {look: values for look, values in part.looks.items() if look[0] == LATER}
+        later = {key: values for key, values in part.looks.items() if key[0] == LATER}
         mine.add(replace(part, found={}, looks=later) if scored else part)
         mine.pictures.update(part.pictures)
     known_labels = set(merged.done)

@@ -38,8 +38,8 @@ class ComponentProfile:
             `norm`, `rows` `[H]` (scoring); see `statistics.score`.
         pictures: For `(layer, token order)`, `[H, R, C]`: attention of the sampled rows (in that order)
             over its tiles, at the middle level.
-        looks: For `(kind, level, layer)`, of `HALF` and `LATER`, by what heads are compared from prompt to
-            prompt: `offset_far`, `offset_count` and `column`, `[H, ...]`; see `dependence`.
+        looks: For `(kind, level, layer)`, of `HALF` and `LATER`, the sums by which heads' attention is
+            compared between prompts: `offset_far`, `offset_count` and `column`, `[H, ...]`; see `dependence`.
     """
 
     model_class: str

@@ -20,7 +20,7 @@ from ..whole_file import whole_file
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
 from .reach import BEYOND, whole_beyond
-from .statistics import HeadStatistics, empty_statistics, look_shapes
+from .statistics import HeadStatistics, compared_shapes, empty_statistics
 from .verify import Reference
 
 VIDEO = "reference|video"
@@ -178,7 +178,7 @@ def _check(part: ComponentProfile) -> None:
                 raise ValueError("statistics don't have the layout's shape")
             if not all(map(whole_beyond, head.values())):
                 raise ValueError("statistics of greater distances aren't whole")
-    shapes = look_shapes(part.known_layout) if every else {}
+    shapes = compared_shapes(part.known_layout) if every else {}
     for looks in part.looks.values():
         if {k: list(v.shape[1:]) for k, v in looks.items()} != shapes or any(
             len(v) != part.num_heads for v in looks.values()

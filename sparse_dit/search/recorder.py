@@ -14,7 +14,7 @@ from ..layout import Tile, TokenLayout
 from ..timing import Timer
 from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
-from .dependence import look
+from .dependence import add_rows
 from .nested import Cells
 from .parallel_map import each_sum
 from .profile import HALF, LATER, ComponentProfile
@@ -128,7 +128,7 @@ class Recorder:
             discover(heads[head][tile], sums, layout, tile)
             if tile == orders[0]:
                 check_finite(sums, layer, head, run.sigmas[level])
-                look(run, HALF, level, layer, head, sums)
+                add_rows(run, HALF, level, layer, head, sums)
 
         return use
 
@@ -161,7 +161,7 @@ class Recorder:
                 scores["recall"][head, dense] += len(sums.out)
                 scores["norm"][head] += sums.out.square().sum()
                 scores["rows"][head] += len(sums.out)
-                look(run, LATER, level, layer, head, sums)
+                add_rows(run, LATER, level, layer, head, sums)
             if cells in orders and level == len(run.sigmas) // 2:
                 self._picture(layer, cells[0], head, sums)
 

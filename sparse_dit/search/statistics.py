@@ -41,8 +41,11 @@ def empty_heads(layout: TokenLayout, tiles: Iterable[Tile], count: int) -> list[
     return [{tile: empty_statistics(layout, tile) for tile in orders} for _ in range(count)]
 
 
-def look_shapes(layout: TokenLayout) -> dict[str, list[int]]:
-    """Of what heads are compared by from prompt to prompt; see `dependence.look`."""
+def compared_shapes(layout: TokenLayout) -> dict[str, list[int]]:
+    """The shapes `[...]` of the sums by which a head's attention is compared between prompts, by name.
+
+    They are summed over sampled rows in the first token order, see `dependence.add_rows`.
+    """
     table = cell_table(layout, tilings(layout)[0])
     lattice = (2 * table.counts - 1).tolist()
     return {"offset_far": lattice, "offset_count": lattice, "column": [len(table.tokens)]}
