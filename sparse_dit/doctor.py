@@ -30,14 +30,14 @@ class Checkup:
     """One backend on one device.
 
     Attributes:
-        backend: Its name.
+        backend: The backend's name.
         device: `cpu`, `cuda:0`, ...
         error: Relative L2 error against the reference in float64 on small cases, of the worst head.
-        problem: What is wrong with it; None if nothing is.
-        absent: Why it isn't there at all; None if it is.
-        seconds: Of one call at 4,096 tokens, 4 heads; None if not timed.
-        dense_seconds: PyTorch's own dense attention on the same tensors.
-        density: Of the timed call.
+        problem: What is wrong with the backend; None if nothing is.
+        absent: Why the backend can't run here at all; None if it can.
+        seconds: What one call with 4,096 tokens and 4 heads takes; None if not timed.
+        dense_seconds: What PyTorch's own dense attention takes on the same tensors; None if not timed.
+        density: The density of the timed call, in (0, 1]; None if not timed.
     """
 
     backend: str

@@ -68,7 +68,7 @@ def check_size(pipe: Any, settings: GenerationSettings, arguments: Mapping[str, 
     Args:
         pipe: A pipeline, which needs no weights for this.
         settings: What is to be generated.
-        arguments: Of the pipeline's call.
+        arguments: The arguments that the pipeline is called with, by name.
     """
     height, width = settings.height, settings.width
     own = _transformer_rule(pipe)

@@ -30,7 +30,7 @@ def finite_or_dense(
 
     Args:
         out: `[B, H, N, D]`, written to.
-        q, k, v, index, kv_len, scale: Of the call that gave it.
+        q, k, v, index, kv_len, scale: The arguments of the sparse attention call that returned `out`.
     """
     if out.sum((0, 2, 3), dtype=torch.float32).isfinite().all():
         return out  # one pass: NaN or Inf survives any sum

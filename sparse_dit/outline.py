@@ -19,7 +19,7 @@ def outline(name: str, dtype: torch.dtype = torch.float32) -> Any | None:
 
     Args:
         name: Folder, or hub id (of which only the small configuration files are read).
-        dtype: Of its models.
+        dtype: The dtype of its models' parameters.
 
     Returns:
         None for a pipeline that can't be made so: of a class that diffusers doesn't have, say.

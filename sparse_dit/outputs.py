@@ -118,10 +118,10 @@ def check_writable(path: Path, name: str) -> None:
 
     Args:
         path: Its folder needn't be there.
-        name: Of the option or argument, for the message.
+        name: The option or argument that gives the path, for the message.
 
     Raises:
-        ValueError, OSError: In one line.
+        ValueError, OSError: If the file can't be made, with a message of one line.
     """
     try:
         if os.path.lexists(path) and not path.is_file() and not path.is_symlink():

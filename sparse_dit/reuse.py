@@ -89,9 +89,9 @@ class Reuse:
         """Which heads a call computes; to be asked once a call.
 
         Args:
-            call: The call.
-            stage: Of the plan.
-            patterns: One a head.
+            call: The attention call.
+            stage: The number of the plan's stage that the call falls into.
+            patterns: The pattern of each head, `[H]`.
         """
         if call.context.run != self._run:
             self.forget()

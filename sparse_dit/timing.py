@@ -26,11 +26,11 @@ class Taken:
     """How long something took.
 
     Args:
-        seconds: On a CPU the CPU time of the thread that called, or that of the process over torch's
-            threads if that is more: the thread takes part in all that is computed and waits for the
+        seconds: On a CPU the CPU time of the thread that called, or the CPU time of the process divided by
+            torch's threads if that is more: the thread takes part in all that is computed and waits for the
             others, so on a quiet machine this is what the clock says. On other devices, and on Windows,
-            which counts CPU time in steps of 16 ms, the clock's.
-        wall: By the clock.
+            which counts CPU time in steps of 16 ms, it is the time on the clock.
+        wall: The seconds that passed on the clock.
     """
 
     seconds: float
@@ -38,15 +38,15 @@ class Taken:
 
     @property
     def share(self) -> float:
-        """Of the time on the clock that was spent on it; little if others had the processor."""
+        """`seconds / wall`, at most 1; little if others had the processor meanwhile."""
         return min(1.0, self.seconds / self.wall) if self.wall > 0 else 1.0
 
 
 class Timer:
-    """Runs from when it is made.
+    """A timer that runs from when it is made.
 
     Args:
-        device: That works; a GPU is waited for before and after.
+        device: The device whose work is timed; a GPU is waited for before and after.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Timer:
         self._started = _clocks()
 
     def stop(self) -> Taken:
-        """Since the start; may be asked again."""
+        """The time since the start. The timer runs on and may be asked again."""
         synchronize(self._device)
         wall, thread, process = (
             now - then for now, then in zip(_clocks(), self._started, strict=True)
@@ -88,7 +88,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Of all calls; waits for the last one."""
+        """The seconds that all calls took together; waits until the last one is done."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1e3
@@ -98,10 +98,10 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The same cases, dense and sparse.
+    """How long the same cases took, dense and sparse.
 
     Args:
-        dense, sparse: In the same order, at least one of each.
+        dense, sparse: The times of the cases, in the same order; at least one of each.
     """
 
     dense: Sequence[Taken]
@@ -109,13 +109,13 @@ class Pairs:
 
     @property
     def speedup(self) -> float:
-        """Seconds of all dense over all sparse ones."""
+        """The seconds of all dense cases together, over those of all sparse ones."""
         dense, sparse = (sum(taken.seconds for taken in side) for side in (self.dense, self.sparse))
         return dense / max(sparse, 1e-9)
 
     @property
     def speedups(self) -> list[float]:
-        """Of each pair."""
+        """The dense over the sparse seconds of each pair, in order."""
         pairs = zip(self.dense, self.sparse, strict=True)
         return [dense.seconds / max(sparse.seconds, 1e-9) for dense, sparse in pairs]
 

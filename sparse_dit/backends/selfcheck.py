@@ -84,15 +84,18 @@ def examine(
     dtype: torch.dtype,
     tolerance: float | None = None,
 ) -> Verdict:
-    """Run the cases that a backend says it can run. Whatever it raises is its problem.
+    """Run the test cases that a backend supports. What it raises is reported as its problem.
 
     Args:
-        module: The backend.
-        device, head_dim, dtype: Of the tensors.
-        tolerance: Relative error that is allowed; by default that of the dtype, or the backend's own.
+        module: The backend's module.
+        device: The device that q, k, v and the index are on.
+        head_dim: The number of channels D of q, k and v.
+        dtype: The dtype of q, k and v.
+        tolerance: The greatest relative L2 error that passes; by default that of the dtype, or the backend's
+            own if that is larger.
 
     Raises:
-        torch.OutOfMemoryError: That says nothing of the backend.
+        torch.OutOfMemoryError: If the device has too little memory, which says nothing about the backend.
     """
     if tolerance is None:
         tolerance = max(TOLERANCES[dtype], getattr(module, "TOLERANCE", 0.0))

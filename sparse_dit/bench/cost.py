@@ -29,12 +29,12 @@ class CostSweep:
     """What is measured.
 
     Args:
-        grids: Frames, rows and columns of each size.
-        head_dims, dtypes: Each with each size.
-        densities: Of each pattern, less the far field.
-        heads: Of the calls.
+        grids: The frames, rows and columns of tokens of each size.
+        head_dims, dtypes: Every combination of them is measured at every size.
+        densities: The densities that patterns are made for, each in (0, 1); the far field comes on top.
+        heads: The number of heads of the attention calls.
         device, backend: As `sparse_attention` takes them.
-        threads: CPU threads.
+        threads: The number of CPU threads.
 
     Raises:
         ValueError: If a number is out of range, or a dtype or a device isn't known here.

@@ -64,9 +64,9 @@ class HostCost:
     """Host time of one call with a cached index, in seconds of one thread.
 
     Args:
-        patterns: Name in `PATTERNS`.
-        call: Of `sparse_attention`.
-        launches: Kernels launched by a call.
+        patterns: A name in `PATTERNS`.
+        call: The host time of one call of `sparse_attention`, in seconds.
+        launches: The number of kernels that the call launches.
     """
 
     patterns: str

@@ -29,8 +29,8 @@ class Size:
     """Tensors of a measurement: `[1, heads, layout.seq_len, head_dim]`, contiguous.
 
     Args:
-        layout: Tokens.
-        heads, head_dim: Of queries, keys and values alike.
+        layout: The tokens of the sequence.
+        heads, head_dim: The heads H and channels D, the same for queries, keys and values.
         dtype: A name in `DTYPES`.
     """
 
@@ -66,10 +66,10 @@ class Conditions:
 
     Args:
         clock: `"wall"` or `"cpu"`.
-        threads: Of torch.
-        rounds: Of the calls in turn.
+        threads: The number of threads that torch computes with.
+        rounds: How many times all calls are timed, one after the other.
         flex: Makes FlexAttention for a new set of tensors; None to do without.
-        loads: Filled: who else was busy, for each set of tensors.
+        loads: Filled while measuring: how busy others kept the machine, for each set of tensors.
     """
 
     clock: str

@@ -28,7 +28,7 @@ def build(pattern: str, layout: TokenLayout, heads: int, density: float, seed: i
         layout: Video of the sequence; block lists ignore its grid.
         heads: H; random blocks differ from head to head, patterns don't.
         density: Wanted share of the pairs; the index has its own, rounded to what the list can be.
-        seed: Of the random choices.
+        seed: The seed of random blocks.
 
     Raises:
         ValueError: If the pattern is unknown, or the density isn't in (0, 1].

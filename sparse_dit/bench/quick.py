@@ -23,10 +23,10 @@ class Measure:
     """A line of the table.
 
     Args:
-        name: What it says.
-        value: Of the rows of one backend and head_dim; LookupError or None if what it takes was not
-            measured.
-        goals: By head_dim, on two cores with AVX2; the kernel should reach them.
+        name: What is written before the values.
+        value: Computes the value from the rows of one backend and head_dim. It gives None or raises
+            LookupError if a row that it needs wasn't measured.
+        goals: What the kernel should reach on two cores with AVX2, at each of the two head_dims.
         unit: `"x"`, `""` or `"%"`.
         at_most: Whether less is better.
     """

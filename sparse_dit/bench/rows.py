@@ -11,24 +11,28 @@ class Row:
     """One pattern on one backend; times are medians of seconds a call, batch 1.
 
     Args:
-        backend: Name in `BACKENDS`.
+        backend: A name in `BACKENDS`.
         pattern: What the queries see; `+mass` if the exact block mass was computed too.
-        tokens, head_dim, heads, dtype, threads: Of the call.
+        tokens: The tokens N of the sequence, queries and keys alike.
+        head_dim, heads, dtype: The channels D, the heads H and the dtype of q, k and v.
+        threads: The number of CPU threads that computed.
         density: Computed pairs over all pairs; a pooled key counts as one.
-        seconds: Of the backend.
-        sdpa_seconds: PyTorch's dense attention on the same tensors.
-        flex_seconds: Compiled FlexAttention with the same lists; None if not measured.
-        dense_seconds: The backend's own dense mode.
+        seconds: What a call of the backend takes.
+        sdpa_seconds: What PyTorch's dense attention takes on the same tensors.
+        flex_seconds: What compiled FlexAttention takes with the same lists; None if not measured.
+        dense_seconds: What the backend takes when everything is computed.
         speedup: `sdpa_seconds / seconds`.
         efficiency: `speedup * density`: 1 if a pair costs what it costs in SDPA.
         dense_efficiency: `dense_seconds / seconds * density`: 1 if a pair costs what it costs in the
             backend's dense mode.
         flex_speedup: `flex_seconds / seconds`.
-        gflops: Of the two products of attention, `4 * N * M * D * H * density / seconds`, in 1e9.
+        gflops: 1e9 operations a second in the two products of attention with N queries and M keys:
+            `4 * N * M * D * H * density / seconds / 1e9`.
         sgemm_gflops: torch's float32 matrix product of 2048 x 2048 in the same rounds; None for other
             dtypes.
         error: Relative L2 error of sampled rows against float64.
-        samples, spread: Of `seconds`: how many, and the distance of their quartiles over the median.
+        samples: How many times a call was timed for `seconds`.
+        spread: The distance between the quartiles of these times, over their median.
         foreign_cores: Mean number of cores that others used meanwhile; None if that isn't known.
     """
 

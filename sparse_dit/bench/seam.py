@@ -26,14 +26,14 @@ REPEATED = 500  # calls in one sample: a clock can't see one
 
 @dataclass(frozen=True)
 class SeamCost:
-    """What the seam takes; times in seconds.
+    """What a patched transformer takes longer by, without any sparse attention; times in seconds.
 
     Args:
-        tokens, heads, head_dim: Of the attention that the call is compared with.
-        call: Added to an attention call by a dense plan.
-        forward: Added to a transformer's forward, whatever its layers.
-        attention: The attention call itself.
-        copies: How many of q, k, v reached the attention function as other memory than they came.
+        tokens, heads, head_dim: The size of the dense attention call that it is compared with, batch 1.
+        call: What a plan of dense heads adds to one attention call.
+        forward: What the patch adds to one forward of a transformer, beside its attention calls.
+        attention: What the attention call itself takes.
+        copies: How many of q, k and v reached the attention function in other memory than they came in.
     """
 
     tokens: int
@@ -46,7 +46,7 @@ class SeamCost:
 
     @property
     def share(self) -> float:
-        """Of the attention call, what the seam adds."""
+        """What the patch adds to an attention call, as a share of that call's own time."""
         return self.call / self.attention
 
 
@@ -75,7 +75,7 @@ def measure_seam(
     """Time the seam and attention on the CPU.
 
     Args:
-        tokens, heads, head_dim: Of the attention call.
+        tokens, heads, head_dim: The size of the attention call, batch 1.
         clock: As in `interleaved`.
         rounds: As in `interleaved`.
     """
@@ -95,13 +95,13 @@ def share_of_generation(
 ) -> float:
     """What the seam adds to a dense generation, as a share of it: its time in Python, see `measure_seam`.
 
-    Two generations differ by more than that when they are timed as a whole. Of one on a GPU it is the most
-    that it can be, as Python runs ahead of the device.
+    Two whole generations differ by more than that from one run to the next, so it isn't measured as their
+    difference. On a GPU it is an upper bound, as Python runs ahead of the device.
 
     Args:
-        calls: Of attention.
-        layers: Attention calls in one forward.
-        seconds: Of the generation.
+        calls: How many attention calls the generation has.
+        layers: How many of them one forward has.
+        seconds: What the whole generation takes.
         clock: As in `interleaved`.
         rounds: As in `interleaved`.
     """

@@ -57,7 +57,7 @@ def run_demo(
         folder: Made if it isn't there.
         force: Whether files of an earlier demo may be replaced.
         quick: A small size at which attention hardly matters: to see that everything runs.
-        outputs: Of the command; knows afterwards what had to be written elsewhere.
+        outputs: Where the command writes to; it knows afterwards what had to be written to another place.
 
     Raises:
         FileExistsError: If `folder` holds files of an earlier demo and `force` is not given.

@@ -42,13 +42,13 @@ class Request:
     """What is to be measured, and where to.
 
     Attributes:
-        folder: Of the report.
+        folder: The folder that the report is written to.
         cases: Prompts and seeds.
         settings: Size, steps, guidance.
-        drawn_clips: Clips for the teacher-forced error; 0 leaves it out.
-        fps: Of the videos.
+        drawn_clips: How many clips are drawn for the teacher-forced error; 0 leaves it out.
+        fps: The frames a second that the videos are written with.
         force: Whether files in `folder` may be replaced.
-        front: Of the plan's search.
+        front: The other choices that the plan's search knew; None if they aren't kept beside it.
         against: Name of another plan, and the plan, to show the difference to.
         sizes: Width, height and frames of other sizes to measure the plan at.
     """
@@ -90,11 +90,11 @@ def evaluate_plan(
 
     Args:
         pipe: A stock pipeline.
-        plan: For it.
-        request: What and where to.
-        command: Noted in the report.
-        say: Called with progress.
-        outputs: Of the command, if it has checked the folder already.
+        plan: A plan for that pipeline.
+        request: What is measured, and where the report is written to.
+        command: The command line, which the report notes.
+        say: Called with a line of text before each part.
+        outputs: Where the command writes to, if it has checked the folder already.
     """
     if outputs is None:
         outputs = Outputs(replace=request.force, say=say)
@@ -212,10 +212,10 @@ def forced_on_drawn_clips(
 
     Args:
         pipe: A stock pipeline.
-        plan: What to measure.
-        settings: Of the size.
-        count: Clips.
-        say: Called with progress.
+        plan: The plan that is measured.
+        settings: The size that the pipeline generates, and the length of its text.
+        count: How many clips are drawn.
+        say: Called with a line of text before each pass.
         dense: What `dense_on_drawn_clips` gave for the same settings and count.
     """
     clips, length = _drawn_clips(pipe, settings, count), settings.max_sequence_length or 512

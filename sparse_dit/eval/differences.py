@@ -39,8 +39,8 @@ class Difference:
     """A plan against another one.
 
     Attributes:
-        name: Of the other plan.
-        other, plan: Both.
+        name: The other plan's name.
+        other, plan: The other plan, and the one that the report is about.
         ranges: Counts by noise level.
         lines: What changed from the other plan to this one, see `plan.diff`.
     """

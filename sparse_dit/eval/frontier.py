@@ -182,10 +182,10 @@ class _Plans:
     """Every method's plans at a size.
 
     Args:
-        layout: Of the size that is measured at.
-        searched: At that size.
-        scores: Of the baselines' patterns.
-        elsewhere: Searched at another size.
+        layout: The token layout of the size at which plans are measured.
+        searched: The result of a search at that size.
+        scores: The errors and densities of the baselines' patterns.
+        elsewhere: The result of a search at another size, for the method `TRANSFERRED`; None without it.
     """
 
     layout: TokenLayout

@@ -28,8 +28,8 @@ class CaseQuality:
 
     Attributes:
         case: Prompt and seed.
-        dense_seconds, sparse_seconds: Of the whole pipeline call; see `Taken`.
-        dense_wall, sparse_wall: The same by the clock.
+        dense_seconds, sparse_seconds: What the whole pipeline call takes; see `Taken.seconds`.
+        dense_wall, sparse_wall: What it takes by the clock, in seconds.
         psnr_db: Sparse against dense; inf if equal, NaN if either has one.
         psnr_flat_db: The dense video against its own mean colour.
         psnr_noise_floor_db: Dense against dense (`NOISE_FLOOR`); None if not measured for this case.
@@ -178,11 +178,11 @@ def evaluate(
         noise_cases: For how many cases the dense-versus-dense floor is measured (one more dense
             generation each).
         warm_up: Run two steps of both first, so that first-use costs don't count.
-        backend: Of sparse attention.
+        backend: The backend of sparse attention, as `patch` takes it.
         progress: Called with a line of text before each generation.
 
     Raises:
-        ValueError: no cases, references of other cases, or a patched pipeline.
+        ValueError: If there are no cases, the references are of other cases, or the pipeline is patched.
     """
     cases = list(cases)
     _check(pipe, cases, references)

@@ -91,10 +91,10 @@ class Report:
         seam_overhead: What the patch itself adds to a dense generation, as a share of it.
         provenance: `environment()` and the command, as text by name.
         notes: Sentences of whoever measured.
-        fps: Of the videos.
+        fps: The frames a second that the videos are written with.
         front: Other points of the search that found the plan.
         expected_psnr_db: What the search let expect, see `forecasts.expected_psnr`.
-        difference: To another plan.
+        difference: What another plan does otherwise; None if there is none to compare with.
         sizes: The same plan at other sizes.
     """
 

@@ -46,7 +46,7 @@ class _Solved:
 
     @property
     def patterns(self) -> list[Pattern]:
-        """Of each unit."""
+        """The chosen pattern of each unit: of each stage, layer and head."""
         picks = self.choice.pick.tolist()
         return [listed[pick] for listed, pick in zip(self.problem.candidates, picks, strict=True)]
 

@@ -28,9 +28,10 @@ class StabilityRequest:
         held_out: Cases that plans are judged on.
         settings: Size, steps and guidance.
         file: JSON of the result; one that is there is gone on with.
-        counts: Of calibration cases, rising; all are compared with the last.
-        density: Of every plan, in (0, 1).
-        profile_steps: Noise levels.
+        counts: How many calibration cases each plan is made from, rising; all plans are compared with the
+            last one.
+        density: The density of every plan, in (0, 1).
+        profile_steps: How many noise levels are profiled.
         rows: Sampled query rows for each head, layer, step and case.
         generate: Also generate the held-out cases with every plan.
 
@@ -94,16 +95,16 @@ class StabilityRow:
     """A plan from some prompts, against the one from the most.
 
     Attributes:
-        prompts: It was calibrated with.
-        density: Mean over heads and noise levels.
-        expected_error: Of heads (see `Choice.error`), by its own profile.
-        held_out_error: The same on the held-out prompts; their mean square.
+        prompts: How many prompts it was calibrated with.
+        density: Its mean density over heads and noise levels.
+        expected_error: The relative error of its heads by its own profile; see `Choice.error`.
+        held_out_error: The same, measured on the held-out prompts: root of the mean square over them.
         damage: Forecast mean squared change of held-out videos, before a run corrects it; in units of
             that of the plan from the most prompts.
         same_pattern: Share of the heads that have the very pattern of the plan from the most prompts.
         same_kind: Share whose pattern is of the same shape and token order, with the far field or not.
         near_density: Share whose density is within a factor of 1.25.
-        psnr_db: Of the held-out videos against dense, mean; None if they weren't generated.
+        psnr_db: Mean PSNR of the held-out videos against dense ones; None if they weren't generated.
     """
 
     prompts: int

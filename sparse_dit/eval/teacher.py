@@ -27,9 +27,9 @@ class TeacherForced:
     Attributes:
         sigma: Noise level: the input is `(1 - sigma) * clip + sigma * noise`.
         velocity_error: Relative L2 error of the predicted velocity, sparse against dense.
-        psnr_db: Of the decoded clean clip that it implies, sparse against dense.
-        psnr_flat_db: Of the dense one against its own mean colour.
-        clips: How many.
+        psnr_db: PSNR of the decoded clean clip that the velocity implies, sparse against dense.
+        psnr_flat_db: PSNR of the dense clean clip against its own mean colour.
+        clips: How many clips the means are over.
     """
 
     sigma: float
@@ -92,9 +92,9 @@ def teacher_forced(
         plan: What to measure.
         clips: Video `[3, T, H, W]` in -1..1 and its prompt, as `demo.draw.draw` gives them.
         sigmas: Noise levels in (0, 1].
-        seed: Of the noise; each clip has one noise for all levels.
-        max_sequence_length: Text tokens.
-        backend: Of sparse attention.
+        seed: The seed of the noise; each clip has one noise for all levels.
+        max_sequence_length: The number of text tokens that prompts are padded or cut to.
+        backend: The backend of sparse attention, as `patch` takes it.
         dense: What `dense_predictions` gave for the same pipeline, clips, sigmas, seed and length;
             saves predicting it again for every plan.
         progress: Called with a line of text before each pass.
@@ -103,9 +103,9 @@ def teacher_forced(
         One entry for each sigma, in the given order.
 
     Raises:
-        NotImplementedError: the pipeline isn't a WanPipeline.
-        ValueError: no clips, no sigmas, a sigma out of range, a clip that the model can't take, or
-            dense predictions of something else.
+        NotImplementedError: If the pipeline isn't a WanPipeline.
+        ValueError: If there are no clips or sigmas, a sigma is out of range, the model can't take a clip, or
+            `dense` is of something else.
     """
     say = progress or (lambda text: None)
     asked = _Asked(tuple(prompt for _, prompt in clips), tuple(sigmas), seed, max_sequence_length)

@@ -78,7 +78,7 @@ class Split:
 
         Args:
             q, k, v: `[B, n, H, D]`, this process' tokens and all heads.
-            index: Of all tokens and heads, on the device of `q`.
+            index: The index of all tokens and heads of the sequence, on the device of `q`.
             scale: As in `sparse_attention`.
             backend, nan_guard: As in `sparse_attention`.
 

@@ -199,9 +199,9 @@ def check_layer(place: str, stages: Collection[Sized], num_stages: int, num_head
     """Raise PlanError unless a layer has its stages, and each of them its heads.
 
     Args:
-        place: Of the layer, for the message.
-        stages: What it has.
-        num_stages, num_heads: What it must have.
+        place: Where the layer stands in the plan, for the message.
+        stages: The heads that the layer has at each stage.
+        num_stages, num_heads: How many stages it must have, and heads at each of them.
     """
     if len(stages) != num_stages:
         raise PlanError(f"{place}: must have {num_stages} stages, got {len(stages)}")

@@ -44,7 +44,7 @@ def without_evidence(provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sparse_heads(plan: Plan) -> int:
-    """Of all stages and layers."""
+    """How many heads of a plan are sparse, counted over all stages and layers."""
     return sum(
         not head.pattern.is_dense
         for part in plan.components.values()

@@ -61,7 +61,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def sha256(document: Mapping[str, Any]) -> str:
-    """Of a JSON document, whatever the order of its keys."""
+    """The SHA-256 of a JSON document in hexadecimal digits; the order of keys doesn't matter."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 

@@ -236,7 +236,7 @@ class Plan:
             component: Its name in the pipeline.
             model_class: Name of its class.
             config_hash: `config_hash` of its configuration.
-            num_heads, head_dim: Of its self-attention layers.
+            num_heads, head_dim: The heads of its self-attention layers, and the channels of a head.
             layer_names: Module paths of its self-attention layers.
 
         Raises:

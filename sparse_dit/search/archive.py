@@ -90,13 +90,13 @@ def explore(
     mutations: int = MUTATIONS,
     seed: int = 0,
 ) -> Archive:
-    """An archive of a problem; the same arguments give the same one.
+    """An archive of good choices of a problem; the same arguments give the same archive.
 
     Args:
-        problem: What to choose from.
-        known: Choices to begin with.
-        mutations: So many are tried.
-        seed: Of the mutations.
+        problem: The units, with what each of their candidates costs and spoils.
+        known: Choices that the archive begins with, beside those that it finds itself.
+        mutations: How many changed choices are tried.
+        seed: The seed by which choices are changed.
     """
     small, order = _without_dominated(problem)
     archive = Archive(small)

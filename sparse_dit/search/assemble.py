@@ -25,8 +25,8 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
     What the search measured of its own plan (quality, speed-up) doesn't hold for it and is left out.
 
     Args:
-        searched: Result of `search_plan`.
-        choice: Of `searched.problem`; see `solve` and `baselines.random_choice`.
+        searched: The result of `search_plan`.
+        choice: The candidate of each unit of `searched.problem`, as `solve` gives it.
     """
     plan, task = searched.plan, searched.problem
     components = {
@@ -58,11 +58,11 @@ def first_plan(
     """A choice as a plan that holds for any number of tokens and has no provenance yet.
 
     Args:
-        pipeline_class: Name of the pipeline's class.
-        parts: Profiles, by component name.
-        task: Problem of all of them.
-        choice: Of it.
-        tables: What attention costs, by component name.
+        pipeline_class: The name of the pipeline's class.
+        parts: The transformers' profiles, by component name.
+        task: The problem of all transformers together.
+        choice: The candidate of each unit of that problem.
+        tables: What attention costs in each transformer, by component name.
     """
     components = {
         name: ComponentPlan(

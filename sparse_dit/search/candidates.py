@@ -82,14 +82,15 @@ def fixed(layout: TokenLayout) -> tuple[Pattern, ...]:
 def _distinct(
     shapes: Sequence[tuple[object, Tile]], layout: TokenLayout
 ) -> list[tuple[object, Tile]]:
-    """Of shapes that see the same at this size the first one, and none that sees everything.
+    """The shapes that are useful at this size: each sees something else, and none sees everything.
 
-    A window of two frames on either side, in cubes of four, sees all of 8 frames. It would be found free of
-    error, but of 9 frames it doesn't see all: what limits nothing here must not be a limit at other sizes.
+    Of shapes that see the same tiles the first one is kept. A window of two frames on either side, in cubes
+    of four, sees all of 8 frames. It would be found free of error, but it doesn't see all of 9 frames: what
+    limits nothing here must not be a limit at other sizes.
 
     Args:
-        shapes: With their token orders, those without a limit first.
-        layout: At calibration.
+        shapes: Shapes with their token orders, those without a limit first.
+        layout: The token layout at calibration.
     """
     known: dict[Tile, list[Tensor]] = {}
     result = []
@@ -111,12 +112,13 @@ def found(
     """Candidates that follow a head's statistics in one token order.
 
     Args:
-        statistics: `offset_far`, `offset_drop`, `offset_count` (lattice of relative tiles),
-            `column` `[C]`, maybe `block` `[C, C]`, and maybe `beyond_far`, `beyond_drop` and `beyond_count`
-            of a larger lattice; see `discover` and `profile_larger`.
-        tile: The order.
-        layout: Calibration layout.
-        most_runs: Of a stencil, see `reach.nested_stencil`.
+        statistics: What the head's sampled rows gave in that order: `offset_far`, `offset_drop` and
+            `offset_count` (lattices of relative tiles), `column` `[C]`, maybe `block` `[C, C]`, and maybe
+            `beyond_far`, `beyond_drop` and `beyond_count` of a larger lattice; see `discover` and
+            `profile_larger`.
+        tile: The token order.
+        layout: The token layout at calibration.
+        most_runs: How many row intervals a stencil may have, see `reach.nested_stencil`.
     """
     table = cell_table(layout, tile)
     lines = not isinstance(tile, Curve) and tile[0] is None
@@ -144,10 +146,10 @@ def chosen_offsets(
     """Offsets of the stencil within the budget of exact pairs, int64 `[n, 3]`, best first.
 
     Args:
-        statistics: Of a head in one token order.
-        benefit: `"offset_far"` or `"offset_drop"`.
-        budget: Density over the whole video.
-        table: Cells of that order.
+        statistics: The sums over offsets of one head in one token order.
+        benefit: `"offset_far"` or `"offset_drop"`: the saved error with a far field or without one.
+        budget: The density over the whole video that the stencil may have.
+        table: The cells of that order.
     """
     ranking = Ranking(statistics, benefit, table)
     (count,) = ranking.within([budget])
@@ -166,12 +168,12 @@ def single_stencil(
 def all_candidates(
     statistics: dict[Tile, dict[str, Tensor]], layout: TokenLayout, most_runs: int = MOST_RUNS
 ) -> Candidates:
-    """Dense first, then all others; as many, in the same order, for every head of a layout.
+    """All candidates of a head, the dense one first; as many, in the same order, for every head of a layout.
 
     Args:
-        statistics: Of a head, for each token order; see `found`.
-        layout: Calibration layout.
-        most_runs: Of a stencil, see `reach.nested_stencil`.
+        statistics: What the head's sampled rows gave in each token order; see `found`.
+        layout: The token layout at calibration.
+        most_runs: How many row intervals a stencil may have, see `reach.nested_stencil`.
     """
     parts: list[Pattern | Unbuilt] = [DENSE, *fixed(layout)]
     for tile in tilings(layout):

@@ -33,10 +33,10 @@ class CheckedHead:
     """A sparse head at a noise level.
 
     Args:
-        component, layer, head, stage: Which.
-        planned: Relative L2 error of its output that the plan expects.
-        now: Measured on this pipeline.
-        standard_error: Of `now`, from the spread over sampled rows.
+        component, layer, head, stage: The transformer, layer, head and stage of the plan.
+        planned: The relative L2 error that the plan expects of the head; see `HeadChoice.error`.
+        now: The same error, measured on this pipeline.
+        standard_error: The standard error of `now`, from the spread over sampled rows.
     """
 
     component: str
@@ -76,7 +76,7 @@ class Checked:
 
     @property
     def share(self) -> float:
-        """Of the measured heads that left their error."""
+        """The share of the measured heads whose error is larger than planned; see `left`."""
         return len(self.left) / max(1, len(self.heads))
 
 

@@ -63,11 +63,14 @@ class CostTable:
 
     @property
     def stock_seconds(self) -> float:
-        """Of a head in a layer that is all dense, in a generation."""
+        """Seconds of one attention call of a head in a generation, in a layer that is all dense."""
         return self.dense * self.in_generation
 
     def seconds(self, kind: Kind | Pattern, density: float) -> float:
-        """Of a head in a layer that isn't all dense, in a generation; interpolated in density."""
+        """Seconds of one attention call of a head in a generation, in a layer that isn't all dense.
+
+        They are interpolated in density, and in proportion to it above the greatest one measured.
+        """
         if kind.is_dense:
             head = self.dense if self.dense_head is None else self.dense_head
             return head * self.in_generation
@@ -117,11 +120,11 @@ def measure_cost(
     the densest pattern with the far field.
 
     Args:
-        layout: Size.
-        num_heads, head_dim: Of the calls.
+        layout: The tokens of the sequence.
+        num_heads, head_dim: The heads H of a call, and the channels D of a head.
         device, dtype, backend: As `sparse_attention` takes them.
-        budgets: Densities, less the far field; a size has its own nearest ones.
-        orders: Token orders to compare with the first one, at one density.
+        budgets: The densities that are timed, without the far field; each is rounded to what the size allows.
+        orders: Token orders that are compared with the first one, at one density.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1, layout.seq_len, num_heads, head_dim)  # as hosts hold it
@@ -209,11 +212,11 @@ def break_even_tokens(
     if sparse loses at a half.
 
     Args:
-        table: At the calibration's size.
-        density: Of the pattern.
-        num_heads, head_dim: Of the calls.
-        measure: Gives the costs of another size, or None if they can't be known; measured here if
-            left out.
+        table: What attention costs at the calibration's size.
+        density: The density of the pattern, in (0, 1].
+        num_heads, head_dim: The heads H of a call, and the channels D of a head.
+        measure: Gives the costs at another layout, or None if they can't be known; if left out, they are
+            measured here.
     """
     measure = measure or _measuring(table, num_heads, head_dim)
     frames, height, width = table.layout.grid

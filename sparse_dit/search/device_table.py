@@ -53,9 +53,9 @@ class Entry(_Form):
 
     Args:
         grid: Frames, rows and columns of the video; there is no text.
-        head_dim, dtype: Of q, k and v.
-        dense, dense_head: PyTorch's dense attention, and the sparse backend's.
-        masked, far_field: Densities and seconds, ascending, without and with the far field.
+        head_dim, dtype: The channels and the dtype of q, k and v.
+        dense, dense_head: What PyTorch's dense attention takes, and the sparse backend's.
+        masked, far_field: Pairs of density and seconds, rising, without and with the far field.
         index: What the first call of a pattern takes longer, as its index is built; None if unknown.
         permute: Bringing q, k and v into the order of tiles and the output back, on its own; it is
             contained in the seconds above. None if unknown.
@@ -87,7 +87,7 @@ class Entry(_Form):
 
     @property
     def tokens(self) -> int:
-        """Of the sequence."""
+        """The number of tokens of the sequence."""
         return math.prod(self.grid)
 
     def seconds(self, far: bool, density: float) -> float:
@@ -102,8 +102,8 @@ class DeviceTable(_Form):
     """What `sparse-dit bench cost` measured on a device.
 
     Args:
-        version: Of the format.
-        name: Slug of the device, as its file is called.
+        version: The version of the file format.
+        name: A slug of the device, as its file is called.
         device: `"cpu"`, `"cuda"`, ...
         processor: Its maker's name for it.
         threads: CPU threads.

@@ -104,7 +104,7 @@ def search_plan(
         backend: Sparse backend to measure and verify with.
         device_table: Table of another device to solve for, by name or path; see `DeviceTable`. What is
             verified here is then the quality, not the speed-up.
-        dense_seconds: Of a dense generation on that device; measured if the table is of this one.
+        dense_seconds: The seconds of a dense generation on that device; measured if the table is of this one.
         report: Called with a line of text at each phase.
 
     Raises:
@@ -238,7 +238,7 @@ def _references(run: _Run, profiled: Profile) -> list[Reference]:
 def _sensitivities(
     run: _Run, parts: Mapping[str, ComponentProfile], stages: Mapping[str, tuple[Stage, ...]]
 ) -> dict[str, Sensitivity]:
-    """Of each transformer, by component name."""
+    """How sensitive the video is to errors of each transformer, by component name."""
     small, case = reduced(run.settings), run.calibration[-1]
     levels = sum(map(len, stages.values()))
     return {

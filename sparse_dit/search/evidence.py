@@ -18,17 +18,17 @@ CERTIFY_SECONDS = 5.0
 def evidence(
     parts: Mapping[str, ComponentProfile], problem: Problem, choice: Choice
 ) -> dict[str, Any]:
-    """JSON-ready: how far off the choice and its forecast may be, and which heads' prompts matter.
+    """How far off a choice and its forecast may be, and which heads depend on the prompt; JSON-ready.
 
-    `row_error` is one standard error of the forecast damage, relative, from row sampling; `gap` how much of
-    the damage a better choice of the same candidates, as fast, could save at most (None if the case is too
-    large to prove it); `prompt_dependent` for each transformer and layer the `[stage, head]` whose best
-    places depend on the prompt.
+    `row_error` is one standard error of the forecast damage that comes from sampling rows, relative to it.
+    `gap` is the share of the damage that a better choice of the same candidates, as fast, could save at most;
+    None if the problem is too large to prove it. `prompt_dependent` lists for each transformer and layer the
+    `[stage, head]` whose important tiles or columns depend on the prompt.
 
     Args:
-        parts: Profiles, by component name.
-        problem: What was made of them.
-        choice: Of it.
+        parts: The transformers' profiles, by component name.
+        problem: The problem that was made of all of them.
+        choice: The candidate of each unit of that problem.
     """
     bar = damage_error(parts, problem, choice.pick)
     gap = None
@@ -46,7 +46,7 @@ def evidence(
 def _dependent(
     name: str, part: ComponentProfile, problem: Problem, choice: Choice
 ) -> dict[str, list[list[int]]]:
-    """By layer, the heads whose chosen pattern is of places that depend on the prompt."""
+    """For each layer the `[stage, head]` whose pattern keeps tiles or columns that depend on the prompt."""
     regrets, result = prompt_dependence(part), {}
     for unit in problem.units_of(name).tolist():
         stage, layer, head = problem.units[unit]

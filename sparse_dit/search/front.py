@@ -65,10 +65,10 @@ class Front:
     """Points by rising speed-up, and the patterns that they number.
 
     Args:
-        config_hash: Of the model that it was searched for, see `model_hash`.
-        dense_seconds: Of a dense generation.
-        patterns: Each once.
-        points: Choices.
+        config_hash: The hash of the model that it was searched for, see `model_hash`.
+        dense_seconds: The seconds of a dense generation.
+        patterns: All patterns that the points use, each once.
+        points: The choices, each with the number of every head's pattern in `patterns`.
     """
 
     config_hash: str
@@ -87,11 +87,11 @@ def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | No
     """The front of an archive of the problem; `found` is kept in any case.
 
     Args:
-        task: What there is to choose from.
-        config_hash: Of the model, see `model_hash`.
-        found: What the search chose.
-        psnr_db: What `found` was measured to give; the PSNR of the others is forecast from it, as the
-            squared error of the video is in proportion to the damage.
+        task: The problem that was searched.
+        config_hash: The hash of the model, see `model_hash`.
+        found: The choice that the search made.
+        psnr_db: The measured PSNR of `found`; that of the others is forecast from it, as the squared error
+            of the video is in proportion to the damage.
     """
     choices = [*explore(task, [found]).front(), found]
     choices.sort(key=lambda choice: (choice.speedup, -choice.damage))

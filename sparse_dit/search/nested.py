@@ -1,4 +1,4 @@
-"""Candidates of a head that aren't built before they are asked for, and lists of candidates."""
+"""Candidates of a head whose patterns are built only when asked for, and lists of candidates."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ def kind_of(pattern: Pattern) -> Kind:
 
 @dataclass(frozen=True, eq=False)
 class Nested:
-    """Stencils of one kind: the best offsets of a head, and more and more of them.
+    """Nested stencils of one kind: each takes the best offsets of a head, and more of them than the one
+    before.
 
     Args:
-        kind: Of all of them.
-        ranking: The offsets.
-        counts: How many offsets each stencil takes, ascending.
+        kind: The kind that all the stencils have.
+        ranking: The head's offsets, best first.
+        counts: How many offsets each stencil takes, rising.
     """
 
     kind: Kind
@@ -69,7 +70,7 @@ class Nested:
         return {}
 
     def pattern(self, number: int) -> Pattern:
-        """One of them; equal ones are the same object."""
+        """The pattern of the stencil with that number; equal ones are the same object."""
         count = self.counts[number]
         if count not in self._built:
             self._built[count] = self.kind.pattern(self.ranking.stencil(self.counts, number))
@@ -86,13 +87,13 @@ class Nested:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A pattern of which it is known what it sees at the calibrated size.
+    """A pattern that isn't built yet, but of which it is known what it covers at the calibrated size.
 
     Args:
-        kind: Its kind.
-        grid: The calibrated size, whole tiles of `kind`'s order.
-        seen: Gives bool `[T, T]`, or `[1, T]` if all tiles see the same: the tiles that each tile sees.
-        shape: Gives its shape.
+        kind: The kind of the pattern.
+        grid: The calibrated size in tokens: frames, rows and columns, whole tiles of `kind`'s order.
+        seen: Gives the tiles that each tile sees, bool `[T, T]`, or `[1, T]` if all tiles see the same.
+        shape: Builds the shape of the pattern.
     """
 
     kind: Kind
@@ -123,13 +124,13 @@ class Candidates(Sequence[Pattern]):
     """Patterns to choose among, some of which aren't built yet.
 
     Args:
-        parts: Patterns, and what stands for some that aren't built.
+        parts: Patterns, and groups of candidates that aren't built yet.
 
     Attributes:
-        parts: As given, as a tuple.
-        spans: Of each part the numbers of its candidates, and their kind.
-        kinds: Of each candidate.
-        cells: What the errors of those that aren't dense are computed from, each once.
+        parts: The same as a tuple.
+        spans: For each part the numbers of its candidates, and their kind.
+        kinds: The kind of each candidate, `[K]`.
+        cells: The kinds of cells that errors of sparse candidates are computed from, each once.
     """
 
     def __init__(self, parts: Iterable[Pattern | Unbuilt]) -> None:

@@ -1,4 +1,4 @@
-"""Candidates of fixed places: columns that all tiles see, and the blocks that each tile sees."""
+"""Candidates that name tiles of the calibrated size: columns that all tiles see, and blocks of each tile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .seen import relative_cells
 from .steady import best_first
 
 COLUMN_BUDGETS = (0.05, 0.15, 0.3)
-STENCIL_BUDGET = 0.1  # of the stencil that is seen beside the most columns
+STENCIL_BUDGET = 0.1  # density of the stencil that joins the most columns
 BLOCK_BUDGETS = (0.1, 0.2, 0.35)
 MAX_BLOCK_CELLS = 256  # static block masks are tried up to this many tiles: their size is squared
 
@@ -23,15 +23,17 @@ MAX_BLOCK_CELLS = 256  # static block masks are tried up to this many tiles: the
 def placed(
     statistics: dict[str, Tensor], ranking: Ranking, kind: Kind, layout: TokenLayout
 ) -> list[Drawn] | list[Pattern]:
-    """The best columns, the most of them with a stencil, and the best blocks.
+    """A head's candidates that name tiles: its best columns, columns joined with a stencil, its best blocks.
 
-    Built at once where tiles at the border are smaller: how places are stretched then decides what is seen.
+    Columns come at the densities `COLUMN_BUDGETS`, the densest of them also joined with the stencil of
+    density `STENCIL_BUDGET`, and blocks at `BLOCK_BUDGETS`. Patterns are built at once where tiles at the
+    border are smaller, as how tiles are scaled to the grid then decides what is seen.
 
     Args:
-        statistics: Of a head in one token order, whose tiles fill a lattice.
-        ranking: Of its offsets.
-        kind: With that order.
-        layout: At calibration.
+        statistics: What the head's sampled rows gave in one token order, whose tiles fill a lattice.
+        ranking: The head's offsets, best first.
+        kind: The kind of the candidates, with that token order.
+        layout: The token layout at calibration.
     """
     head = _Places(statistics, ranking, layout, kind)
     order = tile_order(layout, kind.tile)
@@ -51,7 +53,7 @@ def placed(
 
 
 class _Places:
-    """What a head's statistics say of places; T tiles."""
+    """The columns, unions and blocks that a head's statistics give at some density; T tiles."""
 
     def __init__(
         self, statistics: dict[str, Tensor], ranking: Ranking, layout: TokenLayout, kind: Kind
@@ -66,7 +68,7 @@ class _Places:
         self.lattice = (frames, rows, columns)
 
     def seen_columns(self, budget: float) -> Tensor:
-        """bool `[1, T]`."""
+        """The tiles that every tile sees in the best columns, bool `[1, T]`."""
         seen = torch.zeros(1, len(self.ranking.table.tokens), dtype=torch.bool)
         seen[:, list(best_columns(self.statistics["column"], budget))] = True
         return seen
@@ -75,7 +77,7 @@ class _Places:
         return Vertical(self.lattice, best_columns(self.statistics["column"], budget))
 
     def seen_union(self, count: int) -> Tensor:
-        """bool `[T, T]`."""
+        """The tiles that each tile sees in a stencil of `count` offsets or in columns, bool `[T, T]`."""
         (members,) = self.ranking.members([count])
         stencil = members[relative_cells(self.layout, self.tile)]
         return stencil | self.seen_columns(COLUMN_BUDGETS[-1])
@@ -84,7 +86,7 @@ class _Places:
         return Union((self.ranking.stencil([count], 0), self.columns(COLUMN_BUDGETS[-1])))
 
     def seen_blocks(self, budget: float) -> Tensor:
-        """bool `[T, T]`: the best tiles of each."""
+        """The best tiles for each tile, bool `[T, T]`."""
         benefit = self.statistics["block"]
         keep = max(1, round(budget * len(benefit)))
         best = best_first(benefit)[:, :keep]
@@ -95,6 +97,6 @@ class _Places:
 
 
 def best_columns(columns: Tensor, budget: float) -> tuple[int, ...]:
-    """The share of columns with the greatest benefit, at least one, ascending."""
+    """The numbers of the columns of greatest benefit, rising: a share `budget` of all, at least one."""
     count = max(1, round(budget * len(columns)))
     return tuple(best_first(columns)[:count].sort().values.tolist())

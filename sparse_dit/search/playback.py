@@ -40,8 +40,8 @@ def replaying(
     """Inside the block the first forwards return `outputs`, unread; the others run with `intercept`.
 
     Args:
-        transformer: Of a supported class, with nothing attached.
-        outputs: Of the same generation's first forwards; hosts don't write to them.
+        transformer: A transformer of a supported class, with nothing attached.
+        outputs: What the first forwards of the same generation returned; hosts don't write to them.
         intercept: Sees the attention calls of the forwards that run.
         pipe: The pipeline that runs the transformer, if it is known.
     """

@@ -21,13 +21,13 @@ Calls = Mapping[str, Sequence[int]]  # for each stage the forwards of a generati
 def cost_tables(
     modules: Mapping[str, nn.Module], parts: Parts, backend: str, target_device: TargetDevice | None
 ) -> dict[str, CostTable]:
-    """Of the device that is solved for, measured here if None; transformers that are alike have one table.
+    """What attention costs in each transformer, by component name; transformers that are alike share a table.
 
     Args:
-        modules: The transformers.
-        parts: Their profiles.
-        backend: Sparse backend to time.
-        target_device: The device that is solved for, if it is another one.
+        modules: The transformers, by component name.
+        parts: Their profiles, by component name.
+        backend: The sparse backend that is timed.
+        target_device: The device whose table is used; None to measure on this one.
     """
     known: dict[tuple[Any, ...], CostTable] = {}
     tables = {}

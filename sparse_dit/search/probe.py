@@ -28,7 +28,7 @@ class Seen:
     """What was seen at the door.
 
     Args:
-        layouts: Of each transformer, by component name.
+        layouts: The token layout of each transformer, by component name.
         sigmas: Noise level of each step from the first on; None if the scheduler doesn't tell them.
         steps: How many there are; None if that isn't known either.
     """

@@ -149,10 +149,11 @@ class Profile:
     """A pipeline's profile: one `ComponentProfile` a transformer, and how it was made.
 
     Args:
-        components: By component name.
-        settings, rows: Of the profiling runs.
-        done: Labels of the runs that are in it, in order.
-        seconds: That these runs took.
+        components: The profile of each transformer, by component name.
+        settings: The size, steps and guidance of the profiling runs.
+        rows: The sampled query rows for each head, layer, step and run.
+        done: The labels of the runs that are in it, in order.
+        seconds: What these runs took together.
         reference: The last case's whole dense generation, if it was asked for.
     """
 

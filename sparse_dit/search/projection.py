@@ -16,14 +16,14 @@ from ..integrations.diffusers import heads_of, self_attention_layers
 
 
 def projections(transformer: nn.Module, num_heads: int) -> dict[str, Tensor]:
-    """For each attention layer with an output projection of its own, `[H, D, D]` float32: symmetric roots.
+    """For each attention layer the symmetric roots of its heads' output projections, float32 `[H, D, D]`.
 
-    A layer without one (blocks that project attention together with their MLP) is left out: its errors are
-    then those of the heads' outputs as they are.
+    A layer without an output projection of its own (blocks that project attention together with their MLP) is
+    left out: its errors are then those of the heads' outputs as they are.
 
     Args:
-        transformer: Of a supported class.
-        num_heads: H.
+        transformer: A transformer of a supported class.
+        num_heads: The number of heads H of its attention layers.
     """
     result = {}
     _, head_dim = heads_of(transformer)

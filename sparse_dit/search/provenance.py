@@ -29,9 +29,9 @@ def provenance(
     """JSON-ready `provenance` of a plan, less what `Session.plan` wrote.
 
     Args:
-        session: What was chosen from.
-        calibration, held_out: Cases that were profiled, and that the plan was verified on.
-        seconds: Of the search, by phase.
+        session: What the search chose from, and by what.
+        calibration, held_out: The cases that were profiled, and those that the plan was verified on.
+        seconds: What each phase of the search took, by its name.
     """
     cases = {"calibration": calibration, "held_out": held_out}
     tables = session.tables.items()

@@ -23,10 +23,11 @@ class Ranking:
     """The offsets of a head in one token order, best first.
 
     Args:
-        statistics: Of the head, see `candidates.found`.
-        benefit: What they are ranked by, `"offset_far"` or `"offset_drop"`.
-        table: Cells of the order, at calibration.
-        most_runs: Of a stencil, see `reach.nested_stencil`.
+        statistics: What the head's sampled rows gave in that order, see `candidates.found`.
+        benefit: What they are ranked by: the saved error with a far field (`"offset_far"`) or without one
+            (`"offset_drop"`).
+        table: The cells of the token order, at calibration.
+        most_runs: How many row intervals a stencil may have, see `reach.nested_stencil`.
     """
 
     statistics: dict[str, Tensor]
@@ -36,8 +37,11 @@ class Ranking:
 
     @functools.cached_property
     def offsets(self) -> Tensor:
-        """Those that occur, int64 `[n, 3]`, by falling mean benefit, of equal ones the nearest first; the own
-        tile always first."""
+        """The offsets between tiles that occur at calibration, int64 `[n, 3]`, best first.
+
+        They are ordered by falling mean benefit, equal ones by distance. A tile's offset to itself comes
+        first.
+        """
         reach = self.table.counts - 1
         mean = mean_benefit(self.statistics[self.benefit], self.statistics["offset_count"])
         mean[tuple(reach.tolist())] = torch.inf

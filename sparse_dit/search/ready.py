@@ -21,18 +21,18 @@ class Published:
     """What is known of a model from its publication.
 
     Args:
-        name: Of the plan's folder.
-        title: Of the model.
+        name: The name of the plan's folder.
+        title: The model's name as its makers write it.
         model: Its id on the hub.
-        pipeline_class, model_class: Classes of diffusers.
-        num_heads, head_dim: Of self-attention.
-        layers: Module paths of its self-attention layers, in order.
-        layout: Tokens at its usual size.
+        pipeline_class, model_class: The names of its pipeline's and its transformer's class in diffusers.
+        num_heads, head_dim: The heads of a self-attention layer, and the channels of a head.
+        layers: The module paths of its self-attention layers, in order.
+        layout: The tokens at its usual size.
         height, width, num_frames: That size in pixels and frames.
-        steps, guidance: Of a usual generation.
-        shift: Of its flow-matching schedule at that size; 1 if noise levels are uniform.
-        terminal: Noise level that the schedule is stretched to at its last step; None if it isn't.
-        tile: Frames, rows and columns that are chosen together.
+        steps, guidance: The denoising steps and the guidance scale of a usual generation.
+        shift: The shift of its flow-matching schedule at that size; 1 if noise levels are uniform.
+        terminal: The noise level that the schedule is stretched to at its last step; None if it isn't.
+        tile: The frames, rows and columns of tokens that make a tile.
         sources: Where these numbers are from.
     """
 

@@ -26,22 +26,24 @@ Use = Callable[[int, Cells, CellSums], None]  # for a head and what was summed b
 
 
 class Recorder:
-    """An intercept that records one run and returns what stock attention computes; `keep` adds the run to the
-    profile. So runs are summed alone and then added, as files of several processes are, to the same last bit.
+    """An intercept that records one profiling run and returns what stock attention computes.
+
+    `keep` adds the run to the profile. Each run is summed on its own and then added, as the files of several
+    processes are, so both ways give the same result to the last bit.
 
     Args:
-        profile: What is known already, and where the run is added.
+        profile: The profile of the runs before, which the run is added to.
         phase: `"find"` or `"score"`.
-        rows: Sampled rows for each call.
-        seed: Of the sampling.
+        rows: How many query rows of each call are sampled.
+        seed: The seed by which rows are sampled.
         turns: Steps to record and the half of guidance at each, see `sampling.turns`; all if None. A
             pipeline that has no halves is recorded whole at these steps.
         projections: For each layer `[H, D, D]` that values are multiplied by, so that errors are those
             behind the output projection; see `projections`.
 
     Attributes:
-        run: What this run gave; its noise levels and layers are the profile's.
-        seconds, wall: Spent on recording; see `Taken`.
+        run: The profile of this run alone; it shares the noise levels and layers of `profile`.
+        seconds, wall: What recording took; see `Taken`.
     """
 
     def __init__(

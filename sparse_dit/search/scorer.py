@@ -78,18 +78,18 @@ class Scored:
 
 
 class PatternScorer:
-    """An intercept that measures patterns on sampled rows of the calls that it is asked about; runs stock.
+    """An intercept that measures patterns on sampled rows of attention calls and returns stock outputs.
 
     Args:
-        ask: Gives for a call over all tokens of its layout the key to sum under and the patterns of each of
-            the H heads, equally many; None for a call that isn't measured.
-        roots: For each layer `[H, D, D]` that values are multiplied by; see `projections`.
-        rows: Sampled query rows for each call.
-        seed: Of the sampling.
+        ask: Says what is measured of a call over all tokens of its layout: the key to sum under, and the
+            patterns of each of the H heads, equally many. It gives None for a call that isn't measured.
+        roots: For each layer what the heads' values are multiplied by, `[H, D, D]`; see `projections`.
+        rows: How many query rows of each call are sampled.
+        seed: The seed by which rows are sampled.
 
     Attributes:
-        found: The sums, by key.
-        layout: Of the last call that was measured; None before.
+        found: The sums over the measured calls, by key.
+        layout: The token layout of the last call that was measured; None before the first.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def _seen_by(patterns: tuple[Pattern, ...], layout: TokenLayout, cell: Tensor) -
 
 @functools.lru_cache(maxsize=64)
 def _stacked(patterns: tuple[Pattern, ...], layout: TokenLayout) -> Tensor:
-    """Of patterns that all heads have: kept, bool `[k, T, T]`."""
+    """What patterns see, bool `[k, T, T]`; cached, for patterns that all heads have."""
     return torch.stack([seen_tiles(pattern, layout) for pattern in patterns])
 
 
@@ -109,7 +109,7 @@ class Group:
         return torch.cat(parts)
 
     def densities(self, layout: TokenLayout) -> Tensor:
-        """Of each candidate, float64 `[K]`; see `density`."""
+        """The density of each candidate, float64 `[K]`; see `density`."""
         tile, pool = self.cells
         sizes = tile_order(layout, tile).tile_offsets.diff().double()
         pooled = torch.ones_like(sizes) if pool is None else (sizes / pool).ceil()

@@ -44,7 +44,8 @@ def profile_share(
     Args:
         pipe: A diffusers pipeline of a supported class, not patched.
         cases: Calibration prompts and seeds, the same in all processes.
-        settings, rows: Of the profiling runs.
+        settings: The size, steps and guidance of the profiling runs.
+        rows: The sampled query rows for each head, layer, step and case.
         path: The whole profile, written by the first process; what it has already isn't run again.
             Files of single runs lie in a folder beside it until then.
         rank, world: Number of this process, and how many there are.
@@ -52,7 +53,8 @@ def profile_share(
         report: Called with a line of text for each run.
 
     Returns:
-        Where the whole profile lies: at `path`, or elsewhere if it couldn't be written there in the end.
+        Where the whole profile lies: at `path`, or at another place if it couldn't be written there in the
+            end.
 
     Raises:
         ValueError: If there are no cases, or `path` holds a profile of something else.

@@ -25,21 +25,25 @@ from .sensitivity import Sensitivity
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What every choice costs and spoils; U units (stage, layer, head), K candidates.
+    """What each candidate of every unit costs and spoils.
+
+    A unit is a head of a layer at a stage: one decision of a multiple-choice knapsack problem, in which each
+    unit takes one of its K candidates. There are U units.
 
     Args:
         units: `(stage, layer, head)` of each unit.
         candidates: `[U][K]` patterns; the first is dense.
         importance: float64 `[U]`, expected mean squared change of the video for a squared relative
             error of 1 of the head.
-        seconds: float64 `[U, K]`, of a whole generation, beside other heads that are sparse.
-        stock_seconds: float64 `[U]`, where all heads of the layer are dense.
-        error: float64 `[U, K]`, squared relative error of the head's output.
-        density: float64 `[U, K]`.
-        recall: float64 `[U, K]`, attention mass seen exactly.
+        seconds: float64 `[U, K]`, what the unit's attention takes in a whole generation, in a layer that has
+            sparse heads.
+        stock_seconds: float64 `[U]`, what it takes in a layer whose heads are all dense.
+        error: float64 `[U, K]`, squared relative error of the head behind the layer's output projection.
+        density: float64 `[U, K]`, computed pairs over all pairs.
+        recall: float64 `[U, K]`, share of the attention mass that is seen exactly.
         weight: float64 `[U]`, share of the unit in the generation's attention calls; sums to 1.
-        stages: Noise levels, of one transformer after the other.
-        other_seconds: Of a generation, outside of attention.
+        stages: The stages of noise levels, of one transformer after the other.
+        other_seconds: What a generation takes outside of attention.
         components: For each stage the name of the transformer that it is of; empty if that doesn't matter.
     """
 
@@ -94,12 +98,12 @@ class Choice:
     """A solution: the candidate of each unit, and what it comes to.
 
     Args:
-        pick: int64 `[U]`.
-        damage: Expected mean squared change of the video, before calibration by a verified run.
-        seconds: Of a generation.
-        speedup: Against dense.
+        pick: The number of each unit's candidate, int64 `[U]`.
+        damage: The expected mean squared change of the video, before a verified run corrects it.
+        seconds: What a generation takes with it.
+        speedup: The seconds of a dense generation over `seconds`.
         error: Root of the importance-weighted mean of the squared relative errors of heads.
-        density: Mean over all attention calls.
+        density: The mean density over all attention calls.
     """
 
     pick: Tensor
@@ -127,10 +131,10 @@ def problem(
     """Put profile, sensitivity and cost of one transformer together; `joint.joined` makes it a pipeline's.
 
     Args:
-        profile: Scored heads.
-        stages: One for each recorded noise level.
-        sensitivity: Of stages and layers.
-        table: Measured seconds of a head.
+        profile: The transformer's profile, with the scores of all heads.
+        stages: One stage for each recorded noise level.
+        sensitivity: How sensitive the video is to errors of each stage and layer.
+        table: What a call of one head takes, in seconds.
         calls: For each stage the forwards of a generation that fall into it, times the batch.
         dense_generation: Seconds of a whole dense generation.
     """

@@ -137,7 +137,7 @@ class _Schedule:
 
     @property
     def share(self) -> float:
-        """Of the steps that are dense."""
+        """The share of the steps that are dense, in [0, 1]."""
         return self.dense / len(self.sigmas)
 
     @property
@@ -174,7 +174,7 @@ class _Part:
 
     @property
     def dense_share(self) -> float:
-        """Of the pairs, in layers that stay dense."""
+        """The share of the query-key pairs that lie in layers which stay dense, in [0, 1]."""
         return 1 - self.pairs(self.sparse) / self.pairs(self.layers)
 
     @property
@@ -207,10 +207,10 @@ class _Geometry:
     """What every head of a sparse layer computes, and how many steps are dense.
 
     Args:
-        reach: How far heads see.
+        reach: How far heads see around themselves; see `Reach`.
         computed: Computed pairs / all pairs in a sparse layer.
-        dense: Steps.
-        density: Of a generation, with the dense steps and layers.
+        dense: The number of first steps that are dense.
+        density: The density of a whole generation, its dense steps and layers included.
     """
 
     reach: Reach

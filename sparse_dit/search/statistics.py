@@ -74,14 +74,16 @@ def score(
     """Squared errors of candidates' outputs on the sampled rows of one head, a group of them at a time.
 
     Args:
-        sums: Of the head.
-        cells: What was summed over; candidates of others are left out, the dense one too.
-        candidates: What is judged.
-        layout: Their grid, with or without text.
+        sums: The sums of the head's rows by cells.
+        cells: The kind of cells that were summed over; candidates of other kinds are left out, the dense one
+            too.
+        candidates: The head's candidates.
+        layout: The token layout of the sampled call, with or without text.
 
-    Returns:
-        Of each group the candidates' numbers, int64 `[k]`; `error` and `error_squared`, `[k]`: sum over rows
-        of the squared error, and of its square; `recall`, `[k]`: sum over rows of the mass seen exactly.
+    Yields:
+        For each group the candidates' numbers, int64 `[k]`; `error` and `error_squared`, `[k]`: the sum over
+        rows of the squared error, and of its square; `recall`, `[k]`: the sum over rows of the attention mass
+        that is seen exactly.
     """
     for where, group in grouped(candidates, layout, cells):
         outputs, mass = sums.outputs_and_recall(group.rows(sums.cell, layout), group.far)

@@ -22,7 +22,7 @@ from .verify import Reference, Verified, verify
 
 Report = Callable[[str], None]
 
-MARGIN_DB = 1.5  # aimed at above the wanted PSNR, as prompts differ
+MARGIN_DB = 1.5  # how far above the wanted PSNR plans are made, as other prompts give less
 # Measured over forecast damage, before a round has measured it: the geometric mean over three prompts of
 # the embedded model at 4,608 tokens and 12 steps, which range from 4 to 22 at density 0.3. Only a whole run
 # of the prompt tells it.
@@ -33,10 +33,10 @@ DECLINED = 0.999  # of the dense seconds: what isn't faster than this is all den
 
 
 class Clock:
-    """Seconds of each phase, and `"total"`, in `laps`.
+    """A clock that keeps in `laps` what each phase took, and `"total"`, in seconds.
 
     Args:
-        device: That the pipeline computes on; see `Taken` for what its seconds are.
+        device: The device that the pipeline computes on; see `Taken` for what its seconds are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,14 +45,14 @@ class Clock:
         self._whole, self._lap = Timer(device), Timer(device)
 
     def lap(self, name: str) -> None:
-        """Since the last lap it was phase `name`."""
+        """End phase `name`: the time since the last call is added to it."""
         self.laps[name] = self.laps.get(name, 0.0) + self._lap.stop().seconds
         self._lap = Timer(self._device)
         self.laps["total"] = self.elapsed
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """The seconds since the clock was made."""
         return self._whole.stop().seconds
 
 
@@ -61,12 +61,14 @@ class Session:
     """What stays the same while a choice is tuned.
 
     Args:
-        pipe: Stock pipeline.
-        sensitivity: Of each transformer, by component name.
-        problem, tables, profile: What there is to choose from; tables by component name.
-        objective: What is asked for.
-        settings: Size and steps of the runs that verify.
-        backend: Sparse backend.
+        pipe: The pipeline, not patched.
+        sensitivity: How sensitive the video is to errors of each transformer, by component name.
+        problem: The units, with what each of their candidates costs and spoils.
+        tables: What attention costs in each transformer, by component name.
+        profile: The profile that the problem was made of.
+        objective: The speed-up, error or PSNR that is asked for.
+        settings: The size and steps of the runs that verify.
+        backend: The backend of sparse attention, as `patch` takes it.
     """
 
     pipe: Any

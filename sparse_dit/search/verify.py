@@ -38,7 +38,7 @@ class Reference:
 
     @property
     def seconds(self) -> float:
-        """Of the whole call."""
+        """The seconds of the whole pipeline call; see `Taken.seconds`."""
         return self.taken.seconds
 
     def calls(self, component: str, stages: Sequence[Stage]) -> list[int]:
@@ -109,10 +109,11 @@ class Verified:
     """What a plan gave on held-out cases.
 
     Args:
-        mse: Mean squared difference of the videos (in 0..1), mean over cases.
-        psnr_db: Mean over cases of the PSNR.
-        speedup: Seconds of the dense over the sparse generations; 1 if no attention call ran sparse.
-        sparse_seconds: Of all sparse generations together.
+        mse: The mean squared difference between sparse and dense videos (in 0..1), mean over cases.
+        psnr_db: The PSNR of the sparse videos against the dense ones, mean over cases.
+        speedup: The seconds of the dense over those of the sparse generations; 1 if no attention call ran
+            sparse.
+        sparse_seconds: What all sparse generations took together.
         pairs: How long each case took, dense and sparse; None if no attention call ran sparse.
     """
 

@@ -18,9 +18,10 @@ class Config(NamedTuple):
     """How a kernel is launched.
 
     Args:
-        block_m: Query rows of a tile.
-        block_n: Keys of a step.
-        warps, stages: Of Triton.
+        block_m: The query rows of a tile.
+        block_n: The keys that are loaded in one step of the loop over keys.
+        warps: Triton's `num_warps`: how many warps a program has.
+        stages: Triton's `num_stages`: how many steps of the loop are loaded ahead.
         whole: Whether channels are one piece, padded to a power of two and at least 64. Else they are
             two, which saves products; on sm_90 `ptxas` (12.8) then makes wrong code for narrow pieces.
     """

@@ -32,10 +32,10 @@ class _Case:
     """One baseline's task. S noise levels, L layers, H heads.
 
     Args:
-        scores: Of the baselines' patterns.
+        scores: The errors and densities of the baselines' patterns.
         importance: `[S, L, H]`, expected change of the video for a squared relative error of 1.
-        share: `[S]`, share of each level in the attention calls.
-        target: Density not to exceed.
+        share: `[S]`, share of each level in the attention calls; it sums to 1.
+        target: The density that the plan may not exceed.
     """
 
     scores: BaselineScores

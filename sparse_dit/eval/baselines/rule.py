@@ -61,12 +61,12 @@ def modes_of(places: Mapping[str, Sequence[int]], density: Tensor, budget: int) 
 
 
 def picked_density(pick: Tensor, density: Tensor, share: Tensor) -> float:
-    """Of a whole generation.
+    """The density of a whole generation: the mean over its attention calls and heads.
 
     Args:
-        pick: int64 `[S, L, H]`, -1 for dense.
-        density: `[S, L, H, K]`.
-        share: `[S]`, of each level in the attention calls.
+        pick: The number of each head's pattern, int64 `[S, L, H]`; -1 for dense.
+        density: The density of each head's K patterns, `[S, L, H, K]`.
+        share: The share of each noise level in the attention calls, `[S]`; it sums to 1.
     """
     taken = density.gather(-1, pick.clamp_min(0)[..., None])[..., 0]
     return float(torch.where(pick < 0, 1.0, taken).mean((1, 2)) @ share)
@@ -79,10 +79,10 @@ def best_rule(
     so sparse. Densities, lambda and epsilon are tried, on the errors of stock inputs.
 
     Args:
-        scores: Of all patterns.
+        scores: The errors and densities of all patterns.
         importance: `[S, L, H]`, expected change of the video for a squared relative error of 1.
-        share: `[S]`, of each level in the attention calls.
-        target: Density not to exceed.
+        share: The share of each noise level in the attention calls, `[S]`; it sums to 1.
+        target: The density that the plan may not exceed.
     """
     found: list[tuple[float, Tensor, Rule]] = []
     for budget in range(len(MODE_BUDGETS)):

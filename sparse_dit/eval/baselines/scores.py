@@ -54,7 +54,7 @@ def score_baselines(
     Args:
         pipe: Stock pipeline.
         component: Its transformer's name.
-        profile: Of it; its statistics say which blocks and columns matter.
+        profile: The profile of that transformer; its statistics say which blocks and columns matter.
         case: Calibration prompt and seed.
         settings: Size of the profile; runs as many steps as there are noise levels.
         rows: Sampled query rows for each head, layer, step.
@@ -94,8 +94,8 @@ def score_patterns(
     Args:
         pipe: Stock pipeline.
         component: Its transformer's name.
-        profile: Of it.
-        patterns: For each `(level, layer, head)` equally many.
+        profile: The profile of that transformer; it names the noise levels and layers.
+        patterns: For each `(level, layer, head)` its K patterns.
         case: Prompt and seed.
         settings: Size of the profile; runs as many steps as there are noise levels.
         rows: Sampled query rows for each head, layer, step.
