@@ -55,10 +55,10 @@ class VariantCheckup:
     """One variant of the native CPU kernel.
 
     Attributes:
-        name: As in `VARIANTS`.
+        name: The variant's name in `VARIANTS`.
         used: Whether it is the one that runs.
         untested: Why it can't be tried on this machine; None if it was.
-        checkup: What came out; None if it can't be tried.
+        checkup: The result of the test; None if it can't be tried.
     """
 
     name: str

@@ -40,7 +40,7 @@ class Outputs:
         """Check that `path` can be written; nothing is left behind.
 
         Args:
-            option: That names it, as typed.
+            option: The option that names it, as typed.
             path: A file.
             endings: One of them must be its own; any will do if there are none.
             beside: Gives the files that are written with one at a path.

@@ -103,7 +103,7 @@ class Handle:
 
     @property
     def ran(self) -> dict[str, tuple[Ran, ...]]:
-        """For each component what ran so far, by layer, stage and way."""
+        """What ran so far in each component, one entry for each layer, stage and way to run."""
         return {name: runtime.ran for name, runtime in self._runtimes.items()}
 
     def summary(self) -> Summary:

@@ -119,7 +119,7 @@ class Reuse:
 
         Args:
             call, stage: As for `turn`.
-            turn: What it gave.
+            turn: The result of `turn` for this call.
             out: `[B, N, H, D]`, the call's output.
         """
         if turn.key is None:

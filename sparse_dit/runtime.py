@@ -39,11 +39,11 @@ class Ran:
     """How often one layer ran one way.
 
     Args:
-        layer: Module path.
+        layer: The module path of the layer.
         stage: Number of the plan's stage; None if none applied.
         dense_because: Why stock attention ran; None if sparse attention did.
         backend: Name of the backend that sparse attention ran on; None for stock attention.
-        calls: Attention calls.
+        calls: How many attention calls did.
         computed: Query-key pairs that were computed (a pooled key counts as one).
         pairs: Query-key pairs that dense attention would have computed.
         tokens: Length of the sequence.
@@ -105,7 +105,7 @@ class Runtime:
             self._reuse.forget()
 
     def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
-        """As the plan says for the stage, but nothing for the heads `skipped`, `[B, N, H, D]`."""
+        """Attention as the plan says for the stage, `[B, N, H, D]`; the heads `skipped` aren't computed."""
         index = self._index(call, stage, skipped)
         if index.is_dense:
             heads = self.plan.layers[call.layer][stage]

@@ -48,7 +48,7 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
-    """Which of the results on request it can't give for `q`; None if it can."""
+    """Why it can't give the LSE or block mass that is asked for, to follow its name; None if it can."""
     if mass:
         return "FlexAttention has no block mass"
     if return_lse and not q.is_cuda:
@@ -126,7 +126,7 @@ class _Call:
 
     @property
     def kind(self) -> tuple[bool, bool]:
-        """Which graph it takes."""
+        """Which compiled graph the call needs: whether with a bias, and whether with a limit."""
         return self.bias is not None, self.limit is not None
 
 

@@ -161,7 +161,7 @@ def _pooled(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """On the CPU, in at least float32."""
+    """A tensor moved to the CPU, in at least float32."""
     return x.to("cpu", torch.promote_types(x.dtype, torch.float32))
 
 

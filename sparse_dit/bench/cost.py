@@ -71,7 +71,7 @@ def measure_device(sweep: CostSweep, report: Callable[[str], None]) -> DeviceTab
     """Time everything in the sweep on this machine.
 
     Args:
-        sweep: What to measure.
+        sweep: The sizes, dtypes and densities that are timed.
         report: Called with a line of text for each size.
 
     Raises:

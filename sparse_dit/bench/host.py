@@ -31,12 +31,12 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was left out.
+    """A kernel launch that was left out.
 
     Args:
-        kernel: Its name.
-        grid: Programs along each axis.
-        arguments: What it was called with, in order.
+        kernel: The kernel's name.
+        grid: The number of programs along each axis.
+        arguments: The arguments of the launch, in order.
     """
 
     kernel: str
@@ -46,10 +46,10 @@ class Launch:
 
 @dataclass
 class NullGpu:
-    """What would have run.
+    """The launches that would have run on a GPU.
 
     Args:
-        launches: In order; only if `keeping`.
+        launches: The launches in order; only if `keeping`.
         specialised: Triton's key of each kernel that would have been compiled.
         keeping: Whether to keep launches.
     """

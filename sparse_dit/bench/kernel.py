@@ -48,8 +48,8 @@ class Case:
     """What is timed at a size.
 
     Args:
-        pattern: Its name in the results.
-        index: What is computed.
+        pattern: The name of the case in the results.
+        index: The query-key pairs that are computed.
         flex: Whether FlexAttention is timed with the same lists, if it can be.
         mass: Whether the backend computes the exact block mass too.
     """
@@ -124,7 +124,7 @@ def measure(
         size: The tensors: random normal, the same for all.
         cases: What the backends compute; their dense mode is always timed too, as the first row.
         backends: Names in `BACKENDS`; what one can't run is skipped, with its reason.
-        conditions: How.
+        conditions: By which clock, on how many threads and how often calls are timed.
         budget: Seconds after which no further round begins.
 
     Raises:

@@ -28,7 +28,7 @@ class Timing:
     Args:
         seconds: Median of the samples.
         spread: Distance between their quartiles over the median.
-        samples: How many.
+        samples: How many times the call was timed.
     """
 
     seconds: float
@@ -43,7 +43,7 @@ class Load:
     Args:
         busy: CPU seconds that all processes of the system used; None where that isn't known.
         own: CPU seconds of this process.
-        wall: Seconds.
+        wall: The seconds that passed on the clock.
         averages: The system's load averages before and after.
     """
 
@@ -92,9 +92,9 @@ def interleaved(
     """Time calls in turn, round after round. Call each once before: nothing is thrown away here.
 
     Args:
-        runs: The calls.
+        runs: The calls to time, by any key.
         clock: A name in `CLOCKS`. `"cpu"` adds up what all threads of this process use: set one.
-        rounds: At most this many.
+        rounds: How many times each call is timed, at most.
         budget: Seconds after which no further round begins; at least three are done.
     """
     now = CLOCKS[clock]

@@ -19,13 +19,13 @@ QUIET_CORES = 0.1  # other programs may use this much before a wall clock is wor
 
 @dataclass(frozen=True)
 class Results:
-    """All of a run of the kernel benchmark.
+    """Everything that a run of the kernel benchmark measured.
 
     Args:
-        command: What was typed.
+        command: The command line.
         environment: Versions and machine, readable text by name.
         variant: Which build of the native kernel ran; None if it didn't.
-        clock, threads: How it was timed.
+        clock, threads: The clock (`"wall"` or `"cpu"`) and the number of CPU threads that it was timed with.
         foreign_cores: Mean number of cores that others used meanwhile; None if that isn't known.
         load_averages: The system's load averages around each set of timings.
         rows, skipped: What was measured and what could not be.

@@ -69,8 +69,8 @@ class Skipped:
     """A pattern that a backend can't run.
 
     Args:
-        backend, pattern, head_dim, dtype: Which.
-        reason: The backend's own.
+        backend, pattern, head_dim, dtype: The call that was left out; see `Row`.
+        reason: Why the backend can't run it, in the backend's own words.
     """
 
     backend: str

@@ -22,9 +22,9 @@ def check(name: str, got: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Sparse
 
     Args:
         name: Whose result it is, for the error.
-        got: `[1, H, N, D]`, what it computed.
-        q, k, v: `[1, H, N, D]`, its inputs; no padding, not causal.
-        index: What it should have computed.
+        got: The output to check, `[1, H, N, D]`.
+        q, k, v: The inputs it was computed from, `[1, H, N, D]`; no padding, not causal.
+        index: The query-key pairs that it should have computed.
 
     Raises:
         WrongResult: If the error is above `TOLERANCES` of the dtype, or not finite.

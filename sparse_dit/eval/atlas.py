@@ -23,16 +23,16 @@ class HeadCell:
     """One head in one stage.
 
     Attributes:
-        layer: Module path.
-        head: Its number in the layer.
-        pattern: What it computes.
+        layer: The module path of its layer.
+        head: The number of the head in the layer.
+        pattern: The pattern that the plan gives the head.
         density: Computed pairs over all pairs, pooled ones included.
         error: Relative L2 error of its output on the calibration clips; None if not measured.
         runner_up: The next best candidate, and `runner_up_error` its error.
         recall: Share of the attention mass that is computed exactly; None if not measured.
         attention: `[S, S]`, S <= 128, in the head's own token order; None if not recorded.
         mask: `[S, S, 2]`: fraction exact, fraction far field.
-        depends: Whether its best places depend on the prompt, as the search told.
+        depends: Whether the search found that its important tiles depend on the prompt.
     """
 
     layer: str
@@ -73,9 +73,9 @@ def stage_atlas(
 
     Args:
         name: The component's name, `transformer` or `transformer_2`.
-        component: Its plan.
-        stage: Place in `component.stages`.
-        layout: Size at which masks and densities are shown.
+        component: The component's part of the plan.
+        stage: The number of the stage in `component.stages`.
+        layout: The token layout at which masks and densities are shown.
         attention: Recorded attention maps, layer -> head.
         recall: Share of the mass computed exactly, layer -> head.
         marked: `(component, layer, stage, head)` of heads that depend on the prompt.

@@ -18,12 +18,12 @@ class Range:
     """Heads in a range of noise levels in which neither plan changes its stage.
 
     Attributes:
-        component: Its name.
-        sigma: Bounds as text, with the branch of guidance if either plan tells them apart.
-        heads: In all layers that either plan names.
-        same: Heads with equal patterns.
-        parameters: Heads whose patterns differ in parameters alone.
-        moves: Kinds of pattern, from the other plan's to this one's, with the number of heads.
+        component: The transformer's name in the pipeline.
+        sigma: The bounds as text, with the branch of guidance if either plan tells them apart.
+        heads: How many heads there are in all layers that either plan names.
+        same: How many heads have equal patterns.
+        parameters: How many heads have patterns that differ in parameters alone.
+        moves: The other heads: the kind of pattern in the other plan and in this one, and how many there are.
     """
 
     component: str

@@ -12,13 +12,13 @@ from .quality import Quality
 
 @dataclass(frozen=True)
 class Compared:
-    """One quantity.
+    """One quantity, forecast by the plan and measured.
 
     Attributes:
-        name: What it is.
-        kind: How it is written.
-        forecast: None if the plan promises nothing.
-        measured: What came out.
+        name: The name of the quantity.
+        kind: Its unit, which says how it is written.
+        forecast: What the plan forecasts; None if it doesn't.
+        measured: What was measured.
     """
 
     name: str
@@ -44,8 +44,8 @@ def compared(plan: Plan, quality: Quality, expected_psnr_db: float | None) -> li
     """Speed, seconds, density and likeness, forecast and measured.
 
     Args:
-        plan: With its forecast.
-        quality: What was measured.
+        plan: The plan, which holds its forecast.
+        quality: What was measured of it.
         expected_psnr_db: What the search let expect of the PSNR, see `expected_psnr`.
     """
     forecast = {name: _number(plan.forecast.get(name)) for name in ("seconds", "dense_seconds")}

@@ -22,7 +22,7 @@ def front_beside(name: str, plan: Plan) -> Front | None:
 
     Args:
         name: The plan's file or folder; any other name of a plan has no front.
-        plan: What it holds.
+        plan: The plan that was read from there.
 
     Raises:
         PlanError: If the front's file is damaged.

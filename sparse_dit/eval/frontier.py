@@ -114,7 +114,7 @@ def frontier(
     Args:
         pipe: A diffusers pipeline with one transformer, not patched.
         request: What to compare.
-        say: Called with progress.
+        say: Called with a line of text before each step.
         outputs: Knows afterwards where the file lies, if it couldn't be written where it should.
 
     Raises:

@@ -26,7 +26,7 @@ def head_quality(
 
     Args:
         pipe: A stock pipeline; stock again on return.
-        plan: What is evaluated; patterns with cells smaller than a tile are not supported.
+        plan: The plan that is evaluated; patterns with cells smaller than a tile are not supported.
         case: Prompt and seed.
         settings: Size and steps.
 

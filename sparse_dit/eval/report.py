@@ -176,7 +176,7 @@ def _write_files(folder: Path, report: Report) -> None:
 
 
 def written_files(folder: Path) -> list[Path]:
-    """Those of a report that are in a folder."""
+    """The paths of a report's files that are in a folder."""
     return [folder / name for name in FILES if (folder / name).exists()]
 
 

@@ -28,9 +28,9 @@ class Recorded:
 
     Attributes:
         case: Prompt and seed.
-        video: `[T, H, W, 3]`.
-        latents: What they were after each step, on the CPU.
-        taken: By the whole pipeline call.
+        video: The frames, `[T, H, W, 3]` in 0..1.
+        latents: The latents after each step, on the CPU.
+        taken: What the whole pipeline call took.
     """
 
     case: Case

@@ -97,11 +97,11 @@ def evaluate_sizes(
 
     Args:
         pipe: A stock pipeline.
-        plan: For it.
+        plan: A plan for that pipeline.
         cases: Prompts and seeds, the same at every size.
         settings: Steps and guidance; its size doesn't count.
         sizes: Width, height and frames of each.
-        say: Called with progress.
+        say: Called with a line of text before each step.
 
     Raises:
         ValueError: If the pipeline can't make one of the sizes; before anything is generated.
@@ -130,8 +130,8 @@ def elsewhere(plan: Plan, layout: TokenLayout | None) -> str | None:
     """A sentence if what was measured isn't the size that the plan was calibrated at, else None.
 
     Args:
-        plan: What was measured.
-        layout: At which size; None if it isn't known.
+        plan: The plan that was measured.
+        layout: The token layout that it was measured at; None if it isn't known.
     """
     known = calibrated_at(plan)
     if layout is None or layout in known:

@@ -59,10 +59,10 @@ class DensePredictions:
     """Noised clips and the stock pipeline's predictions for them, to compare several plans with.
 
     Attributes:
-        asked: What they were made from.
-        inputs: For each clip one at each noise level.
-        velocities: float32 `[1, C, T, H, W]`, one for each input.
-        videos: The clean clips that they imply, `[T, H, W, 3]` in 0..1.
+        asked: The prompts, noise levels, seed and text length that they were made with.
+        inputs: The noised clips, for each clip one at each noise level.
+        velocities: The predicted velocities, float32 `[1, C, T, H, W]`, one for each input.
+        videos: The clean clips that the velocities imply, `[T, H, W, 3]` in 0..1.
     """
 
     asked: _Asked

@@ -52,7 +52,7 @@ class AttentionCall:
         kv_len: int64 `[B]` if the mask says no more than "the first kv_len keys are valid"; None
             if every key is valid.
         scale: Factor of the logits; None is `D ** -0.5`.
-        context: Where the forward stands.
+        context: The layout, noise level, branch, run and step of the forward.
         unsupported: Why only `stock` computes what the host asked for (dropout, a dense mask,
             context parallelism, ...); None if attention over the first `kv_len` keys is all.
         stock: Computes exactly what the unpatched layer would: `[B, N, H, D]`.

@@ -48,7 +48,7 @@ class Tap:
 
     Args:
         intercept: Gets every self-attention call; None once detached: layers run stock.
-        context: Where the present forward stands.
+        context: The noise level, branch, run and step of the present forward.
         arrangement: What the forward's arguments say of its layers' mask; None: read the mask.
         mask: The last mask that was read: the tensor, its version (the forward if torch tells none),
             valid keys, and why not.

@@ -65,7 +65,7 @@ class HeadChoice:
     """The pattern of one head in one stage, and what the search knows of it.
 
     Args:
-        pattern: What is computed.
+        pattern: The query-key pairs that the head computes.
         error: Relative L2 error that was expected of the head, behind the layer's output projection (of its
             own output in plans whose provenance doesn't say so); None if unknown.
         runner_up: The second choice, or None.

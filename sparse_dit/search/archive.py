@@ -33,7 +33,7 @@ class Archive:
     """The best known choice of each bin.
 
     Args:
-        problem: What the choices are of.
+        problem: The problem that the choices are of.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -43,7 +43,7 @@ def tilings(layout: TokenLayout) -> tuple[Tile, ...]:
     Squares through all frames (2 x 4 tokens of 8 frames, say) bring nothing beside the lines.
 
     Args:
-        layout: At calibration.
+        layout: The token layout at calibration.
     """
     frames = layout.grid[0]
     if frames == 1:

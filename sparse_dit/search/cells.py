@@ -126,13 +126,13 @@ class CellSums:
 
     @functools.cached_property
     def _far_benefit(self) -> Tensor:
-        """Kept: finding asks for it twice."""
+        """The benefit of each cell beside a far field, `[R, C]`; cached, as finding asks for it twice."""
         kept = torch.addcmul(self._dropped, self.pooled[..., None], self.out[:, None])
         return self._relative(kept.sub_(self.far_output))
 
     @functools.cached_property
     def _dropped(self) -> Tensor:
-        """`[R, C, D]`, by how much the output moves without a cell."""
+        """By how much the output moves if a cell is left out, `[R, C, D]`."""
         return torch.addcmul(self.exact, self.mass[..., None], self.out[:, None], value=-1)
 
     def _relative(self, error: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class SampledRows:
     Args:
         p: `[N, R]`, softmax probabilities (0 for padding): a cell's are then whole rows in memory.
         lse: `[R]`, log of the sum of the exponentials.
-        queries: `[R, D]`, scaled.
+        queries: `[R, D]`, multiplied by the scale of the logits.
         keys, values: `[N, D]`, contiguous.
         rows: int64 `[R]`, sampled tokens.
     """
@@ -173,7 +173,7 @@ class SampledRows:
         """The sums over the cells of `table`.
 
         Args:
-            table: Which cells.
+            table: The cells to sum by.
             pool: Largest number of tokens of a cell that one mean key stands for; None for all.
         """
         shape, flat = (*table.tokens.shape, -1), table.tokens.flatten()

@@ -32,12 +32,12 @@ class CostTable:
     """Seconds of one head in one attention call, batch 1.
 
     Args:
-        layout: Size it was measured at.
+        layout: The token layout that it was measured at.
         dense: Seconds of PyTorch's dense attention, which a layer runs if all of its heads are dense.
-        sparse: For far field off and on: densities and seconds, ascending.
+        sparse: Pairs of density and seconds, rising, for patterns without a far field and with one.
         backend: Name of the sparse backend that was timed.
-        threads: CPU threads.
-        device, dtype: As text.
+        threads: The number of CPU threads.
+        device, dtype: The device's type and the dtype of q, k and v, as text.
         dense_head: Seconds of a dense head beside sparse ones, which the sparse backend computes; as
             `dense` if None.
         index_seconds: What the first call of a pattern at this size takes longer, as its index is built; None

@@ -106,7 +106,7 @@ class DeviceTable(_Form):
         name: A slug of the device, as its file is called.
         device: `"cpu"`, `"cuda"`, ...
         processor: Its maker's name for it.
-        threads: CPU threads.
+        threads: The number of CPU threads.
         backend: Sparse backend that was timed.
         heads: Heads of the calls that were timed.
         environment: Versions, readable text by name.

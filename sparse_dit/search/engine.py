@@ -39,12 +39,12 @@ class Searched:
     """A plan with all that it was found from.
 
     Args:
-        plan: The plan.
-        profile: What was measured of the heads.
-        problem: Damage and cost of every choice.
-        choice: The one taken.
-        references: Dense generations that the plan was tuned and verified with.
-        seconds: By phase, and `"total"`.
+        plan: The plan that was found.
+        profile: The measured statistics and errors of all heads.
+        problem: The units, with what each of their candidates costs and spoils.
+        choice: The candidate of each unit that the plan takes.
+        references: The dense generations that the plan was tuned and verified with.
+        seconds: What each phase of the search took, by name, and `"total"`.
     """
 
     plan: Plan

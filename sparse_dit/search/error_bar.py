@@ -21,7 +21,7 @@ def damage_error(parts: Mapping[str, ComponentProfile], problem: Problem, pick: 
 
     Args:
         parts: Profiles that the problem was made of, by component name.
-        problem: Which says what transformer each of its stages is of.
+        problem: The problem of all transformers; it says which one each of its stages is of.
         pick: int64 `[U]`, the candidate of each unit.
 
     Raises:

@@ -50,9 +50,10 @@ def exact_least_damage(
     was proved by then.
 
     Args:
-        problem: What to choose from; of a layer whose heads are all dense, the stock seconds count.
-        speedup: Against dense.
-        time_limit: Seconds for HiGHS.
+        problem: The units, with what each of their candidates costs and spoils; a layer whose heads are all
+            dense costs its stock seconds.
+        speedup: The least speed-up against a dense generation.
+        time_limit: The seconds that the solver HiGHS may take.
 
     Raises:
         ValueError: If a number is out of range.
@@ -67,9 +68,9 @@ def certify(problem: Problem, choice: Choice, *, time_limit: float = 60.0) -> Ex
     """How far a choice is from the best one that is as fast: `gap` of what is returned.
 
     Args:
-        problem: What it was chosen from.
+        problem: The problem that the choice is of.
         choice: Any choice of the problem.
-        time_limit: Seconds for HiGHS.
+        time_limit: The seconds that the solver HiGHS may take.
 
     Returns:
         The choice given, with bound and gap; `optimal` says whether the bound is the best there is.
@@ -150,7 +151,7 @@ class _Program:
     """
 
     def __init__(self, problem: Problem, known: float | None) -> None:
-        """With a known damage, what has more alone isn't taken."""
+        """Build the program; candidates whose damage alone is above `known` are left out, if it is given."""
         self.problem = problem
         unit, candidate = worth_trying(problem).nonzero(as_tuple=True)
         layer = problem.layer_of

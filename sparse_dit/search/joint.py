@@ -42,7 +42,7 @@ def joined(
 
     Args:
         parts: Problem of each transformer, by component name.
-        shares: See `pair_shares`.
+        shares: The share of each transformer in the query-key pairs of a generation, see `pair_shares`.
         dense_generation: Seconds of a whole dense generation.
     """
     placed, first = [], 0

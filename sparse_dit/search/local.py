@@ -28,10 +28,10 @@ def improve(
     Never worse than its start. The same arguments give the same choice.
 
     Args:
-        problem: What to choose from.
-        choice: Where to start; the limit must hold for it.
-        seconds: Largest, of a generation.
-        damage: Largest; give one of both.
+        problem: The units, with what each of their candidates costs and spoils.
+        choice: The choice to start from; the limit must hold for it.
+        seconds: The most seconds that a generation may take.
+        damage: The most damage that the choice may do; give one of both limits.
 
     Raises:
         ValueError: If not one limit is given, or the start is beyond it.
@@ -56,7 +56,7 @@ def at_coupled_price(problem: Problem, price: float) -> Choice:
     """Least `seconds + price * damage`, whole layers of dense heads at stock seconds included.
 
     Args:
-        problem: What to choose from.
+        problem: The units, with what each of their candidates costs and spoils.
         price: Seconds for a unit of damage.
     """
     return evaluate(problem, _coupled(problem, price))

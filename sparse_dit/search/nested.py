@@ -18,12 +18,14 @@ Cells = tuple[Tile, int | None]  # token order, and tokens of a pooled key
 
 
 class Kind(NamedTuple):
-    """What a candidate's error is computed from and what it costs at some density depend on.
+    """What candidates must have in common so that their errors come from the same sums.
+
+    Their cost then depends on their density alone.
 
     Args:
-        tile: Token order.
+        tile: The token order.
         far: Whether there is a far field.
-        pool: Tokens of a pooled key.
+        pool: The most tokens that a pooled key stands for; None for all of a cell.
         is_dense: Whether everything is computed.
     """
 

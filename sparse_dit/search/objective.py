@@ -57,7 +57,7 @@ class Objective:
         """The best choice of the problem.
 
         Args:
-            problem: What to choose from.
+            problem: The units, with what each of their candidates costs and spoils.
             damage: Largest damage, for `min_psnr`; the caller knows what it means in dB.
 
         Raises:
@@ -84,7 +84,7 @@ def shortfall(plan: Plan) -> str | None:
     """One line if a searched plan misses what was asked for: by how much, and what to do; else None.
 
     Args:
-        plan: As `search` returns it.
+        plan: A plan as `search_plan` returns it.
     """
     measured, wanted = plan.measured, plan.provenance.get("objective", {})
     if measured.get("met") is not False:

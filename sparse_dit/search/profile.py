@@ -29,8 +29,9 @@ class ComponentProfile:
     """One transformer's heads at one layout; S recorded noise levels, H heads.
 
     Args:
-        model_class, config_hash, num_heads, head_dim: What the profile is of.
-        layout: Size at calibration, with the longest text that was recorded.
+        model_class, config_hash: The transformer's class, and the hash of its configuration.
+        num_heads, head_dim: The heads H of each layer, and the channels of a head.
+        layout: The token layout at calibration, with the longest text that was recorded.
         sigmas: Noise levels recorded, falling, `[S]`.
         layers: Module paths, in order of execution.
         found: For `(level, layer)` a list over heads of their statistics (discovery).

@@ -190,8 +190,8 @@ def run_phase(
 
     Args:
         pipe: A diffusers pipeline of a supported class, not patched.
-        profile: What is recorded into.
-        phase: Which run.
+        profile: The profile that the run is added to.
+        phase: The run: what it measures, and on which case.
         say: Called with a line of text if one can't be made that can be done without.
     """
     if phase.kind == "beyond":

@@ -67,8 +67,8 @@ def measured_of(
     """`measured` of a plan; whether a speed-up is met on another device isn't known here (None).
 
     Args:
-        objective: What was asked for.
-        verified: What came out.
+        objective: The speed-up, error or PSNR that was asked for.
+        verified: What the plan gave when it was verified.
         cases: Held-out cases among those it was verified on.
         target_device: The device that was solved for, if it isn't this one.
     """

@@ -1,4 +1,4 @@
-"""Which forwards and rows are looked at; a call's sampled rows, and its attention over an index."""
+"""Which forwards are sampled, the sampled rows of a call, and the attention of a call over an index."""
 
 from __future__ import annotations
 
@@ -21,30 +21,34 @@ from .cells import SampledRows, sampled_rows
 
 
 def without_guidance(pipe: Any, settings: GenerationSettings) -> GenerationSettings:
-    """Settings of a run without guidance, which computes everything twice; a model that takes guidance as
-    an input keeps it."""
+    """Settings of a run without guidance, which would compute everything twice.
+
+    A model that takes the guidance scale as an input keeps it.
+    """
     if any(getattr(m.config, "guidance_embeds", False) for m in components(pipe).values()):
         return settings
     return replace(settings, guidance=1.0)
 
 
 def in_turn(context: StepContext) -> bool:
-    """Every other forward: one half of guidance at one step, the other half at the next.
+    """Whether a forward is recorded: the conditional one at even steps, the unconditional one at odd steps.
 
-    Forwards of a pipeline that has no halves are all in turn.
+    In a pipeline whose branches aren't told apart all forwards are.
     """
     return context.branch in ("any", "uncond" if context.step % 2 else "cond")
 
 
 def turns(steps: int, looked_at: int) -> dict[int, str]:
-    """Steps of a run that are looked at, evenly spread, and which half of guidance at each, in turn."""
+    """The steps of a run that are recorded, evenly spread, and the guidance branch at each, in turn."""
     chosen = range(min(steps, looked_at))
     return {number * steps // len(chosen): "uncond" if number % 2 else "cond" for number in chosen}
 
 
 def whole_layout(call: AttentionCall) -> TokenLayout | None:
-    """The layout of a call over all of its tokens, some of them video, that asks for plain attention of a
-    known noise level; None for any other call."""
+    """The token layout of a call that can be sampled; None for any other call.
+
+    Such a call is plain attention over all tokens of its layout, some of them video, at a known noise level.
+    """
     layout = call.context.layout
     if layout is None or call.context.sigma is None or call.unsupported is not None:
         return None
@@ -105,11 +109,11 @@ def sampled_heads(
     Keys that are padding get nothing; a bias on the logits is part of queries and keys.
 
     Args:
-        call: What the host computes.
-        layout: Its sequence.
+        call: The attention call.
+        layout: The token layout of its sequence.
         rows: int64 `[R]`, sampled tokens.
         behind: `[H, D, D]` that values are multiplied by, see `projections`; None for heads' own outputs.
-        heads: Which; None for all.
+        heads: The numbers of the heads to sample; None for all.
     """
     for item in items_of(call, layout):
         for head in range(item.q.shape[1]) if heads is None else heads:

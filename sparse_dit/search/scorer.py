@@ -138,13 +138,13 @@ class PatternScorer:
 def plan_scorer(
     plan: Plan, component: str, transformer: nn.Module, rows: int, seed: int = 0
 ) -> PatternScorer:
-    """What measures the patterns of a plan, by stage and layer, in the way its errors were measured.
+    """A scorer of a plan's patterns, by stage and layer, that measures errors as the plan's were measured.
 
     Args:
         plan: Its patterns must have whole tiles as cells. Errors are of the heads' own outputs, as in early
             plans, unless its provenance has `errors_behind_projection`.
         component: Name of the transformer in the plan.
-        transformer: The transformer.
+        transformer: The transformer itself, which has the output projections.
         rows, seed: See `PatternScorer`.
 
     Raises:

@@ -84,14 +84,14 @@ def densities(candidates: Candidates, layout: TokenLayout) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Candidates of one token order, pool and far field: stencils first, by table, then the others.
+    """Candidates of one token order, pool and far field: stencils first, then the others.
 
     Args:
-        cells: What their errors are computed from.
+        cells: The kind of cells that their errors are computed from.
         far: Whether they have a far field.
-        members: bool `[k, L]`, the relative tiles that each stencil sees.
+        members: The relative tiles that each stencil sees, bool `[k, L]`.
         others: Patterns that aren't sets of relative tiles.
-        drawn: What knows itself what it sees.
+        drawn: Candidates that aren't built yet, but of which it is known what they see.
     """
 
     cells: Cells
@@ -101,7 +101,7 @@ class Group:
     drawn: tuple[Drawn, ...]
 
     def rows(self, cell: Tensor, layout: TokenLayout) -> Tensor:
-        """Which tiles are seen by the tiles `cell`, bool `[K, R, T]`."""
+        """The tiles that each candidate shows to the tiles `cell` (int64 `[R]`), bool `[K, R, T]`."""
         parts = [self.members[:, relative_cells(layout, self.cells[0])[cell]]]
         if self.others:
             parts.append(_seen_by(self.others, layout, cell))
@@ -132,11 +132,11 @@ class Group:
 def grouped(
     candidates: Candidates, layout: TokenLayout, cells: Cells | None = None
 ) -> list[tuple[Tensor, Group]]:
-    """The groups of candidates that aren't dense, and before each the numbers of its own, int64 `[K]`.
+    """The groups of candidates that aren't dense, and before each the numbers of its candidates, int64 `[K]`.
 
     Args:
-        candidates: To be grouped.
-        layout: Their grid.
+        candidates: The candidates of a head.
+        layout: The token layout at which they are compared.
         cells: Only the groups whose errors are computed from these; None for all.
     """
     made: dict[tuple[Cells, bool], _Gathered] = {}

@@ -116,12 +116,12 @@ def sensitivity(
     """Disturb every noise level in turn, then every layer (groups of neighbours, if there are many).
 
     Args:
-        pipe: Stock pipeline.
-        component: Which transformer is probed; others stay stock.
+        pipe: The pipeline, not patched.
+        component: The name of the transformer that is probed; others stay stock.
         stages: Noise levels to test, one after the other. One that no step of these runs falls into gets
             the larger number of the nearest on both sides.
         layers: Module paths, in order of execution.
-        case: What to generate.
+        case: The prompt and seed that is generated.
         settings: Size and steps of these runs; see `reduced`.
         levels: Noise levels of all transformers of the pipeline, so that each runs when layers are probed;
             those of this one if None.
@@ -142,11 +142,11 @@ def sensitivity(
 
 
 class _Progress:
-    """Says after each run how many are done, and how long the others take if they take as long.
+    """A report after each run of how many are done, and how long the others take if they take as long.
 
     Args:
-        component: Whose runs these are.
-        total: How many there will be.
+        component: The name of the transformer that the runs disturb.
+        total: How many runs there will be.
         report: Gets the line; None for silence.
     """
 
@@ -173,9 +173,9 @@ class _Clean:
     """An undisturbed generation.
 
     Args:
-        video: What it gave.
-        records: For each transformer, by component name, noise level and output of each forward.
-        order: Component names of all forwards as they followed one another.
+        video: The frames that it gave, `[T, H, W, 3]` in 0..1.
+        records: The noise level and output of each forward of each transformer, by component name.
+        order: The component names of all forwards as they followed one another.
     """
 
     video: np.ndarray

@@ -92,7 +92,7 @@ def profile_share(
 
 @dataclass(frozen=True)
 class _Share:
-    """Which runs are this process's."""
+    """The part of the profiling runs that this process does."""
 
     pipe: Any
     path: Path

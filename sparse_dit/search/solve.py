@@ -62,7 +62,7 @@ class Problem:
 
     @functools.cached_property
     def damage(self) -> Tensor:
-        """float64 `[U, K]`, expected mean squared change of the video."""
+        """The expected mean squared change of the video by each candidate alone, float64 `[U, K]`."""
         return self.error * self.importance[:, None]
 
     @property
@@ -72,13 +72,13 @@ class Problem:
 
     @functools.cached_property
     def layer_of(self) -> Tensor:
-        """int64 `[U]`: units of one layer at one noise level have one number."""
+        """The number of each unit's layer, int64 `[U]`; a layer has another number at each noise level."""
         numbers: dict[tuple[int, str], int] = {}
         return torch.tensor([numbers.setdefault(unit[:2], len(numbers)) for unit in self.units])
 
     @functools.cached_property
     def level_of(self) -> tuple[int, ...]:
-        """For each stage its place among those of its transformer."""
+        """For each stage its number among the stages of its transformer."""
         return tuple(
             self.components[:stage].count(name) for stage, name in enumerate(self.components)
         )
@@ -197,7 +197,7 @@ def cheapest(problem: Problem, good: Callable[[Choice], bool]) -> Choice:
     """The fastest choice on the hull that is good; all dense if none is.
 
     Args:
-        problem: What to choose from.
+        problem: The units, with what each of their candidates costs and spoils.
         good: Must hold for all choices with less damage than one it holds for.
     """
     low, high = -6.0, 12.0  # log10 of seconds per damage

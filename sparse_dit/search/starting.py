@@ -123,12 +123,12 @@ def _even(steps: int) -> list[float]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Which steps are sparse.
+    """The noise levels of a generation's steps, and how many of them are dense.
 
     Args:
-        sigmas: Noise levels of the steps.
+        sigmas: The noise levels of the steps, in order.
         dense: How many steps, from the first on, are dense.
-        known: Whether the scheduler told the noise levels.
+        known: Whether the noise levels are the scheduler's own rather than assumed.
     """
 
     sigmas: Sequence[float]
@@ -142,7 +142,7 @@ class _Schedule:
 
     @property
     def sigma_max(self) -> float:
-        """Between the last dense step and the first sparse one."""
+        """The noise level between the last dense step and the first sparse one; 1 if none is dense."""
         if not self.dense:
             return 1.0
         level = (self.sigmas[self.dense - 1] + self.sigmas[self.dense]) / 2

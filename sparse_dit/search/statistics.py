@@ -36,7 +36,7 @@ def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
 
 
 def empty_heads(layout: TokenLayout, tiles: Iterable[Tile], count: int) -> list[HeadStatistics]:
-    """Zeroed accumulators of so many heads, in each token order."""
+    """Zeroed accumulators of `count` heads, in each token order."""
     orders = list(tiles)
     return [{tile: empty_statistics(layout, tile) for tile in orders} for _ in range(count)]
 

@@ -94,16 +94,17 @@ class Session:
 def tune(
     session: Session, references: list[Reference], budget: float, clock: Clock, say: Report
 ) -> tuple[Choice, Plan, Verified]:
-    """The choice that answers the objective, and what it gave; for `min_psnr` in several rounds.
+    """The choice that meets the objective, as a plan, and what it gave on the held-out cases.
 
-    If no round reaches the PSNR, it is that of the highest one.
+    For `min_psnr` it is found in several rounds; if none reaches the PSNR, that of the highest one is
+    returned.
 
     Args:
-        session: What to choose from.
-        references: Dense generations to compare with.
+        session: What the plan is chosen from, and by what.
+        references: Dense generations that the sparse ones are compared with.
         budget: Seconds on the clock after which a plan that is good enough is not improved.
-        clock: Runs since the search began.
-        say: Called with a line of text a round.
+        clock: A clock that runs since the search began.
+        say: Called with a line of text after each round.
 
     Raises:
         ValueError: If the objective is out of reach, or the sparse video holds NaN or Inf.

@@ -23,9 +23,9 @@ class Reference:
     """A dense generation.
 
     Args:
-        case: What was generated.
-        video: `[T, H, W, 3]` in 0..1.
-        taken: By the whole call.
+        case: The prompt and seed that was generated.
+        video: The frames, `[T, H, W, 3]` in 0..1.
+        taken: What the whole pipeline call took.
         forwards: For each component the noise level of each of its forwards (times the batch).
         attention: For each component the part of `seconds` that its self-attention took.
     """
@@ -79,9 +79,9 @@ def dense_reference(
     """Generate with stock attention, count forwards and time attention.
 
     Args:
-        pipe: Stock pipeline.
-        case: What to generate.
-        settings: Size and steps.
+        pipe: The pipeline, not patched.
+        case: The prompt and seed that is generated.
+        settings: The size and steps.
         watched_by: For components by name an intercept that sees every call and returns what stock
             attention gives. What it takes is in the reference's seconds.
 

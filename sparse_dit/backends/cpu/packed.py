@@ -28,7 +28,7 @@ def packed_index(index: SparseIndex) -> Tensor:
 
 
 def pack_index(index: SparseIndex) -> Tensor:
-    """As `packed_index`, made anew."""
+    """The same as `packed_index`, but made anew."""
     arrays = _Arrays(HEADER_WORDS + ENTRY_WORDS * len(index.entries) + index.num_heads)
     words = [MAGIC, ABI_VERSION, index.num_heads, len(index.entries)]
     words += [index.num_queries, index.num_keys, int(index.causal), index.causal_offset]

@@ -82,7 +82,7 @@ def planned(q: Tensor, index: SparseIndex, scale: float) -> Any:
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
-    """Which of the results on request it can't give; None if it can."""
+    """Why it can't give the LSE or block mass that is asked for, to follow its name; None if it can."""
     if mass:
         return "it has no block mass"
     return "its log-sum-exp has another base, and isn't used" if return_lse else None

@@ -41,7 +41,7 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
-    """Which of the results on request it can't give; None if it can."""
+    """Why it can't give the LSE or block mass that is asked for, to follow its name; None if it can."""
     if mass:
         return "it has no block mass"
     return "it gives no log-sum-exp" if return_lse else None

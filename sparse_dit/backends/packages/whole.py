@@ -22,14 +22,14 @@ Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Contract:
-    """What is called, as it was read in the package's source.
+    """The function of another package that a backend calls, as it was read in that package's source.
 
     Args:
-        package: Name of the distribution.
-        version: That was read.
-        file: In it.
-        function: Function or `Class.method`.
-        parameters: Names in their order, `self` left out.
+        package: The name of the distribution.
+        version: The version that was read.
+        file: The file of the distribution that defines it.
+        function: The function's name, or `Class.method`.
+        parameters: The names of its parameters in their order, without `self`.
     """
 
     package: str

@@ -45,7 +45,7 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
-    """Which of the results on request it can't give now; None if it can."""
+    """Why it can't give the LSE or block mass that is asked for, to follow its name; None if it can."""
     if not mass or torch.compiler.is_compiling() or torch.get_deterministic_debug_mode() < 2:
         return None
     return "its block mass is summed in no fixed order, and torch.use_deterministic_algorithms(True) is set"

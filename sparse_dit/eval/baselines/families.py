@@ -122,7 +122,7 @@ def row_wise_blocks(benefit: Tensor, layout: TokenLayout) -> list[Pattern]:
 
     Args:
         benefit: `[T, T]`, what a tile of keys saves a tile of queries.
-        layout: At calibration.
+        layout: The token layout at calibration.
     """
     tile = tilings(layout)[0]
     lattice = tuple(cell_table(layout, tile).counts.tolist())
@@ -140,8 +140,8 @@ def vertical_stripes(benefit: Tensor, layout: TokenLayout) -> list[Pattern]:
     places its paper leaves open (arXiv 2506.03065).
 
     Args:
-        benefit: `[T]`.
-        layout: At calibration.
+        benefit: `[T]`, what a tile of keys saves all queries.
+        layout: The token layout at calibration.
     """
     tile = tilings(layout)[0]
     lattice = tuple(cell_table(layout, tile).counts.tolist())

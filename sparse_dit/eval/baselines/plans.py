@@ -62,10 +62,10 @@ def baseline_plan(
     """The plan of a baseline at a density not above `target`; None if it has none there.
 
     Args:
-        name: In `BASELINES`.
+        name: A name in `BASELINES`.
         searched: The search whose profile, sensitivity and stages are used.
-        scores: See `score_baselines`.
-        target: Density.
+        scores: The errors and densities of the baselines' patterns, see `score_baselines`.
+        target: The density that the plan may not exceed.
     """
     if name == "random":
         return _random(searched, target)
@@ -152,13 +152,13 @@ def _random(searched: Searched, target: float) -> Plan | None:
 def least_damage_at_density(
     searched: Searched, target: float, layout: TokenLayout | None = None
 ) -> Plan:
-    """Our own plan at a density: the least damage on the hull, and what is left of the density spent.
+    """Our own plan at a density: the choice of least damage on the hull, which then spends the density left.
 
     Args:
-        searched: What there is to choose from.
-        target: Density not to exceed.
-        layout: Where the density counts, if not at the size that was searched at. The damage is always that
-            of the searched size: nothing is known of this one.
+        searched: The result of a search, whose problem is chosen from.
+        target: The density that the plan may not exceed.
+        layout: The token layout at which the density counts, if not the searched one. The damage is always
+            that at the searched size, as no error is known at another one.
     """
     task = searched.problem
     if layout is not None:
@@ -181,7 +181,7 @@ def least_damage_at_density(
 
 
 def _density_at(task: Problem, layout: TokenLayout) -> Tensor:
-    """float64 `[U, K]`, of every candidate at another size."""
+    """The density of every unit's candidates at another size, float64 `[U, K]`."""
     rows = [[density(pattern, layout) for pattern in listed] for listed in task.candidates]
     return torch.tensor(rows, dtype=torch.float64)
 

@@ -22,12 +22,12 @@ THRESHOLDS = 65  # values of epsilon that are tried: quantiles of the heads' los
 
 @dataclass(frozen=True)
 class Rule:
-    """What the rule leaves open.
+    """The parameters of Sparse-vDiT's rule (arXiv 2506.03065) that its paper leaves open.
 
     Args:
-        modes: Numbers of its patterns; skip, stripes and two diagonals.
-        factor: Lambda.
-        epsilon: Largest loss of a sparse head.
+        modes: The numbers of its patterns: skip, stripes and two diagonals.
+        factor: The rule's lambda: how much density weighs against the error.
+        epsilon: The largest loss of a head that runs sparse.
     """
 
     modes: tuple[int, ...]

@@ -42,8 +42,8 @@ def uniform_plan(plan: Plan, profile: Profile, *, by_stage: bool) -> Plan:
     """The same pattern for every head, at the density of `plan` or just below.
 
     Args:
-        plan: Searched plan.
-        profile: Its profile.
+        plan: A searched plan.
+        profile: The profile that it was searched from.
         by_stage: Whether each stage gets the density that the searched plan has there (which leaves to
             the search only what it chose head by head), or all stages the same.
     """
