@@ -22,7 +22,7 @@ from .figures import (
     to_svg,
 )
 from .pictures import attention_image, data_uri, mask_image
-from .sizes import elsewhere
+from .sizes import other_size
 from .video import enlarge, side_by_side, to_uint8
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def render_page(
         scatter=_scatter(report),
         front=_front(report),
         drift=_drift(report),
-        elsewhere=elsewhere(report.plan, report.quality.layout),
+        other_size=other_size(report.plan, report.quality.layout),
         line_limit=LINE_LIMIT,
         forced=_forced(report),
         atlases=[_atlas(atlas, _thumb(report)) for atlas in report.atlases],
