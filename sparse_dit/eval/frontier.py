@@ -168,7 +168,7 @@ def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
     """
     if len(found := components(pipe)) > 1:
         raise NotImplementedError(
-            f"rivals are scored for one transformer, got {' and '.join(found)}; search such a pipeline "
+            f"baselines are scored for one transformer, got {' and '.join(found)}; search such a pipeline "
             "with `sparse-dit search` and measure its plan with `sparse-dit eval`"
         )
     for settings in filter(None, (request.settings, request.searched_at)):

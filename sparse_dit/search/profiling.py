@@ -105,7 +105,13 @@ def _kept(profile: Profile, path: Path, say: Callable[[str], None]) -> Path | No
 
 @dataclass(frozen=True)
 class Phase:
-    """One profiling run: `"find"`, `"beyond"` or `"score"`, and the steps of one whose video is kept."""
+    """One profiling run.
+
+    Args:
+        kind: `"find"` finds candidates, `"beyond"` measures a larger video, `"score"` scores candidates.
+        case: The prompt and seed of the run.
+        reference_steps: The denoising steps of a run whose video is kept; None for any other run.
+    """
 
     kind: str
     case: Case
