@@ -84,7 +84,7 @@ class FrontierRequest:
 
     @property
     def all_methods(self) -> tuple[str, ...]:
-        """Those of `methods`, and the one of the other size."""
+        """All methods that are measured: `methods`, and `TRANSFERRED` if another size is searched at."""
         return (*self.methods, *([TRANSFERRED] if self.searched_at else []))
 
     @property
@@ -158,7 +158,7 @@ def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
     """The rows that are in the file already.
 
     Args:
-        pipe: Loaded, or an `outline`.
+        pipe: A loaded pipeline, or an `outline` of one.
         request: What to compare.
 
     Raises:

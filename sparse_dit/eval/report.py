@@ -137,7 +137,7 @@ def write_report(folder: str | Path, report: Report, *, overwrite: bool = False)
     """Write `report.html`, `report.json`, the first case's videos and the atlas as a picture.
 
     Args:
-        folder: Made if it isn't there.
+        folder: The folder that is written to; made if it isn't there.
         report: What was measured.
         overwrite: Whether files of these names may be replaced.
 
@@ -145,7 +145,7 @@ def write_report(folder: str | Path, report: Report, *, overwrite: bool = False)
         The written files.
 
     Raises:
-        FileExistsError: a file is there already and `overwrite` is False; nothing is written then.
+        FileExistsError: If a file is there already and `overwrite` is False; nothing is written then.
     """
     folder = Path(folder)
     check_free(folder, FILES, overwrite)

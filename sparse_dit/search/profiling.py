@@ -60,7 +60,7 @@ def profile_pipeline(
             settings is taken up where it stopped.
         beyond: Also measure what heads do at greater distances than this size has, which larger videos have:
             in one forward of as many tokens, more rows and columns and fewer frames; see `profile_larger`.
-        report: Called with `(done, total, text)`.
+        report: Called before each run with the number of runs done, that of all runs, and a line of text.
         say: Called with a line of text if the profile can't be kept where it should.
 
     Raises:
