@@ -49,14 +49,26 @@ def sparse_attention(
     backend: str = "auto",
     nan_guard: bool = False,
 ) -> Tensor:
-    """Attention that computes what `index` says; see `attend` for the arguments and errors.
+    """Attention over the query-key pairs that `index` names, for inference; see `docs/contract.md`.
+
+    NaN or Inf in the inputs shows in the rows that see it, as in dense attention, and in no others.
 
     Args:
+        q: `[B, H, N, D]`, any strides.
+        k, v: `[B, num_kv_heads, M, D]`, any strides; H must be a multiple of `num_kv_heads`.
+        index: The index of H heads, N queries and M keys, on the device of `q`; see `build_index`.
+        kv_len: int `[B]`, keys from here on are padding; None if there is none.
+        scale: Factor of the logits; `head_dim ** -0.5` if None.
+        backend: `"auto"` or a name in `BACKENDS`. A named backend runs or raises, it never falls back.
         nan_guard: Compute heads that come out with NaN or Inf dense instead, logged once. It costs a wait
             for the device and can't be compiled.
 
     Returns:
         `[B, H, N, D]`, dtype of `q` (under `torch.autocast`, that of autocast); rows that see nothing are 0.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices don't fit together, or the backend is unknown.
+        NotImplementedError: If the named backend can't run this, with the reason.
     """
     out = attend(q, k, v, index, kv_len=kv_len, scale=scale, backend=backend).out
     return finite_or_dense(out, q, k, v, index, kv_len, scale) if nan_guard else out
@@ -117,20 +129,22 @@ def block_mass(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Exact block mass from a cached LSE, without computing the output.
+    """Exact block mass from a cached log-sum-exp (LSE), without computing the output.
 
-    The mass that `attend(..., mass_block=...)` gives, if `lse` is its LSE. With the LSE of another
+    It is the mass that `attend(..., mass_block=...)` gives, if `lse` is its LSE. With the LSE of another
     index or an earlier step, probabilities are relative to what that one saw.
 
     Args:
+        q, k, index, kv_len, scale, backend: As for `attend`.
         lse: float32 `[B, H, N]`, contiguous or not; rows at -inf have no mass.
-        mass_block: Sorted keys in a block.
+        mass_block: How many sorted keys a block has.
 
     Returns:
         float32 `[B, H, G, ceil(M / mass_block)]`, as `Attended.mass`.
 
     Raises:
-        ValueError, NotImplementedError: As `attend`.
+        ValueError, NotImplementedError: As `attend` does; ValueError also if `lse` or `mass_block` doesn't
+            fit.
     """
     q, k = lowered(q, k)
     _check(q, k, k, index, kv_len)

@@ -42,7 +42,7 @@ def generate(
         the whole call took.
 
     Raises:
-        ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
+        ValueError: If the pipeline doesn't take a setting, or can't make the size.
     """
     arguments = call_arguments(pipe, case, settings)
     if callback is not None:
@@ -77,7 +77,7 @@ def generate_until(
         Seconds that it took.
 
     Raises:
-        ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
+        ValueError: If the pipeline doesn't take a setting, or can't make the size.
     """
 
     def step_end(step: int, timestep: float, latents: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[
     """What `pipe(...)` is called with, less the callback: only arguments that it takes.
 
     Raises:
-        ValueError: a setting that this pipeline doesn't take, or a size that it can't make.
+        ValueError: If the pipeline doesn't take a setting, or can't make the size.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
     wanted = {

@@ -17,7 +17,7 @@ def read_prompts(texts: list[str], file: Path | None) -> list[str]:
     """Prompts given one by one and in a file, one a line; empty lines and `# ...` are skipped.
 
     Raises:
-        ValueError: no prompt in either, a file that isn't text, or control characters in a prompt.
+        ValueError: If there is no prompt in either, the file isn't text, or a prompt has control characters.
     """
     prompts = [text.strip() for text in texts]
     if not all(prompts):
@@ -96,7 +96,7 @@ def load_pipeline(name: str, device: str, dtype: str | None, **parts: Any) -> An
         parts: Components that take the place of its own, which then aren't loaded.
 
     Raises:
-        ValueError: it can't be read, or the device doesn't exist.
+        ValueError: If the model can't be read, or the device doesn't exist.
     """
     import torch
 

@@ -73,10 +73,10 @@ def patch(
 
 
 def unpatch(pipe_or_transformer: Any) -> None:
-    """Take off whatever is patched, on a deep copy of a patched pipeline too; twice is harmless.
+    """Take the patch off a pipeline or transformer, also off a deep copy of one; twice is harmless.
 
     Raises:
-        TypeError, NotImplementedError: If it is nothing that could have been patched.
+        TypeError, NotImplementedError: If the object is none that could have been patched.
     """
     from .integrations.diffusers import attachment_of, components
 
@@ -122,7 +122,7 @@ class Handle:
             attachment.begin_run()
 
     def remove(self) -> None:
-        """Restore the very stock processors; the account stays. Twice is harmless."""
+        """Restore the very stock processors. What was counted stays in `summary()`; twice is harmless."""
         for runtime in self._runtimes.values():
             runtime.forget()
         for attachment in self._attachments.values():

@@ -61,10 +61,10 @@ class _Kept:
 
 
 class Reuse:
-    """The kept outputs of one transformer, all of one run. A copy is empty.
+    """The outputs of heads of one transformer that are kept for later steps of a run. A copy is empty.
 
-    Of each layer it holds, for each branch of guidance, batch x tokens x head_dim numbers a head whose
-    `every` is above 1, until the step they were last needed at, another run, or `forget`.
+    For each layer and branch of guidance it holds the output (batch x tokens x head_dim numbers) of each head
+    whose `every` is above 1, until the step that last needs it, another run, or `forget`.
     """
 
     def __init__(self) -> None:

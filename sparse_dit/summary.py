@@ -126,7 +126,7 @@ def summarise(
     lost: Mapping[str, tuple[str, ...]],
     replaced: tuple[str, ...] = (),
 ) -> Summary:
-    """Put the runtimes' accounts together."""
+    """The summary of what the runtimes of all transformers counted."""
     stages = []
     for name, records in ran.items():
         names = [str(stage) for stage in plan.components[name].stages]

@@ -177,9 +177,9 @@ def test_a_plan_of_another_size_is_measured_unchanged(pipe, tmp_path, monkeypatc
     assert "used unchanged" in other["source"] and other["tokens"] == own["tokens"]
     assert other["density"] <= 0.351 and other["psnr_db"] > 0
     with pytest.raises(ValueError, match="other prompts or settings"):
-        frontier(pipe, replace(request, elsewhere=None), lambda text: None)
+        frontier(pipe, replace(request, searched_at=None), lambda text: None)
     with pytest.raises(ValueError, match="must be another one"):
-        replace(request, elsewhere=QUICK)
+        replace(request, searched_at=QUICK)
 
 
 def test_the_density_of_a_plan_counts_at_the_size_it_is_used_at(searched):

@@ -14,7 +14,7 @@ from sparse_dit.eval.front import front_beside
 from sparse_dit.eval.page import render_page
 from sparse_dit.eval.report_files import to_json
 from sparse_dit.eval.sentences import findings, limits
-from sparse_dit.eval.sizes import calibrated_at, elsewhere, evaluate_sizes, parse_sizes
+from sparse_dit.eval.sizes import calibrated_at, evaluate_sizes, other_size, parse_sizes
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.layout import TokenLayout
 from sparse_dit.plan import Plan, PlanError, Stage
@@ -200,7 +200,7 @@ def test_another_size_than_calibrated_is_said():
     here = shown(quality=made_up_quality(layout=TokenLayout.video(8, 16, 16)))
     assert "was calibrated at" not in here.text["head"] + here.text["forecasts"]
     assert "as calibrated" in here.text["head"]
-    assert elsewhere(made_up_plan(), None) is None
+    assert other_size(made_up_plan(), None) is None
 
 
 def test_sizes_are_a_table():

@@ -103,7 +103,7 @@ def block_mass(
     scale: float,
     mass_block: int,
 ) -> Tensor:
-    """Raises: FlexAttention can't compute it."""
+    """Raise NotImplementedError: FlexAttention can't compute block mass."""
     raise NotImplementedError(f"backend 'flex' cannot run this: {lacks(q, False, True)}")
 
 

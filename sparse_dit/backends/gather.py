@@ -166,7 +166,7 @@ def _causal(
     call: _Call,
     into: _Into,
 ) -> Tensor:
-    """As `_with_lse`, but NaN and Inf in a key or value make NaN only in the rows that see it."""
+    """The same as `_with_lse`, but NaN and Inf in a key or value make NaN only in the rows that see it."""
     odd = ~(keys.isfinite() & values.isfinite()).all(-1)[:, :, None]
     keys, values = (x.masked_fill(odd.transpose(-1, -2), 0.0) for x in (keys, values))
     hurt = (odd & (bias > -torch.inf)).any(-1, keepdim=True)
@@ -243,7 +243,7 @@ def _with_lse(
     call: _Call,
     into: _Into,
 ) -> Tensor:
-    """As `scaled_dot_product_attention`, in at least float32, and writes LSE and mass."""
+    """Dense attention in at least float32, which also writes LSE and block mass where they are asked for."""
     wide = torch.promote_types(queries.dtype, torch.float32)
     logits = queries.to(wide) @ keys.to(wide).transpose(-1, -2) * call.scale + bias
     lse = logits.logsumexp(-1)

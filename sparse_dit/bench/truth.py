@@ -21,7 +21,7 @@ def check(name: str, got: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Sparse
     """Relative L2 error of sampled rows, the largest of the heads.
 
     Args:
-        name: Whose result it is, for the error.
+        name: What computed the result, for the error's message.
         got: The output to check, `[1, H, N, D]`.
         q, k, v: The inputs it was computed from, `[1, H, N, D]`; no padding, not causal.
         index: The query-key pairs that it should have computed.
@@ -54,7 +54,7 @@ def check_mass(
     """Compare block mass with that of a few groups in float64.
 
     Args:
-        name: Whose result it is, for the error.
+        name: What computed the result, for the error's message.
         mass: `[1, H, G, ceil(M / block)]`, what it computed.
         q, k, v, index: As for `check`; without far field.
         block: Sorted keys in a block.

@@ -28,7 +28,7 @@ err = Console(stderr=True)
 
 @app.callback()
 def _common() -> None:
-    """So that a single command keeps its name."""
+    """A callback that does nothing: with it a single command keeps its name."""
 
 
 @app.command()

@@ -169,14 +169,14 @@ def frontier(
         cases, later = list(CALIBRATION), list(HELD_OUT)
         if held_out:
             later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out)]
-    elsewhere = None
+    searched_there = None
     if searched_at is not None:
         other, *more = parse_sizes(searched_at)
         if more:
             raise ValueError(f"--searched-at takes one size, got {searched_at!r}")
-        elsewhere = replace(settings, width=other[0], height=other[1], num_frames=other[2])
+        searched_there = replace(settings, width=other[0], height=other[1], num_frames=other[2])
     request = FrontierRequest(
-        cases, later, settings, density or DENSITIES, method or METHODS, file, elsewhere
+        cases, later, settings, density or DENSITIES, method or METHODS, file, searched_there
     )
     name, dtype = model or str(shipped("tiny_wan")), dtype or (None if model else "float32")
     outputs = Outputs(replace=True, say=say)

@@ -55,7 +55,7 @@ def run_demo(
     profile is kept beside them while the search runs, so that a stopped demo goes on from it.
 
     Args:
-        folder: Made if it isn't there.
+        folder: The folder that is written to; made if it isn't there.
         force: Whether files of an earlier demo may be replaced.
         quick: A small size at which attention hardly matters: to see that everything runs.
         outputs: Where the command writes to; it knows afterwards what had to be written to another place.

@@ -50,7 +50,7 @@ class HeadCell:
 
 @dataclass(frozen=True)
 class StageAtlas:
-    """All heads of one component in one stage of noise, by layer."""
+    """All heads of one transformer in one stage of noise, by layer; `density` is their mean."""
 
     component: str
     title: str

@@ -228,7 +228,7 @@ def forced_on_drawn_clips(
 def dense_on_drawn_clips(
     pipe: Any, settings: GenerationSettings, count: int, say: Callable[[str], None]
 ) -> DensePredictions:
-    """The dense half of `forced_on_drawn_clips`, which is the same for every plan."""
+    """The dense predictions that `forced_on_drawn_clips` compares with, which are the same for every plan."""
     clips, length = _drawn_clips(pipe, settings, count), settings.max_sequence_length or 512
     return dense_predictions(pipe, clips, SIGMAS, max_sequence_length=length, progress=say)
 

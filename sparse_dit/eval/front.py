@@ -40,8 +40,8 @@ def front_beside(name: str, plan: Plan) -> Front | None:
 def figure_of(front: Front, plan: Plan) -> Figure:
     """Forecast error of heads, density and PSNR over forecast speed-up, with the plan's own point.
 
-    PSNR stands where the search measured what lets it be forecast; what was measured of the plan itself is
-    a point of its own.
+    PSNR is drawn if the search measured what it is forecast from. The measured PSNR of the plan itself is a
+    point of its own.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -48,7 +48,7 @@ class FrontierRequest:
         densities: Shares of the pairs, each in (0, 1).
         methods: Some of `METHODS`.
         file: JSON of the rows; one that is there is gone on with.
-        elsewhere: Another size to search at too; its plans, used unchanged, are the method `TRANSFERRED`.
+        searched_at: Another size to search at too; its plans, used unchanged, are the method `TRANSFERRED`.
 
     Raises:
         ValueError: If anything is out of range.
@@ -60,7 +60,7 @@ class FrontierRequest:
     densities: Sequence[float]
     methods: Sequence[str]
     file: Path
-    elsewhere: GenerationSettings | None = None
+    searched_at: GenerationSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.densities or not all(0 < d < 1 for d in self.densities):
@@ -75,7 +75,7 @@ class FrontierRequest:
             raise ValueError(
                 f"measuring needs a held-out prompt, got none; give {option('held_out')}"
             )
-        if self.elsewhere == self.settings:
+        if self.searched_at == self.settings:
             raise ValueError("the other size to search at must be another one, got the same")
         if shared := {c.prompt for c in self.calibration} & {c.prompt for c in self.held_out}:
             raise ValueError(
@@ -84,13 +84,13 @@ class FrontierRequest:
 
     @property
     def all_methods(self) -> tuple[str, ...]:
-        """Those of `methods`, and the one of the other size."""
-        return (*self.methods, *([TRANSFERRED] if self.elsewhere else []))
+        """All methods that are measured: `methods`, and `TRANSFERRED` if another size is searched at."""
+        return (*self.methods, *([TRANSFERRED] if self.searched_at else []))
 
     @property
     def conditions(self) -> dict[str, Any]:
         """What rows of one file have in common."""
-        other = {"elsewhere": self.elsewhere.to_dict()} if self.elsewhere else {}
+        other = {"elsewhere": self.searched_at.to_dict()} if self.searched_at else {}
         return {
             **other,
             "settings": self.settings.to_dict(),
@@ -158,7 +158,7 @@ def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
     """The rows that are in the file already.
 
     Args:
-        pipe: Loaded, or an `outline`.
+        pipe: A loaded pipeline, or an `outline` of one.
         request: What to compare.
 
     Raises:
@@ -168,10 +168,10 @@ def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
     """
     if len(found := components(pipe)) > 1:
         raise NotImplementedError(
-            f"rivals are scored for one transformer, got {' and '.join(found)}; search such a pipeline "
+            f"baselines are scored for one transformer, got {' and '.join(found)}; search such a pipeline "
             "with `sparse-dit search` and measure its plan with `sparse-dit eval`"
         )
-    for settings in filter(None, (request.settings, request.elsewhere)):
+    for settings in filter(None, (request.settings, request.searched_at)):
         call_arguments(pipe, request.held_out[0], settings)
     check_writable(request.file, "file")
     return _started(request)
@@ -185,40 +185,40 @@ class _Plans:
         layout: The token layout of the size at which plans are measured.
         searched: The result of a search at that size.
         scores: The errors and densities of the baselines' patterns.
-        elsewhere: The result of a search at another size, for the method `TRANSFERRED`; None without it.
+        transferred: The result of a search at another size, for the method `TRANSFERRED`; None without it.
     """
 
     layout: TokenLayout
     searched: Searched
     scores: BaselineScores
-    elsewhere: Searched | None
+    transferred: Searched | None
 
     @staticmethod
     def of(pipe: Any, request: FrontierRequest, methods: set[str], say: Say) -> _Plans:
         """Search, and score the baselines' patterns."""
         searched = _searched(pipe, request, request.settings, "profile", say)
         ((component, part),) = searched.profile.components.items()
-        elsewhere = None
-        if request.elsewhere and TRANSFERRED in methods:
+        transferred = None
+        if request.searched_at and TRANSFERRED in methods:
             say("searching at the other size")
-            elsewhere = _searched(pipe, request, request.elsewhere, "elsewhere", say)
+            transferred = _searched(pipe, request, request.searched_at, "elsewhere", say)
         say("scoring the baselines' patterns")
         scores = score_baselines(pipe, component, part, request.calibration[-1], request.settings)
-        return _Plans(part.known_layout, searched, scores, elsewhere)
+        return _Plans(part.known_layout, searched, scores, transferred)
 
     def at(self, method: str, target: float) -> Plan | None:
         """A method's plan at a density; None if it has none there."""
         if method == TRANSFERRED:
-            assert self.elsewhere is not None, "it was asked for"
-            return least_damage_at_density(self.elsewhere, target, self.layout)
+            assert self.transferred is not None, "it was asked for"
+            return least_damage_at_density(self.transferred, target, self.layout)
         return plan_at(method, self.searched, self.scores, target)
 
     def source(self, method: str) -> str:
         """What a method is, in words."""
         if method != TRANSFERRED:
             return SOURCES[method]
-        assert self.elsewhere is not None, "it was asked for"
-        ((_, part),) = self.elsewhere.profile.components.items()
+        assert self.transferred is not None, "it was asked for"
+        ((_, part),) = self.transferred.profile.components.items()
         return f"ours, searched at {part.known_layout}, used unchanged"
 
 

@@ -22,7 +22,7 @@ def psnr(a: Video, b: Video) -> float:
         dB; `inf` if the videos are equal in every value, NaN if either holds one.
 
     Raises:
-        ValueError: the shapes differ, or it is not a float video.
+        ValueError: If the shapes differ, or it is not a float video.
     """
     a, b = _same_shape(a, b)
     error = float(np.mean(np.square(a - b)))
@@ -36,7 +36,7 @@ def ssim(a: Video, b: Video) -> float:
     https://doi.org/10.1109/TIP.2003.819861, computed by scikit-image.
 
     Raises:
-        ValueError: the shapes differ, it is not a float video, or a frame is under 11 x 11 pixels.
+        ValueError: If the shapes differ, it is not a float video, or a frame is under 11 x 11 pixels.
     """
     a, b = _same_shape(a, b)
     if min(a.shape[1:3]) < 11:
@@ -82,7 +82,7 @@ def drift(latents: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) ->
     """Relative L2 distance of two runs' latents after each step, `reference` being the dense one.
 
     Raises:
-        ValueError: the runs have different numbers of steps, or shapes differ.
+        ValueError: If the runs have different numbers of steps, or shapes differ.
     """
     if len(latents) != len(reference):
         raise ValueError(

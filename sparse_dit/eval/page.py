@@ -23,7 +23,7 @@ from .figures import (
 )
 from .pictures import attention_image, data_uri, mask_image
 from .report import Report
-from .sizes import elsewhere
+from .sizes import other_size
 from .video import enlarge, side_by_side, to_uint8
 
 MANY_HEADS = 200  # beyond it pictures are half the size, so that the page stays a few megabytes
@@ -67,7 +67,7 @@ def render_page(
         scatter=_scatter(report),
         front=_front(report),
         drift=_drift(report),
-        elsewhere=elsewhere(report.plan, report.quality.layout),
+        other_size=other_size(report.plan, report.quality.layout),
         line_limit=LINE_LIMIT,
         forced=_forced(report),
         atlases=[_atlas(atlas, _thumb(report)) for atlas in report.atlases],

@@ -59,7 +59,7 @@ def attention_image(attention: np.ndarray, size: int = 96) -> Image.Image:
     """An attention map `[S, S]` as a picture, square-root scale up to its 99.5th percentile.
 
     Raises:
-        ValueError: it isn't a square map of at most 128 x 128 numbers >= 0.
+        ValueError: If it isn't a square map of at most 128 x 128 numbers >= 0.
     """
     attention = np.asarray(attention, np.float32)
     if attention.ndim != 2 or not attention.size or max(attention.shape) > 128:

@@ -6,7 +6,7 @@ import math
 
 from ..plan.evidence import evidence_lines
 from .report import Method, Report
-from .sizes import elsewhere
+from .sizes import other_size
 
 CLEARLY_DB = 3.0  # above the flat image; less and the video's content may be lost
 PROMISED_DB = 0.5  # an advantage in dB that is worth naming
@@ -15,8 +15,8 @@ PROMISED_DB = 0.5  # an advantage in dB that is worth naming
 def findings(report: Report) -> list[str]:
     """What the numbers say, the unwelcome things first."""
     quality = report.quality
-    other_size = elsewhere(report.plan, quality.layout)
-    found = [other_size] if other_size else []
+    caveat = other_size(report.plan, quality.layout)
+    found = [caveat] if caveat else []
     if quality.nonfinite:
         found.append(
             f"The sparse videos hold {quality.nonfinite} values that are NaN or infinite: "

@@ -126,7 +126,7 @@ def calibrated_at(plan: Plan) -> list[TokenLayout]:
     return list(dict.fromkeys(part.layout for part in plan.components.values()))
 
 
-def elsewhere(plan: Plan, layout: TokenLayout | None) -> str | None:
+def other_size(plan: Plan, layout: TokenLayout | None) -> str | None:
     """A sentence if what was measured isn't the size that the plan was calibrated at, else None.
 
     Args:

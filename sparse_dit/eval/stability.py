@@ -91,7 +91,7 @@ def started(pipe: Any, request: StabilityRequest) -> tuple[str, StabilityState]:
     """The name of the pipeline's transformer, and what the file holds of it.
 
     Args:
-        pipe: Loaded, or an `outline`.
+        pipe: A loaded pipeline, or an `outline` of one.
         request: What to compare.
 
     Raises:

@@ -123,11 +123,11 @@ class StabilityState:
     """What has been measured so far, and its file.
 
     Args:
-        file: JSON.
-        conditions: See `StabilityRequest.conditions`.
-        sensitivity: None before it was measured.
-        rows: Empty before the plans were judged.
-        outputs: Writes the file, and says so if it must be elsewhere.
+        file: The path of the JSON file.
+        conditions: What was asked for, see `StabilityRequest.conditions`.
+        sensitivity: How sensitive the video is to errors; None before it was measured.
+        rows: One row for each plan; empty before the plans were judged.
+        outputs: Writes the file, and says so if it must be written to another place.
     """
 
     file: Path
@@ -161,7 +161,7 @@ class StabilityState:
         return state
 
     def write(self) -> None:
-        """The file appears whole or not at all; elsewhere, which is said, if it must be."""
+        """Write the file, whole or not at all; to another place, and say so, if it must be."""
         data = {
             "format": FORMAT,
             "conditions": self.conditions,

@@ -132,7 +132,7 @@ def dense_predictions(
     max_sequence_length: int = 512,
     progress: Callable[[str], None] | None = None,
 ) -> DensePredictions:
-    """The dense half of `teacher_forced`, with the same arguments and errors."""
+    """The dense predictions that `teacher_forced` compares with; same arguments, same errors raised."""
     if type(pipe).__name__ != "WanPipeline":
         raise NotImplementedError(
             f"the teacher-forced error is written for WanPipeline, got {type(pipe).__name__}"

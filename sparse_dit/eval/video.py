@@ -25,7 +25,7 @@ def save_video(path: str | Path, video: Video, fps: float = 8, *, min_side: int 
         min_side: Smaller videos are enlarged by a whole factor, nearest pixel.
 
     Raises:
-        ValueError: not a video, a path that doesn't end in .mp4, or fps that isn't > 0.
+        ValueError: If it is no video, the path doesn't end in .mp4, or fps isn't above 0.
     """
     import imageio.v2 as imageio
 

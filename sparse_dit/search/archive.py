@@ -68,8 +68,8 @@ class Archive:
     def front(self) -> list[Choice]:
         """Choices that nothing else here beats, by rising speed-up.
 
-        Of each bin of latency, and of each bin of density, the one of least damage, and the fastest of
-        all; less those that another is as good as in damage, seconds and density.
+        They are the choice of least damage in each bin of latency and in each bin of density, and the fastest
+        one of all. Of these a choice is left out if another is no worse in damage, seconds and density.
         """
         best: dict[tuple[str, int], Choice] = {}
         if self.fastest is not None:

@@ -32,7 +32,7 @@ def check_search(
     """Raise unless the pipeline can be profiled and searched so.
 
     Args:
-        pipe: Loaded, or an `outline`.
+        pipe: A loaded pipeline, or an `outline` of one.
         case: One of the prompts.
         settings, rows, profile, profile_steps: As `search_plan` takes them.
         target_device: The device that is solved for.
@@ -81,7 +81,7 @@ def check_profile(
     """Raise unless the profile at `path`, if there is one, can be gone on with.
 
     Args:
-        pipe: Loaded, or an `outline`.
+        pipe: A loaded pipeline, or an `outline` of one.
         cases, settings, path, rows, reference_steps: As `profile_pipeline` takes them.
 
     Raises:

@@ -67,8 +67,14 @@ def stage_shares(task: Problem) -> dict[str, list[float]]:
 
 
 def layers_of(name: str, part: ComponentProfile, task: Problem, choice: Choice) -> Layers:
-    """What each head of each of a transformer's layers gets at each of its stages, with its error and the
-    runner-up."""
+    """The choice of every head of a transformer, by layer and stage, with its error and the runner-up.
+
+    Args:
+        name: The transformer's component name.
+        part: Its profile.
+        task: The problem of all transformers together.
+        choice: The candidate of each unit of that problem.
+    """
     second = runner_up(task, choice)
     rows: dict[str, list[list[HeadChoice]]] = {
         layer: [[] for _ in task.stages_of(name)] for layer in part.layers

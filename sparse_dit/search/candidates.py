@@ -159,7 +159,7 @@ def chosen_offsets(
 def single_stencil(
     statistics: dict[str, Tensor], budget: float, tile: Tile, layout: TokenLayout
 ) -> Pattern:
-    """The stencil with far field of the best offsets within the budget of exact pairs."""
+    """The stencil of the best offsets within a density of exact pairs (`budget`), with a far field."""
     table = cell_table(layout, tile)
     offsets = chosen_offsets(statistics, "offset_far", budget, table)
     return Pattern(Stencil.from_offsets(offsets, _reach(table)), tile, far=True)

@@ -245,8 +245,10 @@ def sampled_rows(
 
 
 def sample_rows(layout: TokenLayout, count: int, generator: torch.Generator) -> Tensor:
-    """`count` video tokens, stratified over the video: one at random from each of equal stretches
-    of a blockwise order, so that frames, rows and columns are all spread over. int64 `[R]`, sorted.
+    """`count` video tokens spread over the video, int64 `[R]`, rising.
+
+    They are drawn by stratified sampling: tokens in an order of 4 x 4 x 4 tiles are cut into equal stretches,
+    and one token of each is drawn at random.
     """
     order = tile_order(layout, (4, 4, 4))
     video = order.order[order.text_before : order.text_before + layout.num_video]

@@ -94,7 +94,7 @@ def check_plan(
 
     Args:
         pipe: A pipeline of the plan's class, not patched; left as it was.
-        plan: Made for it, or for what it was before it changed.
+        plan: A plan made for the pipeline, or for what it was before it changed.
         case: What to generate; one of the calibration's cases compares best.
         settings: Size and steps; a few steps suffice.
         rows: Sampled query rows of each call.

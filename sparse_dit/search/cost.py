@@ -254,7 +254,14 @@ def _measuring(
 def nearest_tiles(
     layout: TokenLayout, budget: float, far: bool, tile: Tile | None = None
 ) -> Pattern:
-    """A stencil of about this density: the nearest tiles, in the first of `tilings` if none is named."""
+    """A stencil of the nearest tiles, of about the density `budget`.
+
+    Args:
+        layout: The token layout.
+        budget: The density without the far field.
+        far: Whether the pattern has a far field.
+        tile: The token order; the first of `tilings` if None.
+    """
     tile = tile or tilings(layout)[0]
     counts = cell_table(layout, tile).counts
     lattice = torch.cartesian_prod(*(torch.arange(1 - n, n) for n in counts.tolist()))

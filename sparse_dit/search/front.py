@@ -209,9 +209,16 @@ def parse_pick(text: str) -> tuple[Measure, float]:
 
 
 def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
-    """The point of least error with at least that speed-up or at most that density, or the fastest with
-    at most that error or at least that forecast PSNR, as a plan. What was measured of the first plan is
-    left out.
+    """A point of a front as a plan, without what was measured of the plan that the search wrote.
+
+    It is the point of least error with at least that speed-up or at most that density, or the fastest one
+    with at most that error or at least that forecast PSNR.
+
+    Args:
+        plan: The plan that the search wrote.
+        front: The front that lies beside it.
+        measure: What is asked for: `"speedup"`, `"density"`, `"error"` or `"psnr"`.
+        value: How much of it, in dB for `"psnr"`.
 
     Raises:
         ValueError: If the front belongs to another model or plan, or no point is like that.

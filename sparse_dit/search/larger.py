@@ -147,7 +147,7 @@ class _LargerProfile:
             each_sum(item, rows, behind, [(tile, None) for tile in self.tiles], layout, add)
 
     def keep(self, profile: ComponentProfile) -> None:
-        """Put the sums over offsets beside those of the profile's levels."""
+        """Add the sums over offsets to the statistics of a profile, at all its noise levels."""
         for (_, layer), known in profile.found.items():
             if layer not in self.found:
                 continue

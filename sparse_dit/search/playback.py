@@ -14,7 +14,7 @@ from ..integrations.diffusers import attach
 
 @contextlib.contextmanager
 def recording(transformer: nn.Module) -> Iterator[list[tuple[float, Any]]]:
-    """Inside the block, the noise level and the output of every forward are added to the list.
+    """Inside the block, the noise level and output of every forward of a transformer are added to a list.
 
     A forward whose noise level can't be told counts as pure noise, 1.
     """

@@ -55,10 +55,17 @@ def cost_tables(
 def inside(
     tables: Mapping[str, CostTable], parts: Parts, calls: Calls, references: Sequence[Reference]
 ) -> dict[str, CostTable]:
-    """The tables, at the speed that attention had in the dense generations, of all transformers together.
+    """The tables corrected to the speed that attention had inside the dense generations.
 
-    Whatever slows it down there (other programs, heat) slows down sparse attention too. By the tables alone
-    it would be taken for time outside of attention, which stays when attention is sparse.
+    The factor is the same for all transformers. Whatever slows attention down there (other programs, heat)
+    slows down sparse attention too. By the tables alone that time would count as time outside of attention,
+    which stays when attention is sparse.
+
+    Args:
+        tables: What attention costs in each transformer, by component name.
+        parts: Their profiles, by component name.
+        calls: The forwards of a generation at each stage, by component name.
+        references: The dense generations, with the seconds of their attention.
     """
     taken = sum(sum(r.attention.values()) for r in references) / len(references)
     times = taken / _stock(tables, parts, calls)

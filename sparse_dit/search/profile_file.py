@@ -144,7 +144,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
 
 
 def _take_apart(stacked: Tensor, heads: list[HeadStatistics], tile: str, field_name: str) -> None:
-    """Put each head's part of a stacked tensor among its statistics."""
+    """Add each head's part of a stacked tensor `[H, ...]` to that head's statistics."""
     for head, row in zip(heads, stacked, strict=True):
         head.setdefault(_tile_of(tile), {})[field_name] = row
 

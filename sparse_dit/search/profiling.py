@@ -60,7 +60,7 @@ def profile_pipeline(
             settings is taken up where it stopped.
         beyond: Also measure what heads do at greater distances than this size has, which larger videos have:
             in one forward of as many tokens, more rows and columns and fewer frames; see `profile_larger`.
-        report: Called with `(done, total, text)`.
+        report: Called before each run with the number of runs done, that of all runs, and a line of text.
         say: Called with a line of text if the profile can't be kept where it should.
 
     Raises:
@@ -105,7 +105,13 @@ def _kept(profile: Profile, path: Path, say: Callable[[str], None]) -> Path | No
 
 @dataclass(frozen=True)
 class Phase:
-    """One profiling run: `"find"`, `"beyond"` or `"score"`, and the steps of one whose video is kept."""
+    """One profiling run.
+
+    Args:
+        kind: `"find"` finds candidates, `"beyond"` measures a larger video, `"score"` scores candidates.
+        case: The prompt and seed of the run.
+        reference_steps: The denoising steps of a run whose video is kept; None for any other run.
+    """
 
     kind: str
     case: Case

@@ -147,7 +147,7 @@ class _Progress:
     Args:
         component: The name of the transformer that the runs disturb.
         total: How many runs there will be.
-        report: Gets the line; None for silence.
+        report: Called with the line of text; None for silence.
     """
 
     def __init__(self, component: str, total: int, report: Callable[[str], None] | None) -> None:
@@ -218,7 +218,7 @@ def _note(order: list[str], name: str, *_: Any) -> None:
 def _prober(
     pipe: Any, component: str, case: Case, settings: GenerationSettings, clean: _Clean
 ) -> Callable[[Stage, Collection[str] | None], float | None]:
-    """Gives the change of the video for a squared relative error of 1 in some layers at a stage."""
+    """A function that measures by how much an error of some layers at a stage changes the video."""
 
     def probe(stage: Stage, layers: Collection[str] | None) -> float | None:
         given = clean.before(component, stage)

@@ -128,7 +128,7 @@ def problem(
     calls: Sequence[int],
     dense_generation: float,
 ) -> Problem:
-    """Put profile, sensitivity and cost of one transformer together; `joint.joined` makes it a pipeline's.
+    """The problem of one transformer, of its profile, sensitivity and costs; see `joint.joined` for several.
 
     Args:
         profile: The transformer's profile, with the scores of all heads.

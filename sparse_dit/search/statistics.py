@@ -54,7 +54,7 @@ def compared_shapes(layout: TokenLayout) -> dict[str, list[int]]:
 def discover(
     statistics: dict[str, Tensor], sums: CellSums, layout: TokenLayout, tile: Tile
 ) -> None:
-    """Add the sampled rows of one head to its accumulators."""
+    """Add the sampled rows of one head to its accumulators in one token order, see `empty_statistics`."""
     far, drop = sums.benefit(far=True), sums.benefit(far=False)
     flat = relative_cells(layout, tile)[sums.cell].flatten()
     for key, value in (

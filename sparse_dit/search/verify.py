@@ -131,7 +131,14 @@ def verify(
     settings: GenerationSettings,
     backend: str = "auto",
 ) -> Verified:
-    """Generate every reference's case with the plan, and compare.
+    """Generate the case of every reference with the plan, and compare the videos.
+
+    Args:
+        pipe: The pipeline, not patched; it is left so.
+        plan: The plan to verify.
+        references: Dense generations of the cases.
+        settings: The size and steps, those of the references.
+        backend: The backend of sparse attention, as `patch` takes it.
 
     Raises:
         ValueError: If the sparse video holds NaN or Inf.

@@ -122,5 +122,5 @@ def block_mass(
     scale: float,
     mass_block: int,
 ) -> Tensor:
-    """Raises: it has no mass."""
+    """Raise NotImplementedError: the package gives no block mass."""
     raise whole.no_mass(NAME)

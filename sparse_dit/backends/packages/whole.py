@@ -40,7 +40,7 @@ class Contract:
 
 
 def absent(package: str) -> str | None:
-    """A sentence if a distribution isn't installed."""
+    """A sentence that says that a distribution isn't installed; None if it is."""
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +54,10 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def not_here(q: Tensor, package: str, head_dims: tuple[int, ...]) -> str | None:
-    """What all packages need: themselves, an NVIDIA GPU, half precision, a head_dim that they have."""
+    """Why a package can't run on such tensors here; None if it can.
+
+    It must be installed, and needs an NVIDIA GPU, half precision and one of its head_dims.
+    """
     if reason := absent(package):
         return reason
     if not q.is_cuda or torch.version.hip is not None:
@@ -84,7 +87,7 @@ def not_whole(index: SparseIndex, block_q: int, block_k: int) -> str | None:
 
 
 def rounded(index: SparseIndex, block_q: int, block_k: int) -> list[BlockIndex]:
-    """Blocks of each entry, kept in its cache."""
+    """The blocks that each entry of an index computes; kept in the entry's cache."""
     found = []
     for entry in index.entries:
         key = ("blocks", block_q, block_k)
@@ -112,7 +115,10 @@ def block_map(index: SparseIndex, block_q: int, block_k: int) -> Tensor:
 
 
 def block_lists(index: SparseIndex, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """Counts and key blocks, int32 `[H, Qb]` and `[H, Qb, Kb]`, ascending, filled up with 0; kept."""
+    """How many key blocks each query block sees, int32 `[H, Qb]`, and which, int32 `[H, Qb, Kb]`.
+
+    The numbers of key blocks rise and are filled up with 0. Both are kept in the index's cache.
+    """
     key = ("block lists", block_q, block_k)
     if key not in index.cache:
         columns = -(-index.num_keys // block_k)

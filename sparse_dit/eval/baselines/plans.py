@@ -208,7 +208,7 @@ SOURCES: dict[str, str] = {
 
 
 def plan_at(name: str, searched: Searched, scores: BaselineScores, target: float) -> Plan | None:
-    """The plan of any of `METHODS` at a density."""
+    """The plan of any of `METHODS` at a density not above `target`; None if it has none there."""
     if name == "searched":
         return least_damage_at_density(searched, target)
     return baseline_plan(name, searched, scores, target)
