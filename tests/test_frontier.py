@@ -46,6 +46,20 @@ def scores(pipe, searched):
     return score_baselines(pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
 
 
+@pytest.fixture
+def known(monkeypatch, searched, scores):
+    """One search for each size and one scoring serve all tests of what is done with them."""
+    made = {QUICK: searched}
+
+    def search(pipe, cases, *, settings, **options):
+        if settings not in made:
+            made[settings] = search_plan(pipe, cases, settings=settings, rows=8, max_error=0.5)
+        return made[settings]
+
+    monkeypatch.setattr(frontier_module, "search_plan", search)
+    monkeypatch.setattr(frontier_module, "score_baselines", lambda *args: scores)
+
+
 @pytest.mark.parametrize("grid", [(8, 12, 12), (21, 30, 52), (1, 16, 16)], ids=str)
 def test_every_family_has_patterns_on_every_side_of_a_quarter(grid):
     layout = TokenLayout.video(*grid)
@@ -132,7 +146,7 @@ def test_the_rivals_errors_are_those_of_whole_attention(searched, scores):
     assert (scores.error >= 0).all() and (scores.density > 0).any()
 
 
-def test_rows_are_kept_and_gone_on_with(pipe, tmp_path):
+def test_rows_are_kept_and_gone_on_with(pipe, known, tmp_path):
     file = tmp_path / "rows.json"
     said = []
 
@@ -154,7 +168,7 @@ def test_rows_are_kept_and_gone_on_with(pipe, tmp_path):
         frontier(pipe, request(["searched"]), said.append)
 
 
-def test_a_plan_of_another_size_is_measured_unchanged(pipe, tmp_path, monkeypatch):
+def test_a_plan_of_another_size_is_measured_unchanged(pipe, known, tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
     small = replace(QUICK, width=64, height=64)
     densities = [0.35, 0.5]
