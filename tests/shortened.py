@@ -82,9 +82,9 @@ def shorter(words: list[str]) -> list[str]:
         hub = re.fullmatch(r"[\w-]+/[\w.-]+", word) and not before.startswith("-")
         small = VALUES.get(names, {}).get(before, word)
         found.append("model" if hub else small)
-    alone = {("bench", "kernel"): "--quick"}.get(names)  # it has sizes of its own
+    quick = names == ("bench", "kernel") and "--quick" in words  # it has sizes of its own
     for option, value in MORE.get(names, {}).items():
         sizes = option in ("--tokens", "--heads")
-        if option not in words and not (sizes and alone in words):
+        if option not in words and not (sizes and quick):
             found += [option, *([value] if value is not None else [])]
     return found
