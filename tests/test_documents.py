@@ -17,6 +17,7 @@ from sparse_dit import cli, doctor
 from sparse_dit.bench import flex, quick
 from sparse_dit.demo import run as demo
 from sparse_dit.layout import TokenLayout
+from sparse_dit.search.device_table import DeviceTable
 from tests.documents import ROOT, Shown, commands, pages, prose, words_of
 from tests.search_cases import stub_costs
 from tests.shortened import CODES, NOT_READ, READ, WORDS, among, filled, shorter
@@ -195,6 +196,9 @@ def test_options_that_sentences_name_exist():
     assert "--min-psnr" in known and "--no-flex" in known and "--cpu-seconds" in known
     wrong = {page: named - known for page in pages() if (named := options_in(prose(page))) - known}
     assert not wrong
+    for page in pages():
+        for device in re.findall(r"--cost-table ([\w-]+)(?!\S*\.json)", prose(page)):
+            DeviceTable.load(device)
     assert options_in("with `--wide`, a dash -- and x--y") == {"--wide"}
 
 
@@ -211,6 +215,8 @@ def test_what_is_said_of_commands_here_is_of_some():
     for table in (READ, NOT_READ):
         unused = [start for start in table if not any(among({start: ""}, one) for one in every)]
         assert not unused
+        for file in re.findall(r"tests/\w+\.py", " ".join(table.values())):
+            assert (ROOT / file).is_file(), f"{file} is said to test a command"
     assert WORDS.keys() <= {word for shown in every for word in shown.words}
 
 
