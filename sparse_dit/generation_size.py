@@ -142,22 +142,29 @@ def _of(pipe: Any, names: tuple[str, ...]) -> int:
     return next((number for number in found if isinstance(number, int) and number > 0), 1)
 
 
+def _default(pipe: Any, name: str) -> Any:
+    """What the pipeline's call, or that of a class that it extends, takes for what isn't given."""
+    for kind in type(pipe).__mro__:
+        if "__call__" not in vars(kind):
+            continue
+        parameters = inspect.signature(vars(kind)["__call__"]).parameters
+        if name in parameters and parameters[name].default is not inspect.Parameter.empty:
+            return parameters[name].default
+    return None
+
+
 def _refused(pipe: Any, arguments: Mapping[str, Any], height: int, width: int) -> str | None:
     """What the pipeline's own check says of these arguments at a size; None if it has nothing to say."""
     check = getattr(pipe, "check_inputs", None)
     if check is None:
         return None
     given = {**arguments, "height": height, "width": width}
-    call = inspect.signature(type(pipe).__call__).parameters
     values = {}
     for name, parameter in inspect.signature(check).parameters.items():
         if name in given:
             values[name] = given[name]
-        elif (
-            parameter.default is inspect.Parameter.empty
-        ):  # what the call hands on if nothing is given
-            default = call[name].default if name in call else None
-            values[name] = None if default is inspect.Parameter.empty else default
+        elif parameter.default is inspect.Parameter.empty:
+            values[name] = _default(pipe, name)
     try:
         check(**values)
     except ValueError as error:

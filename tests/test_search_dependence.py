@@ -48,8 +48,8 @@ def _profile(found, later, half=None):
 
 
 def test_heads_that_move_with_the_prompt_are_told():
-    one = [_head((0, 1, 0), 3), _head((0, 1, 0), 3), _head((1, 3, 3), 3)]
-    two = [_head((0, 1, 0), 3), _head((0, 1, 0), 20), _head((-1, 3, -3), 3)]
+    one = [_head((0, 1, 0), 13), _head((0, 1, 0), 13), _head((0, 1, 0), 13)]
+    two = [_head((0, 1, 0), 13), _head((0, 1, 0), 20), _head((0, 0, 1), 13)]
     regret = prompt_dependence(_profile(one, two))[KEY]
     assert regret.shape == (3, 2)
     moved = torch.tensor([[0, 0], [0, 1], [1, 0]], dtype=torch.bool)
@@ -57,7 +57,7 @@ def test_heads_that_move_with_the_prompt_are_told():
 
 
 def test_what_two_halves_of_the_rows_differ_by_is_no_dependence():
-    one, two = [_head((1, -3, 3), 3)], [_head((1, 3, 3), 20)]
+    one, two = [_head((0, 1, 0), 13)], [_head((0, 0, 1), 20)]
     noisy = [{CUBE: {name: value.clone() for name, value in two[0][CUBE].items()}}]
     steady, unsteady = (prompt_dependence(_profile(one, two, h))[KEY] for h in (None, noisy))
     assert (steady > 0.5).all() and (unsteady < steady).all()

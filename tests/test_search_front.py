@@ -187,7 +187,8 @@ def test_a_picture_alone_is_written(plan_file, capsys):
     assert "PSNR" in picture.read_text() and "wrote" in capsys.readouterr().out
     assert cli.run(["show", str(plan_file), "--picture", "front.xyz"]) == 2
     assert "must name a file that ends in" in capsys.readouterr().err
-    assert cli.run(["show", "tiny-wan", "--picture", str(picture)]) == 2
+    other = str(picture.with_name("other.svg"))
+    assert cli.run(["show", "tiny-wan", "--picture", other]) == 2
     assert "a search writes it beside its plan" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import io
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def run_program(words: list[str]) -> None:
     file = program_file(words)
     with arguments([program, *words[2 if words[0] == "-m" else 1 :]]):
         if words[0] == "-m":
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
+            with warnings.catch_warnings():  # another test may have imported the program already
+                warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(file), run_name="__main__")
 
