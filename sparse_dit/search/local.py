@@ -62,11 +62,6 @@ def at_coupled_price(problem: Problem, price: float) -> Choice:
     return evaluate(problem, _coupled(problem, price))
 
 
-def price_at(problem: Problem, *, seconds: float) -> float:
-    """Seconds for a unit of damage at which the best choice takes just so many seconds or fewer."""
-    return _bisected(problem, _Goal("damage", "seconds", seconds))[0]
-
-
 @dataclass(frozen=True)
 class _Goal:
     """What is made small, and what is limited."""

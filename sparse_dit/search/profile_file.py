@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..curve import Curve
 from ..generation import Case, GenerationSettings
 from ..layout import Tile, TokenLayout
 from ..plan.errors import PlanError
@@ -205,13 +204,9 @@ def _statistics_shapes(part: ComponentProfile) -> dict[Tile, dict[str, torch.Siz
 
 
 def _tile_text(tile: Tile) -> str:
-    if isinstance(tile, Curve):
-        return json.dumps(tile.to_dict())
     return "x".join("all" if n is None else str(n) for n in tile)
 
 
 def _tile_of(text: str) -> Tile:
-    if text.startswith("{"):
-        return Curve(**json.loads(text))
     frames, rows, columns = (None if n == "all" else int(n) for n in text.split("x"))
     return (frames, rows, columns)
