@@ -242,7 +242,7 @@ def test_config_hash_does_not_count_how_weights_are_stored(stored):
         (MappingProxyType({"x": torch.float16}), {"x": "torch.float16"}),
         (float("inf"), float("inf")),
     ],
-    ids=str,
+    ids=["integer", "array", "enum", "mapping", "set", "dtype", "infinity"],
 )
 def test_config_hash_takes_a_value_as_its_file_would_hold_it(value, saved):
     assert config_hash({"x": value}) == config_hash({"x": saved}) != config_hash({"x": 4})
