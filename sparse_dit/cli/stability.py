@@ -127,7 +127,7 @@ def _show(rows: list[StabilityRow], density: float) -> None:
 
     table = Table(
         "prompts", "same pattern", "same kind", "near density", "error expected", "held out",
-        "damage", "PSNR",
+        "video error", "PSNR",
     )  # fmt: skip
     for row in rows:
         shares = [f"{s:.0%}" for s in (row.same_pattern, row.same_kind, row.near_density)]
@@ -135,7 +135,7 @@ def _show(rows: list[StabilityRow], density: float) -> None:
         table.add_row(str(row.prompts), *shares, *errors, decibels(row.psnr_db))
     out.print(table)
     out.print(
-        f"Heads that choose as with {rows[-1].prompts} prompts, all plans at density {density:g}; damage on "
-        "held-out prompts, relative to that plan's.",
+        f"Heads that choose as with {rows[-1].prompts} prompts, all plans at density {density:g}; the expected "
+        "error of held-out videos, relative to that plan's.",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
