@@ -1,7 +1,8 @@
 """Every command of the README and the other documents, as a person types it, so that none can rot.
 
-A command is run, smaller (`shortened.py`); or the program that it is for reads it; or it is listed with why
-neither is done. What can't be run as it stands, a fault in the document, fails here.
+A command is run, smaller (`shortened.py`); or the program that it is for reads it, as on the pages of
+measurements, whose commands take long; or it is listed with why neither is done. What can't be run as it
+stands, a fault in the document, fails here.
 """
 
 import itertools
@@ -161,7 +162,7 @@ def _look_up(shown: Shown) -> None:
 @pytest.mark.parametrize("page", [page for page in pages() if commands(page)])
 def test_every_command_runs_as_it_is_shown(page, desk, monkeypatch, capsys):
     for shown in commands(page):
-        if not check(shown):
+        if not check(shown) or page.startswith("docs/measurements/"):
             continue
         if shown.words[0].startswith("python"):
             run_program([*shown.words[1:], "--out", str(desk.at(page) / "made")])
