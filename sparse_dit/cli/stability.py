@@ -135,7 +135,7 @@ def _show(rows: list[StabilityRow], density: float) -> None:
         table.add_row(str(row.prompts), *shares, *errors, decibels(row.psnr_db))
     out.print(table)
     out.print(
-        f"Heads that choose as with {rows[-1].prompts} prompts, all plans at density {density:g}; video error "
-        "is the expected one on held-out prompts, relative to that plan's.",
+        f"Heads that choose as with {rows[-1].prompts} prompts, all plans at density {density:g}; video "
+        "error is the expected one of held-out videos, relative to that plan's.",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
