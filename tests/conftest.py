@@ -3,6 +3,8 @@
 import pytest
 
 from sparse_dit.backends.cpu import library
+from sparse_dit.inputs import load_pipeline
+from sparse_dit.resources import shipped
 from tests.places import PLACES, Alone, in_process, in_thread
 
 
@@ -38,3 +40,20 @@ def variant(request):
     library.LIBRARY.use_variant(request.param)
     yield request.param
     library.LIBRARY.variant = before
+
+
+@pytest.fixture(scope="session")
+def short_model(tmp_path_factory):
+    """Folder of the embedded model with two of its six layers: what doesn't ask for pictures is soon done."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
+    pipe.transformer.blocks = pipe.transformer.blocks[:2]
+    pipe.transformer.register_to_config(num_layers=2)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def short_pipe(short_model):
+    """The pipeline in that folder."""
+    return load_pipeline(short_model, "cpu", "float32")

@@ -15,7 +15,6 @@ from sparse_dit.index import build_index
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
 from sparse_dit.nan_guard import finite_or_dense
-from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
 from sparse_dit.search.check import check_plan
 from sparse_dit.timing import Stopwatch
@@ -24,7 +23,7 @@ from tests.kernel_cases import qkv
 from tests.pretended_device import DEVICE, PretendedDevice
 from tests.search_cases import stub_costs
 
-FIRSTS = range(0, len(PATTERN_CASES), 18)
+FIRSTS = range(0, len(PATTERN_CASES), 36)
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +54,9 @@ def test_the_check_before_first_use(name):
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("first", FIRSTS)
 def test_gathering(first, causal):
-    layout = LAYOUTS[first // 18 % 4 + 1]
+    layout = LAYOUTS[first // 36 % 4 + 1]
     index, inputs = made(layout, first, causal)
-    kv_len = torch.tensor([layout.seq_len, layout.seq_len - 5]) if first % 4 else None
+    kv_len = torch.tensor([layout.seq_len, layout.seq_len - 5]) if first % 24 else None
     request = {"backend": "gather", "return_lse": True, "mass_block": 8}
     want = attend(*inputs, index, kv_len=kv_len, **request)
     there = [x.to(DEVICE) for x in inputs]
@@ -110,12 +109,12 @@ def test_what_an_index_tells():
 
 
 @pytest.mark.filterwarnings("ignore")  # of the host, once for each generation
-def test_a_whole_search(monkeypatch):
+def test_a_whole_search(monkeypatch, short_model):
     """Profile, sensitivity, choice, verification and check of the embedded model, its text encoder too."""
     monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
     monkeypatch.setattr(Stopwatch, "seconds", 1e-3)  # this device has no events
     stub_costs(monkeypatch)
-    pipe = load_pipeline(str(shipped("tiny_wan")), "cpu", "float32").to(DEVICE)
+    pipe = load_pipeline(short_model, "cpu", "float32").to(DEVICE)
     settings = GenerationSettings(64, 64, 9, steps=2, guidance=3.0)
     prompts, held_out = ["a blue square moves right slowly"], ["a red circle moves left slowly"]
     options = {"held_out": held_out, "profile_steps": 2, "rows": 8, "max_error": 0.4}

@@ -20,30 +20,23 @@ from sparse_dit.eval.baselines import (
 from sparse_dit.eval.baselines.families import families
 from sparse_dit.eval.baselines.rule import Rule
 from sparse_dit.eval.frontier import TRANSFERRED, FrontierRequest, frontier
-from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
-from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
 from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def searched(pipe):
+def searched(short_pipe):
     return search_plan(
-        pipe, CALIBRATION, settings=QUICK, max_error=0.5, tune_on="calibration", rows=16
+        short_pipe, CALIBRATION, settings=QUICK, max_error=0.5, tune_on="calibration", rows=16
     )
 
 
 @pytest.fixture(scope="module")
-def scores(pipe, searched):
+def scores(short_pipe, searched):
     ((component, part),) = searched.profile.components.items()
-    return score_baselines(pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
+    return score_baselines(short_pipe, component, part, CALIBRATION[-1], QUICK, rows=8)
 
 
 @pytest.fixture
@@ -51,9 +44,11 @@ def known(monkeypatch, searched, scores):
     """One search for each size and one scoring serve all tests of what is done with them."""
     made = {QUICK: searched}
 
-    def search(pipe, cases, *, settings, **options):
+    def search(short_pipe, cases, *, settings, **options):
         if settings not in made:
-            made[settings] = search_plan(pipe, cases, settings=settings, rows=8, max_error=0.5)
+            made[settings] = search_plan(
+                short_pipe, cases, settings=settings, rows=8, max_error=0.5
+            )
         return made[settings]
 
     monkeypatch.setattr(frontier_module, "search_plan", search)
@@ -146,29 +141,29 @@ def test_the_rivals_errors_are_those_of_whole_attention(searched, scores):
     assert (scores.error >= 0).all() and (scores.density > 0).any()
 
 
-def test_rows_are_kept_and_gone_on_with(pipe, known, tmp_path):
+def test_rows_are_kept_and_gone_on_with(short_pipe, known, tmp_path):
     file = tmp_path / "rows.json"
     said = []
 
     def request(methods, held=HELD_OUT[:1]):
         return FrontierRequest(CALIBRATION, held, QUICK, [0.3], methods, file)
 
-    first = frontier(pipe, request(["searched"]), said.append)
+    first = frontier(short_pipe, request(["searched"]), said.append)
     assert [row["method"] for row in first] == ["searched"]
-    again = frontier(pipe, request(["searched", "row-wise blocks"]), said.append)
+    again = frontier(short_pipe, request(["searched", "row-wise blocks"]), said.append)
     assert again[0] == first[0] and again[1]["method"] == "row-wise blocks"
     assert set(first[0]) >= {"tokens", "density", "psnr_db", "ssim", "speedup", "psnr_flat_db"}
     assert again[0]["psnr_db"] > again[1]["psnr_db"] > 0
     assert again[0]["forecast"] > 1 and again[1]["forecast"] is None
-    assert frontier(pipe, request(["searched"]), said.append) == again  # nothing left to do
+    assert frontier(short_pipe, request(["searched"]), said.append) == again  # nothing left to do
     with pytest.raises(ValueError, match="other prompts or settings"):
-        frontier(pipe, request(["searched"], HELD_OUT), said.append)
+        frontier(short_pipe, request(["searched"], HELD_OUT), said.append)
     file.write_text("{}")
     with pytest.raises(ValueError, match="no frontier file"):
-        frontier(pipe, request(["searched"]), said.append)
+        frontier(short_pipe, request(["searched"]), said.append)
 
 
-def test_a_plan_of_another_size_is_measured_unchanged(pipe, known, tmp_path, monkeypatch):
+def test_a_plan_of_another_size_is_measured_unchanged(short_pipe, known, tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
     small = replace(QUICK, width=64, height=64)
     densities = [0.35, 0.5]
@@ -182,7 +177,7 @@ def test_a_plan_of_another_size_is_measured_unchanged(pipe, known, tmp_path, mon
         return measure(*args, references=references, **options)
 
     monkeypatch.setattr(frontier_module, "evaluate", watched)
-    own, other, *denser = frontier(pipe, request, lambda text: None)
+    own, other, *denser = frontier(short_pipe, request, lambda text: None)
     assert dense_made == [True, False, True, False]  # anew at each density
     assert own["dense_seconds"] == other["dense_seconds"]
     assert denser[0]["dense_seconds"] == denser[1]["dense_seconds"]
@@ -191,7 +186,7 @@ def test_a_plan_of_another_size_is_measured_unchanged(pipe, known, tmp_path, mon
     assert "used unchanged" in other["source"] and other["tokens"] == own["tokens"]
     assert other["density"] <= 0.351 and other["psnr_db"] > 0
     with pytest.raises(ValueError, match="other prompts or settings"):
-        frontier(pipe, replace(request, searched_at=None), lambda text: None)
+        frontier(short_pipe, replace(request, searched_at=None), lambda text: None)
     with pytest.raises(ValueError, match="must be another one"):
         replace(request, searched_at=QUICK)
 

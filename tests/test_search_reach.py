@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from sparse_dit.generation import Case, GenerationSettings
-from sparse_dit.inputs import load_pipeline
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
-from sparse_dit.resources import shipped
 from sparse_dit.search import larger
 from sparse_dit.search.cells import cell_table
 from sparse_dit.search.profile_file import read_profile
@@ -120,19 +118,14 @@ def test_what_was_not_sampled_is_like_the_border():
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return load_pipeline(str(shipped("tiny_wan")), "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def looked(pipe, tmp_path_factory):
+def looked(short_pipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("looked") / "profile.safetensors"
-    profile_pipeline(pipe, CASES, SETTINGS, rows=8, path=path)
+    profile_pipeline(short_pipe, CASES, SETTINGS, rows=8, path=path)
     return path
 
 
-def test_the_run_has_as_many_tokens_and_twice_the_reach(pipe, looked):
-    assert larger.wider(pipe, SETTINGS) == replace(
+def test_the_run_has_as_many_tokens_and_twice_the_reach(short_pipe, looked):
+    assert larger.wider(short_pipe, SETTINGS) == replace(
         SETTINGS, height=128, width=128, num_frames=3, guidance=1.0, steps=2
     )
     part = read_profile(looked).components["transformer"]
@@ -149,9 +142,11 @@ def test_the_run_has_as_many_tokens_and_twice_the_reach(pipe, looked):
     assert {shape.reach for shape in lines if isinstance(shape, Stencil)} == {(0, 1, 15)}
 
 
-def test_nothing_changes_at_the_calibrated_size(pipe, looked):
+def test_nothing_changes_at_the_calibrated_size(short_pipe, looked):
     one = read_profile(looked).components["transformer"]
-    other = profile_pipeline(pipe, CASES, SETTINGS, rows=8, beyond=False).components["transformer"]
+    other = profile_pipeline(short_pipe, CASES, SETTINGS, rows=8, beyond=False).components[
+        "transformer"
+    ]
     for key, scores in one.scores.items():
         torch.testing.assert_close(scores["error"], other.scores[key]["error"])
         for mine, theirs in zip(one.candidates(*key), other.candidates(*key), strict=True):
@@ -159,47 +154,47 @@ def test_nothing_changes_at_the_calibrated_size(pipe, looked):
                 assert density(a, one.known_layout) == density(b, one.known_layout)
 
 
-def test_the_run_ends_after_its_first_step(pipe, monkeypatch):
-    made = profile_pipeline(pipe, CASES, SETTINGS, rows=8, beyond=False)
+def test_the_run_ends_after_its_first_step(short_pipe, monkeypatch):
+    made = profile_pipeline(short_pipe, CASES, SETTINGS, rows=8, beyond=False)
     forwards, decoded = [], []
-    monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: decoded.append(1))
-    hook = pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
-    larger.profile_larger(pipe, made, CASES[0])
+    monkeypatch.setattr(short_pipe.vae, "decode", lambda *_, **__: decoded.append(1))
+    hook = short_pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    larger.profile_larger(short_pipe, made, CASES[0])
     hook.remove()
     assert len(forwards) == 1 and not decoded
     heads = made.components["transformer"].found.values()
     assert all("beyond_far" in h[4, 4, 4] for head in heads for h in head)
 
 
-def test_a_pipeline_that_refuses_the_size_says_so(pipe, monkeypatch):
+def test_a_pipeline_that_refuses_the_size_says_so(short_pipe, monkeypatch):
     def refuse(*_):
         raise ValueError("no such size")
 
     said = []
     monkeypatch.setattr(larger, "generate_until", refuse)
     made = profile_pipeline(
-        pipe, CASES, SETTINGS, rows=8, report=lambda *text: said.append(text[2])
+        short_pipe, CASES, SETTINGS, rows=8, report=lambda *text: said.append(text[2])
     )
     assert "greater distances can't be looked at: no such size" in said and len(made.done) == 3
     heads = made.components["transformer"].found.values()
     assert all("beyond_far" not in s for head in heads for h in head for s in h.values())
 
 
-def test_a_pipeline_that_breaks_at_the_size_says_so(pipe, monkeypatch):
-    made, said = profile_pipeline(pipe, CASES, SETTINGS, rows=8, beyond=False), []
-    values = pipe.transformer.blocks[0].attn1.to_v
+def test_a_pipeline_that_breaks_at_the_size_says_so(short_pipe, monkeypatch):
+    made, said = profile_pipeline(short_pipe, CASES, SETTINGS, rows=8, beyond=False), []
+    values = short_pipe.transformer.blocks[0].attn1.to_v
     nan = torch.nn.Parameter(torch.full_like(values.weight, torch.nan))
     monkeypatch.setattr(values, "weight", nan)
-    larger.profile_larger(pipe, made, CASES[0], said.append)
+    larger.profile_larger(short_pipe, made, CASES[0], said.append)
     (text,) = said
     assert "greater distances can't be looked at: blocks.0.attn1 head" in text and "NaN" in text
     heads = made.components["transformer"].found.values()
     assert all("beyond_far" not in s for head in heads for h in head for s in h.values())
 
 
-def test_an_image_has_no_frames_to_give(pipe):
+def test_an_image_has_no_frames_to_give(short_pipe):
     assert not larger.has_frames(replace(SETTINGS, num_frames=1))
-    assert larger.wider(pipe, replace(SETTINGS, num_frames=1)) is None
+    assert larger.wider(short_pipe, replace(SETTINGS, num_frames=1)) is None
 
 
 def test_a_file_that_lacks_some_of_it_is_damaged(looked, tmp_path):

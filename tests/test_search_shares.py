@@ -10,8 +10,6 @@ from typer.testing import CliRunner
 
 from sparse_dit.cli import app, run
 from sparse_dit.generation import Case, GenerationSettings
-from sparse_dit.inputs import load_pipeline
-from sparse_dit.resources import shipped
 from sparse_dit.search import search_plan
 from sparse_dit.search.lock import only_writer
 from sparse_dit.search.merge import merge_profiles
@@ -27,19 +25,13 @@ PROMPTS = (
     "a green circle moves right over red stripes",
 )
 CASES = tuple(Case(text, seed) for seed, text in enumerate(PROMPTS))
-MODEL = str(shipped("tiny_wan"))
 ROWS = 8
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return load_pipeline(MODEL, "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def whole(pipe, tmp_path_factory):
+def whole(short_pipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "profile.safetensors"
-    profile_pipeline(pipe, CASES, SETTINGS, rows=ROWS, path=path)
+    profile_pipeline(short_pipe, CASES, SETTINGS, rows=ROWS, path=path)
     return path
 
 
@@ -67,10 +59,10 @@ def _stop():
     raise _Waiting
 
 
-def _command(path, *more):
+def _command(model, path, *more):
     sizes = ["--height", "64", "--width", "64", "--num-frames", "15", "--steps", "4"]
     rest = ["--guidance", "3", "--max-sequence-length", "32", "--rows", str(ROWS)]
-    return ["profile", MODEL, "--out", str(path), *sizes, *rest, *more]
+    return ["profile", model, "--out", str(path), *sizes, *rest, *more]
 
 
 def _prompts(folder):
@@ -79,9 +71,9 @@ def _prompts(folder):
     return ["--prompts", str(file)]
 
 
-def test_two_processes_give_the_profile_of_one(whole, tmp_path):
+def test_two_processes_give_the_profile_of_one(whole, tmp_path, short_model):
     path = tmp_path / "profile.safetensors"
-    command = _command(path, *_prompts(tmp_path), "--workers", "2")
+    command = _command(short_model, path, *_prompts(tmp_path), "--workers", "2")
     ran = subprocess.run(
         [sys.executable, "-m", "sparse_dit", *command], capture_output=True, text=True, timeout=300
     )
@@ -94,10 +86,10 @@ def test_two_processes_give_the_profile_of_one(whole, tmp_path):
     ]
 
 
-def test_torchrun_gives_the_profile_of_one(whole, tmp_path):
+def test_torchrun_gives_the_profile_of_one(whole, tmp_path, short_model):
     several = tmp_path / "several.safetensors"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = _command(several, *_prompts(tmp_path))
+    command = _command(short_model, several, *_prompts(tmp_path))
     ran = subprocess.run(
         [sys.executable, *launch, "-m", "sparse_dit", *command],
         capture_output=True,
@@ -108,16 +100,16 @@ def test_torchrun_gives_the_profile_of_one(whole, tmp_path):
     _assert_equal(read_profile(several), read_profile(whole))
 
 
-def test_a_stopped_profile_goes_on_from_the_runs_that_are_there(pipe, whole, tmp_path):
+def test_a_stopped_profile_goes_on_from_the_runs_that_are_there(short_pipe, whole, tmp_path):
     path = tmp_path / "profile.safetensors"
     with pytest.raises(_Waiting):
-        profile_share(pipe, CASES, SETTINGS, path, rank=0, world=2, barrier=_stop, rows=ROWS)
+        profile_share(short_pipe, CASES, SETTINGS, path, rank=0, world=2, barrier=_stop, rows=ROWS)
     first = list(tmp_path.glob("*.parts/find-*"))
     assert len(first) == 1
     written = first[0].stat().st_mtime_ns
     said = []
     profile_share(
-        pipe, CASES, SETTINGS, path, rank=0, world=1, barrier=lambda: None, rows=ROWS,
+        short_pipe, CASES, SETTINGS, path, rank=0, world=1, barrier=lambda: None, rows=ROWS,
         report=said.append,
     )  # fmt: skip
     kinds = [text.split(", ")[1].split(":")[0] for text in said]
@@ -127,7 +119,7 @@ def test_a_stopped_profile_goes_on_from_the_runs_that_are_there(pipe, whole, tmp
 
 
 @pytest.mark.parametrize("done", [1, 3])
-def test_processes_go_on_from_the_profile_of_one(pipe, whole, tmp_path, done):
+def test_processes_go_on_from_the_profile_of_one(short_pipe, whole, tmp_path, done):
     path = tmp_path / "profile.safetensors"
     runs = iter(range(done))
 
@@ -136,26 +128,26 @@ def test_processes_go_on_from_the_profile_of_one(pipe, whole, tmp_path, done):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        profile_pipeline(pipe, CASES, SETTINGS, rows=ROWS, path=path, report=report)
+        profile_pipeline(short_pipe, CASES, SETTINGS, rows=ROWS, path=path, report=report)
     assert len(read_profile(path).done) == done
     share = {"rank": 0, "world": 1, "barrier": lambda: None, "rows": ROWS}
-    profile_share(pipe, CASES, SETTINGS, path, **share)
+    profile_share(short_pipe, CASES, SETTINGS, path, **share)
     _assert_equal(read_profile(path), read_profile(whole))
     assert read_profile(path).seconds > 0
 
 
-def test_a_search_goes_on_from_a_profile_of_the_command(pipe, tmp_path):
+def test_a_search_goes_on_from_a_profile_of_the_command(short_pipe, tmp_path, short_model):
     path = tmp_path / "profile.safetensors"
-    assert run(_command(path, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1])) == 0
+    assert run(_command(short_model, path, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1])) == 0
     said = []
     search_plan(
-        pipe, CASES[:2], held_out=CASES[2:3], settings=SETTINGS, rows=ROWS, max_error=0.5,
+        short_pipe, CASES[:2], held_out=CASES[2:3], settings=SETTINGS, rows=ROWS, max_error=0.5,
         profile=path, report=said.append,
     )  # fmt: skip
     assert [text for text in said if text.startswith("profile ")] == ["profile 3/3 profiled"]
 
 
-def test_files_that_do_not_fit_are_not_merged(pipe, whole, tmp_path):
+def test_files_that_do_not_fit_are_not_merged(short_pipe, whole, tmp_path):
     def refused(reason, other):
         path = tmp_path / "other.safetensors"
         write_profile(other, path)
@@ -180,7 +172,7 @@ def test_files_that_do_not_fit_are_not_merged(pipe, whole, tmp_path):
         merge_profiles([])
 
 
-def test_two_searches_cannot_write_one_profile(pipe, tmp_path):
+def test_two_searches_cannot_write_one_profile(short_pipe, tmp_path, short_model):
     path = tmp_path / "profile.safetensors"
     code = (
         "import sys, time\nfrom sparse_dit.search.lock import only_writer\n"
@@ -189,29 +181,34 @@ def test_two_searches_cannot_write_one_profile(pipe, tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="another process is writing the profile") as error:
-            profile_pipeline(pipe, CASES[:1], SETTINGS, rows=ROWS, path=path)
+            profile_pipeline(short_pipe, CASES[:1], SETTINGS, rows=ROWS, path=path)
         assert "\n" not in str(error.value) and not path.exists()
-        assert run(_command(path, "--prompt", PROMPTS[0])) == 2
+        assert run(_command(short_model, path, "--prompt", PROMPTS[0])) == 2
         other.kill()
     with only_writer(path):  # a killed process leaves nothing locked
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
 
 
-def test_a_whole_profile_is_read_by_any_number_of_searches(pipe, whole):
+def test_a_whole_profile_is_read_by_any_number_of_searches(short_pipe, whole):
     with only_writer(whole):
         said = []
         profile_pipeline(
-            pipe, CASES, SETTINGS, rows=ROWS, path=whole, report=lambda *text: said.append(text)
+            short_pipe,
+            CASES,
+            SETTINGS,
+            rows=ROWS,
+            path=whole,
+            report=lambda *text: said.append(text),
         )
     assert said == [(5, 5, "profiled")]
 
 
-def test_under_torchrun_processes_are_not_started(tmp_path, monkeypatch):
+def test_under_torchrun_processes_are_not_started(tmp_path, monkeypatch, short_model):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(
-        app, _command(tmp_path / "p.safetensors", "--prompt", "x", "--workers", "2")
+        app, _command(short_model, tmp_path / "p.safetensors", "--prompt", "x", "--workers", "2")
     )
     assert isinstance(result.exception, ValueError)
     assert "leave out --workers" in str(result.exception)
