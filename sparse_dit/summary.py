@@ -154,7 +154,7 @@ def _lengths(plan: Plan) -> set[int]:
     """Tokens that layers saw where the plan was made: all, or the video alone."""
     layouts = [part.layout for part in plan.components.values()]
     return {layout.seq_len for layout in layouts} | {
-        layout.num_video for layout in layouts if layout.num_video
+        layout.num_grid for layout in layouts if layout.num_grid
     }
 
 

@@ -107,7 +107,7 @@ def test_joint_attention_and_images(fast, family, tmp_path):
     settings = GenerationSettings(**sizes, steps=4, guidance=3.0)
     plan = search(pipe, PROMPTS, held_out=HELD_OUT, settings=settings, rows=8, max_error=0.3)
     component = plan.components["transformer"]
-    assert component.layout.num_text and 0 < plan.density < 1
+    assert component.layout.num_global and 0 < plan.density < 1
     _works(pipe, plan, settings, tmp_path)
 
 

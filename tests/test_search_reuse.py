@@ -183,7 +183,7 @@ def test_layers_are_probed_in_groups_of_neighbours():
     assert sensitivity._shares([(names[:4], 0.0)]) == [0.25] * 4
 
 
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.num_video], ids=str)
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.num_grid], ids=str)
 def test_seen_tiles_of_stencils_are_those_of_the_index(layout):
     generator = torch.Generator().manual_seed(0)
     for tile in (*tilings(layout), (1, 2, 3)):

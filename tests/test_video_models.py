@@ -274,7 +274,7 @@ def test_keyframes_that_are_appended_to_ltx2_are_tokens_that_all_see():
     }
     seen, _ = recorded(transformer, [call])
     assert {c.context.layout for c in seen} == {
-        TokenLayout((Segment.video(3, 8, 8), Segment.text(8)))
+        TokenLayout((Segment.grid(3, 8, 8), Segment.global_(8)))
     }
     assert {c.q.shape[1] for c in seen} == {200}
     seen, _ = recorded(transformer, [{**call, "num_frames": None}])
@@ -332,4 +332,4 @@ def test_a_layout_is_cut_in_its_last_text_alone():
     for wrong in (layout.seq_len - 6, layout.seq_len + 1):
         assert layout.cut(wrong) is layout
     assert _video().cut(100) == _video()
-    assert TokenLayout((Segment.text(4),)).cut(2) == TokenLayout((Segment.text(4),))
+    assert TokenLayout((Segment.global_(4),)).cut(2) == TokenLayout((Segment.global_(4),))

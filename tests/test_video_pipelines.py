@@ -39,7 +39,7 @@ def _steps(layouts, sigmas, branches=("any",)):
     ]
 
 
-KEYFRAME = TokenLayout((Segment.video(3, 8, 8), Segment.text(64)))
+KEYFRAME = TokenLayout((Segment.grid(3, 8, 8), Segment.global_(64)))
 # (layout, noise level, branch) of the first layer's calls, from what the schedulers' tables say
 STEPS = {
     "mochi": [(_video(after=text), sigma, "any") for sigma in (1, 0.975) for text in (0, 0, 7, 12)],

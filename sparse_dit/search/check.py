@@ -117,7 +117,7 @@ def check_plan(
     heads, unseen = [], 0
     for name, scorer in scorers.items():
         part, layout = plan.components[name], scorer.layout
-        if layout and layout.without_text() != part.layout.without_text():
+        if layout and layout.without_global() != part.layout.without_global():
             notes.append(
                 f"{name}: measured at {layout}, the plan was made at {part.layout}; "
                 "errors differ with the size too"

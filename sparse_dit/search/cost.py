@@ -223,7 +223,7 @@ def break_even_tokens(
     best = table.layout.seq_len
     for part in (2, 4):
         sides = [min(n, max(4, n // part)) for n in (height, width)]
-        small = TokenLayout.video(frames, *sides, text_after=table.layout.num_text)
+        small = TokenLayout.video(frames, *sides, text_after=table.layout.num_global)
         if small.seq_len >= best:
             break
         cost = measure(small)

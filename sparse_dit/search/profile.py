@@ -75,9 +75,9 @@ class ComponentProfile:
             ValueError: If the grid is another one than that of the calls before.
         """
         known = self.layout or layout
-        if layout.without_text() != known.without_text():
+        if layout.without_global() != known.without_global():
             raise ValueError(f"a profile is of one size, got {layout} after {known}")
-        self.layout = layout if layout.num_text > known.num_text else known
+        self.layout = layout if layout.num_global > known.num_global else known
 
     def nearest_level(self, sigma: float) -> int:
         """Number of the recorded noise level whose range holds sigma."""

@@ -195,7 +195,7 @@ def _parts(
         layers = tuple(self_attention_layers(transformer))
         image = image_only_layers(transformer)
         layout = layouts[name]
-        seen = {x: layout.without_text() if x in image else layout for x in layers}
+        seen = {x: layout.without_global() if x in image else layout for x in layers}
         whole = _Part(transformer, layout, layers, layers, seen)
         first = _Part(transformer, layout, layers, layers[1:], seen)
         parts[name] = first if len(layers) > 1 and first.dense_share <= density / 4 else whole

@@ -109,7 +109,7 @@ def score_patterns(
         layout, sigma = call.context.layout, call.context.sigma
         if layout is None or sigma is None or call.layer not in profile.layers:
             return None
-        if layout.without_text() != profile.known_layout.without_text():
+        if layout.without_global() != profile.known_layout.without_global():
             return None
         level = profile.nearest_level(sigma)
         heads = range(profile.num_heads)
