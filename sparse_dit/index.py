@@ -246,7 +246,9 @@ def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> Pat
     exact = seen_cells(pattern, order)
     cells = order.cell_offsets(pattern.cell)
     tiles = _tile_of_group(order, group)
-    runs, run_offsets = _merge(exact, cells + order.global_before, _global_spans(order, n), tiles.owner)
+    runs, run_offsets = _merge(
+        exact, cells + order.global_before, _global_spans(order, n), tiles.owner
+    )
     far = None
     if pattern.far:
         far = _far_field(exact, cells + order.global_before, tiles.owner, pattern.pool)

@@ -17,6 +17,7 @@ MAX_TOKENS = 1 << 24
 
 Kinds = tuple[str, str]
 KINDS: Kinds = ("global", "grid")  # of segments, in their written form
+OLD_KINDS: Kinds = ("text", "video")  # in plans of versions 1 and 2, and profiles of that time
 
 
 @dataclass(frozen=True)

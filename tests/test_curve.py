@@ -27,7 +27,9 @@ LAYOUTS = [
     TokenLayout.video(3, 5, 7, text_before=6, text_after=2),
     TokenLayout.video(1, 1, 1),
     TokenLayout.video(1, 6, 5),
-    TokenLayout((Segment.grid(1, 3, 4), Segment.global_(2), Segment.grid(2, 4, 2), Segment.global_(1))),
+    TokenLayout(
+        (Segment.grid(1, 3, 4), Segment.global_(2), Segment.grid(2, 4, 2), Segment.global_(1))
+    ),
     TokenLayout((Segment.global_(11),)),
 ]
 

@@ -131,17 +131,14 @@ def nothing_stays_patched(request):
 
 
 def plan_for(transformer, pattern):
-    num_heads, head_dim = heads_of(transformer)
+    heads = heads_of(transformer)
     part = ComponentPlan(
         layout=TokenLayout.video(1, 2, 2),
         stages=(Stage(1.0, 0.0),),
-        layers={
-            n: ((HeadChoice(pattern),) * num_heads,) for n in self_attention_layers(transformer)
-        },
+        layers={n: ((HeadChoice(pattern),) * num_heads,) for n, (num_heads, _) in heads.items()},
         model_class=type(transformer).__name__,
         config_hash=config_hash(transformer.config),
-        num_heads=num_heads,
-        head_dim=head_dim,
+        heads=heads,
     )
     return Plan("Pipeline", {"transformer": part}, 0.4)
 
@@ -201,7 +198,7 @@ def test_layers_layouts_heads_and_noise_levels(name, several):
         want = layouts[forward]
         assert c.context.layout == (want.without_global() if c.layer.endswith(".attn2") else want)
         assert c.q.shape[1] == c.context.layout.seq_len
-        assert c.q.shape[2:] == heads_of(pipe.transformer)
+        assert c.q.shape[2:] == heads_of(pipe.transformer)[c.layer]
         assert c.context.sigma == pytest.approx(SIGMAS[name][step], abs=1e-4)
         assert c.context.branch == (("cond", "uncond")[forward] if name in TWO_CALLS else "any")
         assert (c.context.run, c.context.step) == (0, step)
@@ -295,9 +292,7 @@ def test_reference_images_of_flux2_are_tokens_that_all_see():
     pipe, _, _ = _built("flux2")
     _, calls = forward(pipe.transformer, **_flux2_inputs([(2, 3), (4, 4)]))
     text, others = Segment.global_(16), Segment.global_(6 + 16)
-    assert {c.context.layout for c in calls} == {
-        TokenLayout((text, Segment.grid(1, 4, 6), others))
-    }
+    assert {c.context.layout for c in calls} == {TokenLayout((text, Segment.grid(1, 4, 6), others))}
     assert {c.q.shape[1] for c in calls} == {16 + 24 + 22}
     assert {c.context.sigma for c in calls} == {0.25}
 
@@ -646,7 +641,7 @@ def test_bare_transformers_are_told_so_and_bit_equal_through_the_seam(bare):
         layout = BARE_LAYOUT[bare].without_global() if alone else BARE_LAYOUT[bare]
         assert c.context.layout == layout
         assert c.context.sigma == 0.25
-        assert c.q.shape[1:] == (layout.seq_len, *heads_of(transformer))
+        assert c.q.shape[1:] == (layout.seq_len, *heads_of(transformer)[c.layer])
         assert c.unsupported is None
     padded = bare in ("bria_fibo", "krea2", "ernie")
     assert {tuple(c.kv_len.tolist()) if padded else c.kv_len for c in calls} == {

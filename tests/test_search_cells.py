@@ -83,7 +83,9 @@ def test_every_token_is_in_one_cell_or_is_text(layout):
     for tile in TILES:
         table = cell_table(layout, tile)
         owned = table.tokens[table.real.bool()]
-        assert sorted([*owned.tolist(), *table.global_tokens.tolist()]) == list(range(layout.seq_len))
+        assert sorted([*owned.tolist(), *table.global_tokens.tolist()]) == list(
+            range(layout.seq_len)
+        )
         assert table.cell_of_token[table.global_tokens].eq(-1).all()
         cell = torch.arange(len(table.tokens))[:, None].expand_as(table.tokens)
         assert table.cell_of_token[table.tokens].equal(cell)

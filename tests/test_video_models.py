@@ -109,17 +109,14 @@ def nothing_stays_patched(request):
 
 
 def plan_for(transformer, pattern):
-    num_heads, head_dim = heads_of(transformer)
+    heads = heads_of(transformer)
     part = ComponentPlan(
         layout=_video(),
         stages=(Stage(1.0, 0.0),),
-        layers={
-            n: ((HeadChoice(pattern),) * num_heads,) for n in self_attention_layers(transformer)
-        },
+        layers={n: ((HeadChoice(pattern),) * num_heads,) for n, (num_heads, _) in heads.items()},
         model_class=type(transformer).__name__,
         config_hash=config_hash(transformer.config),
-        num_heads=num_heads,
-        head_dim=head_dim,
+        heads=heads,
     )
     return Plan("Pipeline", {"transformer": part}, 0.4)
 
@@ -174,7 +171,7 @@ def test_layers_layouts_heads_masks_and_noise_levels(name):
         assert lengths == KV_LEN.get(name, [None] * len(mine))
     for c in seen:
         assert c.q.shape[1] == c.context.layout.seq_len
-        assert c.q.shape[2:] == heads_of(transformer)
+        assert c.q.shape[2:] == heads_of(transformer)[c.layer]
         assert c.context.sigma == pytest.approx(0.7)
         assert c.unsupported is None
 

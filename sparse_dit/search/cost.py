@@ -103,6 +103,9 @@ class CostTable:
         }
 
 
+Costs = Mapping[tuple[int, int], CostTable]  # of each (num_heads, head_dim) that layers have
+
+
 def measure_cost(
     layout: TokenLayout,
     num_heads: int,

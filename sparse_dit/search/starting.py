@@ -248,14 +248,12 @@ def _planned(
     """Transformers of one pipeline are alike: the first one's geometry is that of all."""
     components = {}
     for name, part in parts.items():
-        num_heads, head_dim = heads_of(part.transformer)
+        heads = heads_of(part.transformer)
         components[name] = one_pattern(
             geometry.reach.pattern,
-            part.sparse,
+            {layer: heads[layer] for layer in part.sparse},
             model_class=type(part.transformer).__name__,
             config_hash=config_hash(part.transformer.config),
-            num_heads=num_heads,
-            head_dim=head_dim,
             layout=part.layout,
             sigma_max=schedule.sigma_max,
         )

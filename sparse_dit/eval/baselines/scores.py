@@ -115,7 +115,7 @@ def score_patterns(
         heads = range(profile.num_heads)
         return (level, call.layer), [patterns[level, call.layer, head] for head in heads]
 
-    scorer = PatternScorer(ask, projections(module, profile.num_heads), rows, case.seed)
+    scorer = PatternScorer(ask, projections(module), rows, case.seed)
     attachment = attach(module, scorer, pipe)
     try:
         generate(pipe, case, replace(settings, steps=len(profile.sigmas)))
