@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import PATTERNS, Curve, Dense, Pattern, Skip, Stencil, Vertical, Window
 from sparse_dit.plan import Plan
 from sparse_dit.plan.document import render
+from sparse_dit.resources import shipped
 from tests.plan_cases import FINGERPRINT, GOLDEN, GOLDEN_2, GOLDEN_3, before_3, component
 
 
@@ -37,6 +39,38 @@ def test_a_plan_of_an_old_version_is_saved_in_version_3_and_says_the_same(file, 
     if plan.tensors():
         saved = (tmp_path / "plan.safetensors").read_bytes()
         assert saved == file.with_suffix(".safetensors").read_bytes()
+
+
+SHIPPED = {  # SHA-256 of the file as the version wrote it that the plan was first saved in
+    "cogvideox1.5-5b-geometry": (
+        1,
+        "855bd55111ae89e4b1c467203a70302ee8e6be396cb07e1ba3a7c1bd6c805a01",
+    ),
+    "hunyuanvideo-geometry": (
+        1,
+        "7f1fe242144a95b6ca67b53e1bd9a23b07167d70975fe3b2052faa0d8bfac3e5",
+    ),
+    "ltx-video-2b-geometry": (
+        1,
+        "dd984590499125a12f37fb188dae0a8ec710ddc5fc24a68ddfde9f9a4ac7b439",
+    ),
+    "tiny-wan": (2, "818a70a3e4787745b9df8bfc18eca9417efd45d5403efadeb32d282af68f3e41"),
+    "wan2.1-t2v-1.3b-geometry": (
+        1,
+        "5c3b43b9391bf7e2994db30ea174e31fd2256243ae8a7f8734c31ce18be5e509",
+    ),
+    "wan2.1-t2v-14b-geometry": (
+        1,
+        "61b1e4f3de236c8b76fcea9dc85ff3214371721d7cb0b8020f7b25dc6f5d0131",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_plan_says_what_it_said_in_the_version_it_was_first_saved_in(name):
+    version, digest = SHIPPED[name]
+    document = json.loads((shipped("profiles") / name / "plan.json").read_bytes())
+    assert hashlib.sha256(render(before_3(document, version))).hexdigest() == digest
 
 
 def test_the_golden_file_of_version_3_means_what_it_says():
