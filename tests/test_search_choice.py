@@ -29,7 +29,7 @@ def _chosen():
     total = float(len(stages) * part.total_heads)
     line = ((1e-6, 1e-6), (1.0, 1.0))
     table = CostTable(part.known_layout, 1.0, {False: line, True: line}, "none", 1, "none", "none")
-    costs = dict.fromkeys(part.kinds, table)
+    costs = dict.fromkeys(part.head_sizes, table)
     matters = Sensitivity([4.0, 2.0, 1.0, 0.25], [1 / layers] * layers)
     task = problem(part, stages, matters, costs, [1] * len(stages), total)
     task = joined({NAME: task}, {NAME: 1.0}, total)

@@ -153,7 +153,7 @@ def _solved(
     line = ((1e-6, 1e-6), (1.0, 1.0))
     table = CostTable(part.known_layout, 1.0, {False: line, True: line}, "none", 1, "none", "none")
     rest = _REST * total
-    costs = dict.fromkeys(part.kinds, table)
+    costs = dict.fromkeys(part.head_sizes, table)
     task = problem(part, stages, weights, costs, [1] * len(stages), total + rest)
     task = joined({name: task}, {name: 1.0}, total + rest)
     choice = least_damage(task, (1 + _REST) / (density + _REST))

@@ -35,7 +35,7 @@ def cost_tables(
         module: Any = modules[name]
         layout = part.known_layout
         orders = tilings(layout)[1:]
-        for num_heads, head_dim in part.kinds:
+        for num_heads, head_dim in part.head_sizes:
             key = layout, num_heads, head_dim, module.device, module.dtype, orders
             if key not in known and target_device is not None:
                 known[key] = target_device.cost(layout, head_dim, module.dtype)
@@ -71,7 +71,7 @@ def inside(
     taken = sum(sum(r.attention.values()) for r in references) / len(references)
     times = taken / _stock(tables, parts, calls)
     return {
-        name: {kind: replace(table, in_generation=times) for kind, table in costs.items()}
+        name: {size: replace(table, in_generation=times) for size, table in costs.items()}
         for name, costs in tables.items()
     }
 

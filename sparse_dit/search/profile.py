@@ -57,7 +57,7 @@ class ComponentProfile:
     _candidates: dict[tuple[int, str], list[Candidates]] = field(default_factory=dict, repr=False)
 
     @property
-    def kinds(self) -> list[tuple[int, int]]:
+    def head_sizes(self) -> list[tuple[int, int]]:
         """The different `(num_heads, head_dim)` of the recorded layers."""
         return list(dict.fromkeys(self.heads[layer] for layer in self.layers))
 
@@ -73,7 +73,7 @@ class ComponentProfile:
         Raises:
             NotImplementedError: If layers differ in it.
         """
-        counts = {num_heads for num_heads, _ in self.kinds}
+        counts = {num_heads for num_heads, _ in self.head_sizes}
         if len(counts) != 1:
             raise NotImplementedError(
                 f"this is for models whose layers have equally many heads, got {sorted(counts)}"
