@@ -71,31 +71,31 @@ def from_form(
         )
         for i, stage in enumerate(form.stages)
     )
-    listed = form.each_layer()
-    places = {layer: place_of(where, layer) + form.listed for layer in listed}
-    for layer, said in listed.items():  # or what is said of its heads would be blamed
-        check_layer(places[layer], said.patterns, len(stages), said.num_heads)
+    given = form.each_layer()
+    places = {layer: place_of(where, layer) + form.patterns_at for layer in given}
+    for layer, entry in given.items():  # or what is said of its heads would be blamed
+        check_layer(places[layer], entry.patterns, len(stages), entry.num_heads)
     for layer in form.evidence:
-        if layer not in listed:
+        if layer not in given:
             raise PlanError(f'{where}.evidence."{layer}": no such layer in layers; remove it')
     layers = {
         layer: tuple(
             _heads(
                 ids,
-                _evidence_of(form.evidence, layer, i, said, where),
+                _evidence_of(form.evidence, layer, i, entry, where),
                 patterns,
                 f"{places[layer]}[{i}]",
             )
-            for i, ids in enumerate(said.patterns)
+            for i, ids in enumerate(entry.patterns)
         )
-        for layer, said in listed.items()
+        for layer, entry in given.items()
     }
     return _at(
         f"{where}.",
         ComponentPlan,
         form.model_class,
         form.config_hash,
-        {layer: (said.num_heads, said.head_dim) for layer, said in listed.items()},
+        {layer: (entry.num_heads, entry.head_dim) for layer, entry in given.items()},
         _at(f"{where}.layout: ", TokenLayout.from_dict, form.layout, form.segments),
         stages,
         layers,
@@ -132,19 +132,20 @@ def _evidence(heads: tuple[HeadChoice, ...], number: dict[Pattern, int]) -> dict
 
 
 def _evidence_of(
-    evidence: dict[str, list[EvidenceForm]], layer: str, stage: int, said: LayerForm, where: str
+    evidence: dict[str, list[EvidenceForm]], layer: str, stage: int, entry: LayerForm, where: str
 ) -> EvidenceForm:
     if layer not in evidence:
         return EvidenceForm()
-    entries, needed = evidence[layer], len(said.patterns)
+    entries, needed = evidence[layer], len(entry.patterns)
     here = place_of(where, layer, "evidence")
     if len(entries) != needed:
         raise PlanError(f"{here}: must have {needed} stages as in layers, got {len(entries)}")
-    heads = said.num_heads
     for name in _EVIDENCE:
         column = getattr(entries[stage], name)
-        if column is not None and len(column) != heads:
-            raise PlanError(f"{here}[{stage}].{name}: must have {heads} heads, got {len(column)}")
+        if column is not None and len(column) != entry.num_heads:
+            raise PlanError(
+                f"{here}[{stage}].{name}: must have {entry.num_heads} heads, got {len(column)}"
+            )
     return entries[stage]
 
 

@@ -1,4 +1,4 @@
-"""The form of a plan document: keys, types and ranges. Version 3, and as it differs 1 and 2.
+"""The form of a plan document, version 3, and where 1 and 2 differ: keys, types and ranges.
 
 What concerns several values at once (ids in range, stages that overlap, heads) is checked by the
 objects themselves, in `component.py`.
@@ -85,8 +85,8 @@ class ComponentForm(_ComponentForm):
     kind: Literal["diffusion_transformer", "language_model"]
     stages: Annotated[list[StageForm], Field(min_length=1, max_length=MAX_STAGES)]
     layers: Annotated[dict[LayerPath, LayerForm], Field(max_length=MAX_LAYERS)]
-    segments: ClassVar[Kinds] = KINDS
-    listed: ClassVar[str] = ".patterns"  # where a layer's patterns are, from its place on
+    segments: ClassVar[Kinds] = KINDS  # what they are called in the layout
+    patterns_at: ClassVar[str] = ".patterns"  # where a layer's patterns are, from its place on
 
     def each_layer(self) -> dict[str, LayerForm]:
         return self.layers
@@ -99,7 +99,7 @@ class OldComponentForm(_ComponentForm):
     layers: Annotated[dict[LayerPath, Ids], Field(max_length=MAX_LAYERS)]
     kind: ClassVar[Literal["diffusion_transformer"]] = "diffusion_transformer"
     segments: ClassVar[Kinds] = OLD_KINDS
-    listed: ClassVar[str] = ""
+    patterns_at: ClassVar[str] = ""
 
     def each_layer(self) -> dict[str, LayerForm]:
         return {
