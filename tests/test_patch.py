@@ -186,12 +186,12 @@ def test_stages_branches_and_layers_outside_the_plan_run_stock_and_the_summary_s
     high, low, outside = summary.stages
     # 4 forwards: high cond, high uncond, low cond, low uncond; 2 layers in each
     assert (high.stage, high.sparse_calls, high.dense_calls) == (
-        "sigma 1 to 0.5, cond",
+        "progress 1 to 0.5, cond",
         1,
         {NOT_NAMED: 1},
     )
     assert (low.stage, low.sparse_calls, low.dense_calls) == (
-        "sigma 0.5 to 0, uncond",
+        "progress 0.5 to 0, uncond",
         1,
         {NOT_NAMED: 1},
     )
@@ -219,7 +219,7 @@ def test_the_summary_prints_what_ran():
         generate(pipe, call)
     text = str(handle.summary())
     assert f"4 ({NOT_COVERED})" in text.replace("\n", " ")
-    assert "sigma 1 to 0.5" in text
+    assert "progress 1 to 0.5" in text
     assert "ran 4 sparse and 4 dense attention calls" in text
     assert "forecast at 8 tokens, where it was calibrated (80 tokens ran): speedup 1.5" in text
     assert "no longer patched" not in text
@@ -550,7 +550,7 @@ def test_a_plan_for_one_branch_on_forwards_of_both_runs_dense_and_says_so(caplog
     with patch(pipe, plan_for(pipe, NARROW, stages=one)) as handle:
         generate(pipe, call)  # noise levels 0.5 and 0
     ran = {s.stage: (s.sparse_calls, s.dense_calls) for s in handle.summary().stages}
-    assert ran["sigma 1 to 0.4"] == (2, {})
+    assert ran["progress 1 to 0.4"] == (2, {})
     assert ran["outside"] == (0, {UNKNOWN_BRANCH: 2})
 
 
