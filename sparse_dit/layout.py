@@ -174,7 +174,7 @@ class TokenLayout:
 
     def __str__(self) -> str:
         parts = [
-            f"global {s.length}" if s.kind == "global" else f"{s.frames}x{s.height}x{s.width}"
+            f"{s.length} global" if s.kind == "global" else f"{s.frames}x{s.height}x{s.width}"
             for s in self.segments
         ]
         return " + ".join(parts)
