@@ -95,7 +95,7 @@ SKIPPED = {
 DENSE = {  # Motif-Video's decoder attends over two copies of the video
     "motif": {
         "single_transformer_blocks.1.attn": "attention over 384 tokens, but the grid "
-        "3x8x8 + text 12 has 204"
+        "3x8x8 + 12 global has 204"
     }
 }
 
