@@ -177,15 +177,16 @@ def _measure(
 
 def _plan(transformer: Any, layout: TokenLayout, pattern: Pattern) -> Plan:
     """One pattern for every head of every layer at every noise level."""
-    heads = (HeadChoice(pattern),) * transformer.config.num_attention_heads
+    config = transformer.config
+    layers = [f"blocks.{i}.attn1" for i in range(len(transformer.blocks))]
+    heads = (HeadChoice(pattern),) * config.num_attention_heads
     component = ComponentPlan(
         model_class=type(transformer).__name__,
         config_hash="0" * 64,
-        num_heads=len(heads),
-        head_dim=transformer.config.attention_head_dim,
+        heads=dict.fromkeys(layers, (len(heads), config.attention_head_dim)),
         layout=layout,
         stages=(Stage(1.0, 0.0),),
-        layers={f"blocks.{i}.attn1": (heads,) for i in range(len(transformer.blocks))},
+        layers=dict.fromkeys(layers, (heads,)),
     )
     return Plan(pipeline_class="", density=0.0, components={"transformer": component})
 

@@ -29,7 +29,7 @@ class FarField:
 
     Args:
         cell_offsets: int32 `[C + 1]`, sorted key positions where cells start, and where the last ends.
-            Keys outside of all cells (text) have no pooled form.
+            Global keys, outside of all cells, have no pooled form.
         run_offsets: int32 `[G + 1]` into `runs`.
         runs: int32 `[F, 2]`: first cell and number of cells that a group sees pooled; ascending and
             disjoint, and disjoint from what the group sees exactly.
@@ -240,16 +240,18 @@ def build_index(
 def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> PatternIndex:
     """Index of one pattern at one size; see `build_index`."""
     n = layout.seq_len
-    if pattern.computed.is_dense or layout.num_video == 0:
+    if pattern.computed.is_dense or layout.num_grid == 0:
         return _whole(n)
     order = tile_order(layout, pattern.tile)
     exact = seen_cells(pattern, order)
     cells = order.cell_offsets(pattern.cell)
     tiles = _tile_of_group(order, group)
-    runs, run_offsets = _merge(exact, cells + order.text_before, _text_spans(order, n), tiles.owner)
+    runs, run_offsets = _merge(
+        exact, cells + order.global_before, _global_spans(order, n), tiles.owner
+    )
     far = None
     if pattern.far:
-        far = _far_field(exact, cells + order.text_before, tiles.owner, pattern.pool)
+        far = _far_field(exact, cells + order.global_before, tiles.owner, pattern.pool)
     permutation = None if order.is_identity else order.order.int()
     return PatternIndex(
         n, n, permutation, permutation, tiles.offsets.int(), run_offsets.int(), runs.int(), far
@@ -285,24 +287,24 @@ class _Groups:
 
 
 def _tile_of_group(order: TileOrder, group: int) -> _Groups:
-    """Groups of sorted rows: each tile in equal parts of at most `group` rows; text apart (-1)."""
+    """Groups of sorted rows: each tile in equal parts of at most `group` rows; global ones apart (-1)."""
     starts, sizes = order.tile_offsets[:-1], order.tile_offsets.diff()
     parts = (sizes + group - 1) // group
     owner = torch.repeat_interleave(torch.arange(len(sizes)), parts)
     rank = torch.arange(len(owner)) - torch.repeat_interleave(parts.cumsum(0) - parts, parts)
-    video = starts[owner] + rank * sizes[owner] // parts[owner] + order.text_before
-    end = order.tile_offsets[-1].item() + order.text_before
-    before = torch.arange(0, order.text_before, group)
+    inside = starts[owner] + rank * sizes[owner] // parts[owner] + order.global_before
+    end = order.tile_offsets[-1].item() + order.global_before
+    before = torch.arange(0, order.global_before, group)
     after = torch.arange(end, len(order.order), group)
-    offsets = torch.cat([before, video, after, torch.tensor([len(order.order)])])
-    text = [torch.full((len(part),), -1) for part in (before, after)]
-    return _Groups(offsets, torch.cat([text[0], owner, text[1]]))
+    offsets = torch.cat([before, inside, after, torch.tensor([len(order.order)])])
+    apart = [torch.full((len(part),), -1) for part in (before, after)]
+    return _Groups(offsets, torch.cat([apart[0], owner, apart[1]]))
 
 
-def _text_spans(order: TileOrder, n: int) -> list[tuple[int, int]]:
-    """Sorted positions of the text: `(start, stop)` before and after the video."""
-    end = order.tile_offsets[-1].item() + order.text_before
-    return [(0, order.text_before), (end, n)]
+def _global_spans(order: TileOrder, n: int) -> list[tuple[int, int]]:
+    """Sorted positions of the global tokens: `(start, stop)` before and after the grid."""
+    end = order.tile_offsets[-1].item() + order.global_before
+    return [(0, order.global_before), (end, n)]
 
 
 def runs_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,10 +316,10 @@ def runs_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _merge(
-    exact: Tensor, cells: Tensor, text: list[tuple[int, int]], owner: Tensor
+    exact: Tensor, cells: Tensor, spans: list[tuple[int, int]], owner: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Key runs of every group: text, the cells its tile sees, text; text groups see everything."""
-    (_, before), (after, n) = text
+    """Key runs of every group: global keys and the cells its tile sees; global rows see everything."""
+    (_, before), (after, n) = spans
     row, first, last = runs_of(exact)
     start, stop = cells[first], cells[last]
     tiles = torch.arange(exact.shape[0])
@@ -362,7 +364,7 @@ def _spread(counts: Tensor, owner: Tensor, extra: int) -> tuple[Tensor, Tensor]:
 def _far_field(exact: Tensor, cells: Tensor, owner: Tensor, pool: int | None) -> FarField:
     """Pooled form of all cells that a group's tile doesn't see, in pools of at most so many tokens.
 
-    Text groups see everything exactly.
+    Global rows see everything exactly.
     """
     row, first, last = runs_of(~exact)
     if pool is not None:

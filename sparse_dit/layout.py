@@ -1,4 +1,4 @@
-"""Where text, frames, rows and columns lie in the token sequence of an attention layer."""
+"""Where grids of tokens and tokens that all see lie in the sequence of an attention layer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,28 @@ from .on_cpu import on_cpu
 MAX_TOKENS = 1 << 24
 
 
+Kinds = tuple[str, str]
+KINDS: Kinds = ("global", "grid")  # of segments, in their written form
+OLD_KINDS: Kinds = ("text", "video")  # in plans of versions 1 and 2, and profiles of that time
+
+
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of consecutive tokens: text, or video in raster order (frame, row, column).
+    """A stretch of consecutive tokens: a grid in raster order (frame, row, column), or global ones.
+
+    Global tokens see all tokens and are seen by all, whatever the pattern: text beside a video, for
+    instance, or attention sinks. A plain sequence of n tokens is a grid of 1 x 1 x n.
 
     Args:
-        kind: `"text"` or `"video"`.
-        length: Number of tokens; for video it must be `frames * height * width`.
-        frames, height, width: Token grid of a video segment (tokens, not pixels); 0 for text.
+        kind: `"global"` or `"grid"`.
+        length: Number of tokens; for a grid it must be `frames * height * width`.
+        frames, height, width: Size of a grid (in tokens, not pixels); 0 for global tokens.
 
     Raises:
         ValueError: If a size is not a positive int, or `length` contradicts the grid.
     """
 
-    kind: Literal["text", "video"]
+    kind: Literal["global", "grid"]
     length: int
     frames: int = 0
     height: int = 0
@@ -40,34 +48,32 @@ class Segment:
             raise ValueError(f"a segment's sizes must be ints >= 0, got {sizes}")
         if not 1 <= self.length <= MAX_TOKENS:
             raise ValueError(f"a segment must hold 1 to {MAX_TOKENS} tokens, got {self.length}")
-        if self.kind == "text":
+        if self.kind == "global":
             if self.frames or self.height or self.width:
-                raise ValueError(f"a text segment has no grid, got {sizes[1:]}")
-        elif self.kind == "video":
+                raise ValueError(f"a segment of global tokens has no grid, got {sizes[1:]}")
+        elif self.kind == "grid":
             if self.frames * self.height * self.width != self.length:
-                raise ValueError(
-                    f"a video segment of grid {sizes[1:]} can't have {self.length} tokens"
-                )
+                raise ValueError(f"a grid of {sizes[1:]} can't have {self.length} tokens")
         else:
-            raise ValueError(f"a segment is 'text' or 'video', got {self.kind!r}")
+            raise ValueError(f"a segment is 'global' or 'grid', got {self.kind!r}")
 
     @staticmethod
-    def text(length: int) -> Segment:
-        """`length` text tokens."""
-        return Segment("text", length)
+    def global_(length: int) -> Segment:
+        """`length` tokens that see all and are seen by all."""
+        return Segment("global", length)
 
     @staticmethod
-    def video(frames: int, height: int, width: int) -> Segment:
-        """`frames x height x width` video tokens in raster order."""
-        return Segment("video", frames * height * width, frames, height, width)
+    def grid(frames: int, height: int, width: int) -> Segment:
+        """`frames x height x width` tokens in raster order."""
+        return Segment("grid", frames * height * width, frames, height, width)
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """The segments of one sequence, in order. Hashable, so that indices can be cached by it.
 
-    Frames are numbered on through all video segments, so that a video whose frames are separated by
-    text (as in many VLMs) is one video. An image is a video of one frame.
+    Frames are numbered on through all grids, so that a video whose frames are separated by global tokens
+    (as in many VLMs) is one grid. An image is a video of one frame.
     """
 
     segments: tuple[Segment, ...]
@@ -82,66 +88,80 @@ class TokenLayout:
     def video(
         frames: int, height: int, width: int, *, text_before: int = 0, text_after: int = 0
     ) -> TokenLayout:
-        """One video with text before it, after it, both or neither (all sizes in tokens)."""
-        text = [Segment.text(n) if n else None for n in (text_before, text_after)]
-        parts = (text[0], Segment.video(frames, height, width), text[1])
+        """The grid of one video, with text as global tokens before it, after it, both or neither.
+
+        Args:
+            frames, height, width: Size of the video in tokens.
+            text_before, text_after: Numbers of text tokens.
+        """
+        text = [Segment.global_(n) if n else None for n in (text_before, text_after)]
+        parts = (text[0], Segment.grid(frames, height, width), text[1])
         return TokenLayout(tuple(part for part in parts if part))
+
+    @staticmethod
+    def sequence(length: int) -> TokenLayout:
+        """A plain sequence of `length` tokens: a grid of 1 x 1 x `length`, whose columns they are."""
+        return TokenLayout.video(1, 1, length)
 
     @property
     def seq_len(self) -> int:
-        """Number of tokens, text and video."""
+        """Number of tokens in all."""
         return sum(segment.length for segment in self.segments)
 
     @property
-    def num_text(self) -> int:
-        """Number of text tokens."""
-        return sum(s.length for s in self.segments if s.kind == "text")
+    def num_global(self) -> int:
+        """Number of global tokens."""
+        return sum(s.length for s in self.segments if s.kind == "global")
 
     @property
-    def num_video(self) -> int:
-        """Number of video tokens."""
-        return self.seq_len - self.num_text
+    def num_grid(self) -> int:
+        """Number of tokens in grids."""
+        return self.seq_len - self.num_global
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """`(frames, height, width)` that bounds all video segments; zeros if there is no video."""
-        video = [s for s in self.segments if s.kind == "video"]
-        if not video:
+        """`(frames, height, width)` that bounds all grids; zeros if there is none."""
+        grids = [s for s in self.segments if s.kind == "grid"]
+        if not grids:
             return (0, 0, 0)
         return (
-            sum(s.frames for s in video),
-            max(s.height for s in video),
-            max(s.width for s in video),
+            sum(s.frames for s in grids),
+            max(s.height for s in grids),
+            max(s.width for s in grids),
         )
 
-    def without_text(self) -> TokenLayout:
-        """The video segments alone.
+    def without_global(self) -> TokenLayout:
+        """The grids alone.
 
         Raises:
             ValueError: If there is none.
         """
-        return TokenLayout(tuple(s for s in self.segments if s.kind == "video"))
+        return TokenLayout(tuple(s for s in self.segments if s.kind == "grid"))
 
     def cut(self, seq_len: int) -> TokenLayout:
-        """The first `seq_len` tokens, if no more than text at the end is lost; else all of them."""
+        """The first `seq_len` tokens, if no more than global ones at the end are lost; else all of them."""
         *others, last = self.segments
         length = seq_len - self.seq_len + last.length
-        if last.kind != "text" or not others or not 0 <= length < last.length:
+        if last.kind != "global" or not others or not 0 <= length < last.length:
             return self
-        return TokenLayout((*others, Segment.text(length)) if length else tuple(others))
+        return TokenLayout((*others, Segment.global_(length)) if length else tuple(others))
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"segments": [["text", 226], ["video", 11, 30, 45]]}`."""
+        """`{"segments": [["global", 226], ["grid", 11, 30, 45]]}`."""
         return {
             "segments": [
-                ["text", s.length] if s.kind == "text" else ["video", s.frames, s.height, s.width]
+                [s.kind, s.length] if s.kind == "global" else [s.kind, s.frames, s.height, s.width]
                 for s in self.segments
             ]
         }
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> TokenLayout:
+    def from_dict(data: dict[str, Any], kinds: Kinds = KINDS) -> TokenLayout:
         """Inverse of `to_dict`.
+
+        Args:
+            data: The written form.
+            kinds: What global tokens and grids are called in it.
 
         Raises:
             ValueError: If the form or a size is wrong.
@@ -150,28 +170,30 @@ class TokenLayout:
             raise ValueError(f"a layout must be {{'segments': [...]}}, got {str(data)[:80]}")
         if not isinstance(data["segments"], list):
             raise ValueError(f"segments must be a list, got {type(data['segments']).__name__}")
-        return TokenLayout(tuple(_segment(entry) for entry in data["segments"]))
+        return TokenLayout(tuple(_segment(entry, kinds) for entry in data["segments"]))
 
     def __str__(self) -> str:
         parts = [
-            f"text {s.length}" if s.kind == "text" else f"{s.frames}x{s.height}x{s.width}"
+            f"{s.length} global" if s.kind == "global" else f"{s.frames}x{s.height}x{s.width}"
             for s in self.segments
         ]
         return " + ".join(parts)
 
 
-def _segment(entry: Any) -> Segment:
-    sizes = {"text": 1, "video": 3}
+def _segment(entry: Any, kinds: Kinds) -> Segment:
+    everywhere, grid = kinds
+    sizes = {everywhere: 1, grid: 3}
     kind = entry[0] if isinstance(entry, list) and entry else None
     if not isinstance(kind, str) or kind not in sizes or len(entry) != 1 + sizes[kind]:
         raise ValueError(
-            f"a segment must be ['text', n] or ['video', frames, height, width], got {str(entry)[:80]}"
+            f"a segment must be [{everywhere!r}, n] or [{grid!r}, frames, height, width], "
+            f"got {str(entry)[:80]}"
         )
     if any(
         isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= MAX_TOKENS for n in entry[1:]
     ):
         raise ValueError(f"a segment's sizes must be ints from 1 to {MAX_TOKENS}, got {entry[1:]}")
-    return Segment.text(entry[1]) if kind == "text" else Segment.video(*entry[1:])
+    return Segment.global_(entry[1]) if kind == everywhere else Segment.grid(*entry[1:])
 
 
 Tile = tuple[int | None, int | None, int | None] | Curve
@@ -179,7 +201,7 @@ Tile = tuple[int | None, int | None, int | None] | Curve
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """`n` axis-aligned boxes of video tokens; both bounds belong to the box.
+    """`n` axis-aligned boxes of grid tokens; both bounds belong to the box.
 
     Args:
         lo, hi: int64 `[n, 3]`: smallest and largest frame, row and column.
@@ -198,24 +220,24 @@ class Boxes:
 
 @dataclass(frozen=True, eq=False)
 class TileOrder:
-    """A layout's tokens sorted so that each 3-D tile of its video is contiguous.
+    """A layout's tokens sorted so that each 3-D tile of its grid is contiguous.
 
-    Text before the video stays first, then come the tiles in raster order, each in raster order
-    inside, then the other text. With tiles as wide as the video the order is the raster itself, with
-    tiles as long as the video (and one row high) it is pixel-major. Along a `Curve`, all of this is
-    meant of the unrolled video.
+    Global tokens before the grid stay first, then come the tiles in raster order, each in raster order
+    inside, then the other global tokens. With tiles as wide as the grid the order is the raster itself,
+    with tiles as long as the grid (and one row high) it is pixel-major. Along a `Curve`, all of this is
+    meant of the unrolled grid.
 
     Args:
         order: int64 `[N]`, the token at each sorted position.
-        text_before: Text tokens sorted before the video.
+        global_before: Number of global tokens sorted before the grid.
         tile_offsets: int64 `[T + 1]`, sorted positions where tiles start, and where the last ends.
-        coordinates: int64 `[num_video, 3]`: frame, row and column of the video tokens, sorted.
+        coordinates: int64 `[num_grid, 3]`: frame, row and column of the grid tokens, sorted.
         tile: Tile size with `None` replaced by the axis' length.
         grid: The grid that shapes see: the layout's, unrolled along a curve.
     """
 
     order: Tensor
-    text_before: int
+    global_before: int
     tile_offsets: Tensor
     coordinates: Tensor
     tile: tuple[int, int, int]
@@ -268,25 +290,25 @@ def tile_order(layout: TokenLayout, tile: Tile) -> TileOrder:
     are stretches of it.
     """
     grid = layout.grid
-    text_before, position, video, text, coordinates, frame = 0, 0, [], [], [], 0
+    global_before, position, grids, others, coordinates, frame = 0, 0, [], [], [], 0
     for segment in layout.segments:
         span = torch.arange(position, position + segment.length)
         position += segment.length
-        if segment.kind == "text":
-            text.append(span)
-            text_before += 0 if video else segment.length
+        if segment.kind == "global":
+            others.append(span)
+            global_before += 0 if grids else segment.length
             continue
         axes = [torch.arange(n) for n in (segment.frames, segment.height, segment.width)]
         cell = torch.cartesian_prod(*axes)
         cell[:, 0] += frame
         frame += segment.frames
-        video.append(span)
+        grids.append(span)
         coordinates.append(cell)
-    if not video:
+    if not grids:
         empty = torch.zeros(1, dtype=torch.int64)
         order = torch.arange(layout.seq_len)
         return TileOrder(order, layout.seq_len, empty, torch.zeros(0, 3).long(), (1, 1, 1), grid)
-    where, place = torch.cat(video), torch.cat(coordinates)
+    where, place = torch.cat(grids), torch.cat(coordinates)
     if isinstance(tile, Curve):
         place, grid, tile = tile.unroll(place, grid), tile.unrolled(grid), tile.tile
         along = (place[:, 0] * grid[2] + place[:, 2]).argsort()
@@ -298,7 +320,7 @@ def tile_order(layout: TokenLayout, tile: Tile) -> TileOrder:
     rank = torch.argsort(tile_id, stable=True)
     sizes = torch.bincount(tile_id)
     sizes = sizes[sizes > 0]
-    words = torch.cat(text) if text else torch.zeros(0, dtype=torch.int64)
-    order = torch.cat([words[:text_before], where[rank], words[text_before:]])
+    rest = torch.cat(others) if others else torch.zeros(0, dtype=torch.int64)
+    order = torch.cat([rest[:global_before], where[rank], rest[global_before:]])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    return TileOrder(order, text_before, offsets, place[rank], size, grid)
+    return TileOrder(order, global_before, offsets, place[rank], size, grid)

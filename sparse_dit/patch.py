@@ -164,9 +164,8 @@ def _targets(pipe: Any, found: dict[str, nn.Module], plan: Plan) -> dict[str, nn
 
 def _check(name: str, transformer: nn.Module, plan: Plan) -> None:
     """Raise PlanError unless the plan was made for a transformer like this one."""
-    from .integrations.diffusers import heads_of, self_attention_layers
+    from .integrations.diffusers import heads_of
 
-    num_heads, head_dim = heads_of(transformer)
     config: Any = transformer.config
     planned = plan.components[name].model_class
     kinds = [cls.__name__ for cls in type(transformer).__mro__]
@@ -174,7 +173,5 @@ def _check(name: str, transformer: nn.Module, plan: Plan) -> None:
         name,
         model_class=planned if planned in kinds else kinds[0],
         config_hash=config_hash(config),
-        num_heads=num_heads,
-        head_dim=head_dim,
-        layer_names=self_attention_layers(transformer),
+        heads=heads_of(transformer),
     )

@@ -162,10 +162,9 @@ class Runtime:
             return "the forward's arguments don't tell the token grid"
         if layout.seq_len != tokens:
             return f"attention over {tokens} tokens, but the grid {layout} has {layout.seq_len}"
-        if call.q.shape[2] != self.plan.num_heads:
-            return (
-                f"{call.q.shape[2]} heads in this process, but the plan has {self.plan.num_heads}"
-            )
+        num_heads, _ = self.plan.heads[call.layer]
+        if call.q.shape[2] != num_heads:
+            return f"{call.q.shape[2]} heads in this process, but the plan has {num_heads}"
         if tokens < least:
             return f"{tokens} tokens are below the break-even of {least}"
         if most is not None and tokens > most:

@@ -75,7 +75,7 @@ class Summary:
             dense = [f"{calls} ({reason})" for reason, calls in row.dense_calls.items()]
             cells = (str(row.layers), str(row.sparse_calls), "\n".join(dense) or "0")
             table.add_row(row.component, row.stage, *cells, _share(row.density))
-        console = Console(file=io.StringIO(), width=110, color_system=None, highlight=False)
+        console = Console(file=io.StringIO(), width=120, color_system=None, highlight=False)
         console.print(table)
         console.print(*self._notes(), sep="\n", markup=False, soft_wrap=True)
         return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
@@ -154,7 +154,7 @@ def _lengths(plan: Plan) -> set[int]:
     """Tokens that layers saw where the plan was made: all, or the video alone."""
     layouts = [part.layout for part in plan.components.values()]
     return {layout.seq_len for layout in layouts} | {
-        layout.num_video for layout in layouts if layout.num_video
+        layout.num_grid for layout in layouts if layout.num_grid
     }
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .layout import TokenLayout
     from .models import SupportedModel
     from .patterns import Pattern
-    from .plan import Plan
+    from .plan import ComponentPlan, Plan
     from .search.front import Front
 
 out = Console(width=None if sys.stdout.isatty() else 120)
@@ -35,7 +35,7 @@ def show_plan(plan: Plan) -> None:
     for name, part in plan.components.items():
         low, high = part.valid_tokens
         out.print(
-            f"{name}: {part.model_class}, {len(part.layers)} layers of {part.num_heads} heads, "
+            f"{name}: {part.model_class}, {len(part.layers)} layers of {_heads(part)} heads, "
             f"made at {part.layout}; sparse from {low} tokens{f' to {high}' if high else ''}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -44,6 +44,11 @@ def show_plan(plan: Plan) -> None:
     for line in evidence_lines(plan):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     out.print(_stage_table(plan))
+
+
+def _heads(part: ComponentPlan) -> str:
+    """The number of heads of a layer; several if layers differ."""
+    return " or ".join(map(str, sorted({num_heads for num_heads, _ in part.heads.values()})))
 
 
 def show_models(models: Sequence[SupportedModel]) -> None:
@@ -59,7 +64,15 @@ def _stage_table(plan: Plan) -> Table:
     from .plan import summary_rows
 
     table = Table(
-        "component", "sigma", "branch", "steps", "heads", "density", "patterns", "error", "largest"
+        "component",
+        "progress",
+        "branch",
+        "steps",
+        "heads",
+        "density",
+        "patterns",
+        "error",
+        "largest",
     )
     densities = _Densities()
     for row in summary_rows(plan):
@@ -69,7 +82,7 @@ def _stage_table(plan: Plan) -> Table:
         patterns = ", ".join(f"{name} {count}" for name, count in row["patterns"].items())
         errors = ["-" if row[k] is None else f"{row[k]:.3f}" for k in ("error", "max_error")]
         table.add_row(
-            row["component"], row["sigma"], row["branch"], _share_of_steps(plan, row),
+            row["component"], row["progress"], row["branch"], _share_of_steps(plan, row),
             str(row["heads"]), f"{sum(density) / len(density):.3f}" if density else "-", patterns,
             *errors,
         )  # fmt: skip

@@ -74,7 +74,9 @@ LAYOUTS = [
     TokenLayout.video(3, 5, 7, text_before=6),
     TokenLayout.video(2, 3, 5, text_after=9),
     TokenLayout.video(1, 6, 5, text_before=3, text_after=70),
-    TokenLayout((Segment.video(1, 3, 4), Segment.text(2), Segment.video(2, 3, 4), Segment.text(1))),
+    TokenLayout(
+        (Segment.grid(1, 3, 4), Segment.global_(2), Segment.grid(2, 3, 4), Segment.global_(1))
+    ),
     TokenLayout.video(1, 1, 1),
-    TokenLayout((Segment.text(11),)),
+    TokenLayout((Segment.global_(11),)),
 ]

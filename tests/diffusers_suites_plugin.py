@@ -21,7 +21,7 @@ import pytest
 from torch import nn
 
 import sparse_dit
-from sparse_dit.integrations.diffusers import heads_of, self_attention_layers
+from sparse_dit.integrations.diffusers import heads_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import Handle
 from sparse_dit.patterns import Dense, Pattern
@@ -38,16 +38,14 @@ _calls: Counter[str] = Counter()  # attention calls by the reason that they ran 
 
 def dense_plan(transformer: Any) -> Plan:
     """A plan that names every self-attention layer of a transformer, and all heads dense."""
-    num_heads, head_dim = heads_of(transformer)
-    heads = ((HeadChoice(Pattern(Dense())),) * num_heads,)
+    heads, dense = heads_of(transformer), HeadChoice(Pattern(Dense()))
     part = ComponentPlan(
         model_class=type(transformer).__name__,
         config_hash=config_hash(transformer.config),
-        num_heads=num_heads,
-        head_dim=head_dim,
+        heads=heads,
         layout=TokenLayout.video(1, 2, 2),
         stages=(Stage(1.0, 0.0),),
-        layers=dict.fromkeys(self_attention_layers(transformer), heads),
+        layers={layer: ((dense,) * num_heads,) for layer, (num_heads, _) in heads.items()},
     )
     return Plan("Pipeline", {"transformer": part}, 1.0)
 

@@ -16,7 +16,7 @@ from sparse_dit.eval.runs import Recorded
 from sparse_dit.eval.sizes import SizeRow
 from sparse_dit.eval.teacher import TeacherForced
 from sparse_dit.generation import Case, GenerationSettings
-from sparse_dit.integrations.diffusers import components, self_attention_layers
+from sparse_dit.integrations.diffusers import components, heads_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
@@ -30,15 +30,14 @@ def uniform_plan(pipe: Any, pattern: Pattern, layout: TokenLayout) -> Plan:
     """Every head of every layer runs `pattern` below sigma .95."""
     parts = {}
     for name, part in components(pipe).items():
-        heads = (HeadChoice(pattern, 0.1),) * part.config.num_attention_heads
+        heads, choice = heads_of(part), HeadChoice(pattern, 0.1)
         parts[name] = ComponentPlan(
             model_class=type(part).__name__,
             config_hash=config_hash(part.config),
-            num_heads=part.config.num_attention_heads,
-            head_dim=part.config.attention_head_dim,
+            heads=heads,
             layout=layout,
             stages=(Stage(0.95, 0.0),),
-            layers=dict.fromkeys(self_attention_layers(part), (heads,)),
+            layers={layer: ((choice,) * num_heads,) for layer, (num_heads, _) in heads.items()},
         )
     return Plan(type(pipe).__name__, parts, density=0.5, forecast={"speedup": 1.5})
 
@@ -55,8 +54,7 @@ def made_up_plan(layers: int = 2) -> Plan:
     component = ComponentPlan(
         model_class="WanTransformer3DModel",
         config_hash="0" * 64,
-        num_heads=4,
-        head_dim=64,
+        heads={f"blocks.{i}.attn1": (4, 64) for i in range(layers)},
         layout=TokenLayout.video(8, 16, 16),
         stages=(Stage(1.0, 0.9), Stage(0.9, 0.0)),
         layers={f"blocks.{i}.attn1": (dense, sparse) for i in range(layers)},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_dit.integrations.diffusers import components, heads_of, self_attention_layers
+from sparse_dit.integrations.diffusers import components, heads_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Dense, Pattern, Window
@@ -22,17 +22,14 @@ NAMES = ("hunyuan_video", "wan", "qwen", "sd3", "zimage", "hunyuan_image", "huny
 def plan_for(host, pattern):
     parts = {}
     for name, transformer in components(host).items():
-        num_heads, head_dim = heads_of(transformer)
-        layers = self_attention_layers(transformer)
-        heads = (HeadChoice(pattern),) * num_heads
+        heads, choice = heads_of(transformer), HeadChoice(pattern)
         parts[name] = ComponentPlan(
             model_class=type(transformer).__name__,
             config_hash=config_hash(transformer.config),
-            num_heads=num_heads,
-            head_dim=head_dim,
+            heads=heads,
             layout=TokenLayout.video(2, 2, 2),
             stages=(Stage(1.0, 0.0),),
-            layers=dict.fromkeys(layers, (heads,)),
+            layers={layer: ((choice,) * num_heads,) for layer, (num_heads, _) in heads.items()},
         )
     return Plan("Pipeline", parts, 0.4)
 

@@ -141,8 +141,8 @@ patterns = st.builds(
     far=st.booleans(),
     sink_frames=st.integers(0, 2),
 )
-videos = st.builds(Segment.video, st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
-texts = st.builds(Segment.text, st.integers(1, 70))
+videos = st.builds(Segment.grid, st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
+texts = st.builds(Segment.global_, st.integers(1, 70))
 layouts = st.builds(
     lambda parts: TokenLayout(tuple(parts)), st.lists(videos | texts, min_size=1, max_size=3)
 )

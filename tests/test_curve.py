@@ -27,8 +27,10 @@ LAYOUTS = [
     TokenLayout.video(3, 5, 7, text_before=6, text_after=2),
     TokenLayout.video(1, 1, 1),
     TokenLayout.video(1, 6, 5),
-    TokenLayout((Segment.video(1, 3, 4), Segment.text(2), Segment.video(2, 4, 2), Segment.text(1))),
-    TokenLayout((Segment.text(11),)),
+    TokenLayout(
+        (Segment.grid(1, 3, 4), Segment.global_(2), Segment.grid(2, 4, 2), Segment.global_(1))
+    ),
+    TokenLayout((Segment.global_(11),)),
 ]
 
 
@@ -92,12 +94,12 @@ def test_the_curve_does_not_change():
 def test_order_is_a_permutation_along_the_curve(layout, curve):
     order = tile_order(layout, curve)
     assert order.order.sort().values.tolist() == list(range(layout.seq_len))
-    assert order.tile_offsets[-1] == layout.num_video
+    assert order.tile_offsets[-1] == layout.num_grid
     size = torch.tensor(order.tile)
     ids = [tuple(row) for row in (order.coordinates // size).tolist()]
     assert len(set(ids)) == len(order.tile_offsets) - 1
     assert ids == sorted(ids)
-    if layout.num_video == layout.seq_len and curve == Curve("video", None):
+    if layout.num_grid == layout.seq_len and curve == Curve("video", None):
         assert torch.equal(order.order, curve_path(layout.grid))
 
 
@@ -140,7 +142,7 @@ def test_attention_along_a_curve_is_that_of_its_mask(curve, shape):
         torch.arange(len(order.tile_offsets) - 1), order.tile_offsets.diff()
     )
     mask = torch.ones(110, 110, dtype=torch.bool)
-    video = order.order[3 : 3 + layout.num_video]
+    video = order.order[3 : 3 + layout.num_grid]
     seen = seen_cells(pattern, order)[tokens][:, tokens]
     mask[video[:, None], video] = seen
     q, k, v = torch.randn(3, 1, 1, 110, 8, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ from sparse_dit.attention import sparse_attention
 from sparse_dit.eval.heads import head_quality
 from sparse_dit.generation import Case, GenerationSettings, generate
 from sparse_dit.index import build_index
-from sparse_dit.integrations.diffusers import attach, components, self_attention_layers
+from sparse_dit.integrations.diffusers import attach, components, heads_of
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from tests.tiny_pipelines import wan
@@ -30,16 +30,14 @@ def plan_with(pipe, pattern):
     attachment = attach(module, look)
     generate(pipe, CASE, SETTINGS)
     attachment.detach()
-    heads = config.num_attention_heads
-    rows = ((HeadChoice(pattern),) * heads,)
+    heads, rows = heads_of(module), ((HeadChoice(pattern),) * config.num_attention_heads,)
     part = ComponentPlan(
         type(module).__name__,
         config_hash(config),
         heads,
-        config.attention_head_dim,
         layouts[0],
         (Stage(1.0, 0.0),),
-        dict.fromkeys(self_attention_layers(module), rows),
+        dict.fromkeys(heads, rows),
     )
     return Plan(type(pipe).__name__, {"transformer": part}, 0.5)
 

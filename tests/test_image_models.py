@@ -131,17 +131,14 @@ def nothing_stays_patched(request):
 
 
 def plan_for(transformer, pattern):
-    num_heads, head_dim = heads_of(transformer)
+    heads = heads_of(transformer)
     part = ComponentPlan(
         layout=TokenLayout.video(1, 2, 2),
         stages=(Stage(1.0, 0.0),),
-        layers={
-            n: ((HeadChoice(pattern),) * num_heads,) for n in self_attention_layers(transformer)
-        },
+        layers={n: ((HeadChoice(pattern),) * num_heads,) for n, (num_heads, _) in heads.items()},
         model_class=type(transformer).__name__,
         config_hash=config_hash(transformer.config),
-        num_heads=num_heads,
-        head_dim=head_dim,
+        heads=heads,
     )
     return Plan("Pipeline", {"transformer": part}, 0.4)
 
@@ -199,9 +196,9 @@ def test_layers_layouts_heads_and_noise_levels(name, several):
     for number, c in enumerate(recorder.calls):
         step, forward = divmod(number // len(layers), len(layouts))
         want = layouts[forward]
-        assert c.context.layout == (want.without_text() if c.layer.endswith(".attn2") else want)
+        assert c.context.layout == (want.without_global() if c.layer.endswith(".attn2") else want)
         assert c.q.shape[1] == c.context.layout.seq_len
-        assert c.q.shape[2:] == heads_of(pipe.transformer)
+        assert c.q.shape[2:] == heads_of(pipe.transformer)[c.layer]
         assert c.context.sigma == pytest.approx(SIGMAS[name][step], abs=1e-4)
         assert c.context.branch == (("cond", "uncond")[forward] if name in TWO_CALLS else "any")
         assert (c.context.run, c.context.step) == (0, step)
@@ -294,10 +291,8 @@ def _flux2_inputs(images=(), tokens=16):
 def test_reference_images_of_flux2_are_tokens_that_all_see():
     pipe, _, _ = _built("flux2")
     _, calls = forward(pipe.transformer, **_flux2_inputs([(2, 3), (4, 4)]))
-    text, others = Segment.text(16), Segment.text(6 + 16)
-    assert {c.context.layout for c in calls} == {
-        TokenLayout((text, Segment.video(1, 4, 6), others))
-    }
+    text, others = Segment.global_(16), Segment.global_(6 + 16)
+    assert {c.context.layout for c in calls} == {TokenLayout((text, Segment.grid(1, 4, 6), others))}
     assert {c.q.shape[1] for c in calls} == {16 + 24 + 22}
     assert {c.context.sigma for c in calls} == {0.25}
 
@@ -311,8 +306,8 @@ def test_flux2_with_an_image_to_edit_in_its_pipeline(monkeypatch):
     attachment = attach(pipe.transformer, recorder)
     assert torch.equal(generate(pipe, call, image=image), stock)
     attachment.detach()
-    text, others = Segment.text(16), Segment.text(8 * 6)
-    want = TokenLayout((text, Segment.video(1, 8, 8), others))
+    text, others = Segment.global_(16), Segment.global_(8 * 6)
+    want = TokenLayout((text, Segment.grid(1, 8, 8), others))
     assert {c.context.layout for c in recorder.calls} == {want}
     sparse, _ = run_sparse(pipe, {**call, "image": image}, NARROW)
     assert 0 < drift(sparse, stock) < 0.3
@@ -398,12 +393,12 @@ def _qwen_inputs(shapes, mask=None):
 def test_edited_images_of_qwen_are_tokens_that_all_see(monkeypatch):
     pipe, _, _ = _built("qwen")
     shapes = [[(1, 6, 8), (1, 4, 4), (1, 2, 5)]] * 2
-    image, others = Segment.video(1, 6, 8), (Segment.text(16), Segment.text(10))
+    image, others = Segment.grid(1, 6, 8), (Segment.global_(16), Segment.global_(10))
     _, calls = forward(pipe.transformer, **_qwen_inputs(shapes))
-    assert {c.context.layout for c in calls} == {TokenLayout((Segment.text(5), image, *others))}
+    assert {c.context.layout for c in calls} == {TokenLayout((Segment.global_(5), image, *others))}
     inputs = _qwen_inputs(shapes, torch.arange(5) < torch.tensor([[5], [2]]))
     stock, calls = forward(pipe.transformer, **inputs)
-    assert {c.context.layout for c in calls} == {TokenLayout((image, Segment.text(5 + 26)))}
+    assert {c.context.layout for c in calls} == {TokenLayout((image, Segment.global_(5 + 26)))}
     assert {tuple(c.kv_len.tolist()) for c in calls} == {(79, 76)}
     monkeypatch.setattr(SparseIndex, "is_dense", False)
     with patch(pipe.transformer, plan_for(pipe.transformer, WIDE)) as handle, torch.no_grad():
@@ -605,22 +600,22 @@ BARE_LAYERS = dict.fromkeys(("longcat", "ovis", "bria", "bria_fibo"), JOINT) | {
     "dit": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
     "hunyuan_dit": ["blocks.0.attn1", "blocks.1.attn1"],
 }
-_IMAGE = Segment.video(1, 4, 6)
+_IMAGE = Segment.grid(1, 4, 6)
 _TEXT_FIRST, _IMAGE_FIRST = (
-    TokenLayout((Segment.text(7), _IMAGE)),
-    TokenLayout((_IMAGE, Segment.text(7))),
+    TokenLayout((Segment.global_(7), _IMAGE)),
+    TokenLayout((_IMAGE, Segment.global_(7))),
 )
 BARE_LAYOUT = {
-    "longcat": TokenLayout((Segment.text(7), _IMAGE, Segment.text(10))),
+    "longcat": TokenLayout((Segment.global_(7), _IMAGE, Segment.global_(10))),
     "ovis": _TEXT_FIRST,
     "bria": _TEXT_FIRST,
     "bria_fibo": _IMAGE_FIRST,
     "krea2": _IMAGE_FIRST,
-    "auraflow": TokenLayout((Segment.text(15), _IMAGE)),
+    "auraflow": TokenLayout((Segment.global_(15), _IMAGE)),
     "cogview3": _TEXT_FIRST,
     "glm": _TEXT_FIRST,
     "ernie": _IMAGE_FIRST,
-    "flux3": TokenLayout((Segment.text(7), _IMAGE, Segment.text(10))),
+    "flux3": TokenLayout((Segment.global_(7), _IMAGE, Segment.global_(10))),
     "dit": TokenLayout((_IMAGE,)),
     "hunyuan_dit": TokenLayout((_IMAGE,)),
 }
@@ -643,10 +638,10 @@ def test_bare_transformers_are_told_so_and_bit_equal_through_the_seam(bare):
     assert [c.layer for c in calls] == BARE_LAYERS[bare]
     for c in calls:
         alone = c.layer.startswith("mode_blocks")
-        layout = BARE_LAYOUT[bare].without_text() if alone else BARE_LAYOUT[bare]
+        layout = BARE_LAYOUT[bare].without_global() if alone else BARE_LAYOUT[bare]
         assert c.context.layout == layout
         assert c.context.sigma == 0.25
-        assert c.q.shape[1:] == (layout.seq_len, *heads_of(transformer))
+        assert c.q.shape[1:] == (layout.seq_len, *heads_of(transformer)[c.layer])
         assert c.unsupported is None
     padded = bare in ("bria_fibo", "krea2", "ernie")
     assert {tuple(c.kv_len.tolist()) if padded else c.kv_len for c in calls} == {

@@ -23,14 +23,14 @@ from tests.cases import LAYOUTS, PATTERN_CASES
 def expected_masks(pattern, layout):
     """The token masks that a pattern must give: cells seen by tiles, text by and of everyone."""
     n = layout.seq_len
-    if pattern.is_dense or not layout.num_video:
+    if pattern.is_dense or not layout.num_grid:
         return torch.ones(n, n, dtype=torch.bool), None
     order = tile_order(layout, pattern.tile)
     seen = seen_cells(pattern, order)
     cells = order.cell_offsets(pattern.cell)
     tile = torch.repeat_interleave(torch.arange(seen.shape[0]), order.tile_offsets.diff())
     cell = torch.repeat_interleave(torch.arange(seen.shape[1]), cells.diff())
-    video = order.order[order.text_before : order.text_before + layout.num_video]
+    video = order.order[order.global_before : order.global_before + layout.num_grid]
     exact = torch.ones(n, n, dtype=torch.bool)
     exact[video[:, None], video] = seen[tile][:, cell]
     pooled = torch.zeros(n, seen.shape[1], dtype=torch.bool)

@@ -10,8 +10,8 @@ from tests.cases import LAYOUTS
 def test_tile_order_is_a_permutation_with_contiguous_tiles(layout, tile):
     order = tile_order(layout, tile)
     assert order.order.sort().values.tolist() == list(range(layout.seq_len))
-    assert order.tile_offsets[-1] == layout.num_video
-    assert order.text_before + layout.num_video <= layout.seq_len
+    assert order.tile_offsets[-1] == layout.num_grid
+    assert order.global_before + layout.num_grid <= layout.seq_len
     size = torch.tensor(order.tile)
     ids = [tuple(row) for row in (order.coordinates // size).tolist()]
     changes = [i for i in range(1, len(ids)) if ids[i] != ids[i - 1]]
@@ -29,7 +29,7 @@ def test_full_width_tiles_keep_raster_order_and_long_tiles_are_pixel_major():
 
 def test_text_between_frames_is_sorted_behind_the_video():
     layout = TokenLayout(
-        (Segment.text(2), Segment.video(1, 1, 2), Segment.text(1), Segment.video(1, 1, 2))
+        (Segment.global_(2), Segment.grid(1, 1, 2), Segment.global_(1), Segment.grid(1, 1, 2))
     )
     assert tile_order(layout, (1, 1, 2)).order.tolist() == [0, 1, 2, 3, 5, 6, 4]
     assert layout.grid == (2, 1, 2)
@@ -61,15 +61,15 @@ def test_round_trip(layout):
         (3, "a layout must be"),
         ({"segments": 3}, "segments must be a list"),
         ({"segments": []}, "at least one segment"),
-        ({"segments": [["text"]]}, "a segment must be"),
+        ({"segments": [["global"]]}, "a segment must be"),
         ({"segments": [["audio", 3]]}, "a segment must be"),
-        ({"segments": [[["text"], 3]]}, "a segment must be"),
-        ({"segments": [["text", True]]}, "sizes must be ints"),
-        ({"segments": [["text", 0]]}, "sizes must be ints"),
-        ({"segments": [["video", 10**9, 10**9, 10**9]]}, "sizes must be ints"),
-        ({"segments": [["video", 4096, 4096, 4096]]}, "must hold 1 to"),
-        ({"segments": [["video", 2, 2.0, 2]]}, "sizes must be ints"),
-        ({"segments": [["text", 1]], "x": 1}, "a layout must be"),
+        ({"segments": [[["global"], 3]]}, "a segment must be"),
+        ({"segments": [["global", True]]}, "sizes must be ints"),
+        ({"segments": [["global", 0]]}, "sizes must be ints"),
+        ({"segments": [["grid", 10**9, 10**9, 10**9]]}, "sizes must be ints"),
+        ({"segments": [["grid", 4096, 4096, 4096]]}, "must hold 1 to"),
+        ({"segments": [["grid", 2, 2.0, 2]]}, "sizes must be ints"),
+        ({"segments": [["global", 1]], "x": 1}, "a layout must be"),
     ],
 )
 def test_bad_layouts(data, match):
@@ -80,8 +80,8 @@ def test_bad_layouts(data, match):
 
 def test_bad_segments():
     with pytest.raises(ValueError, match="can't have 7 tokens"):
-        Segment("video", 7, 1, 2, 3)
-    with pytest.raises(ValueError, match="'text' or 'video'"):
+        Segment("grid", 7, 1, 2, 3)
+    with pytest.raises(ValueError, match="'global' or 'grid'"):
         Segment("audio", 7)
     with pytest.raises(ValueError, match="ints >= 0"):
-        Segment.text(-1)
+        Segment.global_(-1)

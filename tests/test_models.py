@@ -95,7 +95,9 @@ def test_an_unknown_class_is_patched_once_its_layout_is_given(unknown):
     head = HeadChoice(Pattern(Window(frames=0, rows=1, columns=1), tile=(1, 2, 2)))
     layers = {f"blocks.{n}.attn1": ((head, head),) for n in range(2)}
     digest, layout = config_hash(pipe.transformer.config), TokenLayout.video(5, 4, 4)
-    part = ComponentPlan("Unknown3DModel", digest, 2, 24, layout, (Stage(1.0, 0.0),), layers)
+    part = ComponentPlan(
+        "Unknown3DModel", digest, dict.fromkeys(layers, (2, 24)), layout, (Stage(1.0, 0.0),), layers
+    )
     plan = Plan("WanPipeline", {"transformer": part}, 0.5)
     with pytest.raises(NotImplementedError, match="add_model"):
         sparse_dit.patch(pipe, plan)

@@ -84,7 +84,7 @@ def test_cells_are_cut_where_chunks_end():
     pooled = sum(int(part.group_cells.sum()) for part in parts)
     assert pooled >= int(entry.group_cells.sum())
     keys = sum((part.far.cell_offsets[-1] - part.far.cell_offsets[0]).item() for part in parts)
-    assert keys == LAYOUT.num_video
+    assert keys == LAYOUT.num_grid
 
 
 @pytest.mark.parametrize("far", [False, True])

@@ -9,7 +9,7 @@ import torch
 
 from sparse_dit.index import SparseIndex
 from sparse_dit.integrations import diffusers as seam
-from sparse_dit.integrations.diffusers import components, self_attention_layers
+from sparse_dit.integrations.diffusers import components, heads_of, self_attention_layers
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch, unpatch
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
@@ -43,21 +43,18 @@ def plan_for(pipe, *patterns, stages=WHOLE, layers=None, **fields):
     parts = {}
     for name, transformer in components(pipe).items():
         config = transformer.config
-        heads = tuple(
-            HeadChoice(patterns[h % len(patterns)]) for h in range(config.num_attention_heads)
-        )
+        sizes = heads_of(transformer)
+        names, size = layers or list(sizes), next(iter(sizes.values()))
+        heads = tuple(HeadChoice(patterns[h % len(patterns)]) for h in range(size[0]))
         facts = {
             "model_class": type(transformer).__name__,
             "config_hash": config_hash(config),
-            "num_heads": config.num_attention_heads,
-            "head_dim": config.attention_head_dim,
+            "heads": dict.fromkeys(names, size),
         }
         parts[name] = ComponentPlan(
             layout=TokenLayout.video(2, 2, 2),
             stages=tuple(stages),
-            layers={
-                n: (heads,) * len(stages) for n in layers or self_attention_layers(transformer)
-            },
+            layers={n: (heads,) * len(stages) for n in names},
             **(facts | fields),
         )
     return Plan(type(pipe).__name__, parts, 0.4, forecast={"speedup": 1.5})
@@ -189,12 +186,12 @@ def test_stages_branches_and_layers_outside_the_plan_run_stock_and_the_summary_s
     high, low, outside = summary.stages
     # 4 forwards: high cond, high uncond, low cond, low uncond; 2 layers in each
     assert (high.stage, high.sparse_calls, high.dense_calls) == (
-        "sigma 1 to 0.5, cond",
+        "progress 1 to 0.5, cond",
         1,
         {NOT_NAMED: 1},
     )
     assert (low.stage, low.sparse_calls, low.dense_calls) == (
-        "sigma 0.5 to 0, uncond",
+        "progress 0.5 to 0, uncond",
         1,
         {NOT_NAMED: 1},
     )
@@ -222,7 +219,7 @@ def test_the_summary_prints_what_ran():
         generate(pipe, call)
     text = str(handle.summary())
     assert f"4 ({NOT_COVERED})" in text.replace("\n", " ")
-    assert "sigma 1 to 0.5" in text
+    assert "progress 1 to 0.5" in text
     assert "ran 4 sparse and 4 dense attention calls" in text
     assert "forecast at 8 tokens, where it was calibrated (80 tokens ran): speedup 1.5" in text
     assert "no longer patched" not in text
@@ -454,7 +451,10 @@ def _other(pipe, **fields):
             {"model_class": "FluxTransformer2DModel"},
             "class must be FluxTransformer2DModel.*got Wan",
         ),
-        ({"head_dim": 32}, "head_dim must be 32 as in the plan, got 24"),
+        (
+            {"heads": {f"blocks.{i}.attn1": (2, 32) for i in range(2)}},
+            "head_dim must be 32 as in the plan, got 24",
+        ),
         ({"layers": ["blocks.30.attn1"]}, "layers must be in the model.*'blocks.30.attn1'"),
         ({"layers": ["blocks.0.attn2"]}, "layers must be in the model.*'blocks.0.attn2'"),
         ({"config_hash": "1" * 64}, "config_hash must be 111111111111.* as in the plan, got"),
@@ -550,7 +550,7 @@ def test_a_plan_for_one_branch_on_forwards_of_both_runs_dense_and_says_so(caplog
     with patch(pipe, plan_for(pipe, NARROW, stages=one)) as handle:
         generate(pipe, call)  # noise levels 0.5 and 0
     ran = {s.stage: (s.sparse_calls, s.dense_calls) for s in handle.summary().stages}
-    assert ran["sigma 1 to 0.4"] == (2, {})
+    assert ran["progress 1 to 0.4"] == (2, {})
     assert ran["outside"] == (0, {UNKNOWN_BRANCH: 2})
 
 

@@ -9,7 +9,7 @@ from sparse_dit.layout import Boxes, TokenLayout, tile_order
 from sparse_dit.patterns import PATTERNS, Blocks, Pattern, Stencil, Stripe, Union, Vertical, Window
 from tests.cases import PATTERN_CASES, SHAPES
 
-GRIDS = [TokenLayout.video(4, 4, 4), TokenLayout.video(3, 5, 7), TokenLayout.video(1, 6, 5)]
+GRIDS = [TokenLayout.video(*grid) for grid in ((4, 4, 4), (3, 5, 7), (1, 6, 5), (1, 1, 70))]
 
 
 def test_every_pattern_has_a_test_case():

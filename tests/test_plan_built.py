@@ -27,12 +27,17 @@ from sparse_dit.plan import (
 from sparse_dit.resources import shipped
 from tests.plan_cases import DENSE, HASH, NEAR, assert_refused, component, small
 
+FIRST = "blocks.0.attn1"
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_heads": True}, "num_heads must be an integer from 1 to 1024, got True"),
-        ({"head_dim": 0}, "head_dim must be an integer"),
+        ({"heads": {FIRST: (True, 8)}}, "num_heads must be an integer from 1 to 1024, got True"),
+        ({"heads": {FIRST: (2, 0)}}, 'heads."blocks.0.attn1": head_dim must be an integer'),
+        ({"heads": {}}, 'heads."blocks.0.attn1": must be there as in layers'),
+        ({"kind": "vae"}, "kind must be one of ('diffusion_transformer', 'language_model')"),
+        ({"stages": (Stage(1.0, 0.0, phase="prefill"),)}, "only those of a language_model have a"),
         ({"model_class": "a b"}, "model_class: must match"),
         ({"config_hash": HASH + "\n"}, "config_hash: must match"),
         ({"stages": ()}, "stages: must be 1 to 256, got 0"),
@@ -40,7 +45,7 @@ from tests.plan_cases import DENSE, HASH, NEAR, assert_refused, component, small
         ({"stages": (Stage(0.5, 0.0), Stage(1.0, 0.5))}, "must be ordered from high to low"),
         ({"stages": (Stage(1.0, 0.5), Stage(0.6, 0.0))}, "must not overlap"),
         ({"stages": (Stage(1.0, 0.0), Stage(1.0, 0.5, "cond"))}, "must not overlap"),
-        ({"num_heads": 3}, 'layers."blocks.0.attn1"[0]: must have 3 heads, got 2'),
+        ({"heads": {FIRST: (3, 24)}}, 'layers."blocks.0.attn1"[0]: must have 3 heads, got 2'),
         ({"layers": {"a b": ()}}, "layers: must match"),
         ({"valid_tokens": (8, 4)}, "valid_tokens: the maximum must be >= the minimum, got 8 and 4"),
         ({"valid_tokens": (-1, None)}, "valid_tokens: the minimum must be an integer from 0"),
@@ -55,10 +60,11 @@ def test_a_wrong_component_cannot_be_built(changes, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Stage(0.5, 0.5), "0 <= sigma_min < sigma_max <= 1"),
-        (lambda: Stage(float("nan"), 0.0), "sigma_max must be a finite number, got nan"),
-        (lambda: Stage(True, 0.0), "sigma_max must be a finite number, got True"),
+        (lambda: Stage(0.5, 0.5), "0 <= progress_min < progress_max <= 1"),
+        (lambda: Stage(float("nan"), 0.0), "progress_max must be a finite number, got nan"),
+        (lambda: Stage(True, 0.0), "progress_max must be a finite number, got True"),
         (lambda: Stage(1.0, 0.0, "both"), "branch must be one of"),
+        (lambda: Stage(1.0, 0.0, phase="both"), "phase must be one of"),
         (lambda: HeadChoice(DENSE, error=-1.0), "error must be >= 0, got -1.0"),
         (lambda: HeadChoice(DENSE, error=float("inf")), "error must be a finite number"),
         (lambda: HeadChoice(DENSE, runner_up_error=0.5), "must be None without a runner_up"),
@@ -96,12 +102,12 @@ def test_diff_says_what_changed():
             "blocks.0.attn1": (tuple([HeadChoice(NEAR)] * 2), heads[1]),
             "blocks.1.attn1": heads,
         },
-        head_dim=32,
+        heads=dict.fromkeys((FIRST, "blocks.1.attn1"), (2, 32)),
     )
     assert diff(small(), small(components={"transformer": new}, density=0.25, cost={"a": 1})) == [
         "density: 0.5 -> 0.25",
-        "transformer: head_dim: 24 -> 32",
-        "transformer: blocks.0.attn1 (sigma 1 to 0.5) heads 0-1: dense -> window(frames=1, far=true)",
+        "transformer: heads of 1 layers: 2 of 24 channels -> 2 of 32",
+        "transformer: blocks.0.attn1 (progress 1 to 0.5) heads 0-1: dense -> window(frames=1, far=true)",
         "transformer: blocks.1.attn1: added",
         "cost: differs in a",
     ]
@@ -118,11 +124,11 @@ def test_diff_of_stages_evidence_and_long_patterns():
     def lines(a: Plan, b: Plan) -> str:
         return "\n".join(diff(a, b))
 
-    assert "stage (sigma 0.5 to 0): removed" in lines(small(), plan(*one.layers["a"][0]))
+    assert "stage (progress 0.5 to 0): removed" in lines(small(), plan(*one.layers["a"][0]))
     changed = lines(
         plan(*one.layers["a"][0]), plan(HeadChoice(DENSE, 0.25), HeadChoice(DENSE, 0.5))
     )
-    assert changed == "transformer: a (sigma 1 to 0) head 0: evidence differs"
+    assert changed == "transformer: a (progress 1 to 0) head 0: evidence differs"
     line = lines(plan(*[HeadChoice(long[0])] * 2), plan(*[HeadChoice(long[1])] * 2))
     before, after = line.split(" -> ")
     assert before.split("heads 0-1: ")[1] != after and len(line) < 300
@@ -150,14 +156,14 @@ def test_merge_refuses_what_contradicts():
     ):
         merge(small(), small(pipeline_class="LTXPipeline"))
     with pytest.raises(PlanError, match="two disagree on 'transformer'; leave one of them out"):
-        merge(small(), small(components={"transformer": component(head_dim=32)}))
+        merge(small(), small(components={"transformer": component(heads={FIRST: (2, 32)})}))
 
 
 def test_summary_rows():
     first, second = summary_rows(small())
     assert first["patterns"] == {"dense": 2} and first["error"] is None
     assert second["patterns"] == {"window+far": 1, "dense": 1}
-    assert (second["sigma"], second["error"], second["max_error"]) == ("0.5 to 0", 0.125, 0.125)
+    assert (second["progress"], second["error"], second["max_error"]) == ("0.5 to 0", 0.125, 0.125)
 
 
 # --- the model it is for
@@ -166,9 +172,7 @@ def test_summary_rows():
 FACTS: dict[str, Any] = {
     "model_class": "WanTransformer3DModel",
     "config_hash": HASH,
-    "num_heads": 2,
-    "head_dim": 24,
-    "layer_names": ["blocks.0.attn1", "blocks.1.attn1"],
+    "heads": {"blocks.0.attn1": (2, 24), "blocks.1.attn1": (2, 24)},
 }
 
 
@@ -176,9 +180,12 @@ FACTS: dict[str, Any] = {
     ("changes", "words"),
     [
         ({"model_class": "LTX"}, "class must be WanTransformer3DModel as in the plan, got LTX"),
-        ({"num_heads": 12}, "number of heads must be 2 as in the plan, got 12"),
-        ({"head_dim": 128}, "head_dim must be 24 as in the plan, got 128"),
-        ({"layer_names": ["blocks.00.attn1"]}, "1 are not, first 'blocks.0.attn1'"),
+        (
+            {"heads": {FIRST: (12, 24)}},
+            "number of heads must be 2 as in the plan, got 12 in blocks.0",
+        ),
+        ({"heads": {FIRST: (2, 128)}}, "head_dim must be 24 as in the plan, got 128"),
+        ({"heads": {"blocks.00.attn1": (2, 24)}}, "1 are not, first 'blocks.0.attn1'"),
         ({"config_hash": "f" * 64}, "config_hash must be 0123456789ab... as in the plan"),
     ],
 )
@@ -187,6 +194,29 @@ def test_another_model_is_refused(changes, words):
     with pytest.raises(PlanError) as caught:
         small().check_model("transformer", **(FACTS | changes))
     assert_refused(str(caught.value), words, "transformer: ", "use a plan made for this")
+
+
+def test_each_layer_is_held_against_its_own_heads():
+    layers = {FIRST: component().layers[FIRST], "b": ((HeadChoice(DENSE),),) * 2}
+    heads = {FIRST: (2, 24), "b": (1, 48)}
+    plan = small(components={"transformer": component(layers=layers, heads=heads)})
+    plan.check_model("transformer", **(FACTS | {"heads": heads}))
+    with pytest.raises(PlanError, match="head_dim must be 48 as in the plan, got 24 in b;"):
+        plan.check_model("transformer", **(FACTS | {"heads": {**heads, "b": (1, 24)}}))
+
+
+def test_a_plan_for_a_language_model_is_refused():
+    plan = small(components={"transformer": component(kind="language_model")})
+    with pytest.raises(PlanError, match="got one for a language_model, which this version of"):
+        plan.check_model("transformer", **FACTS)
+
+
+def test_stages_of_two_phases_may_overlap_and_of_one_may_not():
+    prefill, decode = (Stage(1.0, 0.0, phase=phase) for phase in ("prefill", "decode"))
+    heads = component().layers[FIRST]
+    component(kind="language_model", stages=(prefill, decode), layers={FIRST: heads})
+    with pytest.raises(PlanError, match=r"stages\[1\]: must not overlap stages\[0\]"):
+        component(kind="language_model", stages=(Stage(1.0, 0.0), prefill), layers={FIRST: heads})
 
 
 def test_another_pipeline_is_refused():

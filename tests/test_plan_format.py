@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparse_dit.layout import TokenLayout
-from sparse_dit.patterns import PATTERNS, Curve, Dense, Pattern, Skip, Stencil, Window
+from sparse_dit.layout import Segment, TokenLayout
+from sparse_dit.patterns import PATTERNS, Curve, Dense, Pattern, Skip, Stencil, Vertical, Window
 from sparse_dit.plan import Plan
-from tests.plan_cases import FINGERPRINT, GOLDEN, GOLDEN_2, component, small
+from sparse_dit.plan.document import render
+from sparse_dit.resources import shipped
+from tests.plan_cases import FINGERPRINT, GOLDEN, GOLDEN_2, GOLDEN_3, before_3, component
 
 
 def test_golden_file_holds_every_pattern():
@@ -20,20 +23,73 @@ def test_golden_file_holds_every_pattern():
     assert {p.name for p in plan.components["transformer"].distinct_patterns} == PATTERNS.keys()
 
 
-def test_golden_file_loads_and_saves_to_the_same_bytes(tmp_path):
-    Plan.load(GOLDEN).save(tmp_path / "plan_v1.json")
-    for name in ("plan_v1.json", "plan_v1.safetensors"):
-        assert (tmp_path / name).read_bytes() == GOLDEN.with_name(name).read_bytes()
+def test_the_golden_file_of_version_3_loads_and_saves_to_the_same_bytes(tmp_path):
+    Plan.load(GOLDEN_3).save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_bytes() == GOLDEN_3.read_bytes()
 
 
-def test_version_2_is_written_where_it_is_needed_alone(tmp_path):
-    plan = Plan.load(GOLDEN_2)
-    assert plan.version == 2 and Plan.load(GOLDEN).version == 1
-    plan.save(tmp_path / "plan_v2.json")
-    assert (tmp_path / "plan_v2.json").read_bytes() == GOLDEN_2.read_bytes()
-    assert small().version == small().to_dict()["version"] == 1
-    later = {**json.loads(GOLDEN.read_bytes()), "version": 2}
-    assert Plan.from_dict(later, Plan.load(GOLDEN).tensors()).version == 1
+@pytest.mark.parametrize(("file", "version"), [(GOLDEN, 1), (GOLDEN_2, 2)])
+def test_a_plan_of_an_old_version_is_saved_in_version_3_and_says_the_same(file, version, tmp_path):
+    plan = Plan.load(file)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path) == plan
+    document = json.loads((tmp_path / "plan.json").read_bytes())
+    assert document["version"] == 3
+    assert render(before_3(document, version)) == file.read_bytes()
+    if plan.tensors():
+        saved = (tmp_path / "plan.safetensors").read_bytes()
+        assert saved == file.with_suffix(".safetensors").read_bytes()
+
+
+SHIPPED = {  # SHA-256 of the file as the version wrote it that the plan was first saved in
+    "cogvideox1.5-5b-geometry": (
+        1,
+        "855bd55111ae89e4b1c467203a70302ee8e6be396cb07e1ba3a7c1bd6c805a01",
+    ),
+    "hunyuanvideo-geometry": (
+        1,
+        "7f1fe242144a95b6ca67b53e1bd9a23b07167d70975fe3b2052faa0d8bfac3e5",
+    ),
+    "ltx-video-2b-geometry": (
+        1,
+        "dd984590499125a12f37fb188dae0a8ec710ddc5fc24a68ddfde9f9a4ac7b439",
+    ),
+    "tiny-wan": (2, "818a70a3e4787745b9df8bfc18eca9417efd45d5403efadeb32d282af68f3e41"),
+    "wan2.1-t2v-1.3b-geometry": (
+        1,
+        "5c3b43b9391bf7e2994db30ea174e31fd2256243ae8a7f8734c31ce18be5e509",
+    ),
+    "wan2.1-t2v-14b-geometry": (
+        1,
+        "61b1e4f3de236c8b76fcea9dc85ff3214371721d7cb0b8020f7b25dc6f5d0131",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_plan_says_what_it_said_in_the_version_it_was_first_saved_in(name):
+    version, digest = SHIPPED[name]
+    document = json.loads((shipped("profiles") / name / "plan.json").read_bytes())
+    assert hashlib.sha256(render(before_3(document, version))).hexdigest() == digest
+
+
+def test_the_golden_file_of_version_3_means_what_it_says():
+    plan = Plan.load(GOLDEN_3)
+    part, model = plan.components.values()
+    assert part.layout == TokenLayout.sequence(2048) and part.kind == "diffusion_transformer"
+    assert part.heads == {"blocks.0.attn1": (3, 24), "blocks.1.attn1": (2, 64)}
+    assert part.stage(0.5, "uncond") == 2
+    assert len(part.patterns("blocks.0.attn1", 0.5, "cond") or ()) == 3
+    first, second = part.layers["blocks.1.attn1"][1]
+    assert first.pattern == Pattern(Stencil(((0, 0, -8, 1), (0, 0, -1, 3))), (1, 1, 64), far=True)
+    assert (
+        first.runner_up
+        == second.pattern
+        == Pattern(Vertical((1, 1, 64), (0, 5, 31)), (1, 1, 64), 16)
+    )
+    assert model.kind == "language_model"
+    assert [stage.phase for stage in model.stages] == ["prefill", "decode"]
+    assert model.layout.segments == (Segment.global_(16), Segment.grid(1, 1, 4080))
 
 
 def test_the_golden_file_of_version_2_means_what_it_says():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,8 +17,9 @@ from safetensors.torch import save as tensors_to_bytes
 from sparse_dit.patterns import Blocks
 from sparse_dit.plan import Plan, PlanError
 from sparse_dit.plan.document import parse
-from tests.plan_cases import GOLDEN, assert_refused, changed, document, small, without
+from tests.plan_cases import GOLDEN, GOLDEN_3, assert_refused, changed, document, small, without
 
+of_3 = functools.partial(changed, file=GOLDEN_3)
 C = ("components", "transformer")
 L0 = (*C, "layers", "blocks.0.attn1")
 L1 = (*C, "layers", "blocks.1.attn1")
@@ -25,10 +27,11 @@ E0 = (*C, "evidence", "blocks.0.attn1")
 IN = "components.transformer"
 BAD_DOCUMENTS = {
     "no version": (without("version"), "version: missing"),
-    "version 3": (changed("version", to=3), "version: must be 1 or 2, got 3"),
-    "version true": (changed("version", to=True), "version: must be 1 or 2, got True"),
-    "version 1.0": (changed("version", to=1.0), "version: must be 1 or 2, got 1.0"),
-    "version text": (changed("version", to="1"), "version: must be 1 or 2, got '1'"),
+    "version 4": (changed("version", to=4), "version: must be 1, 2 or 3, got 4"),
+    "version 1 as 3": (changed("version", to=3), f"{IN}: the key 'kind' is missing; add it"),
+    "version true": (changed("version", to=True), "version: must be 1, 2 or 3, got True"),
+    "version 1.0": (changed("version", to=1.0), "version: must be 1, 2 or 3, got 1.0"),
+    "version text": (changed("version", to="1"), "version: must be 1, 2 or 3, got '1'"),
     "curve in version 1": (
         changed(*C, "patterns", 1, "tile", to={"curve": "frame"}),
         "version: must be 2 for these patterns, got 1",
@@ -133,7 +136,7 @@ BAD_DOCUMENTS = {
     "stage above 1": (changed(*C, "stages", 0, "sigma_max", to=1.5), f"{IN}.stages[0].sigma_max"),
     "stage upside down": (
         changed(*C, "stages", 0, "sigma_min", to=1.0),
-        f"{IN}.stages[0]: a stage must have 0 <= sigma_min < sigma_max <= 1",
+        f"{IN}.stages[0]: a stage must have 0 <= progress_min < progress_max <= 1",
     ),
     "stages overlap": (
         changed(*C, "stages", 0, "sigma_min", to=0.5),
@@ -193,6 +196,55 @@ BAD_DOCUMENTS = {
     "half a character": (changed("provenance", "x", to="\ud800"), "control characters"),
     "long text": (changed("provenance", "x", to="x" * 70_000), "at most 65536 characters"),
 }
+
+
+P0 = (*L0, "patterns")
+BAD_DOCUMENTS |= {
+    f"version 3: {name}": (of_3(*path, **to) if to else without(*path, file=GOLDEN_3), words)
+    for name, path, to, words in [
+        ("as version 2", ("version",), {"to": 2}, f"{IN}: the key 'num_heads' is missing; add it"),
+        ("no kind", (*C, "kind"), {}, f"{IN}: the key 'kind' is missing; add it"),
+        (
+            "unknown kind",
+            (*C, "kind"),
+            {"to": "vae"},
+            f"{IN}.kind: must be 'diffusion_transformer'",
+        ),
+        ("heads of all", (*C, "num_heads"), {"to": 3}, f"{IN}: unknown key 'num_heads'; remove it"),
+        ("no num_heads", (*L0, "num_heads"), {}, f'{IN}.layers."blocks.0.attn1": the key'),
+        ("no head", (*L0, "num_heads"), {"to": 0}, '"blocks.0.attn1".num_heads: must be greater'),
+        ("head_dim text", (*L0, "head_dim"), {"to": "24"}, ".head_dim: must be a valid integer"),
+        ("head missing", (*P0, 0, 0), {}, '"blocks.0.attn1".patterns[0]: must have 3 heads, got 2'),
+        ("stage missing", (*P0, 0), {}, '"blocks.0.attn1".patterns: must have 3 stages, got 2'),
+        ("id too high", (*P0, 1, 0), {"to": 9}, '"blocks.0.attn1".patterns[1][0]: must be the num'),
+        ("unknown key in layer", (*L0, "x"), {"to": 1}, "unknown key 'x'; remove it"),
+        ("a list as layer", L0, {"to": [[0, 0, 0]]}, f'{IN}.layers."blocks.0.attn1": must be a'),
+        ("sigma", (*C, "stages", 0, "sigma_max"), {"to": 1.0}, "[0]: unknown key 'sigma_max'"),
+        ("above 1", (*C, "stages", 0, "progress_max"), {"to": 1.5}, "stages[0].progress_max: must"),
+        ("unknown phase", (*C, "stages", 0, "phase"), {"to": "train"}, "stages[0].phase: must be"),
+        ("phase", (*C, "stages", 0, "phase"), {"to": "decode"}, "only those of a language_model"),
+        (
+            "text",
+            (*C, "layout", "segments", 0),
+            {"to": ["text", 4]},
+            "must be ['global', n] or ['gri",
+        ),
+        (
+            "no grid",
+            (*C, "layout", "segments", 0),
+            {"to": ["grid", 0, 1, 1]},
+            f"{IN}.layout: a seg",
+        ),
+    ]
+}
+BAD_DOCUMENTS["global in version 1"] = (
+    changed(*C, "layout", "segments", 0, to=["global", 4]),
+    f"{IN}.layout: a segment must be ['text', n] or ['video', frames, height, width], got",
+)
+BAD_DOCUMENTS["progress in version 1"] = (
+    changed(*C, "stages", 0, "progress_max", to=1.0),
+    f"{IN}.stages[0]: unknown key 'progress_max'",
+)
 
 
 @pytest.mark.parametrize("case", BAD_DOCUMENTS)
@@ -259,12 +311,13 @@ def test_many_random_damages_never_escape_as_another_error():
             assert_refused(str(error))
 
 
-def test_any_value_in_any_place_is_a_plan_or_a_plan_error():
+@pytest.mark.parametrize("file", [GOLDEN, GOLDEN_3], ids=lambda file: file.stem)
+def test_any_value_in_any_place_is_a_plan_or_a_plan_error(file):
     rng = random.Random(1)
-    tensors = Plan.load(GOLDEN).tensors()
+    tensors = Plan.load(file).tensors()
     weird = [None, True, -1, 0, 1, 2**63, 0.5, 1e308, "", "dense", "../x", [], [[]], {}, {"a": 1}]
-    for _ in range(1500):
-        plan = document()
+    for _ in range(1000):
+        plan = document(file)
         target: Any = plan
         while True:
             key = (

@@ -124,7 +124,6 @@ def random_plan(seed: int) -> Plan:
     for high, low in itertools.pairwise(cuts):
         branches = rng.choice([["any"], ["cond", "uncond"], ["uncond"]])
         stages += [Stage(high, low, branch) for branch in branches]
-    num_heads = rng.randint(1, 6)
 
     def head() -> HeadChoice:
         spare = rng.choice([None, rng.choice(pool)])
@@ -132,16 +131,17 @@ def random_plan(seed: int) -> Plan:
         return HeadChoice(rng.choice(pool), rng.choice([None, rng.random()]), spare, spare_error)
 
     def layers() -> dict[str, Any]:
+        sizes = [rng.randint(1, 6) for _ in range(rng.randint(0, 4))]
         return {
-            f"blocks.{i}.attn1": tuple(tuple(head() for _ in range(num_heads)) for _ in stages)
-            for i in range(rng.randint(0, 4))
+            f"blocks.{i}.attn1": tuple(tuple(head() for _ in range(size)) for _ in stages)
+            for i, size in enumerate(sizes)
         }
 
     components = {
         name: component(
-            num_heads=num_heads,
             stages=tuple(stages),
-            layers=layers(),
+            layers=(rows := layers()),
+            heads={layer: (len(said[0]), rng.randint(1, 99)) for layer, said in rows.items()},
             valid_tokens=(rng.randint(0, 99), rng.choice([None, 4096])),
             layout=TokenLayout.video(3, 5, 7, text_after=rng.randint(0, 3)),
         )

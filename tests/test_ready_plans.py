@@ -11,7 +11,7 @@ import torch
 
 from sparse_dit import cli
 from sparse_dit.index import pattern_index
-from sparse_dit.integrations.diffusers import heads_of, self_attention_layers
+from sparse_dit.integrations.diffusers import heads_of
 from sparse_dit.patch import patch
 from sparse_dit.plan import ANY_CONFIG, Plan, PlanError, built_in
 from sparse_dit.runtime import NOT_COVERED, NOT_NAMED
@@ -74,10 +74,8 @@ def test_it_patches_the_whole_model_and_says_what_it_is(name):
     transformer = model(name)
     plan = Plan.from_pretrained(name)
     part = plan.components["transformer"]
-    assert (transformer.config.num_attention_heads, transformer.config.attention_head_dim) == (
-        part.num_heads,
-        part.head_dim,
-    )
+    config = transformer.config
+    assert set(part.heads.values()) == {(config.num_attention_heads, config.attention_head_dim)}
     with patch(transformer, name) as handle:
         layers = [n for n, m in transformer.named_modules() if hasattr(m, "processor")]
         patched = [
@@ -110,14 +108,13 @@ def test_it_runs_on_a_tiny_model_of_its_class(name):
     stock = generate(pipe, call)
     plan = Plan.from_pretrained(name)
     part = plan.components["transformer"]
-    num_heads, head_dim = heads_of(pipe.transformer)
-    layers = [n for n in self_attention_layers(pipe.transformer) if n in part.layers]
-    tiny = replace(
-        part,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        layers={n: tuple(heads[:num_heads] for heads in part.layers[n]) for n in layers},
-    )
+    heads = heads_of(pipe.transformer)
+    layers = {
+        n: tuple(row[:num_heads] for row in part.layers[n])
+        for n, (num_heads, _) in heads.items()
+        if n in part.layers
+    }
+    tiny = replace(part, heads=heads, layers=layers)
     with patch(pipe, replace(plan, components={"transformer": tiny})) as handle:
         sparse = generate(pipe, call)
     assert 0 < drift(sparse, stock) < 0.2
@@ -137,8 +134,9 @@ def test_its_density_is_that_of_its_geometry(name):
     (share,) = plan.provenance["stage_shares"]["transformer"]
     heads = [head for (stage,) in part.layers.values() for head in stage]
     sparse = sum(pattern_index(head.pattern, part.layout).density for head in heads)
-    every = part.num_heads * (len(part.layers) + 1)
-    density = 1 - share + share * (sparse + part.num_heads) / every
+    ((num_heads, _),) = set(part.heads.values())
+    every = num_heads * (len(part.layers) + 1)
+    density = 1 - share + share * (sparse + num_heads) / every
     assert plan.density == pytest.approx(density, abs=1e-6)
     assert 0.4 < plan.density < 0.7, "conservative"
 

@@ -192,7 +192,7 @@ def test_another_size_than_calibrated_is_said():
     page = shown(quality=small)
     said = (
         "The plan was calibrated at 8x16x16 (2,048 tokens), and is measured here at "
-        "4x4x4 + text 7 (71 tokens)"
+        "4x4x4 + 7 global (71 tokens)"
     )
     assert said in page.text["head"] and said in page.text["forecasts"]
     assert "other than calibrated" in page.text["head"]

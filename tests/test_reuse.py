@@ -37,7 +37,9 @@ WHOLE = (Stage(1.0, 0.0),)
 def component(*patterns, stages=WHOLE, layers=(LAYER,)):
     heads = tuple(HeadChoice(pattern) for pattern in patterns)
     table = {layer: (heads,) * len(stages) for layer in layers}
-    return ComponentPlan("Model", "0" * 64, len(heads), 8, LAYOUT, stages, table)
+    return ComponentPlan(
+        "Model", "0" * 64, dict.fromkeys(layers, (len(heads), 8)), LAYOUT, stages, table
+    )
 
 
 def call_at(step, seed=None, *, run=0, branch="cond", condition=0, batch=1, heads=3, **changes):

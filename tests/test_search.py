@@ -107,7 +107,7 @@ def test_joint_attention_and_images(fast, family, tmp_path):
     settings = GenerationSettings(**sizes, steps=4, guidance=3.0)
     plan = search(pipe, PROMPTS, held_out=HELD_OUT, settings=settings, rows=8, max_error=0.3)
     component = plan.components["transformer"]
-    assert component.layout.num_text and 0 < plan.density < 1
+    assert component.layout.num_global and 0 < plan.density < 1
     _works(pipe, plan, settings, tmp_path)
 
 
@@ -244,7 +244,7 @@ def test_a_damaged_profile_is_one_clear_line(pipe, tmp_path):
         "text": b"{}",
         "other version": data.replace(FORMAT.encode(), b"sparse_dit profile 9"),
         "no components": data.replace(b'\\"components\\"', b'\\"companents\\"'),
-        "a wrong key": data.replace(b'\\"head_dim\\"', b'\\"head_dum\\"'),
+        "a wrong key": data.replace(b'\\"heads\\"', b'\\"headz\\"'),
         "a missing layer": data.replace(b"blocks.0.attn1|norm", b"blocks.7.attn1|norm"),
         "a wrong level": data.replace(b"scores|transformer|0|", b"scores|transformer|x|"),
     }
@@ -391,7 +391,7 @@ def test_no_tensor_is_of_tokens_by_tokens(phase):
 
     layout = TokenLayout.video(16, 16, 16, text_after=16)
     tokens = layout.seq_len
-    profile = ComponentProfile("Model", "0" * 64, 2, 8)
+    profile = ComponentProfile("Model", "0" * 64, {"layer": (2, 8)})
     q, k, v = (torch.randn(1, tokens, 2, 8) for _ in range(3))
     context = StepContext(layout, 1.0)
     call = AttentionCall("layer", q, k, v, None, None, None, context, None, lambda: q)

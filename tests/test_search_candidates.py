@@ -26,7 +26,7 @@ ODD_LAYOUTS = [
     TokenLayout.video(70, 3, 4),
     TokenLayout.video(2, 2, 3, text_after=5),
     TokenLayout.video(1, 1, 1, text_before=1),
-    TokenLayout((Segment.video(1, 3, 9), Segment.text(2), Segment.video(2, 8, 4))),
+    TokenLayout((Segment.grid(1, 3, 9), Segment.global_(2), Segment.grid(2, 8, 4))),
 ]
 
 
@@ -43,8 +43,8 @@ def _head(sees, layout=LAYOUT, tile=CUBE, strength=12.0):
     owner = table.cell_of_token.clamp_min(0)
     k = code[owner] * strength
     q = (sees.float() @ code)[owner] * strength
-    if len(table.text):
-        k[table.text] = 0
+    if len(table.global_tokens):
+        k[table.global_tokens] = 0
     generator = torch.Generator().manual_seed(1)
     return q, k, torch.randn(layout.seq_len, 16, generator=generator)
 

@@ -19,7 +19,7 @@ from sparse_dit.search.statistics import score_all
 from tests.cases import LAYOUTS, PATTERN_CASES
 from tests.search_cases import cell_sums
 
-VIDEOS = [layout for layout in LAYOUTS if layout.num_video]
+VIDEOS = [layout for layout in LAYOUTS if layout.num_grid]
 TILES = [(2, 2, 2), (4, 4, 4), (1, 2, 3), (None, 1, 2)]
 SCALE = 0.3
 
@@ -45,7 +45,7 @@ def _regular(layout, tile):
 def _padded(layout):
     """Numbers of valid tokens: all, and all but some of the text after the video."""
     last = layout.segments[-1]
-    cut = last.length // 2 if last.kind == "text" and layout.num_video else 0
+    cut = last.length // 2 if last.kind == "global" and layout.num_grid else 0
     return {layout.seq_len, layout.seq_len - cut}
 
 
@@ -71,10 +71,10 @@ def test_sums_are_those_of_the_dense_softmax(layout, tile):
             torch.testing.assert_close(sums.pooled[:, cell], pooled, **close)
             far = pooled[:, None] * v[tokens].double().mean(0)
             torch.testing.assert_close(sums.far_output[:, cell], far, **close)
-        text = p[:, table.text].sum(1)
-        torch.testing.assert_close(sums.text_mass, text, **close)
+        text = p[:, table.global_tokens].sum(1)
+        torch.testing.assert_close(sums.global_mass, text, **close)
         torch.testing.assert_close(
-            sums.mass.sum(1) + sums.text_mass, torch.ones_like(text), **close
+            sums.mass.sum(1) + sums.global_mass, torch.ones_like(text), **close
         )
 
 
@@ -83,8 +83,10 @@ def test_every_token_is_in_one_cell_or_is_text(layout):
     for tile in TILES:
         table = cell_table(layout, tile)
         owned = table.tokens[table.real.bool()]
-        assert sorted([*owned.tolist(), *table.text.tolist()]) == list(range(layout.seq_len))
-        assert table.cell_of_token[table.text].eq(-1).all()
+        assert sorted([*owned.tolist(), *table.global_tokens.tolist()]) == list(
+            range(layout.seq_len)
+        )
+        assert table.cell_of_token[table.global_tokens].eq(-1).all()
         cell = torch.arange(len(table.tokens))[:, None].expand_as(table.tokens)
         assert table.cell_of_token[table.tokens].equal(cell)
         assert (table.place >= 0).all() and (table.place < table.counts).all()
@@ -190,9 +192,9 @@ def test_density_is_the_index_density(layout):
 @pytest.mark.parametrize("count", [1, 7, 64, 1000])
 def test_sampled_rows_are_distinct_video_tokens(layout, count):
     rows = _rows(layout, count)
-    assert len(rows) == min(count, layout.num_video)
+    assert len(rows) == min(count, layout.num_grid)
     assert rows.equal(rows.unique())  # distinct and sorted
-    assert not torch.isin(rows, cell_table(layout, (4, 4, 4)).text).any()
+    assert not torch.isin(rows, cell_table(layout, (4, 4, 4)).global_tokens).any()
     assert rows.equal(_rows(layout, count))  # the same seed, the same rows
 
 

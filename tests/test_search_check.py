@@ -49,7 +49,7 @@ def test_an_unchanged_model_is_silent(made):
     pipe, plan = made
     found = check_plan(pipe, plan, CASE, SETTINGS)
     ((_, part),) = plan.components.items()
-    assert len(found.heads) == len(part.layers) * part.num_heads
+    assert len(found.heads) == part.total_heads
     assert not found.left and not found.notes and found.share == 0 and found.unseen == 0
     assert attachment_of(pipe.transformer) is None
 
@@ -64,7 +64,7 @@ def test_a_changed_layer_is_named_and_no_other(made):
             norm.weight.mul_(8)
     found = check_plan(changed, plan, CASE, SETTINGS)
     assert {head.layer for head in found.left} == {layer}
-    heads = plan.components["transformer"].num_heads
+    heads, _ = plan.components["transformer"].heads[layer]
     assert {head.head for head in found.left} == set(range(heads))
     worst = [head.now - head.planned for head in found.left]
     assert worst == sorted(worst, reverse=True)
@@ -93,11 +93,11 @@ def test_what_differs_is_said_and_the_check_goes_on(made):
 def test_heads_that_no_step_reaches_are_counted(made):
     pipe, plan = made
     ((name, part),) = plan.components.items()
-    late = tuple(replace(stage, sigma_max=1e-6) for stage in part.stages)
+    late = tuple(replace(stage, progress_max=1e-6) for stage in part.stages)
     found = check_plan(
         pipe, replace(plan, components={name: replace(part, stages=late)}), CASE, SETTINGS
     )
-    assert not found.heads and found.unseen == len(part.layers) * part.num_heads
+    assert not found.heads and found.unseen == part.total_heads
     assert found.share == 0
 
 
@@ -106,7 +106,7 @@ def test_what_can_not_be_compared_is_refused(made):
     ((name, part),) = plan.components.items()
     layers = {f"blocks.{i}.other": heads for i, heads in enumerate(part.layers.values())}
     with pytest.raises(PlanError, match="layers must be in the model"):
-        other = replace(part, layers=layers)
+        other = replace(part, layers=layers, heads=dict.fromkeys(layers, (2, 24)))
         check_plan(pipe, replace(plan, components={name: other}), CASE, SETTINGS)
     with pytest.raises(PlanError, match="has a part for 'other'"):
         check_plan(pipe, replace(plan, components={"other": part}), CASE, SETTINGS)

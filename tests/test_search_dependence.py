@@ -39,7 +39,7 @@ def _looks(heads):
 
 def _profile(found, later, half=None):
     """Of heads as one prompt finds them and another does; half of the first one's rows look alike."""
-    part = ComponentProfile("Model", "0" * 64, len(found), 8, LAYOUT, [0.5], ["layer"])
+    part = ComponentProfile("Model", "0" * 64, {"layer": (len(found), 8)}, LAYOUT, [0.5], ["layer"])
     halves = {name: value / 2 for name, value in _looks(found).items()}
     part.looks[(HALF, *KEY)] = halves if half is None else _looks(half)
     part.looks[(LATER, *KEY)] = _looks(later)

@@ -39,7 +39,9 @@ def _heads():
 
 def _profile(heads, rows, seed):
     generator = torch.Generator().manual_seed(seed)
-    part = ComponentProfile("Model", "0" * 64, 2, 8, LAYOUT, [0.5], list(LAYERS))
+    part = ComponentProfile(
+        "Model", "0" * 64, dict.fromkeys(LAYERS, (2, 8)), LAYOUT, [0.5], list(LAYERS)
+    )
     for layer, parts in heads.items():
         drawn = sample_rows(LAYOUT, rows, generator)
         scores = []

@@ -188,7 +188,7 @@ def test_profiles_of_texts_of_any_length_add_up(name, tmp_path):
     for order in (files, files[::-1]):
         merged = merge_profiles(order).components["transformer"]
         assert merged.layout == wanted.layout
-        assert merged.known_layout.num_text == max(x.num_text for x in short | long)
+        assert merged.known_layout.num_global == max(x.num_global for x in short | long)
         for key, heads in wanted.found.items():
             assert [*map(list, merged.candidates(*key))] == [*map(list, wanted.candidates(*key))]
             for head, same in zip(heads, merged.found[key], strict=True):

@@ -18,6 +18,7 @@ LAYOUT = TokenLayout.video(2, 8, 8)
 POINTS = {False: ((0.1, 1e-3), (1.0, 1e-2)), True: ((0.1, 2e-3), (1.0, 2e-2))}
 TABLE = CostTable(LAYOUT, 8e-3, POINTS, "cpu", 1, "cpu", "float32", 6e-3, orders={(1, 8, 8): 1.5})
 LOCAL = Stencil(((0, 0, 0, 1),))
+HEADS = dict.fromkeys(["a", "b", "c"], (2, 16))
 
 
 def test_a_head_costs_what_its_token_order_does():
@@ -29,15 +30,15 @@ def test_a_head_costs_what_its_token_order_does():
 
 def test_all_costs_are_at_the_speed_that_dense_attention_had():
     parts = {
-        name: ComponentProfile("Some", "hash", 2, 16, layout=LAYOUT, layers=["a", "b", "c"])
+        name: ComponentProfile("Some", "hash", HEADS, layout=LAYOUT, layers=list(HEADS))
         for name in ("transformer", "transformer_2")
     }
     calls = {"transformer": [4, 6], "transformer_2": [10]}  # 2 x 10 x 3 x 2 head calls of 8 ms
     attention = {"transformer": 0.5, "transformer_2": 0.94}  # 1.44 instead of .96 s
     video, taken = torch.zeros(1).numpy(), Taken(9.0, 9.0)
     references = [Reference(Case("a cat"), video, taken, {}, attention)] * 2
-    tables = inside(dict.fromkeys(parts, TABLE), parts, calls, references)
-    for table in tables.values():
+    tables = inside({name: {(2, 16): TABLE} for name in parts}, parts, calls, references)
+    for table in (costs[2, 16] for costs in tables.values()):
         assert table.in_generation == pytest.approx(1.5)
         assert table.stock_seconds == pytest.approx(12e-3)
         assert table.seconds(Pattern(Dense()), 1.0) == pytest.approx(9e-3)

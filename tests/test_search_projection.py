@@ -20,7 +20,7 @@ def pipe():
 def test_the_roots_measure_what_heads_contribute_to_the_layers_output(pipe):
     transformer = pipe.transformer
     heads, head_dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
-    roots = projections(transformer, heads)
+    roots = projections(transformer)
     assert len(roots) == transformer.config.num_layers
     errors = torch.randn(heads, head_dim, generator=torch.Generator().manual_seed(0))
     for path, root in roots.items():

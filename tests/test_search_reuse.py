@@ -95,7 +95,7 @@ def test_rows_of_a_whole_generation_are_spread_over_steps_and_halves_of_guidance
 
 
 def test_a_noise_level_without_a_scored_forward_is_forgotten():
-    part = ComponentProfile("Model", "0" * 64, 1, 8, sigmas=[1.0, 0.6, 0.1], layers=["a"])
+    part = ComponentProfile("Model", "0" * 64, {"a": (1, 8)}, sigmas=[1.0, 0.6, 0.1], layers=["a"])
     part.found = {(level, "a"): [level] for level in range(3)}
     part.scores = {(level, "a"): {"rows": level} for level in (0, 2)}
     part.drop_unscored()
@@ -183,7 +183,7 @@ def test_layers_are_probed_in_groups_of_neighbours():
     assert sensitivity._shares([(names[:4], 0.0)]) == [0.25] * 4
 
 
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.num_video], ids=str)
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.num_grid], ids=str)
 def test_seen_tiles_of_stencils_are_those_of_the_index(layout):
     generator = torch.Generator().manual_seed(0)
     for tile in (*tilings(layout), (1, 2, 3)):

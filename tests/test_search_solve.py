@@ -166,7 +166,7 @@ def test_random_choice_hits_the_density_and_follows_the_seed():
 def test_stages_cover_all_noise_levels_once(sigmas):
     stages = stages_of(sigmas)
     assert len(stages) == len(sigmas)
-    assert stages[0].sigma_max == 1 and stages[-1].sigma_min == 0
+    assert stages[0].progress_max == 1 and stages[-1].progress_min == 0
     for number in range(1001):
         assert sum(stage.covers(number / 1000, "any") for stage in stages) == 1
     for stage, sigma in zip(stages, sigmas, strict=True):
@@ -176,6 +176,9 @@ def test_stages_cover_all_noise_levels_once(sigmas):
 def _table():
     points = ((0.1, 1.0), (0.3, 2.0), (0.6, 5.0))
     return CostTable(LAYOUT, 6.0, {False: points, True: points}, "auto", 1, "cpu", "float32")
+
+
+COSTS = {(2, 8): _table()}
 
 
 def test_seconds_are_interpolated():
@@ -215,7 +218,9 @@ def test_a_stage_without_a_step_takes_the_larger_neighbour():
 
 def _profile(layers=("blocks.0.attn1", "blocks.1.attn1"), heads=2, sigmas=(0.9, 0.3), zero=False):
     """A profile of random heads, made without a pipeline."""
-    profile = ComponentProfile("Model", "0" * 64, heads, 8, LAYOUT, list(sigmas), list(layers))
+    profile = ComponentProfile(
+        "Model", "0" * 64, dict.fromkeys(layers, (heads, 8)), LAYOUT, list(sigmas), list(layers)
+    )
     generator = torch.Generator().manual_seed(0)
     for level, layer in itertools.product(range(len(sigmas)), layers):
         profile.found[level, layer] = []
@@ -243,7 +248,7 @@ def _profile(layers=("blocks.0.attn1", "blocks.1.attn1"), heads=2, sigmas=(0.9, 
 def test_the_problem_weighs_heads_by_their_output_and_stages_by_their_calls():
     profile = _profile()
     matters = Sensitivity([2.0, 0.5], [0.75, 0.25])
-    task = problem(profile, stages_of(profile.sigmas), matters, _table(), [6, 2], 500.0)
+    task = problem(profile, stages_of(profile.sigmas), matters, COSTS, [6, 2], 500.0)
     assert task.weight.sum() == pytest.approx(1)
     assert task.weight[0] == pytest.approx(6 / 8 / 4)
     assert task.importance.sum() == pytest.approx(2.5)  # each stage's sensitivity, shared out
@@ -263,7 +268,7 @@ def test_the_problem_weighs_heads_by_their_output_and_stages_by_their_calls():
 def test_a_dense_head_costs_what_runs_it():
     table = dataclasses.replace(_table(), dense_head=4.0)
     profile = _profile()
-    task = problem(profile, stages_of(profile.sigmas), MATTERS, table, [6, 2], 500.0)
+    task = problem(profile, stages_of(profile.sigmas), MATTERS, {(2, 8): table}, [6, 2], 500.0)
     dense = torch.zeros(len(task.units), dtype=torch.int64)
     assert evaluate(task, dense).seconds == pytest.approx(500)  # stock attention in every layer
     one = dense.clone()
@@ -275,7 +280,7 @@ def test_a_dense_head_costs_what_runs_it():
 
 def test_heads_that_give_zero_make_no_nan():
     profile = _profile(zero=True)
-    task = problem(profile, stages_of(profile.sigmas), MATTERS, _table(), [1, 1], 100.0)
+    task = problem(profile, stages_of(profile.sigmas), MATTERS, COSTS, [1, 1], 100.0)
     choice = Objective(max_error=0.1).choose(task, 0.0)
     assert choice.error == 0 and choice.seconds < task.dense_seconds
 

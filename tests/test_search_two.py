@@ -96,7 +96,7 @@ def test_noise_levels_are_those_that_each_transformer_ran_at(searched):
         assert list(dict.fromkeys(reference.forwards[name])) == parts[name].sigmas
         part = searched[0].plan.components[name]
         assert part.stages == stages_of(parts[name].sigmas)
-        assert (part.stages[0].sigma_max, part.stages[-1].sigma_min) == (1, 0)
+        assert (part.stages[0].progress_max, part.stages[-1].progress_min) == (1, 0)
 
 
 def test_one_problem_holds_both_with_their_own_calls(searched):

@@ -118,7 +118,7 @@ def test_an_image_has_no_frames_to_see():
     [
         TokenLayout.video(3, 9, 10, text_before=5, text_after=7),
         TokenLayout.video(1, 16, 16),
-        TokenLayout((Segment.text(3), Segment.video(2, 8, 8), Segment.text(2), Segment.video(1, 8, 8))),
+        TokenLayout((Segment.global_(3), Segment.grid(2, 8, 8), Segment.global_(2), Segment.grid(1, 8, 8))),
     ],
     ids=str,
 )  # fmt: skip

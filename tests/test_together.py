@@ -276,8 +276,8 @@ def test_any_schedule_is_followed_by_sigma_and_not_by_a_count_of_steps(name):
     assert 0 < drift(first, stock[0]) < 0.5
     high = layers * sum(sigma > 0.5 for sigma in levels)
     ran = {s.stage: s.sparse_calls for s in handle.summary().stages}
-    assert ran["sigma 1 to 0.5"] == high
-    assert ran["sigma 0.5 to 0"] == layers * 2 * forwards - high
+    assert ran["progress 1 to 0.5"] == high
+    assert ran["progress 0.5 to 0"] == layers * 2 * forwards - high
     assert handle.summary().dense_calls == 0
 
 
@@ -291,8 +291,8 @@ def test_branches_with_plans_of_their_own_run_their_own():
         with patch(pipe, plan) as handle:
             results.append(generate(pipe, call))
     assert {s.stage: s.sparse_calls for s in handle.summary().stages} == {
-        "sigma 1 to 0, cond": 4,
-        "sigma 1 to 0, uncond": 4,
+        "progress 1 to 0, cond": 4,
+        "progress 1 to 0, uncond": 4,
     }
     assert len({r.sum().item() for r in (*results, stock)}) == 4
     guided = {**call, "guidance_scale": 1.0}

@@ -109,17 +109,14 @@ def nothing_stays_patched(request):
 
 
 def plan_for(transformer, pattern):
-    num_heads, head_dim = heads_of(transformer)
+    heads = heads_of(transformer)
     part = ComponentPlan(
         layout=_video(),
         stages=(Stage(1.0, 0.0),),
-        layers={
-            n: ((HeadChoice(pattern),) * num_heads,) for n in self_attention_layers(transformer)
-        },
+        layers={n: ((HeadChoice(pattern),) * num_heads,) for n, (num_heads, _) in heads.items()},
         model_class=type(transformer).__name__,
         config_hash=config_hash(transformer.config),
-        num_heads=num_heads,
-        head_dim=head_dim,
+        heads=heads,
     )
     return Plan("Pipeline", {"transformer": part}, 0.4)
 
@@ -174,7 +171,7 @@ def test_layers_layouts_heads_masks_and_noise_levels(name):
         assert lengths == KV_LEN.get(name, [None] * len(mine))
     for c in seen:
         assert c.q.shape[1] == c.context.layout.seq_len
-        assert c.q.shape[2:] == heads_of(transformer)
+        assert c.q.shape[2:] == heads_of(transformer)[c.layer]
         assert c.context.sigma == pytest.approx(0.7)
         assert c.unsupported is None
 
@@ -274,7 +271,7 @@ def test_keyframes_that_are_appended_to_ltx2_are_tokens_that_all_see():
     }
     seen, _ = recorded(transformer, [call])
     assert {c.context.layout for c in seen} == {
-        TokenLayout((Segment.video(3, 8, 8), Segment.text(8)))
+        TokenLayout((Segment.grid(3, 8, 8), Segment.global_(8)))
     }
     assert {c.q.shape[1] for c in seen} == {200}
     seen, _ = recorded(transformer, [{**call, "num_frames": None}])
@@ -332,4 +329,4 @@ def test_a_layout_is_cut_in_its_last_text_alone():
     for wrong in (layout.seq_len - 6, layout.seq_len + 1):
         assert layout.cut(wrong) is layout
     assert _video().cut(100) == _video()
-    assert TokenLayout((Segment.text(4),)).cut(2) == TokenLayout((Segment.text(4),))
+    assert TokenLayout((Segment.global_(4),)).cut(2) == TokenLayout((Segment.global_(4),))

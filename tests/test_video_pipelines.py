@@ -39,7 +39,7 @@ def _steps(layouts, sigmas, branches=("any",)):
     ]
 
 
-KEYFRAME = TokenLayout((Segment.video(3, 8, 8), Segment.text(64)))
+KEYFRAME = TokenLayout((Segment.grid(3, 8, 8), Segment.global_(64)))
 # (layout, noise level, branch) of the first layer's calls, from what the schedulers' tables say
 STEPS = {
     "mochi": [(_video(after=text), sigma, "any") for sigma in (1, 0.975) for text in (0, 0, 7, 12)],
@@ -95,7 +95,7 @@ SKIPPED = {
 DENSE = {  # Motif-Video's decoder attends over two copies of the video
     "motif": {
         "single_transformer_blocks.1.attn": "attention over 384 tokens, but the grid "
-        "3x8x8 + text 12 has 204"
+        "3x8x8 + 12 global has 204"
     }
 }
 

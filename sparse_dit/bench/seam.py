@@ -150,8 +150,7 @@ def _runtime(layout: TokenLayout, heads: int, head_dim: int) -> Runtime:
     plan = ComponentPlan(
         model_class="WanTransformer3DModel",
         config_hash="0" * 64,
-        num_heads=heads,
-        head_dim=head_dim,
+        heads={LAYER: (heads, head_dim)},
         layout=layout,
         stages=(Stage(1.0, 0.0),),
         layers={LAYER: (dense,)},

@@ -174,7 +174,7 @@ def atlases(searched: Searched) -> list[StageAtlas]:
     ]
     recall: dict[int, dict[str, list[list[float]]]] = {}
     for number, (level, layer, head) in enumerate(searched.problem.units):
-        fresh = [[] for _ in range(part.num_heads)]
+        fresh = [[] for _ in range(part.heads[layer][0])]
         heads = recall.setdefault(stage_of[level], {}).setdefault(layer, fresh)
         heads[head].append(searched.problem.recall[number, searched.choice.pick[number]].item())
     recorded = stage_of[len(part.sigmas) // 2]

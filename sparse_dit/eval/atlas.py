@@ -107,7 +107,7 @@ def stage_atlas(
             )
         layers[layer] = cells
     chosen = component.stages[stage]
-    title = f"sigma {chosen.sigma_max:g} to {chosen.sigma_min:g}"
+    title = f"sigma {chosen.progress_max:g} to {chosen.progress_min:g}"
     if chosen.branch != "any":
         title += f", {chosen.branch} branch"
     densities = [cell.density for cells in layers.values() for cell in cells]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ def difference(name: str, other: Plan, plan: Plan) -> Difference:
 
 def _ranges(name: str, old: ComponentPlan, new: ComponentPlan) -> list[Range]:
     stages = [*old.stages, *new.stages]
-    edges = sorted({0.0, 1.0, *(e for s in stages for e in (s.sigma_max, s.sigma_min))})
+    edges = sorted({0.0, 1.0, *(e for s in stages for e in (s.progress_max, s.progress_min))})
     told_apart = any(stage.branch != "any" for stage in stages)
     branches = ("cond", "uncond") if told_apart else ("any",)
     layers = list(dict.fromkeys([*old.layers, *new.layers]))
@@ -106,22 +107,18 @@ def _ranges(name: str, old: ComponentPlan, new: ComponentPlan) -> list[Range]:
             if old.stage(middle, branch) is None and new.stage(middle, branch) is None:
                 continue
             text = f"{high:.4g} to {low:.4g}" + (f", {branch}" if told_apart else "")
-            pairs = [
-                pair
-                for layer in layers
-                for pair in zip(
-                    *(_heads(part, layer, middle, branch) for part in (old, new)), strict=False
-                )
-            ]
+            pairs = [pair for layer in layers for pair in _pairs(old, new, layer, middle, branch)]
             ranges.append(_counted(name, text, pairs))
     return ranges
 
 
-def _heads(
-    part: ComponentPlan, layer: str, sigma: float, branch: str
-) -> tuple[Pattern | None, ...]:
-    """Each head's pattern; None where stock attention runs."""
-    return part.patterns(layer, sigma, branch) or (None,) * part.num_heads
+def _pairs(
+    old: ComponentPlan, new: ComponentPlan, layer: str, progress: float, branch: str
+) -> Iterator[tuple[Pattern | None, Pattern | None]]:
+    """Each head's patterns in both plans; None where stock attention runs."""
+    num_heads, _ = old.heads.get(layer) or new.heads[layer]
+    stock = (None,) * num_heads
+    return zip(*(p.patterns(layer, progress, branch) or stock for p in (old, new)), strict=False)
 
 
 def _counted(name: str, sigma: str, pairs: list[tuple[Pattern | None, Pattern | None]]) -> Range:

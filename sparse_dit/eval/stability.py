@@ -149,11 +149,12 @@ def _solved(
 ) -> _Solved:
     """The plan of least damage with at most that density."""
     stages = stages_of(part.sigmas)
-    total = len(stages) * len(part.layers) * part.num_heads
+    total = len(stages) * part.total_heads
     line = ((1e-6, 1e-6), (1.0, 1.0))
     table = CostTable(part.known_layout, 1.0, {False: line, True: line}, "none", 1, "none", "none")
     rest = _REST * total
-    task = problem(part, stages, weights, table, [1] * len(stages), total + rest)
+    costs = dict.fromkeys(part.head_sizes, table)
+    task = problem(part, stages, weights, costs, [1] * len(stages), total + rest)
     task = joined({name: task}, {name: 1.0}, total + rest)
     choice = least_damage(task, (1 + _REST) / (density + _REST))
     if choice is None:
@@ -161,7 +162,7 @@ def _solved(
         raise ValueError(
             f"{option('density')} must be at least {least:.3f} at this size, got {density}"
         )
-    plan = first_plan(type(pipe).__name__, {name: part}, task, choice, {name: table})
+    plan = first_plan(type(pipe).__name__, {name: part}, task, choice, {name: costs})
     return _Solved(part, task, choice, replace(plan, cost={}, forecast={}))
 
 

@@ -70,7 +70,7 @@ def image_first(valid: Tensor, start: Tensor | int, grid: TokenLayout) -> Arrang
     first = torch.as_tensor(start, device=valid.device).reshape(-1, 1)
     image = (place >= first) & (place < first + grid.seq_len)
     rank = torch.where(image, 0, torch.where(valid, 1, 2))
-    others = Segment.text(valid.shape[1] - grid.seq_len)
+    others = Segment.global_(valid.shape[1] - grid.seq_len)
     return Arrangement(
         TokenLayout((*grid.segments, others)),
         rank.argsort(dim=1, stable=True),

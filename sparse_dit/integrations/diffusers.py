@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,14 +98,16 @@ def image_only_layers(transformer: nn.Module) -> set[str]:
     return {name for name in self_attention_layers(transformer) if image_only(name)}
 
 
-def heads_of(transformer: nn.Module) -> tuple[int, int]:
-    """`(num_heads, head_dim)` of a transformer's self-attention.
+def heads_of(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """`(num_heads, head_dim)` of each of a transformer's self-attention layers, by exact module path.
 
     Raises:
         NotImplementedError: If the transformer's class is not supported.
     """
     (transformer,) = components(transformer).values()
-    return _family(transformer).heads(transformer.config)
+    found = _family(transformer).heads(transformer.config)
+    layers = self_attention_layers(transformer)
+    return {layer: found[layer] if isinstance(found, Mapping) else found for layer in layers}
 
 
 def attach(transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachment:
@@ -161,6 +163,7 @@ class Attachment:
             n: wrap(p, Seam(n, self._tap, n in image_only)) for n, p in self._stock.items()
         }
         self._links = _links(transformer, self.layers)
+        self._num_heads = {num_heads for num_heads, _ in heads_of(transformer).values()}
         self._name: str | None = None
         self._schedule = Schedule(pipe)
         self._tracker = StepTracker(self._schedule)
@@ -260,7 +263,7 @@ class Attachment:
         )
         arrangement = family.arrange(transformer.config, arguments) if family.arrange else None
         layout = arrangement.layout if arrangement else family.layout(transformer.config, arguments)
-        check_split(transformer, layout, family.heads(transformer.config)[0], arguments)
+        check_split(transformer, layout, self._num_heads, arguments)
         condition = self._tracker.condition(arguments)
         self._tap.context = StepContext(layout, sigma, branch, run, step, condition)
         self._tap.arrangement = arrangement

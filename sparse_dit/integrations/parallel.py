@@ -10,7 +10,7 @@ Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (2310.01889), USP 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,7 +218,10 @@ def split_of(
 
 
 def check_split(
-    transformer: Any, layout: TokenLayout | None, num_heads: int, arguments: Mapping[str, Any]
+    transformer: Any,
+    layout: TokenLayout | None,
+    num_heads: Collection[int],
+    arguments: Mapping[str, Any],
 ) -> None:
     """Raise ValueError if diffusers can't split this; its own assertions name no numbers.
 
@@ -243,9 +246,10 @@ def check_split(
             f"context parallelism needs token counts that {processes} processes divide, got {odd[0]}; "
             f"change the size or frames, or use ContextParallelConfig({mode}=True)"
         )
-    if num_heads % context.ulysses_degree and not context.ulysses_anything:
+    uneven = [heads for heads in num_heads if heads % context.ulysses_degree]
+    if uneven and not context.ulysses_anything:
         raise ValueError(
-            f"ulysses_degree must divide the {num_heads} heads, got {context.ulysses_degree}; "
+            f"ulysses_degree must divide the {uneven[0]} heads, got {context.ulysses_degree}; "
             "choose a divisor, or use ContextParallelConfig(ulysses_anything=True)"
         )
 

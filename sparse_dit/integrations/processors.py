@@ -102,7 +102,7 @@ class Seam:
         context = self.tap.context
         if not self.image_only or context.layout is None:
             return context
-        return replace(context, layout=context.layout.without_text())
+        return replace(context, layout=context.layout.without_global())
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,9 @@ class Pattern:
     """What a head computes, for any layout. Text sees everything and is seen by everything, always.
 
     Args:
-        shape: Which video tokens see which: an instance of a class in `PATTERNS`.
+        shape: Which tokens of the grid see which: an instance of a class in `PATTERNS`.
         tile: Frames, rows and columns of the 3-D tiles that tokens are ordered by and queries are
-            grouped by, None for a whole axis; or a `Curve`, which the shape then sees as a video of one row.
+            grouped by, None for a whole axis; or a `Curve`, which the shape then sees as a grid of one row.
         cell: Keys are chosen in runs of at most this many tokens inside a tile; None for whole tiles,
             1 for single tokens. A cell is seen by all tokens of a tile or by none: what the shape
             says is rounded up to that.

@@ -1,4 +1,4 @@
-"""Each video token sees the tokens near its own frame, row and column.
+"""Each token of the grid sees the tokens near its own frame, row and column.
 
 The neighbourhood of NATTEN (https://arxiv.org/abs/2504.16922), without its clamping at borders; with
 whole rows and columns it is the "spatial head" of Sparse VideoGen (https://arxiv.org/abs/2502.01776).

@@ -11,7 +11,7 @@ from ..patterns import Pattern
 from .component import ComponentPlan, HeadChoice, Stage, check_layer
 from .document import place
 from .errors import PlanError, short
-from .schema import MAX_PATTERNS, ComponentForm, EvidenceForm
+from .schema import MAX_PATTERNS, ComponentForm, EvidenceForm, LayerForm, OldComponentForm
 
 _EVIDENCE = ("error", "runner_up", "runner_up_error")
 
@@ -24,16 +24,18 @@ def to_document(component: ComponentPlan) -> dict[str, Any]:
     number = {pattern: i for i, pattern in enumerate(patterns)}
     layers = component.layers
     return {
+        "kind": component.kind,
         "model_class": component.model_class,
         "config_hash": component.config_hash,
-        "num_heads": component.num_heads,
-        "head_dim": component.head_dim,
         "layout": component.layout.to_dict(),
         "valid_tokens": list(component.valid_tokens),
         "stages": [_stage(stage) for stage in component.stages],
         "patterns": [pattern.to_dict() for pattern in patterns],
         "layers": {
-            layer: [[number[head.pattern] for head in heads] for heads in stages]
+            layer: {
+                **dict(zip(("num_heads", "head_dim"), component.heads[layer], strict=True)),
+                "patterns": [[number[head.pattern] for head in heads] for heads in stages],
+            }
             for layer, stages in layers.items()
         },
         "evidence": {
@@ -44,7 +46,9 @@ def to_document(component: ComponentPlan) -> dict[str, Any]:
     }
 
 
-def from_form(form: ComponentForm, where: str, tensors: dict[str, Tensor]) -> ComponentPlan:
+def from_form(
+    form: ComponentForm | OldComponentForm, where: str, tensors: dict[str, Tensor]
+) -> ComponentPlan:
     """The component that a checked document describes.
 
     Args:
@@ -60,34 +64,43 @@ def from_form(form: ComponentForm, where: str, tensors: dict[str, Tensor]) -> Co
         for i, data in enumerate(form.patterns)
     )
     stages = tuple(
-        _at(f"{where}.stages[{i}]: ", Stage, stage.sigma_max, stage.sigma_min, stage.branch)
+        _at(
+            f"{where}.stages[{i}]: ",
+            Stage,
+            *(stage.progress_max, stage.progress_min, stage.branch, stage.phase),
+        )
         for i, stage in enumerate(form.stages)
     )
-    for layer, ids in form.layers.items():  # or what is said of its heads would be blamed
-        check_layer(place_of(where, layer), ids, len(stages), form.num_heads)
+    given = form.each_layer()
+    places = {layer: place_of(where, layer) + form.patterns_at for layer in given}
+    for layer, entry in given.items():  # or what is said of its heads would be blamed
+        check_layer(places[layer], entry.patterns, len(stages), entry.num_heads)
     for layer in form.evidence:
-        if layer not in form.layers:
+        if layer not in given:
             raise PlanError(f'{where}.evidence."{layer}": no such layer in layers; remove it')
     layers = {
         layer: tuple(
             _heads(
-                ids, _evidence_of(form, layer, i, where), patterns, f"{place_of(where, layer)}[{i}]"
+                ids,
+                _evidence_of(form.evidence, layer, i, entry, where),
+                patterns,
+                f"{places[layer]}[{i}]",
             )
-            for i, ids in enumerate(ids_of_stages)
+            for i, ids in enumerate(entry.patterns)
         )
-        for layer, ids_of_stages in form.layers.items()
+        for layer, entry in given.items()
     }
     return _at(
         f"{where}.",
         ComponentPlan,
         form.model_class,
         form.config_hash,
-        form.num_heads,
-        form.head_dim,
-        _at(f"{where}.layout: ", TokenLayout.from_dict, form.layout),
+        {layer: (entry.num_heads, entry.head_dim) for layer, entry in given.items()},
+        _at(f"{where}.layout: ", TokenLayout.from_dict, form.layout, form.segments),
         stages,
         layers,
         (form.valid_tokens[0], form.valid_tokens[1]),
+        form.kind,
     )
 
 
@@ -104,8 +117,9 @@ def _at(where: str, make: Any, *arguments: Any) -> Any:
 
 
 def _stage(stage: Stage) -> dict[str, Any]:
-    data: dict[str, Any] = {"sigma_max": stage.sigma_max, "sigma_min": stage.sigma_min}
-    return data if stage.branch == "any" else {**data, "branch": stage.branch}
+    data = {name: getattr(stage, name) for name in ("progress_max", "progress_min")}
+    named = {"branch": stage.branch, "phase": stage.phase}
+    return data | {name: value for name, value in named.items() if value != "any"}
 
 
 def _evidence(heads: tuple[HeadChoice, ...], number: dict[Pattern, int]) -> dict[str, Any]:
@@ -117,18 +131,21 @@ def _evidence(heads: tuple[HeadChoice, ...], number: dict[Pattern, int]) -> dict
     return {name: column for name, column in columns.items() if any(x is not None for x in column)}
 
 
-def _evidence_of(form: ComponentForm, layer: str, stage: int, where: str) -> EvidenceForm:
-    if layer not in form.evidence:
+def _evidence_of(
+    evidence: dict[str, list[EvidenceForm]], layer: str, stage: int, entry: LayerForm, where: str
+) -> EvidenceForm:
+    if layer not in evidence:
         return EvidenceForm()
-    entries, needed = form.evidence[layer], len(form.layers[layer])
+    entries, needed = evidence[layer], len(entry.patterns)
     here = place_of(where, layer, "evidence")
     if len(entries) != needed:
         raise PlanError(f"{here}: must have {needed} stages as in layers, got {len(entries)}")
-    heads = len(form.layers[layer][stage])
     for name in _EVIDENCE:
         column = getattr(entries[stage], name)
-        if column is not None and len(column) != heads:
-            raise PlanError(f"{here}[{stage}].{name}: must have {heads} heads, got {len(column)}")
+        if column is not None and len(column) != entry.num_heads:
+            raise PlanError(
+                f"{here}[{stage}].{name}: must have {entry.num_heads} heads, got {len(column)}"
+            )
     return entries[stage]
 
 

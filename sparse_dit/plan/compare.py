@@ -13,7 +13,7 @@ from .component import ComponentPlan, HeadChoice
 from .errors import PlanError
 from .plan import Plan
 
-_FACTS = ("model_class", "config_hash", "num_heads", "head_dim", "layout", "valid_tokens")
+_FACTS = ("kind", "model_class", "config_hash", "layout", "valid_tokens")
 _NOTES = ("forecast", "measured", "cost", "provenance")
 
 
@@ -95,7 +95,7 @@ def merge(*plans: Plan) -> Plan:
 def summary_rows(plan: Plan) -> list[dict[str, Any]]:
     """One row for each component and stage.
 
-    Keys: `component`, `stage` (its number), `sigma`, `branch`, `layers`, `heads` (in all layers),
+    Keys: `component`, `stage` (its number), `progress`, `branch`, `layers`, `heads` (in all layers),
     `patterns` (shape name, with "+far" where there is a far field, to number of heads, most frequent
     first), `error` and `max_error` (mean and largest expected error of the heads that have one, else None).
     """
@@ -109,7 +109,7 @@ def summary_rows(plan: Plan) -> list[dict[str, Any]]:
                 {
                     "component": name,
                     "stage": i,
-                    "sigma": f"{stage.sigma_max:g} to {stage.sigma_min:g}",
+                    "progress": f"{stage.progress_max:g} to {stage.progress_min:g}",
                     "branch": stage.branch,
                     "layers": len(component.layers),
                     "heads": len(heads),
@@ -126,6 +126,15 @@ def _components(a: ComponentPlan, b: ComponentPlan) -> list[str]:
         f"{name}: {_fact(getattr(a, name))} -> {_fact(getattr(b, name))}"
         for name in _FACTS
         if getattr(a, name) != getattr(b, name)
+    ]
+    resized = Counter(
+        (a.heads[layer], b.heads[layer])
+        for layer in a.layers
+        if a.heads[layer] != b.heads.get(layer, a.heads[layer])
+    )
+    lines += [
+        f"heads of {count} layers: {old[0]} of {old[1]} channels -> {new[0]} of {new[1]}"
+        for (old, new), count in resized.items()
     ]
     lines += [f"stage ({stage}): removed" for stage in a.stages if stage not in b.stages]
     lines += [f"stage ({stage}): added" for stage in b.stages if stage not in a.stages]
@@ -180,4 +189,4 @@ def _fact(value: Any) -> str:
 
 
 def _pairs(component: ComponentPlan) -> int:
-    return max(1, len(component.layers)) * component.num_heads * component.layout.seq_len**2
+    return max(1, component.total_heads) * component.layout.seq_len**2

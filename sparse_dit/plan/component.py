@@ -1,4 +1,4 @@
-"""What a plan says about one transformer: a pattern for each layer, noise level and head."""
+"""What a plan says about one transformer: a pattern for each layer, stage and head."""
 
 from __future__ import annotations
 
@@ -16,48 +16,64 @@ from .errors import PlanError, short
 
 Branch = Literal["any", "cond", "uncond"]
 BRANCHES = ("any", "cond", "uncond")
+Phase = Literal["any", "prefill", "decode"]
+PHASES = ("any", "prefill", "decode")
+Kind = Literal["diffusion_transformer", "language_model"]
+DIFFUSION: Kind = "diffusion_transformer"
+KINDS = (DIFFUSION, "language_model")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A range of noise levels: `sigma_min < sigma <= sigma_max`; `sigma_min` 0 takes in 0 itself.
+    """A part of a generation: `progress_min < progress <= progress_max`; a minimum of 0 takes in 0 itself.
+
+    Progress falls from 1, the start, to 0, the end. Of a diffusion model it is the noise level sigma =
+    timestep / num_train_timesteps.
 
     Args:
-        sigma_max, sigma_min: Bounds of sigma = timestep / num_train_timesteps, in [0, 1].
+        progress_max, progress_min: Bounds of progress, in [0, 1].
         branch: Which side of classifier-free guidance it is for: `"cond"`, `"uncond"` or `"any"`.
+        phase: Which phase of a language model it is for: `"prefill"`, `"decode"` or `"any"`.
 
     Raises:
         PlanError: If the range is empty or not inside [0, 1].
     """
 
-    sigma_max: float
-    sigma_min: float
+    progress_max: float
+    progress_min: float
     branch: Branch = "any"
+    phase: Phase = "any"
 
     def __post_init__(self) -> None:
-        for name in ("sigma_max", "sigma_min"):
+        for name in ("progress_max", "progress_min"):
             object.__setattr__(self, name, _number(getattr(self, name), name))
-        if not 0 <= self.sigma_min < self.sigma_max <= 1:
+        if not 0 <= self.progress_min < self.progress_max <= 1:
             raise PlanError(
-                "a stage must have 0 <= sigma_min < sigma_max <= 1, "
-                f"got sigma_max {self.sigma_max} and sigma_min {self.sigma_min}"
+                "a stage must have 0 <= progress_min < progress_max <= 1, "
+                f"got progress_max {self.progress_max} and progress_min {self.progress_min}"
             )
-        if self.branch not in BRANCHES:
-            raise PlanError(f"a stage's branch must be one of {BRANCHES}, got {short(self.branch)}")
+        for name, known in (("branch", BRANCHES), ("phase", PHASES)):
+            if (got := getattr(self, name)) not in known:
+                raise PlanError(f"a stage's {name} must be one of {known}, got {short(got)}")
 
-    def covers(self, sigma: float, branch: str) -> bool:
+    def covers(self, progress: float, branch: str) -> bool:
         """Whether this stage applies. An `"any"` query is answered by `"any"` stages alone."""
-        above = sigma > self.sigma_min or sigma == self.sigma_min == 0
-        return above and sigma <= self.sigma_max and self.branch in ("any", branch)
+        above = progress > self.progress_min or progress == self.progress_min == 0
+        return above and progress <= self.progress_max and self.branch in ("any", branch)
 
     def overlaps(self, other: Stage) -> bool:
         """Whether both could apply to one call."""
-        same = self.branch == other.branch or "any" in (self.branch, other.branch)
-        return same and self.sigma_min < other.sigma_max and other.sigma_min < self.sigma_max
+        pairs = ((self.branch, other.branch), (self.phase, other.phase))
+        same = all(a == b or "any" in (a, b) for a, b in pairs)
+        return (
+            same
+            and self.progress_min < other.progress_max
+            and other.progress_min < self.progress_max
+        )
 
     def __str__(self) -> str:
-        text = f"sigma {self.sigma_max:g} to {self.sigma_min:g}"
-        return text if self.branch == "any" else f"{text}, {self.branch}"
+        named = [name for name in (self.branch, self.phase) if name != "any"]
+        return ", ".join([f"progress {self.progress_max:g} to {self.progress_min:g}", *named])
 
 
 @dataclass(frozen=True)
@@ -99,13 +115,16 @@ class ComponentPlan:
     Args:
         model_class: Name of its class.
         config_hash: `config_hash` of its configuration.
-        num_heads, head_dim: Heads of its attention layers, channels of one.
+        heads: For each layer `(num_heads, head_dim)`: its heads and the channels of one. Layers that aren't
+            in `layers` are left out.
         layout: Token layout at calibration; no limit on where the plan may run.
-        stages: Noise levels, from high to low, disjoint. What no stage covers runs stock attention.
+        stages: From the start of a generation to its end, disjoint. What no stage covers runs stock
+            attention.
         layers: For each layer, by exact module path, the choices `[stage][head]`. A layer that
             isn't named runs stock attention.
         valid_tokens: Least and greatest number of tokens the plan is for (None: no limit). Below
             the first, dense attention is faster on the measured device.
+        kind: `"diffusion_transformer"`, or `"language_model"`, whose stages may name a phase.
 
     Raises:
         PlanError: If anything is out of range, or a layer lacks a stage or a head.
@@ -113,12 +132,12 @@ class ComponentPlan:
 
     model_class: str
     config_hash: str
-    num_heads: int
-    head_dim: int
+    heads: Mapping[str, tuple[int, int]]
     layout: TokenLayout
     stages: tuple[Stage, ...]
     layers: Mapping[str, tuple[tuple[HeadChoice, ...], ...]]
     valid_tokens: tuple[int, int | None] = (0, None)
+    kind: Kind = DIFFUSION
     _heads: dict[str, tuple[tuple[Pattern, ...], ...]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -126,41 +145,53 @@ class ComponentPlan:
     def __post_init__(self) -> None:
         matches("model_class", self.model_class, schema.CLASS_NAME)
         matches("config_hash", self.config_hash, schema.SHA256)
-        _count("num_heads", self.num_heads, schema.MAX_HEADS)
-        _count("head_dim", self.head_dim, schema.MAX_HEAD_DIM)
+        if self.kind not in KINDS:
+            raise PlanError(f"kind must be one of {KINDS}, got {short(self.kind)}")
         self._check_tokens()
         self._check_stages()
         if len(self.layers) > schema.MAX_LAYERS:
             raise PlanError(f"layers: at most {schema.MAX_LAYERS}, got {len(self.layers)}")
         for layer, stages in self.layers.items():
             matches("layers", layer, schema.LAYER_PATH)
-            check_layer(f'layers."{layer}"', stages, len(self.stages), self.num_heads)
+            if layer not in self.heads:
+                raise PlanError(f'heads."{layer}": must be there as in layers; add it')
+            num_heads, head_dim = self.heads[layer]
+            _count(f'heads."{layer}": num_heads', num_heads, schema.MAX_HEADS)
+            _count(f'heads."{layer}": head_dim', head_dim, schema.MAX_HEAD_DIM)
+            check_layer(f'layers."{layer}"', stages, len(self.stages), num_heads)
             self._heads[layer] = tuple(tuple(head.pattern for head in heads) for heads in stages)
+        object.__setattr__(self, "heads", {layer: self.heads[layer] for layer in self.layers})
 
     def patterns(
-        self, layer: str, sigma: float | None, branch: str = "any"
+        self, layer: str, progress: float | None, branch: str = "any"
     ) -> tuple[Pattern, ...] | None:
         """One pattern a head for a call of `layer`, or None where stock attention must run.
 
         Args:
             layer: Exact module path.
-            sigma: timestep / num_train_timesteps; None if it isn't known (no stage applies then).
+            progress: Progress of the call, for a diffusion model its sigma; None if it isn't known (no
+                stage applies then).
             branch: `"cond"`, `"uncond"`, or `"any"` where both are in one batch.
 
         Returns:
-            `num_heads` patterns; the same tuple for every call in a stage.
+            A pattern for each of the layer's heads; the same tuple for every call in a stage.
         """
         heads = self._heads.get(layer)
-        stage = self.stage(sigma, branch)
+        stage = self.stage(progress, branch)
         return None if heads is None or stage is None else heads[stage]
 
-    def stage(self, sigma: float | None, branch: str = "any") -> int | None:
+    def stage(self, progress: float | None, branch: str = "any") -> int | None:
         """Number of the stage that applies, or None."""
         if branch not in BRANCHES:
             raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
-        if sigma is None:
+        if progress is None:
             return None
-        return next((i for i, s in enumerate(self.stages) if s.covers(sigma, branch)), None)
+        return next((i for i, s in enumerate(self.stages) if s.covers(progress, branch)), None)
+
+    @property
+    def total_heads(self) -> int:
+        """Heads of all layers that the plan names together."""
+        return sum(num_heads for num_heads, _ in self.heads.values())
 
     @functools.cached_property
     def distinct_patterns(self) -> tuple[Pattern, ...]:
@@ -183,9 +214,13 @@ class ComponentPlan:
     def _check_stages(self) -> None:
         if not 1 <= len(self.stages) <= schema.MAX_STAGES:
             raise PlanError(f"stages: must be 1 to {schema.MAX_STAGES}, got {len(self.stages)}")
-        order = [(-stage.sigma_max, BRANCHES.index(stage.branch)) for stage in self.stages]
+        order = [
+            (-s.progress_max, BRANCHES.index(s.branch), PHASES.index(s.phase)) for s in self.stages
+        ]
         if order != sorted(order):
-            raise PlanError("stages: must be ordered from high to low sigma_max; sort them")
+            raise PlanError("stages: must be ordered from high to low progress_max; sort them")
+        if self.kind == DIFFUSION and any(stage.phase != "any" for stage in self.stages):
+            raise PlanError("stages: only those of a language_model have a phase; leave it out")
         for i, stage in enumerate(self.stages):
             for j in range(i):
                 if stage.overlaps(self.stages[j]):

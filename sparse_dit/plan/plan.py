@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from . import codec, hub, storage
-from .component import ComponentPlan, matches
+from .component import DIFFUSION, ComponentPlan, matches
 from .document import parse, place, plain, render
 from .errors import PlanError, short
 from .identity import sha256
-from .schema import CLASS_NAME, COMPONENT_NAME, checked
+from .schema import CLASS_NAME, COMPONENT_NAME, VERSION, checked
 
 ANY_CONFIG = "0" * 64  # config_hash of a plan for every configuration with its heads and layers
 
+_HEADS = ("number of heads", "head_dim")
 _NOTES = ("forecast", "measured", "cost", "provenance")
 
 
@@ -72,12 +73,6 @@ class Plan:
         speedup = self.forecast.get("speedup", 1.0)
         if isinstance(speedup, bool) or not isinstance(speedup, int | float) or speedup <= 0:
             raise PlanError(f"forecast.speedup: must be a number > 0, got {short(speedup)}")
-
-    @property
-    def version(self) -> int:
-        """Version of the format that the plan is written in: the first that can say what it says."""
-        parts = self.components.values()
-        return max((p.version for part in parts for p in part.distinct_patterns), default=1)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -133,9 +128,11 @@ class Plan:
         }
         notes = {name: getattr(form, name) for name in _NOTES}
         plan = Plan(form.pipeline_class, components, form.density, **notes)
-        if plan.version > form.version:
+        patterns = [p for part in plan.components.values() for p in part.distinct_patterns]
+        needed = max((pattern.version for pattern in patterns), default=1)
+        if needed > form.version:
             raise PlanError(
-                f"version: must be {plan.version} for these patterns, got {form.version}; set it"
+                f"version: must be {needed} for these patterns, got {form.version}; save the plan anew"
             )
         if spare := sorted(tensors.keys() ^ plan.tensors().keys()):
             raise PlanError(
@@ -149,7 +146,7 @@ class Plan:
         """The JSON document; what it holds beside JSON is in `tensors`."""
         tensors = storage.tensor_bytes(self.tensors())
         return {
-            "version": self.version,
+            "version": VERSION,
             "pipeline_class": self.pipeline_class,
             "density": self.density,
             "forecast": self.forecast,
@@ -226,9 +223,7 @@ class Plan:
         *,
         model_class: str,
         config_hash: str,
-        num_heads: int,
-        head_dim: int,
-        layer_names: Collection[str],
+        heads: Mapping[str, tuple[int, int]],
     ) -> None:
         """Raise unless the plan was made for this transformer.
 
@@ -236,8 +231,7 @@ class Plan:
             component: Its name in the pipeline.
             model_class: Name of its class.
             config_hash: `config_hash` of its configuration.
-            num_heads, head_dim: The heads of its self-attention layers, and the channels of a head.
-            layer_names: Module paths of its self-attention layers.
+            heads: For each of its self-attention layers, by module path, `(num_heads, head_dim)`.
 
         Raises:
             PlanError: One line with what must hold, what was got, and what to do.
@@ -248,19 +242,22 @@ class Plan:
                 "use a plan made for this pipeline"
             )
         part = self.components[component]
-        facts = {
-            "class": (part.model_class, model_class),
-            "number of heads": (part.num_heads, num_heads),
-            "head_dim": (part.head_dim, head_dim),
-        }
-        for name, (wanted, got) in facts.items():
+        if part.kind != DIFFUSION:
+            raise PlanError(
+                f"{component}: the plan must be for a {DIFFUSION}, got one for a {part.kind}, which this "
+                "version of sparse_dit can't patch; use a plan made for this model"
+            )
+        facts: list[tuple[str, Any, Any, str]] = [("class", part.model_class, model_class, "")]
+        for layer, planned in part.heads.items():
+            sizes = zip(_HEADS, planned, heads.get(layer, planned), strict=True)
+            facts += [(name, wanted, got, f" in {layer}") for name, wanted, got in sizes]
+        for name, wanted, got, where in facts:
             if wanted != got:
                 raise PlanError(
-                    f"{component}: the model's {name} must be {wanted} as in the plan, got {got}; "
+                    f"{component}: the model's {name} must be {wanted} as in the plan, got {got}{where}; "
                     "use a plan made for this model"
                 )
-        names = set(layer_names)
-        if missing := [layer for layer in part.layers if layer not in names]:
+        if missing := [layer for layer in part.layers if layer not in heads]:
             raise PlanError(
                 f"{component}: the plan's layers must be in the model, "
                 f"{len(missing)} are not, first {missing[0]!r}; use a plan made for this model"

@@ -1,4 +1,4 @@
-"""The form of a plan document, versions 1 and 2: keys, types and ranges.
+"""The form of a plan document, version 3, and where 1 and 2 differ: keys, types and ranges.
 
 What concerns several values at once (ids in range, stages that overlap, heads) is checked by the
 objects themselves, in `component.py`.
@@ -6,14 +6,16 @@ objects themselves, in `component.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..layout import KINDS, OLD_KINDS, Kinds
 from .document import place, plain
 from .errors import PlanError, short
 
-VERSIONS = (1, 2)
+VERSION = 3  # that plans are written in
+OLD_VERSIONS = (1, 2)  # which are read
 
 MAX_TOKENS = 1 << 24
 MAX_STAGES = 256
@@ -35,6 +37,9 @@ LayerPath = Annotated[str, Field(pattern=LAYER_PATH, max_length=256)]
 ClassName = Annotated[str, Field(pattern=CLASS_NAME, max_length=128)]
 Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Hash = Annotated[str, Field(pattern=SHA256)]
+Heads = Annotated[int, Field(ge=1, le=MAX_HEADS)]
+HeadDim = Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+Ids = list[list[Id]]  # of patterns, for each stage and head
 
 
 class _Form(BaseModel):
@@ -42,9 +47,23 @@ class _Form(BaseModel):
 
 
 class StageForm(_Form):
-    sigma_max: Unit
-    sigma_min: Unit
+    progress_max: Unit
+    progress_min: Unit
     branch: Literal["any", "cond", "uncond"] = "any"
+    phase: Literal["any", "prefill", "decode"] = "any"
+
+
+class OldStageForm(_Form):
+    progress_max: Unit = Field(alias="sigma_max")
+    progress_min: Unit = Field(alias="sigma_min")
+    branch: Literal["any", "cond", "uncond"] = "any"
+    phase: ClassVar[Literal["any"]] = "any"
+
+
+class LayerForm(_Form):
+    num_heads: Heads
+    head_dim: HeadDim
+    patterns: Ids
 
 
 class EvidenceForm(_Form):
@@ -53,25 +72,47 @@ class EvidenceForm(_Form):
     runner_up_error: list[Error | None] | None = None
 
 
-class ComponentForm(_Form):
+class _ComponentForm(_Form):
     model_class: ClassName
     config_hash: Hash
-    num_heads: Annotated[int, Field(ge=1, le=MAX_HEADS)]
-    head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
     layout: dict[str, Any]
     valid_tokens: Annotated[list[Tokens | None], Field(min_length=2, max_length=2)]
-    stages: Annotated[list[StageForm], Field(min_length=1, max_length=MAX_STAGES)]
     patterns: Annotated[list[dict[str, Any]], Field(max_length=MAX_PATTERNS)]
-    layers: Annotated[dict[LayerPath, list[list[Id]]], Field(max_length=MAX_LAYERS)]
     evidence: dict[LayerPath, list[EvidenceForm]]
+
+
+class ComponentForm(_ComponentForm):
+    kind: Literal["diffusion_transformer", "language_model"]
+    stages: Annotated[list[StageForm], Field(min_length=1, max_length=MAX_STAGES)]
+    layers: Annotated[dict[LayerPath, LayerForm], Field(max_length=MAX_LAYERS)]
+    segments: ClassVar[Kinds] = KINDS  # what they are called in the layout
+    patterns_at: ClassVar[str] = ".patterns"  # where a layer's patterns are, from its place on
+
+    def each_layer(self) -> dict[str, LayerForm]:
+        return self.layers
+
+
+class OldComponentForm(_ComponentForm):
+    num_heads: Heads
+    head_dim: HeadDim
+    stages: Annotated[list[OldStageForm], Field(min_length=1, max_length=MAX_STAGES)]
+    layers: Annotated[dict[LayerPath, Ids], Field(max_length=MAX_LAYERS)]
+    kind: ClassVar[Literal["diffusion_transformer"]] = "diffusion_transformer"
+    segments: ClassVar[Kinds] = OLD_KINDS
+    patterns_at: ClassVar[str] = ""
+
+    def each_layer(self) -> dict[str, LayerForm]:
+        return {
+            layer: LayerForm(num_heads=self.num_heads, head_dim=self.head_dim, patterns=ids)
+            for layer, ids in self.layers.items()
+        }
 
 
 class TensorsForm(_Form):
     sha256: Hash
 
 
-class PlanForm(_Form):
-    version: Literal[1, 2]
+class _PlanForm(_Form):
     pipeline_class: Annotated[str, Field(pattern=rf"{CLASS_NAME}|^$", max_length=128)]
     density: Unit
     forecast: dict[str, Any]
@@ -79,10 +120,19 @@ class PlanForm(_Form):
     cost: dict[str, Any]
     provenance: dict[str, Any]
     tensors: TensorsForm | None
+
+
+class PlanForm(_PlanForm):
+    version: Literal[3]
     components: Annotated[dict[ComponentName, ComponentForm], Field(min_length=1, max_length=16)]
 
 
-def checked(document: Any) -> PlanForm:
+class OldPlanForm(_PlanForm):
+    version: Literal[1, 2]
+    components: Annotated[dict[ComponentName, OldComponentForm], Field(min_length=1, max_length=16)]
+
+
+def checked(document: Any) -> PlanForm | OldPlanForm:
     """The document in typed form.
 
     Raises:
@@ -94,13 +144,14 @@ def checked(document: Any) -> PlanForm:
     version = document.get("version")
     if "version" not in document:
         raise PlanError("version: missing; is this file a sparse_dit plan?")
-    if isinstance(version, bool | float) or version not in VERSIONS:
+    if isinstance(version, bool | float) or version not in (*OLD_VERSIONS, VERSION):
         raise PlanError(
-            f"version: must be {VERSIONS[0]} or {VERSIONS[1]}, got {short(version)}; "
+            f"version: must be {', '.join(map(str, OLD_VERSIONS))} or {VERSION}, got {short(version)}; "
             "a plan of a newer version needs a newer sparse_dit"
         )
+    form = PlanForm if version == VERSION else OldPlanForm
     try:
-        return PlanForm.model_validate(document)
+        return form.model_validate(document)
     except ValidationError as error:
         raise PlanError(_explain(error)) from None
 

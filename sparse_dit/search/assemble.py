@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..plan import ComponentPlan, HeadChoice, Plan, Stage
-from .cost import CostTable
+from .cost import Costs
 from .joint import one_or_named
 from .profile import ComponentProfile
 from .solve import Choice, Problem, runner_up
@@ -18,7 +19,7 @@ def first_plan(
     parts: Mapping[str, ComponentProfile],
     task: Problem,
     choice: Choice,
-    tables: Mapping[str, CostTable],
+    tables: Mapping[str, Costs],
 ) -> Plan:
     """A choice as a plan that holds for any number of tokens and has no provenance yet.
 
@@ -33,8 +34,7 @@ def first_plan(
         name: ComponentPlan(
             part.model_class,
             part.config_hash,
-            part.num_heads,
-            part.head_dim,
+            part.heads,
             part.known_layout,
             levels_of(task, name),
             layers_of(name, part, task, choice),
@@ -46,8 +46,13 @@ def first_plan(
         components,
         round(choice.density, 6),
         forecast=forecast_of(task, choice),
-        cost=one_or_named({name: table.to_dict() for name, table in tables.items()}),
+        cost=one_or_named({name: _listed(costs) for name, costs in tables.items()}),
     )
+
+
+def _listed(costs: Costs) -> dict[str, Any]:
+    """JSON form of a transformer's costs."""
+    return one_or_named({f"{n} heads of {d}": table.to_dict() for (n, d), table in costs.items()})
 
 
 def levels_of(task: Problem, component: str) -> tuple[Stage, ...]:

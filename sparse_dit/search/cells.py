@@ -21,21 +21,21 @@ from ..layout import Tile, TokenLayout, tile_order
 
 @dataclass(frozen=True, eq=False)
 class CellTable:
-    """A layout's video tokens in one order, cut into cells (whole tiles).
+    """A layout's grid tokens in one order, cut into cells (whole tiles).
 
     Args:
         tokens: int64 `[C, n]`, the tokens of each cell; smaller cells repeat their first token.
         real: float32 `[C, n]`, 0 for repeats.
-        text: int64 `[num_text]`, the text tokens.
+        global_tokens: int64 `[num_global]`, the tokens outside of all cells.
         counts: int64 `[3]`, cells along frames, rows and columns.
         place: int64 `[C, 3]`, each cell's place in that lattice.
-        cell_of_token: int64 `[N]`, -1 for text.
+        cell_of_token: int64 `[N]`, -1 for global tokens.
         ragged: Whether there are repeats.
     """
 
     tokens: Tensor
     real: Tensor
-    text: Tensor
+    global_tokens: Tensor
     counts: Tensor
     place: Tensor
     cell_of_token: Tensor
@@ -50,12 +50,12 @@ def cell_table(layout: TokenLayout, tile: Tile) -> CellTable:
     sizes = offsets.diff()
     rank = torch.arange(int(sizes.max()))
     real = rank < sizes[:, None]
-    where = offsets[:-1, None] + torch.where(real, rank, 0) + order.text_before
+    where = offsets[:-1, None] + torch.where(real, rank, 0) + order.global_before
     tokens = order.order[where]
     cell_of_token = torch.full((total,), -1)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    video = order.order[order.text_before : order.text_before + layout.num_video]
-    cell_of_token[video] = owner
+    cells = order.order[order.global_before : order.global_before + layout.num_grid]
+    cell_of_token[cells] = owner
     size = torch.tensor(order.tile)
     place = order.boxes().lo // size
     return CellTable(
@@ -79,7 +79,7 @@ class CellSums:
         pooled: `[R, C]`, what the cell's mean key (logit plus log of its size) would get; of all of its
             mean keys, if there are several.
         far_output: `[R, C, D]`, mean values times that.
-        text_mass, text_value: `[R]`, `[R, D]`: mass and value sum of the text.
+        global_mass, global_value: `[R]`, `[R, D]`: mass and value sum of the global tokens.
         out: `[R, D]`, the exact output.
         cell: int64 `[R]`, the cell that each row lies in.
     """
@@ -88,8 +88,8 @@ class CellSums:
     exact: Tensor
     pooled: Tensor
     far_output: Tensor
-    text_mass: Tensor
-    text_value: Tensor
+    global_mass: Tensor
+    global_value: Tensor
     out: Tensor
     cell: Tensor
 
@@ -111,11 +111,11 @@ class CellSums:
             columns = [exact - self.far_output, mass - self.pooled[..., None], mass]
         sums = weight @ torch.cat(columns, -1)  # [R, K, D + 1 or 2]: one product for all
         value, norm = sums[..., : exact.shape[-1]], sums[..., exact.shape[-1]]
-        always, share = self.text_value, self.text_mass
+        always, share = self.global_value, self.global_mass
         if far:
             always, share = always + self.far_output.sum(1), share + self.pooled.sum(1)
         outputs = (value + always[:, None]) / (norm + share[:, None]).clamp_min(1e-20)[..., None]
-        return outputs.transpose(0, 1), (sums[..., -1] + self.text_mass[:, None]).T
+        return outputs.transpose(0, 1), (sums[..., -1] + self.global_mass[:, None]).T
 
     def benefit(self, far: bool) -> Tensor:
         """Squared error of the output, to first order, if a cell is not exact, `[R, C]`.
@@ -184,16 +184,16 @@ class SampledRows:
             p = p * table.real[..., None]
         pooled, far_output = self._pooled(table, pool)
         exact = torch.bmm(p.transpose(1, 2), values).transpose(0, 1)  # [R, C, D]
-        text_p = self.p[table.text]
-        text_value = text_p.T @ self.values[table.text]
+        always = self.p[table.global_tokens]
+        global_value = always.T @ self.values[table.global_tokens]
         return CellSums(
             p.sum(1).T,
             exact,
             pooled,
             far_output,
-            text_p.sum(0),
-            text_value,
-            exact.sum(1) + text_value,
+            always.sum(0),
+            global_value,
+            exact.sum(1) + global_value,
             table.cell_of_token[self.rows],
         )
 
@@ -231,7 +231,7 @@ def sampled_rows(
 
     Args:
         q, k, v: `[N, D]` of one head.
-        rows: int64 `[R]`, sampled video tokens.
+        rows: int64 `[R]`, sampled grid tokens.
         scale: Factor of the logits.
         valid: Tokens from here on are padding.
     """
@@ -245,14 +245,14 @@ def sampled_rows(
 
 
 def sample_rows(layout: TokenLayout, count: int, generator: torch.Generator) -> Tensor:
-    """`count` video tokens spread over the video, int64 `[R]`, rising.
+    """`count` grid tokens spread over the grid, int64 `[R]`, rising.
 
     They are drawn by stratified sampling: tokens in an order of 4 x 4 x 4 tiles are cut into equal stretches,
     and one token of each is drawn at random.
     """
     order = tile_order(layout, (4, 4, 4))
-    video = order.order[order.text_before : order.text_before + layout.num_video]
-    count = min(count, len(video))
-    bounds = torch.arange(count + 1) * len(video) // count
+    tokens = order.order[order.global_before : order.global_before + layout.num_grid]
+    count = min(count, len(tokens))
+    bounds = torch.arange(count + 1) * len(tokens) // count
     jitter = torch.rand(count, generator=generator, dtype=torch.float32)
-    return video[(bounds[:-1] + (jitter * bounds.diff()).long())].sort().values
+    return tokens[(bounds[:-1] + (jitter * bounds.diff()).long())].sort().values

@@ -16,7 +16,6 @@ from ..integrations.diffusers import (
     attachment_of,
     components,
     heads_of,
-    self_attention_layers,
 )
 from ..on_cpu import on_cpu
 from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
@@ -117,7 +116,7 @@ def check_plan(
     heads, unseen = [], 0
     for name, scorer in scorers.items():
         part, layout = plan.components[name], scorer.layout
-        if layout and layout.without_text() != part.layout.without_text():
+        if layout and layout.without_global() != part.layout.without_global():
             notes.append(
                 f"{name}: measured at {layout}, the plan was made at {part.layout}; "
                 "errors differ with the size too"
@@ -159,15 +158,12 @@ def _notes(name: str, part: ComponentPlan, transformer: Any) -> list[str]:
             "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe)"
         )
     config = transformer.config
-    num_heads, head_dim = heads_of(transformer)
     kinds = [kind.__name__ for kind in type(transformer).__mro__]
     Plan("", {name: part}, 0.0).check_model(
         name,
         model_class=part.model_class if part.model_class in kinds else kinds[0],
         config_hash=part.config_hash,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        layer_names=self_attention_layers(transformer),
+        heads=heads_of(transformer),
     )
     if part.config_hash in (ANY_CONFIG, config_hash(config)):
         return []

@@ -103,6 +103,9 @@ class CostTable:
         }
 
 
+Costs = Mapping[tuple[int, int], CostTable]  # of each (num_heads, head_dim) that layers have
+
+
 def measure_cost(
     layout: TokenLayout,
     num_heads: int,
@@ -223,7 +226,7 @@ def break_even_tokens(
     best = table.layout.seq_len
     for part in (2, 4):
         sides = [min(n, max(4, n // part)) for n in (height, width)]
-        small = TokenLayout.video(frames, *sides, text_after=table.layout.num_text)
+        small = TokenLayout.video(frames, *sides, text_after=table.layout.num_global)
         if small.seq_len >= best:
             break
         cost = measure(small)

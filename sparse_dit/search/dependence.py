@@ -42,7 +42,7 @@ def add_rows(
     tile = tilings(layout)[0]
     if key not in profile.looks:
         fresh = {
-            name: torch.zeros(profile.num_heads, *shape, dtype=torch.float32)
+            name: torch.zeros(profile.heads[layer][0], *shape, dtype=torch.float32)
             for name, shape in compared_shapes(layout).items()
         }
         profile.looks.setdefault(key, fresh)  # other heads, on other threads, come to it too

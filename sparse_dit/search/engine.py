@@ -289,12 +289,12 @@ def _with_break_even(
     found = {}
     for name, component in plan.components.items():
         mine = picked[task.units_of(name)]
-        sparse, table = mine[mine < 1], session.tables[name]
-        found[name] = component
+        sparse, tokens = mine[mine < 1], 0
         if len(sparse):
-            head_dim = component.head_dim
-            others = target_device.smaller(head_dim, table.dtype) if target_device else None
-            density, heads = sparse.mean().item(), component.num_heads
-            tokens = break_even_tokens(table, density, heads, head_dim, others)
-            found[name] = replace(component, valid_tokens=(tokens, None))
+            density = sparse.mean().item()
+            for (heads, head_dim), table in session.tables[name].items():
+                others = target_device.smaller(head_dim, table.dtype) if target_device else None
+                here = break_even_tokens(table, density, heads, head_dim, others)
+                tokens = max(tokens, here)
+        found[name] = replace(component, valid_tokens=(tokens, None))
     return replace(plan, components=found)

@@ -42,13 +42,13 @@ def fitted(layouts: Mapping[TokenLayout, float], density: float) -> Reach:
 
 def density_of(pattern: Pattern, layout: TokenLayout) -> float:
     """Computed pairs / all pairs, as an index of the pattern has it, without building one."""
-    if layout.num_video == 0:
+    if layout.num_grid == 0:
         return 1.0
     order = tile_order(layout, pattern.tile)
     seen = seen_cells(pattern, order).double()
     rows = order.tile_offsets.diff().double()
-    keys = seen @ rows + (1 - seen).sum(1) + layout.num_text
-    pairs = (rows @ keys).item() + layout.num_text * layout.seq_len
+    keys = seen @ rows + (1 - seen).sum(1) + layout.num_global
+    pairs = (rows @ keys).item() + layout.num_global * layout.seq_len
     return pairs / layout.seq_len**2
 
 

@@ -250,15 +250,15 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
 
 
 def _units(part: ComponentPlan) -> int:
-    return len(part.stages) * len(part.layers) * part.num_heads
+    return len(part.stages) * part.total_heads
 
 
 def _filled(part: ComponentPlan, heads: Iterator[HeadChoice]) -> ComponentPlan:
     """The component with the next heads in the place of its own."""
     rows: dict[str, list[tuple[HeadChoice, ...]]] = {layer: [] for layer in part.layers}
     for _ in part.stages:
-        for stages in rows.values():
-            stages.append(tuple(itertools.islice(heads, part.num_heads)))
+        for layer, stages in rows.items():
+            stages.append(tuple(itertools.islice(heads, part.heads[layer][0])))
     return replace(part, layers={layer: tuple(stages) for layer, stages in rows.items()})
 
 

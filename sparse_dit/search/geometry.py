@@ -8,7 +8,7 @@ promise nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..layout import Tile, TokenLayout
@@ -49,30 +49,27 @@ class Reach:
 
 def one_pattern(
     pattern: Pattern,
-    layers: Sequence[str],
+    heads: Mapping[str, tuple[int, int]],
     *,
     model_class: str,
     config_hash: str,
-    num_heads: int,
-    head_dim: int,
     layout: TokenLayout,
     sigma_max: float,
 ) -> ComponentPlan:
-    """The part of one transformer: one pattern for all heads of these layers, below a noise level.
+    """The part of one transformer: one pattern for all heads of some layers, below a noise level.
 
     Args:
         pattern: What every head computes.
-        layers: Module paths; the others run dense.
-        model_class, config_hash, num_heads, head_dim, layout: See `ComponentPlan`.
+        heads: For each of these layers, by module path, `(num_heads, head_dim)`; the others run dense.
+        model_class, config_hash, layout: See `ComponentPlan`.
         sigma_max: Noise level above which attention is dense.
     """
-    heads = (HeadChoice(pattern),) * num_heads
+    choice = HeadChoice(pattern)
     return ComponentPlan(
         model_class=model_class,
         config_hash=config_hash,
-        num_heads=num_heads,
-        head_dim=head_dim,
+        heads=heads,
         layout=layout,
         stages=(Stage(sigma_max, 0.0),),
-        layers=dict.fromkeys(layers, (heads,)),
+        layers={layer: ((choice,) * num_heads,) for layer, (num_heads, _) in heads.items()},
     )

@@ -28,7 +28,7 @@ def pair_shares(
         calls: For each component and stage the forwards of a generation, times the batch.
     """
     pairs = {
-        name: sum(calls[name]) * len(part.layers) * part.num_heads * part.known_layout.seq_len**2
+        name: sum(calls[name]) * part.total_heads * part.known_layout.seq_len**2
         for name, part in parts.items()
     }
     total = max(1, sum(pairs.values()))

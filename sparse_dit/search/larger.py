@@ -85,9 +85,7 @@ def profile_larger(
         return
     modules = components(pipe)
     intercepts = {
-        name: _LargerProfile(
-            part, profile.rows, case.seed, projections(modules[name], part.num_heads)
-        )
+        name: _LargerProfile(part, profile.rows, case.seed, projections(modules[name]))
         for name, part in profile.components.items()
     }
     with contextlib.ExitStack() as stack:
@@ -135,7 +133,9 @@ class _LargerProfile:
     @in_own_dtypes
     def _add(self, call: AttentionCall, layout: TokenLayout) -> None:
         rows = sample_rows(layout, self.rows, self.generator)
-        self.found[call.layer] = heads = empty_heads(layout, self.tiles, self.profile.num_heads)
+        self.found[call.layer] = heads = empty_heads(
+            layout, self.tiles, self.profile.heads[call.layer][0]
+        )
         behind = self.behind.get(call.layer)
 
         def add(head: int, cells: Cells, sums: CellSums) -> None:

@@ -72,7 +72,7 @@ def _misfit(a: Profile, b: Profile) -> str | None:
 
 
 def _place(part: ComponentProfile) -> tuple[object, ...]:
-    return part.known_layout.without_text(), tuple(part.sigmas), tuple(part.layers)
+    return part.known_layout.without_global(), tuple(part.sigmas), tuple(part.layers)
 
 
 def _add(merged: Profile, other: Profile) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .candidates import tilings
-from .cost import CostTable, measure_cost
+from .cost import Costs, CostTable, measure_cost
 from .profile import ComponentProfile
 from .target_device import TargetDevice
 from .verify import Reference
@@ -20,8 +20,8 @@ Calls = Mapping[str, Sequence[int]]  # for each stage the forwards of a generati
 
 def cost_tables(
     modules: Mapping[str, nn.Module], parts: Parts, backend: str, target_device: TargetDevice | None
-) -> dict[str, CostTable]:
-    """What attention costs in each transformer, by component name; transformers that are alike share a table.
+) -> dict[str, Costs]:
+    """What attention costs in each transformer, by component name; layers that are alike share a table.
 
     Args:
         modules: The transformers, by component name.
@@ -30,31 +30,32 @@ def cost_tables(
         target_device: The device whose table is used; None to measure on this one.
     """
     known: dict[tuple[Any, ...], CostTable] = {}
-    tables = {}
+    tables: dict[str, dict[tuple[int, int], CostTable]] = {name: {} for name in parts}
     for name, part in parts.items():
         module: Any = modules[name]
-        layout, head_dim = part.known_layout, part.head_dim
+        layout = part.known_layout
         orders = tilings(layout)[1:]
-        key = layout, part.num_heads, head_dim, module.device, module.dtype, orders
-        if key not in known and target_device is not None:
-            known[key] = target_device.cost(layout, head_dim, module.dtype)
-        elif key not in known:
-            known[key] = measure_cost(
-                layout,
-                part.num_heads,
-                head_dim,
-                device=module.device,
-                dtype=module.dtype,
-                backend=backend,
-                orders=orders,
-            )
-        tables[name] = known[key]
-    return tables
+        for num_heads, head_dim in part.head_sizes:
+            key = layout, num_heads, head_dim, module.device, module.dtype, orders
+            if key not in known and target_device is not None:
+                known[key] = target_device.cost(layout, head_dim, module.dtype)
+            elif key not in known:
+                known[key] = measure_cost(
+                    layout,
+                    num_heads,
+                    head_dim,
+                    device=module.device,
+                    dtype=module.dtype,
+                    backend=backend,
+                    orders=orders,
+                )
+            tables[name][num_heads, head_dim] = known[key]
+    return dict(tables)
 
 
 def inside(
-    tables: Mapping[str, CostTable], parts: Parts, calls: Calls, references: Sequence[Reference]
-) -> dict[str, CostTable]:
+    tables: Mapping[str, Costs], parts: Parts, calls: Calls, references: Sequence[Reference]
+) -> dict[str, Costs]:
     """The tables corrected to the speed that attention had inside the dense generations.
 
     The factor is the same for all transformers. Whatever slows attention down there (other programs, heat)
@@ -69,11 +70,14 @@ def inside(
     """
     taken = sum(sum(r.attention.values()) for r in references) / len(references)
     times = taken / _stock(tables, parts, calls)
-    return {name: replace(table, in_generation=times) for name, table in tables.items()}
+    return {
+        name: {size: replace(table, in_generation=times) for size, table in costs.items()}
+        for name, costs in tables.items()
+    }
 
 
 def dense_generation(
-    tables: Mapping[str, CostTable],
+    tables: Mapping[str, Costs],
     parts: Parts,
     calls: Calls,
     measured: float,
@@ -85,9 +89,10 @@ def dense_generation(
     return target_device.generation(measured, _stock(tables, parts, calls))
 
 
-def _stock(tables: Mapping[str, CostTable], parts: Parts, calls: Calls) -> float:
+def _stock(tables: Mapping[str, Costs], parts: Parts, calls: Calls) -> float:
     """Seconds of a generation's dense attention by the tables."""
     return sum(
-        tables[name].dense * sum(calls[name]) * len(part.layers) * part.num_heads
+        tables[name][part.heads[layer]].dense * sum(calls[name]) * part.heads[layer][0]
         for name, part in parts.items()
+        for layer in part.layers
     )

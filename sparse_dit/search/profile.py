@@ -30,7 +30,8 @@ class ComponentProfile:
 
     Args:
         model_class, config_hash: The transformer's class, and the hash of its configuration.
-        num_heads, head_dim: The heads H of each layer, and the channels of a head.
+        heads: For each of its self-attention layers, by module path, `(num_heads, head_dim)`: its heads H
+            and the channels of one.
         layout: The token layout at calibration, with the longest text that was recorded.
         sigmas: Noise levels recorded, falling, `[S]`.
         layers: Module paths, in order of execution.
@@ -45,8 +46,7 @@ class ComponentProfile:
 
     model_class: str
     config_hash: str
-    num_heads: int
-    head_dim: int
+    heads: dict[str, tuple[int, int]]
     layout: TokenLayout | None = None
     sigmas: list[float] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
@@ -55,6 +55,30 @@ class ComponentProfile:
     pictures: dict[tuple[str, Tile], Tensor] = field(default_factory=dict)
     looks: dict[tuple[str, int, str], dict[str, Tensor]] = field(default_factory=dict)
     _candidates: dict[tuple[int, str], list[Candidates]] = field(default_factory=dict, repr=False)
+
+    @property
+    def head_sizes(self) -> list[tuple[int, int]]:
+        """The different `(num_heads, head_dim)` of the recorded layers."""
+        return list(dict.fromkeys(self.heads[layer] for layer in self.layers))
+
+    @property
+    def total_heads(self) -> int:
+        """Heads of all recorded layers together."""
+        return sum(self.heads[layer][0] for layer in self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """The heads H of every recorded layer.
+
+        Raises:
+            NotImplementedError: If layers differ in it.
+        """
+        counts = {num_heads for num_heads, _ in self.head_sizes}
+        if len(counts) != 1:
+            raise NotImplementedError(
+                f"this is for models whose layers have equally many heads, got {sorted(counts)}"
+            )
+        return counts.pop()
 
     @property
     def known_layout(self) -> TokenLayout:
@@ -75,9 +99,9 @@ class ComponentProfile:
             ValueError: If the grid is another one than that of the calls before.
         """
         known = self.layout or layout
-        if layout.without_text() != known.without_text():
+        if layout.without_global() != known.without_global():
             raise ValueError(f"a profile is of one size, got {layout} after {known}")
-        self.layout = layout if layout.num_text > known.num_text else known
+        self.layout = layout if layout.num_global > known.num_global else known
 
     def nearest_level(self, sigma: float) -> int:
         """Number of the recorded noise level whose range holds sigma."""
@@ -87,7 +111,7 @@ class ComponentProfile:
         """Candidates of each head of a layer at a noise level: `[H]`, of K patterns each."""
         key = (level, layer)
         if key not in self._candidates:
-            runs = runs_each(len(self.found) * self.num_heads)
+            runs = runs_each(sum(map(len, self.found.values())))
             self._candidates[key] = [
                 all_candidates(head, self.known_layout, runs) for head in self.found[key]
             ]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..generation import Case, GenerationSettings
-from ..layout import Tile, TokenLayout
+from ..layout import KINDS, OLD_KINDS, Tile, TokenLayout
 from ..plan.errors import PlanError
 from ..timing import Taken
 from ..whole_file import whole_file
@@ -23,7 +23,8 @@ from .statistics import HeadStatistics, compared_shapes, empty_statistics
 from .verify import Reference
 
 VIDEO = "reference|video"
-FORMAT = "sparse_dit profile 6"  # counts up when candidates change too: scores go by their place
+FORMAT = "sparse_dit profile 7"  # counts up when candidates change too: scores go by their place
+OLD_FORMAT = "sparse_dit profile 6"  # one number of heads for all layers; other names of segments
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
@@ -35,8 +36,7 @@ def write_profile(profile: Profile, path: str | Path) -> None:
         parts[name] = {
             "model_class": part.model_class,
             "config_hash": part.config_hash,
-            "num_heads": part.num_heads,
-            "head_dim": part.head_dim,
+            "heads": part.heads,
             "layout": part.layout and part.layout.to_dict(),
             "sigmas": part.sigmas,
             "layers": part.layers,
@@ -93,13 +93,13 @@ def read_profile(path: str | Path) -> Profile:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in (FORMAT, OLD_FORMAT):
                 raise PlanError(
                     f"{path}: not a profile of this version ({FORMAT!r}); name another file"
                 )
             header = json.loads(metadata["header"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        profile = _restore(header, tensors)
+        profile = _restore(header, tensors, old=metadata["format"] == OLD_FORMAT)
         for part in profile.components.values():
             _check(part)
     except PlanError:
@@ -113,14 +113,19 @@ def read_profile(path: str | Path) -> Profile:
     return profile
 
 
-def _restore(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
+def _restore(header: dict[str, Any], tensors: dict[str, Tensor], *, old: bool) -> Profile:
     parts = {}
     reference = _reference(header.get("reference"), tensors.pop(VIDEO, None))
     for name, data in header["components"].items():
         layout = data.pop("layout")
-        if data.pop("wide", False) or data.pop("shared", False):  # an earlier version could
-            raise ValueError("it has candidates that are no longer tried")
-        parts[name] = ComponentProfile(layout=layout and TokenLayout.from_dict(layout), **data)
+        if old:
+            if data.pop("wide", False) or data.pop("shared", False):
+                raise ValueError("it has candidates that are no longer tried")
+            heads = data.pop("num_heads"), data.pop("head_dim")
+            data["heads"] = dict.fromkeys(data["layers"], heads)
+        data["heads"] = {layer: (int(n), int(d)) for layer, (n, d) in data["heads"].items()}
+        layout = layout and TokenLayout.from_dict(layout, OLD_KINDS if old else KINDS)
+        parts[name] = ComponentProfile(layout=layout, **data)
     for key, value in tensors.items():
         kind, name, *rest = key.split("|")
         part = parts[name]
@@ -167,20 +172,20 @@ def _check(part: ComponentProfile) -> None:
     if set(part.found) != every or set(part.scores) not in (set(), every):
         raise ValueError("statistics of some layers or noise levels are missing")
     expected = _statistics_shapes(part) if every else {}
-    for heads in part.found.values():
+    for (_, layer), heads in part.found.items():
         for head in heads:
             shapes = {
                 t: {k: v.shape for k, v in s.items() if k not in BEYOND.values()}
                 for t, s in head.items()
             }
-            if len(heads) != part.num_heads or shapes != expected:
+            if len(heads) != part.heads[layer][0] or shapes != expected:
                 raise ValueError("statistics don't have the layout's shape")
             if not all(map(whole_beyond, head.values())):
                 raise ValueError("statistics of greater distances aren't whole")
     shapes = compared_shapes(part.known_layout) if every else {}
-    for looks in part.looks.values():
+    for (_, _, layer), looks in part.looks.items():
         if {k: list(v.shape[1:]) for k, v in looks.items()} != shapes or any(
-            len(v) != part.num_heads for v in looks.values()
+            len(v) != part.heads[layer][0] for v in looks.values()
         ):
             raise ValueError("what heads are compared by doesn't have the layout's shape")
     wanted = {(HALF, *place) for place in part.found} | {(LATER, *place) for place in part.scores}
@@ -188,7 +193,7 @@ def _check(part: ComponentProfile) -> None:
         raise ValueError("what heads are compared by is missing for some layers or noise levels")
     for (level, layer), scores in part.scores.items():
         count = len(part.candidates(level, layer)[0])
-        shape = (part.num_heads, count)
+        shape = (part.heads[layer][0], count)
         if {k: tuple(v.shape) for k, v in scores.items()} != {
             k: shape[:n] for k, n in SCORES.items()
         }:

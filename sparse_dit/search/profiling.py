@@ -163,8 +163,7 @@ def started(
     parts = {}
     for name, module in components(pipe).items():
         config: Any = module.config
-        heads, head_dim = heads_of(module)
-        parts[name] = ComponentProfile(type(module).__name__, config_hash(config), heads, head_dim)
+        parts[name] = ComponentProfile(type(module).__name__, config_hash(config), heads_of(module))
     profile = Profile(parts, settings, rows)
     if path is None or not Path(path).exists():
         return profile
@@ -186,6 +185,8 @@ def _resumed(profile: Profile, fresh: Profile, labels: list[str], path: str | Pa
         raise ValueError(
             f"{path} is the profile of another {' and '.join(other)}; name another file or delete it"
         )
+    for name, part in profile.components.items():
+        part.heads = fresh.components[name].heads  # an old file has those of recorded layers alone
     return profile
 
 
@@ -219,7 +220,7 @@ def run_phase(
             rows,
             phase.case.seed,
             turns=recorded,
-            projections=projections(components(pipe)[name], part.num_heads),
+            projections=projections(components(pipe)[name]),
         )
         for name, part in profile.components.items()
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..integrations.diffusers import heads_of, self_attention_layers
 
 
-def projections(transformer: nn.Module, num_heads: int) -> dict[str, Tensor]:
+def projections(transformer: nn.Module) -> dict[str, Tensor]:
     """For each attention layer the symmetric roots of its heads' output projections, float32 `[H, D, D]`.
 
     A layer without an output projection of its own (blocks that project attention together with their MLP) is
@@ -23,12 +23,10 @@ def projections(transformer: nn.Module, num_heads: int) -> dict[str, Tensor]:
 
     Args:
         transformer: A transformer of a supported class.
-        num_heads: The number of heads H of its attention layers.
     """
-    result = {}
-    _, head_dim = heads_of(transformer)
+    result, sizes = {}, heads_of(transformer)
     for path, layer in self_attention_layers(transformer).items():
-        weight = _weight(layer)
+        weight, (num_heads, head_dim) = _weight(layer), sizes[path]
         if weight is not None and weight.ndim == 2 and weight.shape[1] == num_heads * head_dim:
             heads = weight.detach().to("cpu", torch.float64).unflatten(1, (num_heads, -1))
             gram = torch.einsum("ohd,ohe->hde", heads, heads)

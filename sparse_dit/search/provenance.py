@@ -34,7 +34,7 @@ def provenance(
         seconds: What each phase of the search took, by its name.
     """
     cases = {"calibration": calibration, "held_out": held_out}
-    tables = session.tables.items()
+    tables = [(name, next(iter(costs.values()))) for name, costs in session.tables.items()]
     sensitivity = {
         name: {
             "stages": [float(f"{weight:.6g}") for weight in part.stages],

@@ -91,11 +91,9 @@ def ready_plan(model: Published) -> Plan:
     pattern = Reach(tile=model.tile).pattern
     part = one_pattern(
         pattern,
-        model.layers[1:],
+        dict.fromkeys(model.layers[1:], (model.num_heads, model.head_dim)),
         model_class=model.model_class,
         config_hash=ANY_CONFIG,
-        num_heads=model.num_heads,
-        head_dim=model.head_dim,
         layout=model.layout,
         sigma_max=model.sigma_max,
     )

@@ -122,7 +122,7 @@ class Recorder:
         run, layout = self.run, self.run.known_layout
         orders = tilings(layout)
         if (level, layer) not in run.found:
-            run.found[level, layer] = empty_heads(layout, orders, run.num_heads)
+            run.found[level, layer] = empty_heads(layout, orders, run.heads[layer][0])
         heads = run.found[level, layer]
 
         def use(head: int, cells: Cells, sums: CellSums) -> None:
@@ -140,15 +140,14 @@ class Recorder:
         candidates = self.profile.candidates(level, layer)
         kinds = candidates[0].kinds
         if (level, layer) not in run.scores:
-            shape = (run.num_heads, len(kinds))
+            num_heads, _ = run.heads[layer]
+            shape = (num_heads, len(kinds))
             run.scores[level, layer] = {
                 **{
                     key: torch.zeros(shape, dtype=torch.float32)
                     for key in ("error", "error_squared", "recall")
                 },
-                **{
-                    key: torch.zeros(run.num_heads, dtype=torch.float32) for key in ("norm", "rows")
-                },
+                **{key: torch.zeros(num_heads, dtype=torch.float32) for key in ("norm", "rows")},
             }
         scores = run.scores[level, layer]
         dense = torch.tensor([kind.is_dense for kind in kinds])
@@ -174,7 +173,7 @@ class Recorder:
         image = sums.mass[sums.cell.argsort(stable=True)]
         size = (min(PICTURE, image.shape[0]), min(PICTURE, image.shape[1]))
         image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
-        pictures, heads = self.profile.pictures, self.profile.num_heads
+        pictures, (heads, _) = self.profile.pictures, self.profile.heads[layer]
         if (layer, tile) not in pictures:
             fresh = torch.zeros(heads, *size, dtype=torch.float32)
             pictures.setdefault((layer, tile), fresh)  # heads come in parallel

@@ -53,7 +53,7 @@ def whole_layout(call: AttentionCall) -> TokenLayout | None:
     if layout is None or call.context.sigma is None or call.unsupported is not None:
         return None
     whole = call.q.shape[1] == call.k.shape[1] == layout.seq_len
-    return layout if whole and layout.num_video else None
+    return layout if whole and layout.num_grid else None
 
 
 @dataclass(frozen=True, eq=False)

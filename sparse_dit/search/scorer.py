@@ -165,6 +165,4 @@ def plan_scorer(
         return (stage, call.layer), [[pattern] for pattern in patterns]
 
     behind = bool(plan.provenance.get("errors_behind_projection"))
-    return PatternScorer(
-        ask, projections(transformer, part.num_heads) if behind else {}, rows, seed
-    )
+    return PatternScorer(ask, projections(transformer) if behind else {}, rows, seed)

@@ -122,8 +122,8 @@ class Group:
         exact = torch.cat(
             [self.members.double() @ lattice, torch.tensor(seen, dtype=torch.float64)]
         )
-        total, text, video = layout.seq_len, layout.num_text, layout.num_video
-        always = text * total + video * text
+        total, everywhere = layout.seq_len, layout.num_global
+        always = everywhere * (total + layout.num_grid)
         if self.far:
             always += (sizes.sum() * pooled.sum()).item()
         return (exact + always) / total**2

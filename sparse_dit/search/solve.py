@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..patterns import Pattern
 from ..plan import Stage
-from .cost import CostTable
+from .cost import Costs
 from .profile import ComponentProfile, bounds_of
 from .seen import densities
 from .sensitivity import Sensitivity
@@ -124,7 +124,7 @@ def problem(
     profile: ComponentProfile,
     stages: tuple[Stage, ...],
     sensitivity: Sensitivity,
-    table: CostTable,
+    costs: Costs,
     calls: Sequence[int],
     dense_generation: float,
 ) -> Problem:
@@ -134,32 +134,31 @@ def problem(
         profile: The transformer's profile, with the scores of all heads.
         stages: One stage for each recorded noise level.
         sensitivity: How sensitive the video is to errors of each stage and layer.
-        table: What a call of one head takes, in seconds.
+        costs: What a call of one head takes, in seconds, for each kind of layer.
         calls: For each stage the forwards of a generation that fall into it, times the batch.
         dense_generation: Seconds of a whole dense generation.
     """
     units, candidates, importance, weight, stock = [], [], [], [], []
-    table_: dict[str, list[Tensor]] = {"seconds": [], "error": [], "density": [], "recall": []}
-    total = max(1, sum(calls)) * len(profile.layers) * profile.num_heads
+    columns: dict[str, list[Tensor]] = {"seconds": [], "error": [], "density": [], "recall": []}
+    total = max(1, sum(calls)) * profile.total_heads
     layout = profile.known_layout
     matters = dict(zip(profile.layers, sensitivity.layers, strict=True))
     for stage, layer in itertools.product(range(len(stages)), profile.layers):
-        scores = profile.scores[stage, layer]
+        scores, table = profile.scores[stage, layer], costs[profile.heads[layer]]
         share = scores["norm"] / scores["norm"].sum().clamp_min(1e-20)
-        table_["error"].append(profile.relative_error(stage, layer))
-        table_["recall"].append(scores["recall"] / scores["rows"][:, None])
+        columns["error"].append(profile.relative_error(stage, layer))
+        columns["recall"].append(scores["recall"] / scores["rows"][:, None])
         for head, patterns in enumerate(profile.candidates(stage, layer)):
             dens = densities(patterns, layout)
             priced = zip(patterns.kinds, dens, strict=True)
             cost = [table.seconds(kind, share) * calls[stage] for kind, share in priced]
-            table_["density"].append(torch.tensor([dens], dtype=torch.float64))
-            table_["seconds"].append(torch.tensor([cost], dtype=torch.float64))
+            columns["density"].append(torch.tensor([dens], dtype=torch.float64))
+            columns["seconds"].append(torch.tensor([cost], dtype=torch.float64))
             units.append((stage, layer, head))
             candidates.append(patterns)
             importance.append(sensitivity.stages[stage] * matters[layer] * share[head].item())
             weight.append(calls[stage] / total)
             stock.append(table.stock_seconds * calls[stage])
-    columns = {name: torch.cat(parts).double() for name, parts in table_.items()}
     return Problem(
         units,
         candidates,
@@ -168,7 +167,7 @@ def problem(
         stages=stages,
         stock_seconds=torch.tensor(stock, dtype=torch.float64),
         other_seconds=max(0.0, dense_generation - sum(stock)),
-        **columns,
+        **{name: torch.cat(parts).double() for name, parts in columns.items()},
     )
 
 

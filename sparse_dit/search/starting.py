@@ -195,7 +195,7 @@ def _parts(
         layers = tuple(self_attention_layers(transformer))
         image = image_only_layers(transformer)
         layout = layouts[name]
-        seen = {x: layout.without_text() if x in image else layout for x in layers}
+        seen = {x: layout.without_global() if x in image else layout for x in layers}
         whole = _Part(transformer, layout, layers, layers, seen)
         first = _Part(transformer, layout, layers, layers[1:], seen)
         parts[name] = first if len(layers) > 1 and first.dense_share <= density / 4 else whole
@@ -248,14 +248,12 @@ def _planned(
     """Transformers of one pipeline are alike: the first one's geometry is that of all."""
     components = {}
     for name, part in parts.items():
-        num_heads, head_dim = heads_of(part.transformer)
+        heads = heads_of(part.transformer)
         components[name] = one_pattern(
             geometry.reach.pattern,
-            part.sparse,
+            {layer: heads[layer] for layer in part.sparse},
             model_class=type(part.transformer).__name__,
             config_hash=config_hash(part.transformer.config),
-            num_heads=num_heads,
-            head_dim=head_dim,
             layout=part.layout,
             sigma_max=schedule.sigma_max,
         )

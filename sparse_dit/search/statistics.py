@@ -103,7 +103,7 @@ def score_all(
     recall[torch.tensor([kind.is_dense for kind in candidates.kinds])] = float(len(sampled.rows))
     norm, grid = (
         torch.zeros((), dtype=torch.float32),
-        layout.without_text(),
+        layout.without_global(),
     )  # so that all texts share what is kept of it
     for cells in candidates.cells:
         sums = sampled.by_cells(cell_table(layout, cells[0]), cells[1])

@@ -68,9 +68,10 @@ class TargetDevice:
         )
 
     def check(self, transformer: Any) -> None:
-        """Raise ValueError unless the table has a transformer's head_dim and dtype."""
+        """Raise ValueError unless the table has every head_dim of a transformer, at its dtype."""
         dtype = str(transformer.dtype).removeprefix("torch.")
-        self.table.check(heads_of(transformer)[1], dtype)
+        for head_dim in {head_dim for _, head_dim in heads_of(transformer).values()}:
+            self.table.check(head_dim, dtype)
 
     def cost(self, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> CostTable:
         """The costs of heads on the target device, at one token layout, head_dim and dtype."""

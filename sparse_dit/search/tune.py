@@ -13,7 +13,7 @@ from ..generation import GenerationSettings
 from ..plan import Plan
 from ..timing import Timer
 from .assemble import first_plan, stage_shares
-from .cost import CostTable
+from .cost import Costs
 from .objective import Objective
 from .profile import Profile
 from .sensitivity import Sensitivity
@@ -74,7 +74,7 @@ class Session:
     pipe: Any
     sensitivity: Mapping[str, Sensitivity]
     problem: Problem
-    tables: Mapping[str, CostTable]
+    tables: Mapping[str, Costs]
     profile: Profile
     objective: Objective
     settings: GenerationSettings

@@ -109,13 +109,13 @@ def score_patterns(
         layout, sigma = call.context.layout, call.context.sigma
         if layout is None or sigma is None or call.layer not in profile.layers:
             return None
-        if layout.without_text() != profile.known_layout.without_text():
+        if layout.without_global() != profile.known_layout.without_global():
             return None
         level = profile.nearest_level(sigma)
         heads = range(profile.num_heads)
         return (level, call.layer), [patterns[level, call.layer, head] for head in heads]
 
-    scorer = PatternScorer(ask, projections(module, profile.num_heads), rows, case.seed)
+    scorer = PatternScorer(ask, projections(module), rows, case.seed)
     attachment = attach(module, scorer, pipe)
     try:
         generate(pipe, case, replace(settings, steps=len(profile.sigmas)))

@@ -58,8 +58,11 @@ def uniform_plan(plan: Plan, profile: Profile, *, by_stage: bool) -> Plan:
         reached += sum(
             share * density(p, part.known_layout) for share, p in zip(shares, patterns, strict=True)
         )
-        rows = tuple((HeadChoice(pattern),) * component.num_heads for pattern in patterns)
-        components[name] = replace(component, layers=dict.fromkeys(component.layers, rows))
+        layers = {
+            layer: tuple((HeadChoice(pattern),) * num_heads for pattern in patterns)
+            for layer, (num_heads, _) in component.heads.items()
+        }
+        components[name] = replace(component, layers=layers)
     return Plan(plan.pipeline_class, components, min(1.0, round(reached, 6)))
 
 

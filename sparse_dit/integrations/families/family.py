@@ -36,7 +36,8 @@ class Family:
         timestep: Name of the forward's argument that holds the noise level.
         noise: Function of (config, timestep) -> noise level within 0 and 1, for timesteps that aren't linear
             in it; None where `max_timestep` and `clean_timestep` say all.
-        heads: Function of config -> (num_heads, head_dim) of these layers.
+        heads: Function of config -> (num_heads, head_dim) of these layers; where they differ, a mapping
+            of each one's module path to its own.
         image_only: Regular expression of those `layers` that see the video or image without the text.
         arrange: Function of (config, forward arguments) -> what they say of the tokens where layers
             have a mask, instead of `layout`; None if there is no such mask.
@@ -53,7 +54,7 @@ class Family:
     clean_timestep: float = 0.0
     timestep: str = "timestep"
     noise: Callable[[Any, float], float] | None = None
-    heads: Callable[[Any], tuple[int, int]] = _heads
+    heads: Callable[[Any], tuple[int, int] | Mapping[str, tuple[int, int]]] = _heads
     image_only: str | None = None
     arrange: Callable[[Any, Arguments], Arrangement | None] | None = None
     unpadded: bool = False

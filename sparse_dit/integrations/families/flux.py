@@ -21,9 +21,9 @@ def _flux(config: Any, arguments: Arguments) -> TokenLayout | None:
     if not rows:
         return None
     others = ids.shape[-2] - rows * columns
-    parts = [Segment.text(arguments["encoder_hidden_states"].shape[1])]
-    parts.append(Segment.video(1, rows, columns))
-    return TokenLayout((*parts, Segment.text(others)) if others else tuple(parts))
+    parts = [Segment.global_(arguments["encoder_hidden_states"].shape[1])]
+    parts.append(Segment.grid(1, rows, columns))
+    return TokenLayout((*parts, Segment.global_(others)) if others else tuple(parts))
 
 
 def _flux2(config: Any, arguments: Arguments) -> TokenLayout | None:
@@ -38,7 +38,7 @@ def _flux3(config: Any, arguments: Arguments) -> TokenLayout | None:
     plain = _flux(config, arguments)
     if others is None or plain is None:
         return plain
-    return TokenLayout((*plain.segments, Segment.text(others.shape[1])))
+    return TokenLayout((*plain.segments, Segment.global_(others.shape[1])))
 
 
 @functools.lru_cache(maxsize=2)

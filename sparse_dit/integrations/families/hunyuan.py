@@ -25,13 +25,13 @@ HISTORY = {
 
 def _video(config: Any, arguments: Arguments) -> Segment:
     _, _, frames, height, width = arguments["hidden_states"].shape
-    return Segment.video(
+    return Segment.grid(
         frames // config.patch_size_t, height // config.patch_size, width // config.patch_size
     )
 
 
 def _hunyuan_video(config: Any, arguments: Arguments) -> TokenLayout:
-    text = Segment.text(arguments["encoder_hidden_states"].shape[1])
+    text = Segment.global_(arguments["encoder_hidden_states"].shape[1])
     return TokenLayout((_video(config, arguments), text))
 
 
@@ -39,9 +39,9 @@ def _framepack(config: Any, arguments: Arguments) -> TokenLayout:
     mask = arguments["encoder_attention_mask"]
     text = arguments["image_embeds"].shape[1]
     text += mask.shape[1] if len(mask) > 1 else _num_valid(mask, version_of(mask))
-    parts = [_video(config, arguments), Segment.text(text)]
+    parts = [_video(config, arguments), Segment.global_(text)]
     history = sum(_history(arguments.get(name), kernel) for name, kernel in HISTORY.items())
-    return TokenLayout((Segment.text(history), *parts) if history else tuple(parts))
+    return TokenLayout((Segment.global_(history), *parts) if history else tuple(parts))
 
 
 def _history(latents: Tensor | None, kernel: tuple[int, int, int]) -> int:
@@ -59,7 +59,7 @@ def _num_valid(mask: Tensor, _version: int) -> int:
 
 def _hunyuan_video15(config: Any, arguments: Arguments) -> TokenLayout:
     names = ("image_embeds", "encoder_hidden_states_2", "encoder_hidden_states")
-    text = Segment.text(sum(arguments[name].shape[1] for name in names))
+    text = Segment.global_(sum(arguments[name].shape[1] for name in names))
     return TokenLayout((_video(config, arguments), text))
 
 
@@ -84,7 +84,7 @@ def _valid_first(
     """
     valid = first.bool().sum(1) + second.bool().sum(1)
     valid = valid + image.ne(0).any() * image.shape[1]
-    return Arrangement(layout, kv_len=valid + layout.num_video)
+    return Arrangement(layout, kv_len=valid + layout.num_grid)
 
 
 LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"

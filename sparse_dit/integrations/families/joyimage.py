@@ -14,8 +14,8 @@ def _joyimage(config: Any, arguments: Arguments) -> TokenLayout:
     ].shape  # [B, C, F, H, W], or several items in the second place
     frames, rows, columns = (n // p for n, p in zip(shape[-3:], config.patch_size, strict=True))
     others = (shape[1] - 1 if len(shape) == 6 else 0) * frames * rows * columns
-    text = Segment.text(others + arguments["encoder_hidden_states"].shape[1])
-    return TokenLayout((Segment.video(frames, rows, columns), text))
+    text = Segment.global_(others + arguments["encoder_hidden_states"].shape[1])
+    return TokenLayout((Segment.grid(frames, rows, columns), text))
 
 
 def _heads(config: Any) -> tuple[int, int]:

@@ -15,7 +15,7 @@ def _krea2(config: Any, arguments: Arguments) -> TokenLayout | None:
     rows, columns = raster(ids, version_of(ids), text)
     if rows * columns != len(ids) - text:
         return None
-    return TokenLayout((Segment.text(text), Segment.video(1, rows, columns)))
+    return TokenLayout((Segment.global_(text), Segment.grid(1, rows, columns)))
 
 
 def _padded(config: Any, arguments: Arguments) -> Arrangement | None:

@@ -28,7 +28,7 @@ def _ltx2(config: Any, arguments: Arguments) -> TokenLayout | None:
     others = arguments["hidden_states"].shape[1] - video.seq_len
     if others < 0:
         return None
-    return TokenLayout((*video.segments, Segment.text(others))) if others else video
+    return TokenLayout((*video.segments, Segment.global_(others))) if others else video
 
 
 def _grid(arguments: Arguments) -> TokenLayout | None:

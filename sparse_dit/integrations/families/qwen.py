@@ -14,9 +14,9 @@ def _qwen(config: Any, arguments: Arguments) -> TokenLayout | None:
     if not shapes or any(item != shapes[0] for item in shapes):  # one layout holds for a batch
         return None
     images = [shapes[0]] if isinstance(shapes[0], tuple) else shapes[0]
-    first, *others = (Segment.video(*(int(n) for n in shape)) for shape in images)
-    parts = [Segment.text(arguments["encoder_hidden_states"].shape[1]), first]
-    return TokenLayout((*parts, *(Segment.text(image.length) for image in others)))
+    first, *others = (Segment.grid(*(int(n) for n in shape)) for shape in images)
+    parts = [Segment.global_(arguments["encoder_hidden_states"].shape[1]), first]
+    return TokenLayout((*parts, *(Segment.global_(image.length) for image in others)))
 
 
 def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
