@@ -313,7 +313,8 @@ def tile_order(layout: TokenLayout, tile: Tile) -> TileOrder:
         place, grid, tile = tile.unroll(place, grid), tile.unrolled(grid), tile.tile
         along = (place[:, 0] * grid[2] + place[:, 2]).argsort()
         where, place = where[along], place[along]
-    size = tuple(n if t is None else min(t, n) for t, n in zip(tile, grid, strict=True))
+    deep, high, wide = (n if t is None else min(t, n) for t, n in zip(tile, grid, strict=True))
+    size = (deep, high, wide)
     index = place // torch.tensor(size)
     counts = [-(-n // t) for n, t in zip(grid, size, strict=True)]
     tile_id = (index[:, 0] * counts[1] + index[:, 1]) * counts[2] + index[:, 2]

@@ -53,17 +53,17 @@ class Stripe:
             hi = keys.hi[None, :, 0] - queries.lo[:, None, 0] - self.time_offset
             result &= _hits(lo, hi, self.time_width, self.time_stride)
         if self.space_width is not None:
-            result &= self._space(queries, keys, where.grid[2])
+            result &= self._space(self.space_width, queries, keys, where.grid[2])
         return result
 
-    def _space(self, queries: Boxes, keys: Boxes, width: int) -> Tensor:
+    def _space(self, reaches: Place, queries: Boxes, keys: Boxes, width: int) -> Tensor:
         """The raster distances between two boxes: one interval of columns for each row distance."""
 
         def positions(place: Place) -> int:
             return place[0] * width + place[1]
 
         stride = None if self.space_stride is None else max(1, positions(self.space_stride))
-        reach = max(1, positions(self.space_width))
+        reach = max(1, positions(reaches))
         low = keys.lo[None, :, 1] - queries.hi[:, None, 1]
         rows = keys.hi[None, :, 1] - queries.lo[:, None, 1] - low
         left = keys.lo[None, :, 2] - queries.hi[:, None, 2] - positions(self.space_offset)

@@ -69,6 +69,7 @@ def fixed(layout: TokenLayout) -> tuple[Pattern, ...]:
     shapes += [(SlidingTile(None, 1, None), cube), (SlidingTile(None, None, 1), cube)]
     shapes.append((SlidingTile(1, None, None), cube))
     for tile in others:
+        assert not isinstance(tile, Curve), "tilings are cubes and lines"
         if tile[0] is None:
             shapes += [(Stripe(space_width=width), tile) for width in ((0, 1), (2, 0))]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -142,13 +143,13 @@ def measure_cost(
         "stock": lambda: F.scaled_dot_product_attention(q, k, v),
         "dense": lambda: sparse_attention(q, k, v, dense, backend=backend),
     }
-    for far in (False, True):
-        for budget in budgets:
-            pattern = nearest_tiles(layout, budget, far)
-            index = build_index([pattern] * num_heads, layout).to(device)
-            backend = backend_name(q, index, backend)  # so that the table names what was timed
-            last = key = (far, index.density)
-            runs[key] = lambda i=index, name=backend: sparse_attention(q, k, v, i, backend=name)
+    last, pattern = (False, 1.0), Pattern(Dense())
+    for far, budget in itertools.product((False, True), budgets):
+        pattern = nearest_tiles(layout, budget, far)
+        index = build_index([pattern] * num_heads, layout).to(device)
+        backend = backend_name(q, index, backend)  # so that the table names what was timed
+        last = (far, index.density)
+        runs[last] = lambda i=index, name=backend: sparse_attention(q, k, v, i, backend=name)
     ordered = {}
     for tile in orders:
         index = build_index([nearest_tiles(layout, ORDER_BUDGET, True, tile)] * num_heads, layout)
@@ -182,7 +183,7 @@ def measure_cost(
 
 
 def _first_call(
-    pattern: Pattern, qkv: Sequence[Tensor], layout: TokenLayout, backend: str
+    pattern: Pattern, qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, backend: str
 ) -> float:
     """Seconds of building a pattern's index and attending with it; the fastest of three."""
     heads = (0,) * qkv[0].shape[1]

@@ -94,7 +94,7 @@ def worth_trying(problem: Problem) -> Tensor:
     """
     seconds, damage = problem.seconds, problem.damage
     units, count = seconds.shape
-    slower = torch.zeros(problem.layer_of.max().item() + 1, dtype=torch.float64)
+    slower = torch.zeros(int(problem.layer_of.max()) + 1, dtype=torch.float64)
     slower.index_add_(0, problem.layer_of, problem.stock_seconds - seconds[:, 0])
     dense_counts = slower[problem.layer_of] <= 0
     keep = torch.ones(units, count, dtype=torch.bool)
@@ -177,7 +177,7 @@ class _Program:
         heads = torch.bincount(layer, minlength=layers).numpy()
         self.constraints = [
             LinearConstraint(once, 1, 1),
-            LinearConstraint(some, -np.inf, heads - 1),
+            LinearConstraint(some, -np.inf, heads - 1),  # pyright: ignore[reportArgumentType]
         ]
 
     def run(self, limit: float, time_limit: float) -> Any:
@@ -188,7 +188,7 @@ class _Program:
         return milp(
             self.damage,
             integrality=np.ones(len(self.damage)),
-            bounds=Bounds(0, self.allowed),
+            bounds=Bounds(0, self.allowed),  # pyright: ignore[reportArgumentType]
             constraints=[*self.constraints, row],
             options={"time_limit": time_limit, "mip_rel_gap": RELATIVE_GAP},
         )

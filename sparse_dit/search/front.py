@@ -201,11 +201,12 @@ def parse_pick(text: str) -> tuple[Measure, float]:
         value = float(number)
     except ValueError:
         value = -1.0
-    if name not in get_args(Measure) or not 0 < value < float("inf"):
+    measure = next((known for known in get_args(Measure) if known == name), None)
+    if measure is None or not 0 < value < float("inf"):
         raise ValueError(
             f"a pick must be one of {', '.join(f'{n}=NUMBER' for n in get_args(Measure))}, got {text!r}"
         )
-    return name, value
+    return measure, value
 
 
 def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:

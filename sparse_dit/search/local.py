@@ -36,12 +36,13 @@ def improve(
     Raises:
         ValueError: If not one limit is given, or the start is beyond it.
     """
-    if (seconds is None) == (damage is None):
+    if seconds is not None and damage is None:
+        goal = _Goal("damage", "seconds", seconds)
+    elif damage is not None and seconds is None:
+        goal = _Goal("seconds", "damage", damage)
+    else:
         raise ValueError("give one of seconds and damage, as the limit")
-    limit = seconds if seconds is not None else damage
-    goal = (
-        _Goal("damage", "seconds", limit) if damage is None else _Goal("seconds", "damage", limit)
-    )
+    limit = goal.limit
     if goal.spent(choice) > limit:
         raise ValueError(
             f"the choice to improve must keep {goal.limited} at most {limit:g}, "

@@ -124,9 +124,10 @@ class ComponentProfile:
             for head, more in zip(mine, heads, strict=True):
                 for tile, statistics in more.items():
                     _add_to(head.setdefault(tile, {}), statistics)
-        for table, more in ((self.scores, other.scores), (self.looks, other.looks)):
-            for key, values in more.items():
-                _add_to(table.setdefault(key, {}), values)
+        for key, values in other.scores.items():
+            _add_to(self.scores.setdefault(key, {}), values)
+        for key, values in other.looks.items():
+            _add_to(self.looks.setdefault(key, {}), values)
         if other.found:
             self._candidates.clear()
 
@@ -137,12 +138,8 @@ class ComponentProfile:
             return
         place = {level: number for number, level in enumerate(scored)}
         self.sigmas = [self.sigmas[level] for level in scored]
-        for table in (self.found, self.scores):
-            kept = {
-                (place[level], layer): v for (level, layer), v in table.items() if level in place
-            }
-            table.clear()
-            table.update(kept)
+        self.found = {(place[i], layer): v for (i, layer), v in self.found.items() if i in place}
+        self.scores = {(place[i], layer): v for (i, layer), v in self.scores.items() if i in place}
         self.looks = {
             (kind, place[level], layer): v
             for (kind, level, layer), v in self.looks.items()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..curve import Curve
 from ..generation import Case, GenerationSettings
 from ..layout import KINDS, OLD_KINDS, Tile, TokenLayout
 from ..plan.errors import PlanError
@@ -209,6 +210,7 @@ def _statistics_shapes(part: ComponentProfile) -> dict[Tile, dict[str, torch.Siz
 
 
 def _tile_text(tile: Tile) -> str:
+    assert not isinstance(tile, Curve), "heads are profiled in cubes and lines"
     return "x".join("all" if n is None else str(n) for n in tile)
 
 

@@ -94,7 +94,7 @@ def nested_stencil(
         far = _beyond(reach, near.numpy())
         runs = _runs(order < np.where(far, next(fits, 0), count), reach)
     frames, rows, columns = reach.tolist()
-    return Stencil(tuple(map(tuple, runs)), (frames, rows, columns))
+    return Stencil(tuple((a, b, c, length) for a, b, c, length in runs), (frames, rows, columns))
 
 
 def _beyond(reach: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -50,8 +50,8 @@ class Scored:
     @staticmethod
     def empty(heads: int, patterns: int) -> Scored:
         """Nothing yet."""
-        parts = (torch.zeros(heads, patterns, dtype=torch.float64) for _ in range(3))
-        return Scored(*parts, torch.zeros(heads, dtype=torch.float64))
+        error, squared, mass = (torch.zeros(heads, patterns, dtype=torch.float64) for _ in range(3))
+        return Scored(error, squared, mass, torch.zeros(heads, dtype=torch.float64))
 
     @property
     def squared_error(self) -> Tensor:

@@ -159,6 +159,7 @@ def problem(
             importance.append(sensitivity.stages[stage] * matters[layer] * share[head].item())
             weight.append(calls[stage] / total)
             stock.append(table.stock_seconds * calls[stage])
+    joined = {name: torch.cat(parts).double() for name, parts in columns.items()}
     return Problem(
         units,
         candidates,
@@ -167,7 +168,10 @@ def problem(
         stages=stages,
         stock_seconds=torch.tensor(stock, dtype=torch.float64),
         other_seconds=max(0.0, dense_generation - sum(stock)),
-        **{name: torch.cat(parts).double() for name, parts in columns.items()},
+        seconds=joined["seconds"],
+        error=joined["error"],
+        density=joined["density"],
+        recall=joined["recall"],
     )
 
 
