@@ -384,7 +384,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("phase", ["find", "score"])
 def test_no_tensor_is_of_tokens_by_tokens(phase):
-    from sparse_dit.integrations.call import AttentionCall, StepContext
+    from sparse_dit.call import AttentionCall, StepContext
     from sparse_dit.layout import TokenLayout
     from sparse_dit.search.profile import ComponentProfile
     from sparse_dit.search.recorder import Recorder

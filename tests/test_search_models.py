@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_dit.call import AttentionCall, StepContext
 from sparse_dit.eval import heads as quality
 from sparse_dit.eval.baselines import METHODS, plan_at, score_baselines
 from sparse_dit.eval.baselines import scores as baselines
 from sparse_dit.generation import Case, generate
 from sparse_dit.index import build_index
-from sparse_dit.integrations.call import AttentionCall, StepContext
 from sparse_dit.integrations.diffusers import attach, attachment_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip

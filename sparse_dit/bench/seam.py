@@ -113,7 +113,7 @@ def share_of_generation(
 
 def _seam(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
     """A call and a forward with the seam and without, each repeated; q, k and v have been in `_SEEN`."""
-    from ..integrations.call import StepContext
+    from ..call import StepContext
     from ..integrations.processors import Seam, Tap, wrap
 
     _, tokens, heads, head_dim = q.shape

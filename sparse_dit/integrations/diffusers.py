@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .call import AttentionCall, Intercept, StepContext
+from ..call import AttentionCall, Intercept, StepContext
 from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..autocast import in_own_dtypes
+from ..call import AttentionCall
 from ..generation import Case, GenerationSettings, call_arguments, generate_until
-from ..integrations.call import AttentionCall
 from ..integrations.diffusers import attach, components
 from ..layout import TokenLayout
 from .candidates import tilings

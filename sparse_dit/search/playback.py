@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations.call import Intercept
+from ..call import Intercept
 from ..integrations.diffusers import attach
 
 

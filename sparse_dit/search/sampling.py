@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import sparse_attention
+from ..call import AttentionCall, StepContext, with_bias
 from ..generation import GenerationSettings
 from ..index import SparseIndex
-from ..integrations.arrangement import with_bias
-from ..integrations.call import AttentionCall, StepContext
 from ..integrations.diffusers import components
 from ..layout import TokenLayout
 from .cells import SampledRows, sampled_rows

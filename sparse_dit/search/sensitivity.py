@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..call import AttentionCall
 from ..generation import Case, GenerationSettings, generate
 from ..index import build_index
-from ..integrations.call import AttentionCall
 from ..integrations.diffusers import components
 from ..plan import Stage
 from .cells import sample_rows

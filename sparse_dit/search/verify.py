@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..call import AttentionCall, Intercept
 from ..generation import Case, GenerationSettings, generate
-from ..integrations.call import AttentionCall, Intercept
 from ..integrations.diffusers import attach, components
 from ..patch import patch
 from ..plan import Plan, Stage

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...call import AttentionCall
 from ...generation import Case, GenerationSettings, generate
-from ...integrations.call import AttentionCall
 from ...integrations.diffusers import attach, components
 from ...patterns import Pattern
 from ...search.candidates import tilings

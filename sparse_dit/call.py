@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from ..layout import TokenLayout
-
-if TYPE_CHECKING:
-    from .parallel import Split
+from .index import SparseIndex
+from .layout import TokenLayout
 
 Branch = Literal["any", "cond", "uncond"]
 
@@ -39,6 +38,28 @@ class StepContext:
     run: int = -1
     step: int = -1
     condition: int | None = field(default=None, compare=False)
+
+
+class Split(Protocol):
+    """How the tokens and heads of one attention call lie on several processes."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the whole sequence."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: SparseIndex,
+        scale: float | None,
+        backend: str,
+        nan_guard: bool = False,
+    ) -> tuple[Tensor, str]:
+        """This process' part of the output, like `q`, and the name of the backend that computed it."""
+        ...
 
 
 @dataclass(slots=True)
@@ -76,3 +97,20 @@ class AttentionCall:
 
 
 Intercept = Callable[[AttentionCall], Tensor]
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """q, k, v whose logits at `scale` are those of the given ones plus the bias' outer product.
+
+    Eight channels are appended, so that kernels' vectors stay whole; those of v are 0.
+
+    Args:
+        q, k, v: `[B, N, H, D]`.
+        bias: `[B, N]`.
+        scale: Factor of the logits.
+    """
+    extra = q.new_zeros(*q.shape[:3], 8)
+    query, key = extra.clone(), extra.clone()
+    query[..., 0] = (bias / scale).to(q.dtype)[:, :, None]
+    key[..., 0] = bias.to(q.dtype)[:, :, None]
+    return torch.cat([q, query], -1), torch.cat([k, key], -1), torch.cat([v, extra], -1)
