@@ -10,8 +10,9 @@ from sparse_dit.call import AttentionCall, StepContext
 from sparse_dit.eval import heads as quality
 from sparse_dit.eval.baselines import METHODS, plan_at, score_baselines
 from sparse_dit.eval.baselines import scores as baselines
-from sparse_dit.generation import Case, generate
+from sparse_dit.generation import Case
 from sparse_dit.index import build_index
+from sparse_dit.integrations import workload
 from sparse_dit.integrations.diffusers import attach, attachment_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip
@@ -138,7 +139,7 @@ def _layouts(pipe, cases, settings):
     try:
         for case in cases:
             seen.append(set())
-            generate(pipe, case, settings)
+            workload(pipe, settings).run(case)
     finally:
         attachment.detach()
     return seen
@@ -223,7 +224,7 @@ def test_what_is_measured_of_heads_is_what_the_plan_computes(name, monkeypatch):
     exact = _Exact(part)
     attachment = attach(pipe.transformer, exact)
     try:
-        generate(pipe, LONG, settings)
+        workload(pipe, settings).run(LONG)
     finally:
         attachment.detach()
     wanted = {key: (error / norm).sqrt() for key, (error, norm) in exact.sums.items()}

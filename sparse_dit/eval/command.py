@@ -15,6 +15,7 @@ from torch import Tensor
 from ..bench.seam import share_of_generation
 from ..environment import environment
 from ..generation import Case, GenerationSettings
+from ..integrations import host_of
 from ..outputs import Outputs
 from ..patch import patch
 from ..plan import Plan
@@ -234,9 +235,7 @@ def dense_on_drawn_clips(
 
 
 def _drawn_clips(pipe: Any, settings: GenerationSettings, count: int) -> list[tuple[Tensor, str]]:
-    frames = settings.num_frames
-    if frames % pipe.vae_scale_factor_temporal != 1:  # as WanPipeline rounds
-        frames = frames // pipe.vae_scale_factor_temporal * pipe.vae_scale_factor_temporal + 1
+    frames = host_of(pipe).one_step(pipe).frames(settings.num_frames)
     rng = Random(0)
     return [draw(frames, settings.height, settings.width, rng) for _ in range(count)]
 

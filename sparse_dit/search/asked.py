@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..generation import Case, GenerationSettings, call_arguments
-from ..integrations.diffusers import attachment_of, components
+from ..generation import Case, GenerationSettings
+from ..integrations import unpatched, workload
 from ..outputs import check_writable
 from ..plan.schema import MAX_STAGES
 from ..words import option
-from .larger import has_frames
 from .profiling import phases_of, profiling_steps, started
 from .target_device import TargetDevice
 
@@ -40,13 +37,13 @@ def check_search(
     Raises:
         ValueError, TypeError, NotImplementedError, OSError: See `search_plan`.
     """
-    for transformer in searchable(pipe).values():
+    for transformer in unpatched(pipe).values():
         if target_device is not None:
             target_device.check(transformer)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"{option('rows')} must be a whole number >= 1, got {rows!r}")
     profiled_at(settings, profile_steps)
-    call_arguments(pipe, case, settings)
+    workload(pipe, settings).check(case)
     if profile is not None:
         check_writable(Path(profile), option("profile"))
 
@@ -88,21 +85,5 @@ def check_profile(
         ValueError: If it is of something else, or damaged.
     """
     if path.exists():
-        phases = phases_of(cases, reference_steps, beyond=has_frames(settings))
+        phases = phases_of(cases, reference_steps, beyond=workload(pipe, settings).has_larger)
         started(pipe, settings, rows, phases, path)
-
-
-def searchable(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's transformers, by component name.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: If there are none, or they are patched.
-    """
-    found = components(pipe)
-    if isinstance(pipe, nn.Module):
-        raise TypeError(f"a search generates, so it needs the pipeline, got {type(pipe).__name__}")
-    if any(attachment_of(module) is not None for module in found.values()):
-        raise ValueError(
-            "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe), then search"
-        )
-    return found

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..call import Intercept
-from ..integrations.diffusers import attach
+from ..integrations import attach
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def write_profile(profile: Profile, path: str | Path) -> None:
         "seconds": profile.seconds,
     }
     if (reference := profile.reference) is not None:
-        tensors[VIDEO] = torch.from_numpy(reference.video)
+        tensors[VIDEO] = torch.from_numpy(reference.output)
         header["reference"] = {
             "prompt": reference.case.prompt,
             "seed": reference.case.seed,

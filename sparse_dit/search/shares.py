@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
+from ..integrations import workload
 from ..outputs import check_writable, rescued
-from .larger import has_frames
 from .merge import found_on, merge_profiles, without_scores
 from .profile import Profile
 from .profile_file import read_profile, write_profile
@@ -64,7 +64,7 @@ def profile_share(
     check_writable(path, "path")
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
-    phases = phases_of(cases, beyond=has_frames(settings))
+    phases = phases_of(cases, beyond=workload(pipe, settings).has_larger)
     base = started(pipe, settings, rows, phases, path)
     left = phases[len(base.done) :]
     if not left:
