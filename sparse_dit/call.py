@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .index import SparseIndex
 from .layout import TokenLayout
 
 Branch = Literal["any", "cond", "uncond"]
@@ -41,25 +40,12 @@ class StepContext:
 
 
 class Split(Protocol):
-    """How the tokens and heads of one attention call lie on several processes."""
+    """How tokens and heads lie on several processes; `attend` gives this one's output and the backend."""
 
     @property
-    def num_tokens(self) -> int:
-        """The tokens of the whole sequence."""
-        ...
+    def num_tokens(self) -> int: ...
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: SparseIndex,
-        scale: float | None,
-        backend: str,
-        nan_guard: bool = False,
-    ) -> tuple[Tensor, str]:
-        """This process' part of the output, like `q`, and the name of the backend that computed it."""
-        ...
+    attend: Callable[..., tuple[Tensor, str]]
 
 
 @dataclass(slots=True)

@@ -20,10 +20,10 @@ from sparse_dit.runtime import PLANNED, Runtime
 from sparse_dit.search import search_plan
 from sparse_dit.search.cells import cell_table, sample_rows
 from sparse_dit.search.check import check_plan
-from sparse_dit.search.merge import merge_profiles
 from sparse_dit.search.profile_file import write_profile
 from sparse_dit.search.profiling import Phase, profile_pipeline, run_phase, started
 from sparse_dit.search.sampling import attention_over, exact_rows, sampled_heads, whole_layout
+from sparse_dit.search.shares import merge_profiles
 from tests import tiny_image_models, tiny_image_transformers, tiny_pipelines, tiny_video_models
 from tests.prompted import cut, prompted, settings_of
 from tests.search_cases import accounts, stub_costs

@@ -17,11 +17,11 @@ from sparse_dit.plan import PlanError
 from sparse_dit.search import engine, search_plan, sensitivity
 from sparse_dit.search.candidates import tilings
 from sparse_dit.search.cells import cell_table
-from sparse_dit.search.playback import recording, replaying
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.seen import seen_tiles
+from sparse_dit.search.sensitivity import recording, replaying
 from sparse_dit.search.solve import stages_of
 from tests import tiny_pipelines
 from tests.cases import LAYOUTS

@@ -16,8 +16,7 @@ from sparse_dit.integrations.loading import weightless
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.plan import Plan, config_hash
 from sparse_dit.resources import shipped
-from sparse_dit.search.fitting import density_of, fitted
-from sparse_dit.search.geometry import NOTE, Reach
+from sparse_dit.search.geometry import NOTE, Reach, density_of, fitted
 from sparse_dit.search.starting import geometric_plan
 from tests import tiny_image_models, tiny_pipelines, tiny_video_pipelines
 from tests.tiny_pipelines import generate, wan

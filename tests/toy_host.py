@@ -51,11 +51,10 @@ class Toy(nn.Module):
 
 
 class Attached:
-    lost: ClassVar[list[str]] = []
-    replaced = False
-
     def __init__(self, model: Toy, intercept: Any) -> None:
         self.model, self.intercept, self.context = model, intercept, StepContext()
+        self.lost: list[str] = []
+        self.replaced = False
         self.hook = model.register_forward_pre_hook(self.before)
         for name, layer in self_attention_layers(model).items():
             vars(layer)["attend"] = functools.partial(self.call, name, layer.attend)
@@ -113,9 +112,10 @@ def output_projection(layer: Attention) -> nn.Module:
 class Refining:
     model: Toy
     settings: GenerationSettings
-    damage = quality = "kl"
-    device = torch.device("cpu")
-    has_larger = False
+    damage: ClassVar[str] = "kl"
+    quality: ClassVar[str] = "kl"
+    device: torch.device = torch.device("cpu")
+    has_larger: bool = False
 
     def check(self, case: Any) -> None:
         pass

@@ -101,7 +101,7 @@ def attach(module: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachm
 
     Raises:
         ValueError: If something is attached to the component already.
-        TypeError: If a layer has no place to attach to.
+        TypeError: If a layer calls no attention function that is known.
     """
     return host_of(module).attach(module, intercept, pipe)
 

@@ -25,12 +25,7 @@ COMPONENTS = ("transformer", "transformer_2")
 
 
 def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by component name; a bare one is `{"transformer": it}`.
-
-    Raises:
-        TypeError: If there is none, or it is a class.
-        NotImplementedError: If there is one of a class that is not supported.
-    """
+    """The transformers of a pipeline by component name; a bare one is `{"transformer": it}`."""
     supported = "`sparse-dit models` lists the transformers that are"
     kind = type(pipe_or_transformer).__name__
     if isinstance(pipe_or_transformer, type):
@@ -65,33 +60,21 @@ def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
 
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
-    """Attention layers whose queries and keys are the layout's tokens, by exact module path.
-
-    Raises:
-        NotImplementedError: If the transformer's class is not supported.
-    """
+    """Attention layers whose queries and keys are the layout's tokens, by exact module path."""
     (transformer,) = components(transformer).values()
     pattern = re.compile(_family(transformer).layers)
     return {name: module for name, module in transformer.named_modules() if pattern.fullmatch(name)}
 
 
 def image_only_layers(transformer: nn.Module) -> set[str]:
-    """Those of its self-attention layers that see the video or image without the text, by module path.
-
-    Raises:
-        NotImplementedError: If the transformer's class is not supported.
-    """
+    """Those of its self-attention layers that see the video or image without the text, by module path."""
     (transformer,) = components(transformer).values()
     image_only = re.compile(_family(transformer).image_only or r"(?!)").fullmatch
     return {name for name in self_attention_layers(transformer) if image_only(name)}
 
 
 def heads_of(transformer: nn.Module) -> tuple[int, int]:
-    """`(num_heads, head_dim)` of a transformer's self-attention.
-
-    Raises:
-        NotImplementedError: If the transformer's class is not supported.
-    """
+    """`(num_heads, head_dim)` of a transformer's self-attention."""
     (transformer,) = components(transformer).values()
     return _family(transformer).heads(transformer.config)
 
@@ -103,21 +86,10 @@ def output_projection(layer: nn.Module) -> nn.Module | None:
 
 
 def attach(transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachment:
-    """Send every self-attention call of a transformer to `intercept`, until detached.
+    """Send every self-attention call of a transformer to `intercept`; see `integrations.attach`.
 
-    Norms, rotary embedding and projections stay the host's; bit-equal to stock if `intercept` is
-    `lambda call: call.stock()`.
-
-    Args:
-        transformer: A transformer of a supported class.
-        intercept: Gets an `AttentionCall` and returns attention's output `[B, N, H, D]`.
-        pipe: The pipeline that runs the transformer: its scheduler tells where generations and steps begin.
-            They are guessed from noise levels and conditions without it (a transformer is no pipeline).
-
-    Raises:
-        ValueError: If something is attached to the transformer already.
-        TypeError: If a layer's processor calls no attention function that is known.
-        NotImplementedError: If the transformer's class is not supported.
+    Norms, rotary embedding and projections stay the host's. The scheduler of `pipe` tells where generations
+    and steps begin; without a pipeline they are guessed from noise levels and conditions.
     """
     (transformer,) = components(transformer).values()
     if attachment_of(transformer) is not None:
@@ -129,7 +101,7 @@ def attach(transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> At
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:
-    """What is attached to a transformer; a deep copy of it has its own."""
+    """What is attached to a transformer."""
     return vars(transformer).get(Attachment.KEY)
 
 

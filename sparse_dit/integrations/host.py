@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -17,27 +17,23 @@ from ..timing import Taken
 
 
 class Attachment(Protocol):
-    """What is attached to one component, until it is detached."""
+    """What is attached to one component, until it is detached.
+
+    Attributes:
+        context: Where the last forward stood.
+        intercept: What gets the calls; None once detached.
+        lost: Layers that were replaced while attached, which run stock attention.
+        replaced: Whether the pipeline had another module in the component's place while attached.
+    """
 
     @property
-    def context(self) -> StepContext:
-        """Where the last forward stood."""
-        ...
-
+    def context(self) -> StepContext: ...
     @property
-    def intercept(self) -> Intercept | None:
-        """What gets the calls; None once detached."""
-        ...
-
+    def intercept(self) -> Intercept | None: ...
     @property
-    def lost(self) -> list[str]:
-        """Layers that were replaced while attached, which run stock attention."""
-        ...
-
+    def lost(self) -> list[str]: ...
     @property
-    def replaced(self) -> bool:
-        """Whether the pipeline had another module in the component's place while attached."""
-        ...
+    def replaced(self) -> bool: ...
 
     def begin_run(self) -> None:
         """Let the next forward begin a generation; see `Handle.begin_run`."""
@@ -61,16 +57,15 @@ class Workload(Protocol):
         has_larger: Whether there may be greater distances between tokens than at this size; see `larger`.
     """
 
+    damage: ClassVar[str]
+    quality: ClassVar[str]
+
     @property
     def model(self) -> Any: ...
     @property
     def settings(self) -> GenerationSettings: ...
     @property
     def device(self) -> torch.device: ...
-    @property
-    def damage(self) -> str: ...
-    @property
-    def quality(self) -> str: ...
     @property
     def has_larger(self) -> bool: ...
 
@@ -150,22 +145,24 @@ class Host(Protocol):
     Components have `config` (a mapping that says what they were made from), `device` and `dtype`.
     """
 
-    def components(self, model: Any) -> dict[str, nn.Module]: ...
-    def self_attention_layers(self, module: nn.Module) -> dict[str, nn.Module]: ...
-    def heads_of(self, module: nn.Module) -> tuple[int, int]: ...
-    def attach(self, module: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachment: ...
-    def attachment_of(self, module: nn.Module) -> Attachment | None: ...
+    def components(self, model: Any, /) -> dict[str, nn.Module]: ...
+    def self_attention_layers(self, module: nn.Module, /) -> dict[str, nn.Module]: ...
+    def heads_of(self, module: nn.Module, /) -> tuple[int, int]: ...
+    def attach(
+        self, module: nn.Module, intercept: Intercept, pipe: Any = None, /
+    ) -> Attachment: ...
+    def attachment_of(self, module: nn.Module, /) -> Attachment | None: ...
 
-    def output_projection(self, layer: nn.Module) -> nn.Module | None:
+    def output_projection(self, layer: nn.Module, /) -> nn.Module | None:
         """What an attention layer multiplies its heads' outputs by; None if it has no such module."""
         ...
 
-    def workload(self, model: Any, settings: GenerationSettings) -> Workload:
+    def workload(self, model: Any, settings: GenerationSettings, /) -> Workload:
         """How the model is run at a size and in a way."""
         ...
 
     def probe(
-        self, model: Any, given: Mapping[str, Any], layout: TokenLayout | None = None
+        self, model: Any, given: Mapping[str, Any], layout: TokenLayout | None = None, /
     ) -> Seen:
         """What a generation would be, at no forward's cost.
 
@@ -179,7 +176,7 @@ class Host(Protocol):
         """
         ...
 
-    def one_step(self, model: Any) -> Any:
+    def one_step(self, model: Any, /) -> Any:
         """The model's single predictions on given videos, as `teacher.OneStep` has them.
 
         Raises:
@@ -187,14 +184,14 @@ class Host(Protocol):
         """
         ...
 
-    def outline(self, name: str, dtype: torch.dtype) -> Any | None:
+    def outline(self, name: str, dtype: torch.dtype, /) -> Any | None:
         """The pipeline of a folder or hub id without its weights; None if only the loaded one can tell."""
         ...
 
-    def load(self, name: str, dtype: torch.dtype, weights: bool = True) -> Any:
+    def load(self, name: str, dtype: torch.dtype, weights: bool = True, /) -> Any:
         """The pipeline of a folder or hub id; without `weights` its components can't compute."""
         ...
 
-    def add_lora(self, pipe: Any, file: Path) -> None:
+    def add_lora(self, pipe: Any, file: Path, /) -> None:
         """Add LoRA weights into a pipeline's own."""
         ...

@@ -16,7 +16,7 @@ from ..on_cpu import on_cpu
 from ..plan import Plan, Stage
 from ..plan.evidence import without_evidence
 from ..words import option
-from .asked import check_search, profiled_at
+from .asked import TuneOn, check_search, profiled_at, split_cases
 from .assemble import forecast_of, layers_of, levels_of, stage_shares
 from .cost import break_even_tokens
 from .evidence import evidence
@@ -26,7 +26,6 @@ from .objective import PSNR, Objective
 from .pricing import cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
-from .prompts import TuneOn, split_cases
 from .provenance import measured_of, provenance
 from .sensitivity import Sensitivity, sensitivity
 from .solve import Choice, Problem, problem, stages_of

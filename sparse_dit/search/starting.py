@@ -15,8 +15,7 @@ from ..integrations import Seen, components, heads_of, host_of, self_attention_l
 from ..layout import TokenLayout
 from ..plan import Plan, config_hash
 from ..version import VERSION
-from .fitting import fitted
-from .geometry import DENSE_STEPS, NOTE, Reach, one_pattern
+from .geometry import DENSE_STEPS, NOTE, Reach, fitted, one_pattern
 
 logger = logging.getLogger("sparse_dit")
 
