@@ -10,6 +10,7 @@ from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations import HOSTS, attachment_of, host_of, workload
 from sparse_dit.plan import Plan
 from sparse_dit.search.check import check_plan
+from sparse_dit.search.profile_file import read_profile
 from tests import toy_host
 from tests.search_cases import stub_costs
 from tests.toy_host import Toy
@@ -28,16 +29,16 @@ def toy(monkeypatch):
 
 def test_a_whole_search_of_a_model_of_no_library(toy, monkeypatch, tmp_path):
     stub_costs(monkeypatch)
-    said, path = [], tmp_path / "plan.json"
+    said, path, profile = [], tmp_path / "plan.json", tmp_path / "profile.safetensors"
     found = sparse_dit.search(
         toy,
         ["one", "two"],
-        held_out=["three"],
+        tune_on="calibration",
         settings=SETTINGS,
         max_error=0.4,
         profile_steps=3,
         rows=16,
-        profile=tmp_path / "profile.safetensors",
+        profile=profile,
         report=said.append,
     )
     found.save(path)
@@ -45,6 +46,8 @@ def test_a_whole_search_of_a_model_of_no_library(toy, monkeypatch, tmp_path):
     assert 0 < plan.density < 1 and list(plan.components) == ["toy"]
     assert 0 < plan.measured["kl"] < 1 and "psnr_db" not in plan.measured
     assert any("at kl 0.0" in text for text in said)
+    reference = read_profile(profile).reference
+    assert reference is not None and reference.case.prompt == "two"
     work, case = workload(toy, SETTINGS), Case("four", 4)
     dense, _ = work.run(case)
     with sparse_dit.patch(toy, plan) as handle:
@@ -52,7 +55,7 @@ def test_a_whole_search_of_a_model_of_no_library(toy, monkeypatch, tmp_path):
     (ran,) = handle.ran.values()
     assert {entry.layer for entry in ran if entry.dense_because is None} == {"layers.0", "layers.1"}
     assert 0 < work.difference(sparse, dense)["kl"] < 1
-    assert attachment_of(toy) is None and torch.equal(work.run(case)[0], dense)
+    assert attachment_of(toy) is None and (work.run(case)[0] == dense).all()
     checked = check_plan(toy, plan, case, SETTINGS, rows=16)
     assert checked.heads and not checked.notes and math.isfinite(checked.share)
 

@@ -84,7 +84,7 @@ class Workload(Protocol):
                 there, and the output is None; the model is then as after a whole run.
 
         Returns:
-            The output, in whatever form `difference` takes, and how long it took.
+            The output, an array of floats in a shape that `difference` knows, and how long it took.
 
         Raises:
             ValueError: See `check`.
