@@ -37,6 +37,7 @@ MORE: dict[tuple[str, ...], dict[str, str | None]] = {
     ("stability",): {"--count": "1", "--rows": "8", "--steps": "2", "--guidance": "1"},
 }
 CODES: dict[tuple[str, ...], tuple[int, ...]] = {
+    ("diff",): (0, 1),  # 1: the plans differ
     ("check",): (0, 1),  # 1: heads left their error, as those of a random LoRA do
 }
 
@@ -58,6 +59,7 @@ NOT_READ = {
     "pip install": "installs",
     ".venv/bin/pip install": "installs; what it names is looked up",
     "python setup.py build_ext --inplace": "compiles: tests/test_cpu_kernel_native.py does",
+    "python -m benchmarks.published": "rewrites tables that ship: tests/test_published.py fits them",
     "python -m tests.triton_aot": "minutes: tests/test_triton_compiled.py compiles some of it",
 }
 

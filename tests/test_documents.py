@@ -1,7 +1,8 @@
 """Every command of the README and the other documents, as a person types it, so that none can rot.
 
-A command is run, smaller (`shortened.py`); or the program that it is for reads it; or it is listed with why
-neither is done. What can't be run as it stands, a fault in the document, fails here.
+A command is run, smaller (`shortened.py`); or the program that it is for reads it, as on the pages of
+measurements, whose commands take long; or it is listed with why neither is done. What can't be run as it
+stands, a fault in the document, fails here.
 """
 
 import itertools
@@ -37,6 +38,7 @@ from tests.typed import (
 )
 
 PROMPTS = "a cat plays the piano\na dog runs\na boat at dawn\n"
+MAP = "docs/reference/files.md"
 FOREIGN = {"--nproc-per-node", "--inplace"}  # options of torchrun and setuptools
 
 
@@ -160,7 +162,7 @@ def _look_up(shown: Shown) -> None:
 @pytest.mark.parametrize("page", [page for page in pages() if commands(page)])
 def test_every_command_runs_as_it_is_shown(page, desk, monkeypatch, capsys):
     for shown in commands(page):
-        if not check(shown):
+        if not check(shown) or page.startswith("docs/measurements/"):
             continue
         if shown.words[0].startswith("python"):
             run_program([*shown.words[1:], "--out", str(desk.at(page) / "made")])
@@ -220,11 +222,31 @@ def test_what_is_said_of_commands_here_is_of_some():
     assert WORDS.keys() <= {word for shown in every for word in shown.words}
 
 
-def test_links_and_the_map_of_the_house_lead_somewhere():
+def test_links_lead_to_a_file_and_to_a_heading_in_it():
     for page in pages():
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", words_of(page)):
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
-    there = {ROOT / path for path in mapped((ROOT / "README.md").read_text(encoding="utf-8"))}
+        for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", words_of(page)):
+            there = (ROOT / page).parent.joinpath(target) if target else ROOT / page
+            assert there.exists(), f"{page}: {target}"
+            assert not heading or heading in headings(there), f"{page}: {target}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """What a link to a heading of a page may name, as GitHub makes it of the heading's words."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+def test_pages_are_short_enough_for_ten_minutes():
+    """Figures go to docs/measurements/, what is looked up goes to docs/reference/."""
+    most = {"README.md": 900, "docs/design.md": 900}
+    how_tos = [page for page in pages() if re.fullmatch(r"docs/[\w-]+\.md", page)]
+    assert len(how_tos) > 10
+    words = {page: len(words_of(page).split()) for page in ["README.md", *how_tos]}
+    assert {page: n for page, n in words.items() if n >= most.get(page, 600)} == {}
+
+
+def test_the_map_of_the_house_names_what_is_there():
+    there = {ROOT / path for path in mapped(words_of(MAP))}
     assert all(path.exists() for path in there), [path for path in there if not path.exists()]
     package = ROOT / "sparse_dit"
     parts = {file.parent for file in package.glob("*/__init__.py")} | set(package.glob("*.py"))
@@ -233,15 +255,14 @@ def test_links_and_the_map_of_the_house_lead_somewhere():
 
 
 def test_the_map_of_the_house_names_every_command():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    (named,) = re.findall(r"cli/ +sparse-dit ([a-z| \n]+?);", page)
+    (named,) = re.findall(r"cli/ +sparse-dit ([a-z| \n]+?);", words_of(MAP))
     assert sorted(re.findall(r"\w+", named)) == sorted(command_names())
 
 
 def mapped(page: str) -> list[str]:
-    """Paths in the map of the README: the first column, folders by their indentation."""
+    """Paths in the map of the house: the first column, folders by their indentation."""
     found, within = [], {}
-    for line in page.split("## Map of the house")[1].split("\n## ")[0].split("\n"):
+    for line in page.split("\n"):
         if not (match := re.match(r"( {4}| {6})(\S+(?:, \S+)*)(?:  +|$)", line)):
             continue
         depth = len(match[1])

@@ -20,6 +20,7 @@ from sparse_dit.timing import Timer
 
 LAYOUT = TokenLayout.video(4, 8, 8)
 HEADS, HEAD_DIM, WORDS = 2, 16, 10
+CPU = torch.device("cpu")
 
 
 class Attention(nn.Module):
@@ -39,7 +40,7 @@ class Attention(nn.Module):
 
 class Toy(nn.Module):
     config: ClassVar[dict[str, Any]] = {"heads": HEADS, "head_dim": HEAD_DIM, "words": WORDS}
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype = CPU, torch.float32
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class Refining:
     settings: GenerationSettings
     damage: ClassVar[str] = "kl"
     quality: ClassVar[str] = "kl"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     has_larger: bool = False
 
     def check(self, case: Any) -> None:

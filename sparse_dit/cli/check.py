@@ -8,20 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..tables import out
-from .options import (
-    Device,
-    Dtype,
-    Frames,
-    Guidance,
-    Height,
-    Model,
-    Seed,
-    Steps,
-    Text,
-    Width,
-    say,
-    settings_of,
-)
+from .options import Model, Place, PlanName, Seed, Size, say, with_options
 
 if TYPE_CHECKING:
     from ..generation import Case
@@ -31,21 +18,18 @@ if TYPE_CHECKING:
 SHOWN = 40  # heads in the table
 
 
+@with_options
 def check(
     model: Model,
-    plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
+    plan: PlanName,
+    *,
     lora: Annotated[
         Path | None, typer.Option(help="LoRA weights to load first (needs the package peft).")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Default: the plan's last calibration prompt.")
     ] = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    max_sequence_length: Text = None,
+    size: Size,
     rows: Annotated[int, typer.Option(min=2, help="Sampled query rows of each call.")] = 64,
     growth: Annotated[
         float, typer.Option(min=1.0, help="Times the planned error that a head may have.")
@@ -54,8 +38,7 @@ def check(
         float, typer.Option(min=0.0, max=1.0, help="Of the heads that may leave their error.")
     ] = 0.05,
     seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    place: Place,
 ) -> None:
     """Score a plan again on a model that changed; exit code 1 if too many heads left their error.
 
@@ -71,17 +54,17 @@ def check(
     known = dict(loaded.provenance.get("settings") or {})
     if known and isinstance(loaded.provenance.get("profile_steps"), int):
         known["steps"] = loaded.provenance["profile_steps"]
-    settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)
+    settings = size.settings(known)
     case = _case(loaded, prompt, seed)
     if lora is not None and not lora.is_file():
         raise FileNotFoundError(f"--lora: there is no file {lora}")
     if lora is not None:
         _check_peft()
-    if (pipe := described(model, device, dtype)) is not None:
+    if (pipe := described(model, place.device, place.dtype)) is not None:
         workload(pipe, settings).check(case)
         with patch(pipe, loaded):  # raises if it isn't for this pipeline
             pass
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, place.device, place.dtype)
     if lora is not None:
         host_of(pipe).add_lora(pipe, lora)
     say(f"scoring every head in {settings.steps} steps of {case.prompt!r}")

@@ -12,23 +12,7 @@ from typer.core import TyperGroup
 
 from ..outputs import Outputs
 from ..tables import out, show_frontier, show_quality
-from .options import (
-    Device,
-    Dtype,
-    Force,
-    Frames,
-    Guidance,
-    Height,
-    Model,
-    Prompt,
-    Prompts,
-    Seed,
-    Steps,
-    Text,
-    Width,
-    say,
-    settings_of,
-)
+from .options import Cases, Force, Model, Place, PlanName, Size, say, with_options
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -51,18 +35,14 @@ evaluation = typer.Typer(
 
 
 @evaluation.command("plan")
+@with_options
 def evaluate(
     model: Model,
-    plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
+    plan: PlanName,
+    *,
     folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("out"),
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    max_sequence_length: Text = None,
+    cases: Cases,
+    size: Size,
     drawn_clips: Annotated[
         int, typer.Option(help="Drawn clips for the teacher-forced error (Wan only).", min=0)
     ] = 0,
@@ -73,9 +53,7 @@ def evaluate(
     sizes: Annotated[
         str | None, typer.Option(help="Other sizes to measure at too: 192x192x15,256x256x15.")
     ] = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    place: Place,
     force: Force = False,
 ) -> int:
     """The default: measure a plan against dense and write report.html, report.json and videos.
@@ -86,21 +64,16 @@ def evaluate(
     from ..eval.front import front_beside
     from ..eval.report_files import FILES
     from ..eval.sizes import parse_sizes
-    from ..generation import Case
-    from ..inputs import described, load_pipeline, read_prompts
+    from ..inputs import described, load_pipeline
     from ..plan import Plan
 
     loaded = Plan.from_pretrained(plan)
     known = loaded.provenance.get("settings") or {}
-    settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)
-    if prompt or prompts:
-        texts = read_prompts(prompt or [], prompts)
-        cases = [Case(text, seed + i) for i, text in enumerate(texts)]
-    else:
-        cases = _held_out(loaded)
+    settings = size.settings(known)
+    given = cases.read() if cases.given else _held_out(loaded)
     request = Request(
         folder,
-        cases,
+        given,
         settings,
         drawn_clips,
         fps,
@@ -111,9 +84,9 @@ def evaluate(
     )
     outputs = Outputs(replace=force, say=say)
     outputs.expect_folder("--out", folder, FILES)
-    if (pipe := described(model, device, dtype)) is not None:
+    if (pipe := described(model, place.device, place.dtype)) is not None:
         request.check(pipe, loaded)
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, place.device, place.dtype)
     command = "sparse-dit " + " ".join(sys.argv[1:])
     report, files = evaluate_plan(pipe, loaded, request, command, say, outputs)
     out.print(report.quality.summary, markup=False, highlight=False, soft_wrap=True)
@@ -124,7 +97,9 @@ def evaluate(
 
 
 @evaluation.command()
+@with_options
 def frontier(
+    *,
     file: Annotated[Path, typer.Option("--json", help="Rows; goes on with one that is there.")],
     model: Annotated[
         str | None, typer.Option(help="Folder of a pipeline; default the embedded model.")
@@ -132,22 +107,14 @@ def frontier(
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to write.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Repeatable; default all.")] = None,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
+    cases: Cases,
     held_out: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    max_sequence_length: Text = None,
+    size: Size,
     searched_at: Annotated[
         str | None,
         typer.Option(help="Another size, 192x192x15: plans searched there are measured here too."),
     ] = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    place: Place,
 ) -> int:
     """Quality over density: searched plans against the published methods, on held-out prompts."""
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
@@ -155,20 +122,16 @@ def frontier(
     from ..eval.frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
     from ..eval.frontier import frontier as measure
     from ..eval.sizes import parse_sizes
-    from ..generation import Case
-    from ..inputs import described, load_pipeline, read_prompts
+    from ..inputs import described, load_pipeline
     from ..resources import shipped
 
     known = {} if model else SETTINGS.to_dict()
-    settings = settings_of(known, height, width, num_frames, steps, guidance, max_sequence_length)
-    if prompt or prompts or model:
-        texts = read_prompts(prompt or [], prompts)
-        cases = [Case(text, seed + i) for i, text in enumerate(texts)]
-        later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
-    else:
-        cases, later = list(CALIBRATION), list(HELD_OUT)
-        if held_out:
-            later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out)]
+    settings = size.settings(known)
+    own = not (cases.given or model)
+    given = list(CALIBRATION) if own else cases.read()
+    later = cases.numbered(held_out, after=len(given))
+    if own and not later:
+        later = list(HELD_OUT)
     searched_there = None
     if searched_at is not None:
         other, *more = parse_sizes(searched_at)
@@ -176,16 +139,16 @@ def frontier(
             raise ValueError(f"--searched-at takes one size, got {searched_at!r}")
         searched_there = replace(settings, width=other[0], height=other[1], num_frames=other[2])
     request = FrontierRequest(
-        cases, later, settings, density or DENSITIES, method or METHODS, file, searched_there
+        given, later, settings, density or DENSITIES, method or METHODS, file, searched_there
     )
-    name, dtype = model or str(shipped("tiny_wan")), dtype or (None if model else "float32")
+    name, dtype = model or str(shipped("tiny_wan")), place.dtype or (None if model else "float32")
     outputs = Outputs(replace=True, say=say)
     outputs.expect("--json", file, again=True)
     if plot is not None:
         outputs.expect("--plot", plot, ".png", ".svg")
-    if (pipe := described(name, device, dtype)) is not None:
+    if (pipe := described(name, place.device, dtype)) is not None:
         started(pipe, request)
-    rows = measure(load_pipeline(name, device, dtype), request, say, outputs)
+    rows = measure(load_pipeline(name, place.device, dtype), request, say, outputs)
     show_frontier(rows)
     if plot is not None:
         figure = figure_of(rows)

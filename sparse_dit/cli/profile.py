@@ -13,23 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..outputs import MOVED, Outputs
-from .options import (
-    Device,
-    Dtype,
-    Frames,
-    Guidance,
-    Height,
-    Model,
-    ProfileSteps,
-    Prompt,
-    Prompts,
-    Seed,
-    Steps,
-    Text,
-    Width,
-    say,
-    settings_of,
-)
+from .options import Cases, Model, Place, ProfileSteps, Size, say, with_options
 
 if TYPE_CHECKING:
     from ..generation import Case, GenerationSettings
@@ -50,25 +34,19 @@ class _Job:
     path: Path
 
 
+@with_options
 def profile(
     model: Model,
+    *,
     file: Annotated[Path, typer.Option("--out", help="Profile to write, or to go on with.")] = Path(
         "profile.safetensors"
     ),
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    max_sequence_length: Text = None,
+    cases: Cases,
+    size: Size,
     rows: Annotated[int, typer.Option(min=1, help="Sampled query rows of each call.")] = 64,
     profile_steps: ProfileSteps = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    place: Place,
 ) -> int:
     """Profile a model's heads for later searches, over the prompts in parallel.
 
@@ -76,16 +54,12 @@ def profile(
     prompts, other prompts as --held-out, and --profile. Steps are those of the generation: a third of them
     is run, at least 4, unless --profile-steps says how many.
     """
-    from ..generation import Case
-    from ..inputs import read_prompts
     from ..search.asked import profiled_at
     from ..search.lock import only_writer
 
-    texts = read_prompts(prompt or [], prompts)
-    settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
-    settings = profiled_at(settings, profile_steps)
-    cases = [Case(text, seed + number) for number, text in enumerate(texts)]
-    job = _Job(model, device, dtype, cases, settings, rows, file)
+    given = cases.read()
+    settings = profiled_at(size.settings(), profile_steps)
+    job = _Job(model, place.device, place.dtype, given, settings, rows, file)
     torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if torchrun and workers != 1:
         raise ValueError("under torchrun its processes are the workers; leave out --workers")

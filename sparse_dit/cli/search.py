@@ -10,44 +10,22 @@ import typer
 from ..outputs import Outputs
 from ..tables import out, show_plan
 from ..whole_file import uninterrupted
-from .options import (
-    Device,
-    Dtype,
-    Force,
-    Frames,
-    Guidance,
-    Height,
-    Model,
-    ProfileSteps,
-    Prompt,
-    Prompts,
-    Seed,
-    Steps,
-    Text,
-    Width,
-    resumable,
-    say,
-    settings_of,
-)
+from .options import Cases, Force, Model, Place, ProfileSteps, Size, resumable, say, with_options
 
 if TYPE_CHECKING:
     from ..search import Searched
 
 
+@with_options
 def search(
     model: Model,
+    *,
     plan_file: Annotated[Path, typer.Option("--out", help="Plan to write.")] = Path("plan.json"),
-    prompt: Prompt = None,
-    prompts: Prompts = None,
+    cases: Cases,
     held_out: Annotated[
         list[str] | None, typer.Option(help="A prompt to verify on; repeatable.")
     ] = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    max_sequence_length: Text = None,
+    size: Size,
     target_speedup: Annotated[
         float | None, typer.Option(help="Forecast speed-up to reach.")
     ] = None,
@@ -66,25 +44,22 @@ def search(
     dense_seconds: Annotated[
         float | None, typer.Option(help="Of one dense generation on that device.")
     ] = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    place: Place,
     force: Force = False,
 ) -> int:
     """Find a plan for a pipeline. One of --target-speedup, --max-error, --min-psnr is the dial.
 
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
-    from ..generation import Case
-    from ..inputs import check_model, described, load_pipeline, read_prompts
+    from ..inputs import check_model, described, load_pipeline
     from ..search import Objective
     from ..search import search_plan as find
     from ..search.asked import check_profile, check_search, profiled_at, split_cases
     from ..search.objective import shortfall
     from ..search.target_device import TargetDevice
 
-    texts = read_prompts(prompt or [], prompts)
-    settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
+    given = cases.read()
+    settings = size.settings()
     dial: dict[str, Any] = {
         "target_speedup": target_speedup,
         "max_error": max_error,
@@ -92,15 +67,14 @@ def search(
     }
     Objective(**dial)
     target_device = TargetDevice.of(cost_table, dense_seconds)
-    cases: list[str | Case] = [Case(text, seed + i) for i, text in enumerate(texts)]
-    later = [Case(text, seed + len(cases) + i) for i, text in enumerate(held_out or [])]
+    later = cases.numbered(held_out, after=len(given))
     kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
     outputs = Outputs(replace=force, say=say)
     outputs.expect("--out", plan_file, ".json", beside=_beside)
     outputs.expect("--profile", kept, again=True)
     check_model(model)
-    calibration, _ = split_cases(cases, later or None, "held_out")
-    if (pipe := described(model, device, dtype)) is not None:
+    calibration, _ = split_cases(given, later or None, "held_out")
+    if (pipe := described(model, place.device, place.dtype)) is not None:
         check_search(
             pipe,
             calibration[0],
@@ -110,11 +84,11 @@ def search(
         )
         profiled = profiled_at(settings, profile_steps)
         check_profile(pipe, calibration, profiled, kept)
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, place.device, place.dtype)
     try:
         searched = find(
             pipe,
-            cases,
+            given,
             held_out=later or None,
             settings=settings,
             profile=kept,

@@ -9,11 +9,11 @@ import typer
 
 from ..outputs import Outputs
 from ..tables import out, show_front, show_heads, show_plan
-from .options import Force, say
+from .options import Force, PlanName, say
 
 
 def show(
-    plan: Annotated[str, typer.Argument(help="Plan: file, folder, built-in name or hub id.")],
+    plan: PlanName,
     heads: Annotated[bool, typer.Option("--heads", help="Every head of every layer.")] = False,
     front: Annotated[bool, typer.Option("--front", help="The other points of its search.")] = False,
     picture: Annotated[

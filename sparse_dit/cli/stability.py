@@ -10,22 +10,7 @@ import typer
 
 from ..outputs import Outputs
 from ..tables import out
-from .options import (
-    Device,
-    Dtype,
-    Frames,
-    Guidance,
-    Height,
-    Model,
-    Prompt,
-    Prompts,
-    Seed,
-    Steps,
-    Text,
-    Width,
-    say,
-    settings_of,
-)
+from .options import Cases, Model, Place, Size, say, with_options
 
 if TYPE_CHECKING:
     from ..eval.stability_file import StabilityRow
@@ -34,13 +19,14 @@ if TYPE_CHECKING:
 DRAWN = 2  # held-out prompts, if none are given
 
 
+@with_options
 def stability(
     model: Model,
+    *,
     file: Annotated[
         Path, typer.Option("--json", help="Result; goes on with one that is there.")
     ] = Path("stability.json"),
-    prompt: Prompt = None,
-    prompts: Prompts = None,
+    cases: Cases,
     held_out: Annotated[
         list[str] | None, typer.Option(help="A prompt to judge on; repeatable.")
     ] = None,
@@ -52,15 +38,8 @@ def stability(
     generate: Annotated[
         bool, typer.Option("--generate", help="Also generate the held-out prompts with each plan.")
     ] = False,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    max_sequence_length: Text = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    size: Size,
+    place: Place,
 ) -> int:
     """Plans from 1, 2 and 4 prompts: how many heads keep their choice, and what it costs held-out.
 
@@ -73,8 +52,8 @@ def stability(
     from ..search.profiling import profiling_steps
 
     counts = sorted(set(count)) if count else list(COUNTS)
-    settings = settings_of({}, height, width, num_frames, steps, guidance, max_sequence_length)
-    calibration, judged = _cases(prompt or [], prompts, held_out or [], counts[-1], seed)
+    settings = size.settings()
+    calibration, judged = _cases(cases, held_out or [], counts[-1])
     request = StabilityRequest(
         calibration,
         judged,
@@ -88,23 +67,19 @@ def stability(
     )
     outputs = Outputs(replace=True, say=say)
     outputs.expect("--json", file, again=True)
-    if (pipe := described(model, device, dtype)) is not None:
+    if (pipe := described(model, place.device, place.dtype)) is not None:
         started(pipe, request)
-    _show(compare(load_pipeline(model, device, dtype), request, say, outputs), density)
+    _show(compare(load_pipeline(model, place.device, place.dtype), request, say, outputs), density)
     out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
     return outputs.code
 
 
-def _cases(
-    prompt: list[str], prompts: Path | None, held_out: list[str], count: int, seed: int
-) -> tuple[list[Case], list[Case]]:
+def _cases(cases: Cases, held_out: list[str], count: int) -> tuple[list[Case], list[Case]]:
     """Calibration and held-out cases: the first ones given, and the others if none are named."""
     from ..eval.draw import all_prompts
-    from ..generation import Case
-    from ..inputs import read_prompts
 
-    if prompt or prompts:
-        texts = read_prompts(prompt, prompts)
+    if cases.given:
+        texts = [case.prompt for case in cases.read()]
         later = held_out or texts[count:]
     else:
         known = all_prompts()
@@ -113,11 +88,10 @@ def _cases(
                 f"--count must be at most {len(known) - DRAWN} unless prompts are given, got {count}; give "
                 "--prompts FILE"
             )
-        texts = Random(seed).sample(known, count + DRAWN)
+        texts = Random(cases.seed).sample(known, count + DRAWN)
         later = held_out or texts[count:]
         say("prompts are drawn from the embedded model's vocabulary")
-    calibration = [Case(text, seed + i) for i, text in enumerate(texts[:count])]
-    return calibration, [Case(text, seed + count + i) for i, text in enumerate(later)]
+    return cases.numbered(texts[:count]), cases.numbered(later, after=count)
 
 
 def _show(rows: list[StabilityRow], density: float) -> None:
@@ -127,7 +101,7 @@ def _show(rows: list[StabilityRow], density: float) -> None:
 
     table = Table(
         "prompts", "same pattern", "same kind", "near density", "error expected", "held out",
-        "damage", "PSNR",
+        "video error", "PSNR",
     )  # fmt: skip
     for row in rows:
         shares = [f"{s:.0%}" for s in (row.same_pattern, row.same_kind, row.near_density)]
@@ -135,7 +109,7 @@ def _show(rows: list[StabilityRow], density: float) -> None:
         table.add_row(str(row.prompts), *shares, *errors, decibels(row.psnr_db))
     out.print(table)
     out.print(
-        f"Heads that choose as with {rows[-1].prompts} prompts, all plans at density {density:g}; damage on "
-        "held-out prompts, relative to that plan's.",
+        f"Heads that choose as with {rows[-1].prompts} prompts, all plans at density {density:g}; video "
+        "error is the expected one of held-out videos, relative to that plan's.",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -15,9 +15,9 @@ def evidence_lines(plan: Plan) -> list[str]:
     lines = []
     row_error, gap = found.get("row_error"), found.get("gap")
     if isinstance(row_error, int | float):
-        lines.append(f"forecast damage: standard error {row_error:.1%}, from sampled rows alone")
+        lines.append(f"expected error: standard error {row_error:.1%}, from sampled rows alone")
     if isinstance(gap, int | float):
-        lines.append(f"no other choice as fast has a forecast damage lower by more than {gap:.2%}")
+        lines.append(f"no other choice as fast has an expected error lower by more than {gap:.2%}")
     if sparse := _sparse_heads(plan):
         marked = len(prompt_dependent(plan))
         lines.append(f"best places depend on the prompt: {marked} of {sparse} sparse heads")

@@ -3,7 +3,8 @@
 `kernel.py` is the kernels, `tables.py` and `work.py` write an index as they read it, `config.py` has the
 block sizes of each architecture, `launch.py` calls, `operator.py` makes
 torch operators of it for compiled graphs. Nothing here imports triton before a kernel runs. What
-was measured, on which GPU, and what was checked without one is in `docs/gpu.md`.
+was measured on which GPU is in `docs/measurements/`, what is checked without one in
+`docs/reference/gpu-checks.md`.
 """
 
 from __future__ import annotations

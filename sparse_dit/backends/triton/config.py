@@ -1,7 +1,7 @@
 """Block sizes, warps and stages for each architecture: a table, so that no first call searches for them.
 
-Those of sm_90 were chosen by their times on an H200 (`docs/gpu.md`), the others by what the kernels compile
-to (no spills, tensor cores, shared memory within bounds), which `tests/test_triton_compiled.py` checks.
+Those of sm_90 were chosen by their times on an H200 (`docs/measurements/`), the others by what the kernels
+compile to (no spills, tensor cores, shared memory within bounds), as `tests/test_triton_compiled.py` checks.
 """
 
 from __future__ import annotations
