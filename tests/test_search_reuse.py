@@ -113,13 +113,13 @@ def test_playback_gives_the_same_video_and_leaves_the_transformer_as_it_was(pipe
         ran.append(call.context.step)
         return call.stock()
 
-    with recording(transformer) as record:
+    with recording(pipe) as record:
         clean, _ = workload(pipe, SHORT).run(case)
-    assert [sigma for sigma, _ in record] == sorted((s for s, _ in record), reverse=True)
+    assert [sigma for _, sigma, _ in record] == sorted((s for _, s, _ in record), reverse=True)
     assert len(record) == 8
     for count in (0, 3, 8):
         ran.clear()
-        with replaying(transformer, [output for _, output in record[:count]], watch):
+        with replaying(transformer, [output for _, _, output in record[:count]], watch):
             video, _ = workload(pipe, SHORT).run(case)
         assert np.array_equal(video, clean)
         assert min(ran, default=4) == count // 2  # guidance: two forwards a step
@@ -151,7 +151,7 @@ def test_layers_are_probed_without_guidance_that_computes_twice(monkeypatch, emb
     pipe.transformer.register_to_config(guidance_embeds=embedded)
 
     def noted(work, component, case, clean):
-        probed.append((work.settings.guidance, len(clean.order) > work.settings.steps))
+        probed.append((work.settings.guidance, len(clean.forwards) > work.settings.steps))
         return prober(work, component, case, clean)
 
     monkeypatch.setattr(sensitivity, "_prober", noted)

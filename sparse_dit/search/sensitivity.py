@@ -10,7 +10,6 @@ there is played back.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from ..call import AttentionCall, Intercept
 from ..generation import Case
 from ..index import build_index
-from ..integrations import Workload, attach, components
+from ..integrations import Workload, attach, attached, components
 from ..plan import Stage
 from .cells import sample_rows
 from .cost import nearest_tiles
@@ -147,25 +146,20 @@ class _Progress:
         return result
 
 
+Forward = tuple[str, float, Any]  # the component's name, the noise level, what the forward gave
+
+
 @dataclass(frozen=True, eq=False)
 class _Clean:
-    """An undisturbed run.
-
-    Args:
-        output: What came out, as `Workload.run` gives it.
-        records: The noise level and output of each forward of each transformer, by component name.
-        order: The component names of all forwards as they followed one another.
-    """
+    """An undisturbed run: its output, as `Workload.run` gives it, and all forwards in order."""
 
     output: Any
-    records: dict[str, list[tuple[float, Any]]]
-    order: list[str]
+    forwards: list[Forward]
 
     def before(self, component: str, stage: Stage) -> dict[str, list[Any]] | None:
         """What each transformer gave until this one first ran in the stage; None if it never did."""
-        given: dict[str, list[Any]] = {name: [] for name in self.records}
-        for name in self.order:
-            sigma, output = self.records[name][len(given[name])]
+        given: dict[str, list[Any]] = {name: [] for name, _, _ in self.forwards}
+        for name, sigma, output in self.forwards:
             if name == component and stage.covers(sigma, "any"):
                 return given
             given[name].append(output)
@@ -174,20 +168,10 @@ class _Clean:
 
 def _clean(work: Workload, case: Case) -> _Clean:
     """Run a case and keep what every transformer gives."""
-    records, order = {}, []
-    with contextlib.ExitStack() as stack:
-        for name, transformer in components(work.model).items():
-            records[name] = stack.enter_context(recording(transformer))
-            note = functools.partial(_note, order, name)
-            stack.callback(transformer.register_forward_hook(note).remove)
+    with recording(work.model) as forwards:
         output, _ = work.run(case)
     check_stock(work, case, output)
-    return _Clean(output, records, order)
-
-
-def _note(order: list[str], name: str, *_: Any) -> None:
-    """A forward hook."""
-    order.append(name)
+    return _Clean(output, forwards)
 
 
 def _prober(
@@ -203,7 +187,7 @@ def _prober(
         with contextlib.ExitStack() as stack:
             for name, transformer in components(work.model).items():
                 sees = intercept if name == component else stock
-                stack.enter_context(replaying(transformer, given[name], sees, work.model))
+                stack.enter_context(replaying(transformer, given.get(name, ()), sees, work.model))
             output, _ = work.run(case)
         if not intercept.errors:
             return None
@@ -246,24 +230,24 @@ def filled(values: Sequence[float | None]) -> list[float]:
 
 
 @contextlib.contextmanager
-def recording(transformer: nn.Module) -> Iterator[list[tuple[float, Any]]]:
-    """Inside the block, the noise level and output of every forward of a transformer are added to a list.
+def recording(model: Any) -> Iterator[list[Forward]]:
+    """Inside the block every forward of a model's components is added to a list.
 
     A forward whose noise level can't be told counts as pure noise, 1.
     """
-    record: list[tuple[float, Any]] = []
-    attachment = attach(transformer, lambda call: call.stock())
+    found, record = components(model), []
+    with (
+        attached(model, dict.fromkeys(found, stock)) as attachments,
+        contextlib.ExitStack() as stack,
+    ):
+        for name, module in found.items():
 
-    def note(module: nn.Module, args: tuple, output: Any) -> None:
-        sigma = attachment.context.sigma
-        record.append((1.0 if sigma is None else sigma, output))
+            def note(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                sigma = attachments[name].context.sigma
+                record.append((name, 1.0 if sigma is None else sigma, output))
 
-    hook = transformer.register_forward_hook(note)
-    try:
+            stack.callback(module.register_forward_hook(note).remove)
         yield record
-    finally:
-        hook.remove()
-        attachment.detach()
 
 
 @contextlib.contextmanager
@@ -273,10 +257,8 @@ def replaying(
     """Inside the block the first forwards return `outputs`, unread; the others run with `intercept`.
 
     Args:
-        transformer: A transformer of a supported class, with nothing attached.
+        transformer, intercept, pipe: See `attach`.
         outputs: What the first forwards of the same generation returned; hosts don't write to them.
-        intercept: Sees the attention calls of the forwards that run.
-        pipe: The pipeline that runs the transformer, if it is known.
     """
     before = vars(transformer).get("forward")  # offloading puts its own there
     run, waiting = transformer.forward, list(reversed(outputs))
