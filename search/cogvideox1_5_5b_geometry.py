@@ -1,7 +1,8 @@
 """A starting plan for CogVideoX1.5 5B from its geometry; nothing measured."""
 
+from ready import Published, main
+
 from sparse_dit.layout import TokenLayout
-from sparse_dit.search.ready import Published, main
 
 MODEL = Published(
     name="cogvideox1.5-5b-geometry",

@@ -1,7 +1,8 @@
 """A starting plan for LTX-Video 2B from its geometry; nothing measured."""
 
+from ready import Published, main
+
 from sparse_dit.layout import TokenLayout
-from sparse_dit.search.ready import Published, main
 
 MODEL = Published(
     name="ltx-video-2b-geometry",

@@ -1,164 +1,83 @@
-"""One way to run a host pipeline: the same case and settings give the same video.
-
-The search, the quality report and the demo all generate through `generate`, so that a dense and a
-sparse run differ in the attention alone.
-"""
+"""What to generate, and how: a prompt with its seed, and the settings that all of a comparison share."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 
-from .case import Case, GenerationSettings
-from .generation_size import check_size
-from .timing import Taken, Timer
+from .texts import unfit
 from .words import option
 
-# (index of the step, its timestep as the scheduler gives it, latents after the step)
-StepCallback = Callable[[int, float, torch.Tensor], None]
+MAX_SEED = (1 << 63) - 1
+MOST = {"height": 1 << 16, "width": 1 << 16, "num_frames": 1 << 16, "steps": 10_000}
+MOST_TEXT = 1 << 16  # tokens
 
 
-def generate(
-    pipe: Any, case: Case, settings: GenerationSettings, callback: StepCallback | None = None
-) -> tuple[np.ndarray, Taken]:
-    """Run a diffusers pipeline once.
+@dataclass(frozen=True)
+class Case:
+    """One thing to generate: a prompt and the seed of its noise."""
 
-    The noise is drawn on the CPU from `case.seed`, so that it is the same on every device. Only
-    arguments that the pipeline's `__call__` takes are passed on.
+    prompt: str
+    seed: int = 0
 
-    Args:
-        pipe: A diffusers text-to-video or text-to-image pipeline.
-        case: Prompt and seed.
-        settings: Size, steps, guidance.
-        callback: Called after each step with its index, its timestep and the latents.
-
-    Returns:
-        Video `[T, H, W, 3]`, float32 in 0..1 (NaN stays NaN; T is 1 for an image), and how long
-        the whole call took.
-
-    Raises:
-        ValueError: If the pipeline doesn't take a setting, or can't make the size.
-    """
-    arguments = call_arguments(pipe, case, settings)
-    if callback is not None:
-        if not _reports_steps(pipe):
-            raise ValueError(f"{type(pipe).__name__} reports no steps: call without a callback")
-        arguments["callback_on_step_end"] = _step_end(callback)
-    with progress_bars_off(pipe):
-        timer = Timer(device_of(pipe))
-        result = pipe(**arguments)
-        taken = timer.stop()
-    return _video(result), taken
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError(f"a prompt must be text that is not empty, got {self.prompt!r:.80}")
+        if why := unfit(self.prompt):  # or it couldn't be noted in a plan in the end
+            raise ValueError(f"a prompt {why}: {self.prompt!r:.80}")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(
+                f"a seed must be a whole number >= 0, at most 2^63 - 1, got {self.seed!r}"
+            )
 
 
-class _Enough(Exception):
-    """Ends a generation."""
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate: size, steps and guidance, the same for every case of a comparison.
 
-
-def generate_until(
-    pipe: Any, case: Case, settings: GenerationSettings, enough: Callable[[], bool]
-) -> float:
-    """Run a pipeline until a step has ended and `enough()` is true, without decoding what it has by then.
-
-    One that reports no steps runs to its end. The pipeline is then as after a whole call.
-
-    Args:
-        pipe: See `generate`.
-        case: Prompt and seed.
-        settings: Size, steps, guidance.
-        enough: Asked after each step.
-
-    Returns:
-        Seconds that it took.
-
-    Raises:
-        ValueError: If the pipeline doesn't take a setting, or can't make the size.
+    Attributes:
+        height: Pixels, a multiple of what the pipeline asks for.
+        width: Pixels, likewise.
+        num_frames: Frames of video; 1 for pipelines that make one image.
+        steps: Denoising steps.
+        guidance: Classifier-free (or embedded) guidance scale.
+        max_sequence_length: Text tokens; None keeps the pipeline's own value.
+        negative_prompt: None keeps the pipeline's own value.
     """
 
-    def step_end(step: int, timestep: float, latents: torch.Tensor) -> None:
-        if enough():
-            raise _Enough
+    height: int
+    width: int
+    num_frames: int = 1
+    steps: int = 20
+    guidance: float = 5.0
+    max_sequence_length: int | None = None
+    negative_prompt: str | None = None
 
-    timer = Timer(device_of(pipe))
-    try:
-        with suppress(_Enough):
-            generate(pipe, case, settings, step_end if _reports_steps(pipe) else None)
-    finally:
-        pipe.maybe_free_model_hooks()
-    return timer.stop().seconds
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "steps", "max_sequence_length"):
+            value = getattr(self, name)
+            if name == "max_sequence_length" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{option(name)} must be a whole number >= 1, got {value!r}")
+            if value > (most := MOST.get(name, MOST_TEXT)):
+                raise ValueError(f"{option(name)} must be at most {most:,}, got {value:,}")
+        if not np.isfinite(self.guidance) or self.guidance < 0:
+            raise ValueError(
+                f"{option('guidance')} must be a finite number >= 0, got {self.guidance!r}"
+            )
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict, one key per field."""
+        return asdict(self)
 
-def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[str, Any]:
-    """What `pipe(...)` is called with, less the callback: only arguments that it takes.
-
-    Raises:
-        ValueError: If the pipeline doesn't take a setting, or can't make the size.
-    """
-    taken = inspect.signature(type(pipe).__call__).parameters
-    wanted = {
-        "prompt": case.prompt,
-        "height": settings.height,
-        "width": settings.width,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "generator": torch.Generator("cpu").manual_seed(case.seed),
-        "output_type": "np",
-    }
-    if settings.num_frames > 1 or "num_frames" in taken:
-        wanted["num_frames"] = settings.num_frames
-    if settings.max_sequence_length is not None:
-        wanted["max_sequence_length"] = settings.max_sequence_length
-    if settings.negative_prompt is not None:
-        wanted["negative_prompt"] = settings.negative_prompt
-    if missing := sorted(set(wanted) - set(taken)):
-        raise ValueError(
-            f"{type(pipe).__name__} takes no {', '.join(map(option, missing))}: leave out what it "
-            "doesn't take"
-        )
-    check_size(pipe, settings, wanted)
-    return wanted
-
-
-@contextmanager
-def progress_bars_off(pipe: Any) -> Iterator[None]:
-    """Silence the pipeline's own progress bar inside the block; restore its setting after."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
-
-
-def device_of(pipe: Any) -> torch.device:
-    """Where the pipeline computes; one that is offloaded lies on the CPU in between."""
-    found = getattr(pipe, "_execution_device", pipe.device)
-    return found if isinstance(found, torch.device) else torch.device("cpu")
-
-
-def _reports_steps(pipe: Any) -> bool:
-    return "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
-
-
-def _step_end(callback: StepCallback) -> Callable[..., dict[str, Any]]:
-    def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        callback(step, float(timestep), tensors["latents"])
-        return {}  # nothing changed
-
-    return step_end
-
-
-def _video(result: Any) -> np.ndarray:
-    """The first video of a pipeline's result, `[T, H, W, 3]`."""
-    if hasattr(result, "frames"):
-        video = np.asarray(result.frames[0])
-    elif hasattr(result, "images"):
-        video = np.asarray(result.images[0])[None]
-    else:
-        raise TypeError(f"{type(result).__name__} has neither frames nor images")
-    return video.astype(np.float32, copy=False)
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> GenerationSettings:
+        """The settings that `to_dict` wrote; ValueError for unknown keys."""
+        known = {field.name for field in fields(GenerationSettings)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown generation settings {unknown}; expected {sorted(known)}")
+        return GenerationSettings(**data)

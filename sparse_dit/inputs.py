@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .integrations import host_named
 from .texts import lines_of, read_text, unfit
 
 MAX_PROMPT_FILE = 1 << 20  # bytes
@@ -68,62 +70,45 @@ def described(name: str, device: str, dtype: str | None) -> Any | None:
         name, device, dtype: As `load_pipeline` takes them.
 
     Returns:
-        See `outline`; None where only the loaded pipeline can tell.
+        See `Host.outline`; None where only the loaded pipeline can tell.
 
     Raises:
         ValueError: It can't be read, or the device or dtype isn't known here.
     """
-    import torch
-
-    check_model(name)
-    check_device(device)
-    kind = getattr(torch, _dtype(device, dtype))
-    from .outline import outline
-
+    kind = _checked(name, device, dtype)
     try:
-        return outline(name, kind)
+        return host_named("diffusers").outline(name, kind)
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
 
 
-def load_pipeline(name: str, device: str, dtype: str | None, **parts: Any) -> Any:
-    """A diffusers pipeline in inference form.
+def load_pipeline(name: str, device: str, dtype: str | None, *, weights: bool = True) -> Any:
+    """A pipeline in inference form.
 
     Args:
         name: Folder, or hub id (which may download it).
         device: Where it runs.
         dtype: In `DTYPES`; None is float32 on the CPU and bfloat16 elsewhere.
-        parts: Components that take the place of its own, which then aren't loaded.
+        weights: Whether its transformers are read; see `Host.load`.
 
     Raises:
         ValueError: If the model can't be read, or the device doesn't exist.
     """
-    import torch
-
-    check_model(name)
-    check_device(device)
-    dtype = _dtype(device, dtype)
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    from diffusers.utils import logging
-    from transformers.utils.logging import disable_progress_bar
-
-    logging.disable_progress_bar()
-    disable_progress_bar()
-    # the old keyword warns in new versions, the new one is ignored by old versions
-    old = tuple(int(part) for part in version("diffusers").split(".")[:2]) < (0, 42)
-    keyword = "torch_dtype" if old else "dtype"
+    kind = _checked(name, device, dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, **{keyword: getattr(torch, dtype)}, **parts)
+        pipe = host_named("diffusers").load(name, kind, weights)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _unreadable(name, error) from error
     return pipe.to(device)
 
 
-def _dtype(device: str, dtype: str | None) -> str:
-    """The one that is asked for, or what suits the device."""
+def _checked(name: str, device: str, dtype: str | None) -> torch.dtype:
+    """The dtype that is asked for, or what suits the device, once a model can be read so."""
+    check_model(name)
+    check_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return dtype or ("float32" if device == "cpu" else "bfloat16")
+    return getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
@@ -133,8 +118,6 @@ def _unreadable(name: str, error: Exception) -> ValueError:
 
 def check_device(device: str) -> None:
     """Raise ValueError unless torch has this device here."""
-    import torch
-
     try:
         parsed = torch.device(device)
     except RuntimeError:

@@ -59,7 +59,7 @@ class Outputs:
                 raise ValueError(f"{option} and {other} would both write {file}; name another file")
             check_writable(file, option)
         if not again and not self._replace:
-            _check_free(option, [file for file in files if os.path.lexists(file)])
+            check_free(option, files, "--force")
         self._known[path] = option, beside, again
 
     def expect_folder(self, option: str, folder: Path, names: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ class Outputs:
         if os.path.lexists(folder) and not folder.is_dir():
             raise ValueError(f"{option}: {folder} is a file: give a folder")
         if not self._replace:
-            _check_free(option, [folder / n for n in names if os.path.lexists(folder / n)])
+            check_free(option, [folder / name for name in names], "--force")
         for name in names:
             check_writable(folder / name, option)
         self._known[folder] = option, lambda path: [path / name for name in names], False
@@ -198,12 +198,19 @@ def _others(path: Path, taken: Callable[[Path], Path | None]) -> Iterator[Path]:
                 break
 
 
-def _check_free(option: str, there: list[Path]) -> None:
-    if there:
+def check_free(name: str, files: Sequence[Path], replace: str) -> None:
+    """Raise FileExistsError if one of these files is there.
+
+    Args:
+        name: The option or argument that says where they lie.
+        files: What is to be written.
+        replace: What to pass so that they may be replaced.
+    """
+    if there := [file for file in files if os.path.lexists(file)]:
         names = ", ".join(map(str, there))
         verb, them = ("exist", "them") if len(there) > 1 else ("exists", "it")
         raise FileExistsError(
-            f"{option}: {names} {verb} already: pass --force to replace {them}, or name another"
+            f"{name}: {names} {verb} already: pass {replace} to replace {them}, or name another"
         )
 
 

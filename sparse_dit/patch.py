@@ -14,7 +14,7 @@ from .runtime import Ran, Runtime
 from .summary import Summary, summarise
 
 if TYPE_CHECKING:
-    from .integrations.diffusers import Attachment
+    from .integrations import Attachment
 
 
 def patch(
@@ -42,15 +42,13 @@ def patch(
         TypeError: If there is no transformer, an attention layer can't be patched, or `plan` is no plan.
         NotImplementedError: If the transformer's class is not supported.
     """
-    from .integrations.diffusers import attach, attachment_of, components
+    from .integrations import attach, unpatched
 
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}"
         )
-    found = components(pipe_or_transformer)
-    if any(attachment_of(transformer) for transformer in found.values()):
-        raise ValueError("already patched; call handle.remove() or sparse_dit.unpatch(pipe) first")
+    found = unpatched(pipe_or_transformer)
     if not isinstance(plan, Plan | str | os.PathLike):
         raise TypeError(
             f"plan must be a path, a built-in name, a hub id or a Plan, got {type(plan).__name__}"
@@ -59,7 +57,7 @@ def patch(
         plan = Plan.from_pretrained(plan)
     targets = _targets(pipe_or_transformer, found, plan)
     for name, transformer in targets.items():
-        _check(name, transformer, plan)
+        check_fits(plan, name, transformer)
     runtimes = {name: Runtime(name, plan.components[name], backend, nan_guard) for name in targets}
     attachments: dict[str, Attachment] = {}
     try:
@@ -78,7 +76,7 @@ def unpatch(pipe_or_transformer: Any) -> None:
     Raises:
         TypeError, NotImplementedError: If the object is none that could have been patched.
     """
-    from .integrations.diffusers import attachment_of, components
+    from .integrations import attachment_of, components
 
     for transformer in components(pipe_or_transformer).values():
         if attachment := attachment_of(transformer):
@@ -162,9 +160,9 @@ def _targets(pipe: Any, found: dict[str, nn.Module], plan: Plan) -> dict[str, nn
     return {name: found[name] for name in names}
 
 
-def _check(name: str, transformer: nn.Module, plan: Plan) -> None:
-    """Raise PlanError unless the plan was made for a transformer like this one."""
-    from .integrations.diffusers import heads_of
+def check_fits(plan: Plan, name: str, transformer: nn.Module) -> None:
+    """Raise PlanError unless the plan's component `name` was made for a transformer like this one."""
+    from .integrations import heads_of
 
     config: Any = transformer.config
     planned = plan.components[name].model_class

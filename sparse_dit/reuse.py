@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_dtype
+from .call import AttentionCall
 from .index import MAX_GROUP, PatternIndex, SparseIndex
-from .integrations.call import AttentionCall
 from .patterns import Pattern
 
 _Key = tuple[str, str, int]  # layer, branch, condition

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .attention import backend_name, sparse_attention
 from .autocast import lowered
+from .call import AttentionCall, with_bias
 from .index import PatternIndex, SparseIndex, build_index
-from .integrations.arrangement import with_bias
-from .integrations.call import AttentionCall
 from .layout import TokenLayout
 from .plan import ComponentPlan
 from .reuse import Reuse, without

@@ -3,7 +3,7 @@
 import numpy as np
 
 import sparse_dit
-from sparse_dit.generation import generate
+from sparse_dit.integrations import workload
 from sparse_dit.plan import Plan
 from sparse_dit.search import engine, pricing
 from sparse_dit.search.cells import sampled_rows
@@ -27,9 +27,9 @@ def accounts(pipe, plan, case, settings, folder):
     plan.save(folder / "plan.json")
     loaded = Plan.load(folder / "plan.json")
     assert loaded.to_dict() == plan.to_dict()
-    dense, _ = generate(pipe, case, settings)
+    dense, _ = workload(pipe, settings).run(case)
     with sparse_dit.patch(pipe, loaded) as handle:
-        video, _ = generate(pipe, case, settings)
+        video, _ = workload(pipe, settings).run(case)
         ran = handle.ran
     assert np.isfinite(video).all() and video.shape == dense.shape
     return ran

@@ -11,9 +11,9 @@ from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
+from sparse_dit.call import StepContext
 from sparse_dit.integrations import processors
 from sparse_dit.integrations.diffusers import (
-    StepContext,
     attach,
     attachment_of,
     components,

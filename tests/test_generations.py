@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from sparse_dit.integrations.call import StepContext
+from sparse_dit.call import StepContext
 from sparse_dit.integrations.diffusers import attach, attachment_of
 from sparse_dit.integrations.families import FAMILIES
 from sparse_dit.integrations.step_tracker import StepTracker

@@ -3,8 +3,9 @@ import torch
 
 from sparse_dit.attention import sparse_attention
 from sparse_dit.eval.heads import head_quality
-from sparse_dit.generation import Case, GenerationSettings, generate
+from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.index import build_index
+from sparse_dit.integrations import workload
 from sparse_dit.integrations.diffusers import attach, components, heads_of
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
@@ -28,7 +29,7 @@ def plan_with(pipe, pattern):
         return call.stock()
 
     attachment = attach(module, look)
-    generate(pipe, CASE, SETTINGS)
+    workload(pipe, SETTINGS).run(CASE)
     attachment.detach()
     heads, rows = heads_of(module), ((HeadChoice(pattern),) * config.num_attention_heads,)
     part = ComponentPlan(
@@ -62,7 +63,7 @@ def test_error_and_recall_are_those_of_the_kernel(pipe):
         return call.stock()
 
     attachment = attach(module, compare)
-    generate(pipe, CASE, SETTINGS)
+    workload(pipe, SETTINGS).run(CASE)
     attachment.detach()
     for (stage, layer), totals in found.items():
         total = torch.stack(errors[layer]).sum(0)
@@ -81,10 +82,10 @@ def test_dense_heads_have_no_error_and_full_recall(pipe):
 
 
 def test_the_pipeline_is_stock_afterwards(pipe):
-    before = generate(pipe, CASE, SETTINGS)[0]
+    before = workload(pipe, SETTINGS).run(CASE)[0]
     plan = plan_with(pipe, Pattern(Window(0, 1, 1), (1, 2, 2)))
     head_quality(pipe, plan, CASE, SETTINGS)
-    assert (generate(pipe, CASE, SETTINGS)[0] == before).all()
+    assert (workload(pipe, SETTINGS).run(CASE)[0] == before).all()
 
 
 def test_cells_smaller_than_tiles_are_refused(pipe):

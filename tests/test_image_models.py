@@ -13,9 +13,10 @@ from diffusers.models.transformers.transformer_flux2 import (
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from PIL import Image
 
+from sparse_dit.call import with_bias
 from sparse_dit.index import SparseIndex
 from sparse_dit.integrations import processors
-from sparse_dit.integrations.arrangement import Arrangement, image_first, with_bias
+from sparse_dit.integrations.arrangement import Arrangement, image_first
 from sparse_dit.integrations.diffusers import (
     attach,
     attachment_of,

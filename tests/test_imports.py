@@ -79,6 +79,38 @@ def test_arrows_point_one_way():
             assert above not in ABOVE.get(part, ()), f"{name} imports {other}"
 
 
+# names by which diffusers' pipelines and layers are known
+OF_DIFFUSERS = {
+    *("boundary_ratio", "cache_context", "callback_on_step_end", "check_inputs", "guidance_embeds"),
+    *("num_train_timesteps", "scheduler", "set_processor", "to_out", "transformer_2", "vae"),
+}
+# which transformers are known, and what the seam of this one host costs
+OF_ONE_HOST = {"models.py": "integrations.families", "bench/seam.py": "integrations.idle"}
+
+
+def test_only_hosts_know_their_libraries():
+    package = Path(sparse_dit.__file__).parent
+    for file in package.rglob("*.py"):
+        name = file.relative_to(package).as_posix()
+        if name.startswith("integrations/"):
+            continue
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in OF_DIFFUSERS, f"{name} reads .{node.attr}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in OF_DIFFUSERS, f"{name} names {node.value}"
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                found = [node.module or ""]
+            for other in found:
+                assert other.partition(".")[0] not in ("accelerate", "diffusers", "transformers")
+                inner = other.startswith("integrations.")
+                assert not inner or other.startswith(OF_ONE_HOST.get(name, "none")), (
+                    f"{name} imports {other}: ask the host"
+                )
+
+
 def _loaded(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

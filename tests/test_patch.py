@@ -366,7 +366,7 @@ def test_patched_twice_is_an_error_and_unpatch_is_the_way_out():
     for what in (pipe, pipe.transformer):
         with pytest.raises(
             ValueError,
-            match=r"^already patched; call handle.remove\(\) or sparse_dit.unpatch\(pipe\)",
+            match=r"^the pipeline is patched; call handle.remove\(\) or sparse_dit.unpatch\(pipe\)",
         ):
             patch(what, plan)
     unpatch(pipe)

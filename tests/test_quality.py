@@ -12,9 +12,10 @@ from sparse_dit.eval import teacher
 from sparse_dit.eval.command import seam_overhead
 from sparse_dit.eval.quality import evaluate
 from sparse_dit.eval.runs import noise_floor_video, record
-from sparse_dit.eval.teacher import _decode, _encode, dense_predictions, teacher_forced
-from sparse_dit.generation import Case, GenerationSettings, generate
-from sparse_dit.integrations.diffusers import attachment_of
+from sparse_dit.eval.teacher import dense_predictions, teacher_forced
+from sparse_dit.generation import Case, GenerationSettings
+from sparse_dit.integrations import attachment_of, workload
+from sparse_dit.integrations.teacher import OneStep
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip
 from sparse_dit.search.verify import dense_reference, verify
@@ -58,7 +59,7 @@ def test_a_sparse_plan_is_not(pipe):
 
 
 def test_references_save_the_dense_runs(pipe):
-    references = [record(pipe, case, SETTINGS) for case in CASES]
+    references = [record(workload(pipe, SETTINGS), case) for case in CASES]
     plan = uniform_plan(pipe, WINDOW, LAYOUT)
     again = evaluate(pipe, plan, CASES, SETTINGS, references=references, noise_cases=0)
     fresh = evaluate(pipe, plan, CASES, SETTINGS, noise_cases=0, warm_up=False)
@@ -73,7 +74,7 @@ def test_references_save_the_dense_runs(pipe):
 def test_a_nan_is_reported(pipe):
     broken = wan()[0]
     plan = uniform_plan(broken, WINDOW, LAYOUT)
-    references = [record(broken, CASES[0], SETTINGS)]
+    references = [record(workload(broken, SETTINGS), CASES[0])]
     with torch.no_grad():
         broken.transformer.proj_out.bias.fill_(math.nan)
     quality = evaluate(broken, plan, CASES[:1], SETTINGS, references=references, noise_cases=0)
@@ -100,14 +101,17 @@ def test_what_runs_all_dense_has_no_speedup(pipe):
     quality = evaluate(pipe, plan, CASES[:1], SETTINGS, noise_cases=0, warm_up=False)
     assert quality.pairs is None and quality.speedup == 1.0 and quality.caution is None
     assert timing_of(quality.pairs) == {"timing": "dense; not measured"}
-    references = [dense_reference(pipe, CASES[0], SETTINGS)]
-    verified = verify(pipe, plan, references, SETTINGS)
-    assert verified.pairs is None and verified.speedup == 1.0 and verified.psnr_db == 100
+    work = workload(pipe, SETTINGS)
+    references = [dense_reference(work, CASES[0])]
+    verified = verify(work, plan, references)
+    assert (
+        verified.pairs is None and verified.speedup == 1.0 and verified.difference["psnr_db"] == 100
+    )
     windows = uniform_plan(pipe, WINDOW, LAYOUT)
     part = replace(windows.components["transformer"], valid_tokens=(10**6, None))
     below = replace(windows, components={"transformer": part})
-    assert verify(pipe, below, references, SETTINGS).pairs is None
-    sparse = verify(pipe, windows, references, SETTINGS)
+    assert verify(work, below, references).pairs is None
+    sparse = verify(work, windows, references)
     assert sparse.pairs is not None and sparse.speedup == sparse.pairs.speedups[0]
 
 
@@ -117,7 +121,7 @@ def test_wrong_use_is_refused(pipe):
     plan = uniform_plan(pipe, WINDOW, LAYOUT)
     with pytest.raises(ValueError, match="at least one prompt"):
         evaluate(pipe, plan, [], SETTINGS)
-    with patch(pipe, plan), pytest.raises(ValueError, match="remove the patch"):
+    with patch(pipe, plan), pytest.raises(ValueError, match="is patched"):
         evaluate(pipe, plan, CASES, SETTINGS)
 
 
@@ -126,13 +130,14 @@ def test_every_family_generates_and_has_a_noise_floor(family):
     pipe, call = BUILDERS[family]()
     frames = call.get("num_frames", 1)
     settings = GenerationSettings(call["height"], call["width"], frames, 2, 3.0)
-    run = record(pipe, Case("a cat", 3), settings)
+    work = workload(pipe, settings)
+    run = record(work, Case("a cat", 3))
     assert run.video.ndim == 4 and run.video.shape[-1] == 3
     assert run.video.shape[0] == frames
     assert len(run.latents) == 2
-    again, taken = generate(pipe, Case("a cat", 3), settings)
+    again, taken = work.run(Case("a cat", 3))
     assert (again == run.video).all() and taken.seconds > 0
-    floor = noise_floor_video(pipe, Case("a cat", 3), settings)
+    floor = noise_floor_video(work, Case("a cat", 3))
     assert abs(floor - run.video).max() < 1e-3
     assert attachment_of(pipe.transformer) is None
 
@@ -140,12 +145,12 @@ def test_every_family_generates_and_has_a_noise_floor(family):
 def test_an_image_pipeline_takes_no_frames():
     pipe, _ = BUILDERS["flux"]()
     with pytest.raises(ValueError, match="takes no num_frames"):
-        generate(pipe, Case("a cat"), GenerationSettings(64, 64, 9, 1, 1.0))
+        workload(pipe, GenerationSettings(64, 64, 9, 1, 1.0)).run(Case("a cat"))
 
 
 def test_progress_bar_setting_survives(pipe):
     before = dict(pipe._progress_bar_config)
-    generate(pipe, CASES[0], GenerationSettings(64, 64, 5, 1, 1.0))
+    workload(pipe, GenerationSettings(64, 64, 5, 1, 1.0)).run(CASES[0])
     assert pipe._progress_bar_config == before
 
 
@@ -166,7 +171,7 @@ def test_bad_settings(values, message):
 
 def test_bad_sizes_and_cases(pipe):
     with pytest.raises(ValueError, match="multiple of 16"):
-        generate(pipe, CASES[0], GenerationSettings(60, 64, 5, 1, 1.0))
+        workload(pipe, GenerationSettings(60, 64, 5, 1, 1.0)).run(CASES[0])
     for prompt in ("", "  ", None):
         with pytest.raises(ValueError, match="not empty"):
             Case(prompt)
@@ -220,11 +225,11 @@ def test_latents_are_those_of_the_pipeline(pipe):
     std = torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
     with torch.no_grad():
         expected = pipe.vae.decode(latents * std + mean).sample
-        video = _decode(pipe, latents)
+        video = OneStep(pipe).decode(latents)
         assert (
             abs(torch.from_numpy(video) - (expected[0].permute(1, 2, 3, 0) / 2 + 0.5)).max() < 1e-5
         )
-        encoded = _encode(pipe, clip(9))
+        encoded = OneStep(pipe).encode(clip(9))
         raw = pipe.vae.encode(clip(9)[None]).latent_dist.mode()
     assert torch.allclose(encoded * std + mean, raw, atol=1e-5)
 

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 
+from search.ready import card, ready_plan, write
 from sparse_dit import cli
 from sparse_dit.index import pattern_index
 from sparse_dit.integrations.diffusers import heads_of
@@ -16,7 +17,6 @@ from sparse_dit.patch import patch
 from sparse_dit.plan import ANY_CONFIG, Plan, PlanError, built_in
 from sparse_dit.runtime import NOT_COVERED, NOT_NAMED
 from sparse_dit.search.geometry import NOTE
-from sparse_dit.search.ready import card, ready_plan, write
 from tests.test_patch import drift
 from tests.tiny_pipelines import BUILDERS, generate
 
@@ -33,6 +33,12 @@ CONFIGS = {
     "ltx-video-2b-geometry": {},
 }  # fmt: skip
 EACH = pytest.mark.parametrize("name", CONFIGS)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch):
+    """A recipe's own folder is where it imports from."""
+    monkeypatch.syspath_prepend(ROOT / "search")
 
 
 def published(name):

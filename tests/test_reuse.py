@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparse_dit.attention import sparse_attention
+from sparse_dit.call import AttentionCall, StepContext
 from sparse_dit.index import build_index
-from sparse_dit.integrations.call import AttentionCall, StepContext
 from sparse_dit.integrations.step_tracker import StepTracker
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch, unpatch

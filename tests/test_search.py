@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparse_dit
 from sparse_dit.eval.baselines.uniform import random_choice, uniform_plan
 from sparse_dit.generation import Case, GenerationSettings
-from sparse_dit.generation import generate as run
+from sparse_dit.integrations import workload
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import PlanError
 from sparse_dit.plan.evidence import prompt_dependent
@@ -44,14 +44,14 @@ def _wan():
 def pipe():
     """A tiny Wan that must come out of the test as it went in: bit for bit, and with nothing attached."""
     pipe = _wan()
-    before, _ = run(pipe, CASE, SETTINGS)
+    before, _ = workload(pipe, SETTINGS).run(CASE)
     threads, processors = torch.get_num_threads(), pipe.transformer.attn_processors
     yield pipe
     assert torch.get_num_threads() == threads
     assert attachment_of(pipe.transformer) is None
     now = pipe.transformer.attn_processors
     assert all(now[name] is processor for name, processor in processors.items())
-    after, _ = run(pipe, CASE, SETTINGS)
+    after, _ = workload(pipe, SETTINGS).run(CASE)
     assert np.array_equal(before, after)
 
 
@@ -307,7 +307,7 @@ def test_bad_input_is_refused_before_anything_runs(options, error, text):
 
 
 def test_a_bare_transformer_is_refused():
-    with pytest.raises(TypeError, match="needs the pipeline"):
+    with pytest.raises(TypeError, match="takes the pipeline"):
         _search(_wan().transformer, max_error=0.1)
 
 
@@ -384,7 +384,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("phase", ["find", "score"])
 def test_no_tensor_is_of_tokens_by_tokens(phase):
-    from sparse_dit.integrations.call import AttentionCall, StepContext
+    from sparse_dit.call import AttentionCall, StepContext
     from sparse_dit.layout import TokenLayout
     from sparse_dit.search.profile import ComponentProfile
     from sparse_dit.search.recorder import Recorder

@@ -11,7 +11,7 @@ from sparse_dit.patterns import Pattern, SlidingTile, Window
 from sparse_dit.plan import Stage
 from sparse_dit.search.candidates import DENSE
 from sparse_dit.search.cells import sample_rows, sampled_rows
-from sparse_dit.search.error_bar import damage_error
+from sparse_dit.search.evidence import damage_error
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.solve import Problem, evaluate

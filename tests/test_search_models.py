@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_dit.call import AttentionCall, StepContext
 from sparse_dit.eval import heads as quality
 from sparse_dit.eval.baselines import METHODS, plan_at, score_baselines
 from sparse_dit.eval.baselines import scores as baselines
-from sparse_dit.generation import Case, generate
+from sparse_dit.generation import Case
 from sparse_dit.index import build_index
-from sparse_dit.integrations.call import AttentionCall, StepContext
+from sparse_dit.integrations import workload
 from sparse_dit.integrations.diffusers import attach, attachment_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip
@@ -19,10 +20,10 @@ from sparse_dit.runtime import PLANNED, Runtime
 from sparse_dit.search import search_plan
 from sparse_dit.search.cells import cell_table, sample_rows
 from sparse_dit.search.check import check_plan
-from sparse_dit.search.merge import merge_profiles
 from sparse_dit.search.profile_file import write_profile
 from sparse_dit.search.profiling import Phase, profile_pipeline, run_phase, started
 from sparse_dit.search.sampling import attention_over, exact_rows, sampled_heads, whole_layout
+from sparse_dit.search.shares import merge_profiles
 from tests import tiny_image_models, tiny_image_transformers, tiny_pipelines, tiny_video_models
 from tests.prompted import cut, prompted, settings_of
 from tests.search_cases import accounts, stub_costs
@@ -138,7 +139,7 @@ def _layouts(pipe, cases, settings):
     try:
         for case in cases:
             seen.append(set())
-            generate(pipe, case, settings)
+            workload(pipe, settings).run(case)
     finally:
         attachment.detach()
     return seen
@@ -223,7 +224,7 @@ def test_what_is_measured_of_heads_is_what_the_plan_computes(name, monkeypatch):
     exact = _Exact(part)
     attachment = attach(pipe.transformer, exact)
     try:
-        generate(pipe, LONG, settings)
+        workload(pipe, settings).run(LONG)
     finally:
         attachment.detach()
     wanted = {key: (error / norm).sqrt() for key, (error, norm) in exact.sums.items()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_dit.generation import Case, GenerationSettings
+from sparse_dit.integrations import workload
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Stencil
 from sparse_dit.search.candidates import tilings
@@ -56,7 +57,7 @@ def test_token_orders_are_measured_beside_the_first():
 def test_a_reference_says_what_its_attention_took():
     pipe, _ = tiny_pipelines.wan()
     settings = GenerationSettings(64, 64, 17, steps=2, guidance=3.0, max_sequence_length=16)
-    reference = dense_reference(pipe, Case("a cat plays the piano"), settings)
+    reference = dense_reference(workload(pipe, settings), Case("a cat plays the piano"))
     assert 0 < reference.attention["transformer"] < reference.seconds
 
 

@@ -1,11 +1,13 @@
 """What stencils see at distances that the calibrated video doesn't have, and the run that looks at them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparse_dit.generation import Case, GenerationSettings
+from sparse_dit.integrations import workload
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
@@ -125,7 +127,7 @@ def looked(short_pipe, tmp_path_factory):
 
 
 def test_the_run_has_as_many_tokens_and_twice_the_reach(short_pipe, looked):
-    assert larger.wider(short_pipe, SETTINGS) == replace(
+    assert workload(short_pipe, SETTINGS).larger().settings == replace(
         SETTINGS, height=128, width=128, num_frames=3, guidance=1.0, steps=2
     )
     part = read_profile(looked).components["transformer"]
@@ -171,7 +173,8 @@ def test_a_pipeline_that_refuses_the_size_says_so(short_pipe, monkeypatch):
         raise ValueError("no such size")
 
     said = []
-    monkeypatch.setattr(larger, "generate_until", refuse)
+    refused = SimpleNamespace(larger=lambda: SimpleNamespace(run=refuse))
+    monkeypatch.setattr(larger, "workload", lambda *_: refused)
     made = profile_pipeline(
         short_pipe, CASES, SETTINGS, rows=8, report=lambda *text: said.append(text[2])
     )
@@ -193,8 +196,8 @@ def test_a_pipeline_that_breaks_at_the_size_says_so(short_pipe, monkeypatch):
 
 
 def test_an_image_has_no_frames_to_give(short_pipe):
-    assert not larger.has_frames(replace(SETTINGS, num_frames=1))
-    assert larger.wider(short_pipe, replace(SETTINGS, num_frames=1)) is None
+    image = workload(short_pipe, replace(SETTINGS, num_frames=1))
+    assert not image.has_larger and image.larger() is None
 
 
 def test_a_file_that_lacks_some_of_it_is_damaged(looked, tmp_path):

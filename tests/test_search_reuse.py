@@ -8,8 +8,8 @@ import torch
 from diffusers import WanPipeline
 
 from sparse_dit.generation import Case, GenerationSettings
-from sparse_dit.generation import generate as run
 from sparse_dit.index import seen_cells
+from sparse_dit.integrations import workload
 from sparse_dit.integrations.diffusers import attachment_of, self_attention_layers
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Pattern, Stencil
@@ -17,11 +17,11 @@ from sparse_dit.plan import PlanError
 from sparse_dit.search import engine, search_plan, sensitivity
 from sparse_dit.search.candidates import tilings
 from sparse_dit.search.cells import cell_table
-from sparse_dit.search.playback import recording, replaying
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.seen import seen_tiles
+from sparse_dit.search.sensitivity import recording, replaying
 from sparse_dit.search.solve import stages_of
 from tests import tiny_pipelines
 from tests.cases import LAYOUTS
@@ -52,8 +52,8 @@ def test_tuning_on_calibration_makes_no_dense_generation_of_its_own(pipe, monkey
     path = tmp_path / "kept.safetensors"
     searched = _search(pipe, profile=path)
     (reference,) = searched.references
-    stock, _ = run(pipe, CASES[1], SETTINGS)
-    assert reference.case == CASES[1] and np.array_equal(reference.video, stock)
+    stock, _ = workload(pipe, SETTINGS).run(CASES[1])
+    assert reference.case == CASES[1] and np.array_equal(reference.output, stock)
     assert len(reference.forwards["transformer"]) == 2 * SETTINGS.steps
     assert 0 < reference.seconds < searched.seconds["profile"]
     plan = searched.plan
@@ -63,7 +63,7 @@ def test_tuning_on_calibration_makes_no_dense_generation_of_its_own(pipe, monkey
     again = _search(pipe, profile=path, report=said.append)  # nothing is generated densely
     assert [text for text in said if text.startswith("profile ")] == ["profile 3/3 profiled"]
     assert again.problem.error.equal(searched.problem.error)
-    assert np.array_equal(again.references[0].video, stock)
+    assert np.array_equal(again.references[0].output, stock)
     with pytest.raises(ValueError, match="another list of prompts"):
         _search(pipe, profile=path, tune_on="held_out", held_out=["a red circle"])
     path.write_bytes(path.read_bytes().replace(b"reference|video", b"reference|vodeo"))
@@ -113,14 +113,14 @@ def test_playback_gives_the_same_video_and_leaves_the_transformer_as_it_was(pipe
         ran.append(call.context.step)
         return call.stock()
 
-    with recording(transformer) as record:
-        clean, _ = run(pipe, case, SHORT)
-    assert [sigma for sigma, _ in record] == sorted((s for s, _ in record), reverse=True)
+    with recording(pipe) as record:
+        clean, _ = workload(pipe, SHORT).run(case)
+    assert [sigma for _, sigma, _ in record] == sorted((s for _, s, _ in record), reverse=True)
     assert len(record) == 8
     for count in (0, 3, 8):
         ran.clear()
-        with replaying(transformer, [output for _, output in record[:count]], watch):
-            video, _ = run(pipe, case, SHORT)
+        with replaying(transformer, [output for _, _, output in record[:count]], watch):
+            video, _ = workload(pipe, SHORT).run(case)
         assert np.array_equal(video, clean)
         assert min(ran, default=4) == count // 2  # guidance: two forwards a step
     with pytest.raises(KeyboardInterrupt), replaying(transformer, [], watch):
@@ -132,7 +132,7 @@ def test_playback_gives_the_same_video_and_leaves_the_transformer_as_it_was(pipe
 def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
     stages = stages_of([1.0, 0.8, 0.3])
     layers = list(self_attention_layers(pipe.transformer))
-    options = (pipe, "transformer", stages, layers, CASES[0], SHORT)
+    options = (workload(pipe, SHORT), "transformer", stages, layers, CASES[0])
     ours = sensitivity.sensitivity(*options)
 
     def whole(transformer, outputs, intercept, pipe):
@@ -150,13 +150,15 @@ def test_layers_are_probed_without_guidance_that_computes_twice(monkeypatch, emb
     pipe = tiny_pipelines.wan()[0]
     pipe.transformer.register_to_config(guidance_embeds=embedded)
 
-    def noted(pipe, component, case, settings, clean):
-        probed.append((settings.guidance, len(clean.order) > settings.steps))
-        return prober(pipe, component, case, settings, clean)
+    def noted(work, component, case, clean):
+        probed.append((work.settings.guidance, len(clean.forwards) > work.settings.steps))
+        return prober(work, component, case, clean)
 
     monkeypatch.setattr(sensitivity, "_prober", noted)
     layers = list(self_attention_layers(pipe.transformer))
-    sensitivity.sensitivity(pipe, "transformer", stages_of([1.0, 0.4]), layers, CASES[0], SHORT)
+    sensitivity.sensitivity(
+        workload(pipe, SHORT), "transformer", stages_of([1.0, 0.4]), layers, CASES[0]
+    )
     assert probed == [(3.0, True), (3.0, True) if embedded else (1.0, False)]
 
 
@@ -168,7 +170,7 @@ def test_a_layer_that_moves_nothing_has_no_share(pipe):
         silent.weight.zero_()
     whole = WanPipeline(**{**pipe.components, "transformer": deaf})
     found = sensitivity.sensitivity(
-        whole, "transformer", stages_of([1.0, 0.4]), layers, CASES[0], SHORT
+        workload(whole, SHORT), "transformer", stages_of([1.0, 0.4]), layers, CASES[0]
     )
     assert found.layers[0] == 0 and min(found.layers[1:]) > 0
 

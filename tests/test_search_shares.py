@@ -12,10 +12,9 @@ from sparse_dit.cli import app, run
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.search import search_plan
 from sparse_dit.search.lock import only_writer
-from sparse_dit.search.merge import merge_profiles
 from sparse_dit.search.profile_file import read_profile, write_profile
 from sparse_dit.search.profiling import profile_pipeline
-from sparse_dit.search.shares import profile_share
+from sparse_dit.search.shares import merge_profiles, profile_share
 
 SETTINGS = GenerationSettings(64, 64, 15, steps=4, guidance=3.0, max_sequence_length=32)
 PROMPTS = (

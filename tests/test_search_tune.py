@@ -47,15 +47,16 @@ def tuned(monkeypatch):
     def run(scale, *, budget=math.inf):
         task, seen = _problem(), []
 
-        def verified(pipe, plan, references, settings, backend):
+        def verified(work, plan, references, backend):
             factor = scale[len(seen)] if isinstance(scale, list) else scale
             mse = factor * plan.damage
             seen.append(-10 * math.log10(mse))
-            return Verified(mse, seen[-1], 1.3, 10.0)
+            return Verified({"mse": mse, "psnr_db": seen[-1]}, 1.3, 10.0)
 
         monkeypatch.setattr(tune, "verify", verified)
         monkeypatch.setattr(Session, "plan", lambda self, choice: choice)
-        session = Session(None, "", task, None, None, Objective(min_psnr=WANTED), None, "auto")
+        work = SimpleNamespace(damage="mse", quality="psnr_db")
+        session = Session(work, "", task, None, None, Objective(min_psnr=WANTED), "auto")
         clock = SimpleNamespace(elapsed=0.0)
         return seen, tune.tune(session, [], budget, clock, lambda text: None)
 
@@ -65,28 +66,28 @@ def tuned(monkeypatch):
 def test_a_first_guess_inside_the_margin_is_the_only_round(tuned):
     rounds, (_, _, verified) = tuned(FIRST_SCALE)
     assert len(rounds) == 1
-    assert WANTED <= verified.psnr_db <= WANTED + RELAX_DB
-    assert verified.psnr_db == pytest.approx(WANTED + MARGIN_DB, abs=0.3)
+    assert WANTED <= verified.difference["psnr_db"] <= WANTED + RELAX_DB
+    assert verified.difference["psnr_db"] == pytest.approx(WANTED + MARGIN_DB, abs=0.3)
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0, 25.0, 200.0])
 def test_a_wrong_first_guess_takes_one_more_round(tuned, scale):
     rounds, (_, _, verified) = tuned(scale)
     assert len(rounds) <= 2
-    assert WANTED <= verified.psnr_db <= WANTED + RELAX_DB
+    assert WANTED <= verified.difference["psnr_db"] <= WANTED + RELAX_DB
 
 
 def test_a_plan_that_is_good_enough_is_not_improved_beyond_the_budget(tuned):
     rounds, (_, _, verified) = tuned(0.5, budget=5.0)
-    assert len(rounds) == 1 and verified.psnr_db > WANTED + RELAX_DB
+    assert len(rounds) == 1 and verified.difference["psnr_db"] > WANTED + RELAX_DB
 
 
 def test_a_plan_that_is_not_good_enough_is_improved_beyond_the_budget(tuned):
     rounds, (_, _, verified) = tuned(200.0, budget=5.0)
-    assert len(rounds) == 2 and verified.psnr_db >= WANTED
+    assert len(rounds) == 2 and verified.difference["psnr_db"] >= WANTED
 
 
 def test_if_no_round_reaches_the_goal_the_nearest_one_is_kept(tuned):
     rounds, (_, _, verified) = tuned([50.0, 100.0, 800.0, 6400.0])
     assert len(rounds) == MAX_ROUNDS and max(rounds) < WANTED
-    assert verified.psnr_db == max(rounds) == rounds[1]
+    assert verified.difference["psnr_db"] == max(rounds) == rounds[1]

@@ -16,16 +16,21 @@ from sparse_dit.eval.frontier import FrontierRequest, frontier
 from sparse_dit.eval.heads import head_quality
 from sparse_dit.eval.quality import evaluate
 from sparse_dit.generation import Case, GenerationSettings
-from sparse_dit.integrations.diffusers import attachment_of, components, self_attention_layers
+from sparse_dit.integrations import (
+    attachment_of,
+    components,
+    self_attention_layers,
+    workload,
+)
 from sparse_dit.plan import Plan
 from sparse_dit.search import plan_of, search_plan, sensitivity
 from sparse_dit.search.check import check_plan
-from sparse_dit.search.error_bar import damage_error
+from sparse_dit.search.evidence import damage_error
 from sparse_dit.search.front import front_path, pick, read_front, write_front
 from sparse_dit.search.joint import joined, one_or_named
-from sparse_dit.search.playback import replaying
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
+from sparse_dit.search.sensitivity import replaying
 from sparse_dit.search.shares import profile_share
 from sparse_dit.search.solve import at_price, stages_of
 from sparse_dit.search.solve import evaluate as evaluated
@@ -248,7 +253,7 @@ def test_sensitivity_with_playback_is_that_of_whole_runs(pipe, monkeypatch):
 
     for name, stages in parts.items():
         layers = list(self_attention_layers(components(pipe)[name]))
-        options = (pipe, name, stages, layers, CASE, SETTINGS)
+        options = (workload(pipe, SETTINGS), name, stages, layers, CASE)
         monkeypatch.setattr(sensitivity, "replaying", watched)
         ours = sensitivity.sensitivity(*options, levels=4)
         monkeypatch.setattr(sensitivity, "replaying", whole)

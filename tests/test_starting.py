@@ -12,13 +12,12 @@ from sparse_dit import cli, patch
 from sparse_dit.generation import GenerationSettings
 from sparse_dit.index import pattern_index
 from sparse_dit.integrations.diffusers import components
+from sparse_dit.integrations.loading import weightless
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.plan import Plan, config_hash
 from sparse_dit.resources import shipped
-from sparse_dit.search.fitting import density_of, fitted
-from sparse_dit.search.geometry import NOTE, Reach
+from sparse_dit.search.geometry import NOTE, Reach, density_of, fitted
 from sparse_dit.search.starting import geometric_plan
-from sparse_dit.weightless import weightless
 from tests import tiny_image_models, tiny_pipelines, tiny_video_pipelines
 from tests.tiny_pipelines import generate, wan
 
@@ -186,11 +185,10 @@ def test_the_pipeline_is_as_it_was():
 
 
 def test_weightless_transformers_take_no_memory_and_keep_their_identity():
-    parts = weightless(TINY)
-    storages = {w.untyped_storage().nbytes() for w in parts["transformer"].parameters()}
-    assert storages == {4}
+    (transformer,) = weightless(TINY).values()
+    assert {w.untyped_storage().nbytes() for w in transformer.parameters()} == {4}
     (part,) = Plan.from_pretrained("tiny-wan").components.values()
-    assert config_hash(parts["transformer"].config) == part.config_hash  # pyright: ignore[reportArgumentType]
+    assert config_hash(transformer.config) == part.config_hash
 
 
 def test_the_command_writes_a_plan_that_says_what_it_is(tmp_path, capsys):

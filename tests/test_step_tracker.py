@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_dit.integrations.call import StepContext
+from sparse_dit.call import StepContext
 from sparse_dit.integrations.diffusers import attach
 from sparse_dit.integrations.families import FAMILIES
 from sparse_dit.integrations.step_tracker import StepTracker

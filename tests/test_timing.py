@@ -75,9 +75,10 @@ def test_pairs_say_what_they_are_worth():
 def test_a_plan_keeps_what_its_speedup_is_worth():
     objective = Objective(min_psnr=30)
     found = pairs([12.0, 13.0], [8.0, 9.0], wall=2.0)
-    measured = measured_of(objective, Verified(1e-3, 31.0, 1.47, 17.0, found), 2, None)
+    verified = Verified({"psnr_db": 31.0}, 1.47, 17.0, found)
+    measured = measured_of(objective, verified, "psnr_db", 2, None)
     assert measured["speedup"] == 1.47 and measured["speedup_least"] == 1.4444
     assert "too busy" in measured["caution"]
-    dense = measured_of(objective, Verified(0.0, 100.0, 1.0, 17.0), 2, None)
+    dense = measured_of(objective, Verified({"psnr_db": 100.0}, 1.0, 17.0), "psnr_db", 2, None)
     assert dense["speedup"] == 1.0 and dense["timing"] == "dense; not measured"
     assert not {"timed_pairs", "caution"} & set(dense)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from sparse_dit import cli, inputs
-from sparse_dit.generation import Case, GenerationSettings, call_arguments
-from sparse_dit.integrations.diffusers import components, heads_of, self_attention_layers
+from sparse_dit.generation import Case, GenerationSettings
+from sparse_dit.integrations import components, heads_of, self_attention_layers
+from sparse_dit.integrations.loading import outline
+from sparse_dit.integrations.pipeline import call_arguments
 from sparse_dit.layout import TokenLayout
-from sparse_dit.outline import outline
 from sparse_dit.plan import config_hash
 from sparse_dit.search.profile_file import write_profile
 from sparse_dit.search.profiling import profile_pipeline

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..call import StepContext
 from ..layout import TokenLayout
 from ..patterns import Dense, Pattern
 from ..plan import ComponentPlan, HeadChoice, Stage
@@ -50,25 +50,6 @@ class SeamCost:
         return self.call / self.attention
 
 
-def dispatch_attention_fn(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """An attention function of the host's name that does nothing."""
-    _SEEN[:] = query, key, value
-    return value
-
-
-_SEEN: list[Tensor] = []
-
-
-class Processor:
-    """Hands q, k and v to its attention function as a processor of the host does."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dispatch_attention_fn(
-            q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, backend=None,
-            parallel_config=None,
-        )  # fmt: skip
-
-
 def measure_seam(
     tokens: int = 4096, heads: int = 2, head_dim: int = 64, clock: str = "cpu", rounds: int = 9
 ) -> SeamCost:
@@ -80,8 +61,10 @@ def measure_seam(
         rounds: As in `interleaved`.
     """
     q, k, v = torch.randn(3, 1, tokens, heads, head_dim)
+    from ..integrations.idle import SEEN
+
     runs = _seam(q, k, v)
-    copies = sum(a.data_ptr() != b.data_ptr() for a, b in zip(_SEEN, (q, k, v), strict=True))
+    copies = sum(a.data_ptr() != b.data_ptr() for a, b in zip(SEEN, (q, k, v), strict=True))
     first, second, third = (x.transpose(1, 2) for x in (q, k, v))
     runs["attention"] = lambda: F.scaled_dot_product_attention(first, second, third)
     with torch.no_grad():
@@ -112,22 +95,19 @@ def share_of_generation(
 
 
 def _seam(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
-    """A call and a forward with the seam and without, each repeated; q, k and v have been in `_SEEN`."""
-    from ..integrations.call import StepContext
-    from ..integrations.processors import Seam, Tap, wrap
+    """A call and a forward with the seam and without, each repeated; q, k and v have been seen."""
+    from ..integrations.idle import calls, forward_hook
 
     _, tokens, heads, head_dim = q.shape
     layout = TokenLayout.video(1, 1, tokens)
-    stock = Processor()
-    tap = Tap(_runtime(layout, heads, head_dim), StepContext(layout, 0.5, "cond", 0, 0))
-    patched = wrap(stock, Seam(LAYER, tap))
-    patched(q, k, v)
-    forward, bare = _forwards()
+    context = StepContext(layout, 0.5, "cond", 0, 0)
+    stock, patched = calls(q, k, v, LAYER, context, _runtime(layout, heads, head_dim))
+    patched()
     return {
-        "stock": _often(lambda: stock(q, k, v)),
-        "patched": _often(lambda: patched(q, k, v)),
-        "hook": _often(forward),
-        "no hook": _often(bare),
+        "stock": _often(stock),
+        "patched": _often(patched),
+        "hook": _often(forward_hook()),
+        "no hook": _often(lambda: None),
     }
 
 
@@ -156,22 +136,3 @@ def _runtime(layout: TokenLayout, heads: int, head_dim: int) -> Runtime:
         layers={LAYER: (dense,)},
     )
     return Runtime("transformer", plan, "auto")
-
-
-def _forwards() -> tuple[Callable[[], object], Callable[[], object]]:
-    """The hook that a patch adds to a transformer's forward, and a call that does nothing."""
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    from ..integrations.diffusers import attach
-
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, ffn_dim=8, num_layers=30, text_dim=8
-    )
-    attachment = attach(transformer, lambda call: call.stock())
-    inputs = {
-        "hidden_states": torch.zeros(1, 16, 21, 60, 104),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.zeros(1, 4, 8),
-    }
-    hook: Any = attachment._before_forward  # pyright: ignore[reportAttributeAccessIssue]
-    return (lambda: hook(transformer, (), inputs)), (lambda: None)

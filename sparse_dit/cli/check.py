@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,8 +44,8 @@ def check(
 
     One generation of a few steps without the plan, with the size it was made at unless told otherwise.
     """
-    from ..generation import call_arguments
     from ..inputs import described, load_pipeline
+    from ..integrations import host_of, workload
     from ..patch import patch
     from ..plan import Plan
     from ..search.check import check_plan
@@ -61,12 +61,12 @@ def check(
     if lora is not None:
         _check_peft()
     if (pipe := described(model, place.device, place.dtype)) is not None:
-        call_arguments(pipe, case, settings)
+        workload(pipe, settings).check(case)
         with patch(pipe, loaded):  # raises if it isn't for this pipeline
             pass
     pipe = load_pipeline(model, place.device, place.dtype)
     if lora is not None:
-        _load_lora(pipe, lora)
+        host_of(pipe).add_lora(pipe, lora)
     say(f"scoring every head in {settings.steps} steps of {case.prompt!r}")
     found = check_plan(pipe, loaded, case, settings, rows=rows, growth=growth)
     _show(found)
@@ -96,19 +96,6 @@ def _check_peft() -> None:
         import peft  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("--lora needs the package peft: pip install peft", name="peft") from None
-
-
-def _load_lora(pipe: Any, file: Path) -> None:
-    """Load LoRA weights and add them into the model's own."""
-    if not hasattr(pipe, "load_lora_weights"):
-        raise NotImplementedError(f"{type(pipe).__name__} takes no LoRA weights")
-    pipe.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True)
-    if not any(name.startswith("transformer") for name in pipe.get_list_adapters()):
-        raise ValueError(
-            f"--lora: {file} must hold weights for {type(pipe).__name__}'s transformer, none of its "
-            "names fit; save it with the pipeline's own save_lora_weights"
-        )
-    pipe.fuse_lora()
 
 
 def _show(found: Checked) -> None:

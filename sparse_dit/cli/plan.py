@@ -53,9 +53,7 @@ def plan(
     from ..search.starting import check_shares, geometric_plan
 
     check_shares(density, dense_steps, ("--density", "--dense-steps"))
-    from ..weightless import weightless
-
-    pipe = load_pipeline(model, "cpu", dtype, **weightless(model))
+    pipe = load_pipeline(model, "cpu", dtype, weights=False)
     call = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     with _warnings_said():
         made = geometric_plan(

@@ -54,9 +54,8 @@ def search(
     from ..inputs import check_model, described, load_pipeline
     from ..search import Objective
     from ..search import search_plan as find
-    from ..search.asked import check_profile, check_search, profiled_at
+    from ..search.asked import check_profile, check_search, profiled_at, split_cases
     from ..search.objective import shortfall
-    from ..search.prompts import split_cases
     from ..search.target_device import TargetDevice
 
     given = cases.read()

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..bench.seam import share_of_generation
 from ..environment import environment
 from ..generation import Case, GenerationSettings
+from ..integrations import host_of
 from ..outputs import Outputs
 from ..patch import patch
 from ..plan import Plan
@@ -109,7 +110,9 @@ def evaluate_plan(
         title=f"{type(pipe).__name__}: sparse attention against dense",
         plan=plan,
         quality=quality,
-        teacher_forced=_forced(pipe, plan, request, say),
+        teacher_forced=forced_on_drawn_clips(
+            pipe, plan, request.settings, request.drawn_clips, say
+        ),
         atlases=plan_atlases(plan, heads),
         search_seconds=_search_seconds(plan),
         seam_overhead=overhead,
@@ -193,14 +196,6 @@ def _held_out_error(heads: dict[str, HeadQuality]) -> str:
     )
 
 
-def _forced(
-    pipe: Any, plan: Plan, request: Request, say: Callable[[str], None]
-) -> list[TeacherForced]:
-    if not request.drawn_clips:
-        return []
-    return forced_on_drawn_clips(pipe, plan, request.settings, request.drawn_clips, say)
-
-
 def forced_on_drawn_clips(
     pipe: Any,
     plan: Plan,
@@ -215,10 +210,12 @@ def forced_on_drawn_clips(
         pipe: A stock pipeline.
         plan: The plan that is measured.
         settings: The size that the pipeline generates, and the length of its text.
-        count: How many clips are drawn.
+        count: How many clips are drawn; 0 measures nothing.
         say: Called with a line of text before each pass.
         dense: What `dense_on_drawn_clips` gave for the same settings and count.
     """
+    if not count:
+        return []
     clips, length = _drawn_clips(pipe, settings, count), settings.max_sequence_length or 512
     return teacher_forced(
         pipe, plan, clips, SIGMAS, max_sequence_length=length, dense=dense, progress=say
@@ -234,9 +231,7 @@ def dense_on_drawn_clips(
 
 
 def _drawn_clips(pipe: Any, settings: GenerationSettings, count: int) -> list[tuple[Tensor, str]]:
-    frames = settings.num_frames
-    if frames % pipe.vae_scale_factor_temporal != 1:  # as WanPipeline rounds
-        frames = frames // pipe.vae_scale_factor_temporal * pipe.vae_scale_factor_temporal + 1
+    frames = host_of(pipe).one_step(pipe).frames(settings.num_frames)
     rng = Random(0)
     return [draw(frames, settings.height, settings.width, rng) for _ in range(count)]
 

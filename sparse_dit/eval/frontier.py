@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..environment import environment
-from ..generation import Case, GenerationSettings, call_arguments
-from ..integrations.diffusers import components
+from ..generation import Case, GenerationSettings
+from ..integrations import components, workload
 from ..layout import TokenLayout
 from ..on_cpu import on_cpu
 from ..outputs import Outputs, check_writable
@@ -172,7 +172,7 @@ def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
             "with `sparse-dit search` and measure its plan with `sparse-dit eval`"
         )
     for settings in filter(None, (request.settings, request.searched_at)):
-        call_arguments(pipe, request.held_out[0], settings)
+        workload(pipe, settings).check(request.held_out[0])
     check_writable(request.file, "file")
     return _started(request)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-from ..generation import Case, GenerationSettings, generate
-from ..integrations.diffusers import attach, components
+from ..generation import Case, GenerationSettings
+from ..integrations import attached, components, workload
 from ..on_cpu import on_cpu
 from ..plan import Plan
 from ..search.scorer import Key, Scored, plan_scorer
@@ -38,8 +37,6 @@ def head_quality(
     """
     modules = components(pipe)
     scorers = {name: plan_scorer(plan, name, modules[name], ROWS) for name in plan.components}
-    with contextlib.ExitStack() as stack:
-        for name, scorer in scorers.items():
-            stack.callback(attach(modules[name], scorer, pipe).detach)
-        generate(pipe, case, settings)
+    with attached(pipe, scorers):
+        workload(pipe, settings).run(case)
     return {name: scorer.found for name, scorer in scorers.items()}

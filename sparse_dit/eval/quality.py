@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..generation import Case, GenerationSettings, generate
-from ..integrations.diffusers import attach, attachment_of, components
+from ..generation import Case, GenerationSettings
+from ..integrations import Workload, attached, components, unpatched, workload
 from ..layout import TokenLayout
 from ..on_cpu import on_cpu
 from ..patch import patch
 from ..plan import Plan
+from ..search.verify import stock
 from ..summary import Summary
 from ..timing import Pairs, Taken
 from .metrics import drift, flat_psnr, mean_db, nonfinite, psnr, ssim
@@ -187,8 +188,9 @@ def evaluate(
     cases = list(cases)
     _check(pipe, cases, references)
     say = progress or (lambda text: None)
-    layout = _layout(pipe, plan if warm_up else None, cases[0], settings, backend, say)
-    run = _Runs(pipe, plan, settings, backend, say)
+    work = workload(pipe, settings)
+    layout = _layout(work, plan if warm_up else None, cases[0], backend, say)
+    run = _Runs(work, plan, backend, say)
     measured: list[CaseQuality] = []
     dense_runs: list[Recorded] = []
     videos: list[np.ndarray] = []
@@ -230,27 +232,24 @@ def forecast_speedup(plan: Plan) -> float | None:
 class _Runs:
     """The three ways in which a case is generated."""
 
-    def __init__(
-        self, pipe: Any, plan: Plan, settings: GenerationSettings, backend: str, say: Progress
-    ) -> None:
-        self.pipe, self.plan, self.settings = pipe, plan, settings
-        self.backend, self.say = backend, say
+    def __init__(self, work: Workload, plan: Plan, backend: str, say: Progress) -> None:
+        self.work, self.plan, self.backend, self.say = work, plan, backend, say
         self.summary: Summary | None = None
 
     def dense(self, case: Case) -> Recorded:
         self.say("  dense")
-        return record(self.pipe, case, self.settings)
+        return record(self.work, case)
 
     def sparse(self, case: Case) -> Recorded:
         self.say("  sparse")
-        with patch(self.pipe, self.plan, backend=self.backend) as handle:
-            result = record(self.pipe, case, self.settings)
+        with patch(self.work.model, self.plan, backend=self.backend) as handle:
+            result = record(self.work, case)
         self.summary = handle.summary()
         return result
 
     def noise_floor(self, dense: Recorded) -> float:
         self.say("  noise floor")
-        return psnr(noise_floor_video(self.pipe, dense.case, self.settings), dense.video)
+        return psnr(noise_floor_video(self.work, dense.case), dense.video)
 
 
 def _compare(dense: Recorded, sparse: Recorded, floor: float | None) -> CaseQuality:
@@ -272,30 +271,21 @@ def _compare(dense: Recorded, sparse: Recorded, floor: float | None) -> CaseQual
 
 
 def _layout(
-    pipe: Any,
-    plan: Plan | None,
-    case: Case,
-    settings: GenerationSettings,
-    backend: str,
-    say: Progress,
+    work: Workload, plan: Plan | None, case: Case, backend: str, say: Progress
 ) -> TokenLayout:
     """Where the tokens lie, seen in a short dense run; a sparse one warms up a plan."""
-    short = replace(settings, steps=min(2, settings.steps))
+    short, names = work.with_steps(min(2, work.settings.steps)), list(components(work.model))
     say("warm-up")
-    attached = {n: attach(part, lambda call: call.stock()) for n, part in components(pipe).items()}
-    try:
-        generate(pipe, case, short)
-        layouts = [attachment.context.layout for attachment in attached.values()]
-    finally:
-        for attachment in attached.values():
-            attachment.detach()
+    with attached(work.model, dict.fromkeys(names, stock)) as attachments:
+        short.run(case)
+        layouts = [attachment.context.layout for attachment in attachments.values()]
     layout = next((layout for layout in layouts if layout is not None), None)
     if layout is None:
-        names = " and ".join(attached)
-        raise ValueError(f"the token layout of {names} can't be told from the forwards' arguments")
+        listed = " and ".join(names)
+        raise ValueError(f"the token layout of {listed} can't be told from the forwards' arguments")
     if plan is not None:
-        with patch(pipe, plan, backend=backend):
-            generate(pipe, case, short)
+        with patch(work.model, plan, backend=backend):
+            short.run(case)
     return layout
 
 
@@ -304,5 +294,4 @@ def _check(pipe: Any, cases: list[Case], references: Sequence[Recorded] | None) 
         raise ValueError("at least one prompt is needed to measure quality, got none")
     if references is not None and [r.case for r in references] != cases:
         raise ValueError("references must be dense results of the same cases, in the same order")
-    if any(attachment_of(part) is not None for part in components(pipe).values()):
-        raise ValueError("the pipeline is patched: remove the patch before measuring it")
+    unpatched(pipe)

@@ -6,11 +6,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..outputs import check_free
 from ..whole_file import uninterrupted, write_text
 from ..words import option
 from .atlas import StageAtlas
@@ -41,7 +41,8 @@ def write_report(folder: str | Path, report: Report, *, overwrite: bool = False)
         FileExistsError: a file is there already and `overwrite` is False; nothing is written then.
     """
     folder = Path(folder)
-    check_free(folder, FILES, overwrite)
+    if not overwrite:
+        check_free("folder", [folder / n for n in FILES], option("overwrite=True"))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as staged:
         _write_files(Path(staged), report)
@@ -71,15 +72,6 @@ def _write_files(folder: Path, report: Report) -> None:
 def written_files(folder: Path) -> list[Path]:
     """Those of a report that are in a folder."""
     return [folder / name for name in FILES if (folder / name).exists()]
-
-
-def check_free(folder: str | Path, names: Sequence[str], overwrite: bool) -> None:
-    """Raise FileExistsError if one of these files exists, unless it may be replaced."""
-    there = [name for name in names if (Path(folder) / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(
-            f"{folder} has {', '.join(there)} already: pass {option('overwrite=True')} to replace them"
-        )
 
 
 def to_json(report: Report) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..generation import Case, GenerationSettings, generate
-from ..integrations.diffusers import AttentionCall, attach, components
+from ..call import AttentionCall
+from ..generation import Case
+from ..integrations import Workload, attached, components
 from ..timing import Taken
 
 NOISE_FLOOR = (
@@ -38,26 +38,26 @@ class Recorded:
     taken: Taken
 
 
-def record(pipe: Any, case: Case, settings: GenerationSettings) -> Recorded:
-    """One generation of the pipeline as it is, with the latents of every step."""
+def record(work: Workload, case: Case) -> Recorded:
+    """One generation of the model as it is, with the latents of every step.
+
+    Raises:
+        ValueError: If it reports no steps.
+    """
     latents: list[Tensor] = []
-    video, taken = generate(
-        pipe, case, settings, lambda step, timestep, x: latents.append(x.detach().cpu().clone())
-    )
+    video, taken = work.run(case, lambda x: latents.append(x.detach().cpu().clone()))
+    if not latents:
+        raise ValueError(f"{type(work.model).__name__} reports no steps, which a comparison needs")
     return Recorded(case, video, latents, taken)
 
 
-def noise_floor_video(pipe: Any, case: Case, settings: GenerationSettings) -> np.ndarray:
+def noise_floor_video(work: Workload, case: Case) -> np.ndarray:
     """The case once more, dense, with every attention summed in reverse order of its keys.
 
     Mathematically the same video; how far it is off tells what rounding alone does to this model.
     """
-    attached = [attach(part, _reversed_keys) for part in components(pipe).values()]
-    try:
-        return generate(pipe, case, settings)[0]
-    finally:
-        for attachment in attached:
-            attachment.detach()
+    with attached(work.model, dict.fromkeys(components(work.model), _reversed_keys)):
+        return work.run(case)[0]
 
 
 def _reversed_keys(call: AttentionCall) -> Tensor:

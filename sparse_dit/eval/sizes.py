@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..generation import Case, GenerationSettings, call_arguments
+from ..generation import Case, GenerationSettings
+from ..integrations import workload
 from ..layout import TokenLayout
 from ..plan import Plan
 from .quality import Quality, evaluate
@@ -118,7 +119,7 @@ def evaluate_sizes(
 def check_sizes(pipe: Any, case: Case, wanted: Sequence[GenerationSettings]) -> None:
     """Raise ValueError if the pipeline can't make one of these sizes."""
     for settings in wanted:
-        call_arguments(pipe, case, settings)
+        workload(pipe, settings).check(case)
 
 
 def calibrated_at(plan: Plan) -> list[TokenLayout]:

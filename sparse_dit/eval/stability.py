@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generation import call_arguments
-from ..integrations.diffusers import components
+from ..integrations import components, workload
 from ..on_cpu import on_cpu
 from ..outputs import Outputs, check_writable
 from ..patterns import Pattern
@@ -23,9 +22,10 @@ from ..plan import Plan, config_hash
 from ..search.assemble import first_plan
 from ..search.cost import CostTable
 from ..search.joint import joined
+from ..search.objective import PSNR
 from ..search.profile import ComponentProfile
 from ..search.profiling import profile_pipeline
-from ..search.sensitivity import Sensitivity, reduced, sensitivity
+from ..search.sensitivity import Sensitivity, sensitivity
 from ..search.solve import Choice, Problem, least_damage, problem, stages_of
 from ..search.verify import dense_reference, verify
 from ..words import option
@@ -105,7 +105,7 @@ def started(pipe: Any, request: StabilityRequest) -> tuple[str, StabilityState]:
             "one list of prompts and with another, and compare the plans with `sparse-dit eval`"
         )
     ((name, module),) = found.items()
-    call_arguments(pipe, request.calibration[0], request.settings)
+    workload(pipe, request.settings).check(request.calibration[0])
     for file in (request.file, request.profiles / "x.safetensors"):
         check_writable(file, "file")
     config: Any = module.config
@@ -137,9 +137,9 @@ def _solve_all(
     stages = stages_of(parts[0].sigmas)
     if state.sensitivity is None:
         say("measuring how much each noise level and layer matters")
-        small = reduced(request.settings)
+        small = workload(pipe, request.settings).reduced()
         case = request.calibration[0]
-        state.sensitivity = sensitivity(pipe, name, stages, parts[0].layers, case, small)
+        state.sensitivity = sensitivity(small, name, stages, parts[0].layers, case)
         state.write()
     return [_solved(pipe, name, part, state.sensitivity, request.density) for part in parts]
 
@@ -217,10 +217,11 @@ def _generate(
 ) -> None:
     """PSNR of every plan that has none yet; written after each."""
     say(f"dense references of {len(request.held_out)} held-out prompts")
-    references = [dense_reference(pipe, case, request.settings) for case in request.held_out]
+    work = workload(pipe, request.settings)
+    references = [dense_reference(work, case) for case in request.held_out]
     for number, row in enumerate(state.rows):
         if row.psnr_db is None:
             say(f"held-out prompts with the plan from {row.prompts}")
-            verified = verify(pipe, solved[number].plan, references, request.settings)
-            state.rows[number] = replace(row, psnr_db=round(verified.psnr_db, 3))
+            verified = verify(work, solved[number].plan, references)
+            state.rows[number] = replace(row, psnr_db=round(verified.difference[PSNR], 3))
             state.write()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..integrations import host_of
 from ..on_cpu import on_cpu
 from ..patch import patch
 from ..plan import Plan
@@ -88,7 +89,7 @@ def teacher_forced(
     """The transformer's one-step prediction on noised clips, sparse against dense.
 
     Args:
-        pipe: A stock WanPipeline; stock again on return.
+        pipe: A stock pipeline, a WanPipeline; stock again on return.
         plan: What to measure.
         clips: Video `[3, T, H, W]` in -1..1 and its prompt, as `eval.draw.draw` gives them.
         sigmas: Noise levels in (0, 1].
@@ -103,11 +104,11 @@ def teacher_forced(
         One entry for each sigma, in the given order.
 
     Raises:
-        NotImplementedError: If the pipeline isn't a WanPipeline.
+        NotImplementedError: If single predictions of the pipeline can't be had; they can of a WanPipeline.
         ValueError: If there are no clips or sigmas, a sigma is out of range, the model can't take a clip, or
             `dense` is of something else.
     """
-    say = progress or (lambda text: None)
+    say, model = progress or (lambda text: None), host_of(pipe).one_step(pipe)
     asked = _Asked(tuple(prompt for _, prompt in clips), tuple(sigmas), seed, max_sequence_length)
     if dense is None:
         dense = dense_predictions(
@@ -117,8 +118,8 @@ def teacher_forced(
         raise ValueError(f"dense predictions must be of the same request, got {dense.asked}")
     say(f"teacher-forced, sparse: {len(dense.inputs)} predictions")
     with patch(pipe, plan, backend=backend):
-        sparse = [_velocity(pipe, item) for item in dense.inputs]
-    return _by_sigma(pipe, dense, sparse, len(sigmas))
+        sparse = [model.velocity(x.latents, x.sigma, x.prompt) for x in dense.inputs]
+    return _by_sigma(model, dense, sparse, len(sigmas))
 
 
 @torch.no_grad()
@@ -133,36 +134,33 @@ def dense_predictions(
     progress: Callable[[str], None] | None = None,
 ) -> DensePredictions:
     """The dense predictions that `teacher_forced` compares with; same arguments, same errors raised."""
-    if type(pipe).__name__ != "WanPipeline":
-        raise NotImplementedError(
-            f"the teacher-forced error is written for WanPipeline, got {type(pipe).__name__}"
-        )
+    model = host_of(pipe).one_step(pipe)
     if not clips or not sigmas or not all(0 < sigma <= 1 for sigma in sigmas):
         raise ValueError(f"clips and sigmas in (0, 1] are needed, got {len(clips)} and {sigmas}")
     say = progress or (lambda text: None)
     noise = torch.Generator("cpu").manual_seed(seed)
     inputs: list[_Noised] = []
     for clip, prompt in clips:
-        clean = _encode(pipe, clip)
+        clean = model.encode(clip)
         drawn = torch.randn(clean.shape, generator=noise, dtype=torch.float32).to(clean)
-        text = _encode_prompt(pipe, prompt, max_sequence_length)
+        text = model.text(prompt, max_sequence_length)
         inputs += [_Noised((1 - s) * clean + s * drawn, text, s) for s in sigmas]
     say(f"teacher-forced, dense: {len(inputs)} predictions")
-    velocities = [_velocity(pipe, item) for item in inputs]
+    velocities = [model.velocity(x.latents, x.sigma, x.prompt) for x in inputs]
     asked = _Asked(tuple(prompt for _, prompt in clips), tuple(sigmas), seed, max_sequence_length)
-    videos = [_clean(pipe, *pair) for pair in zip(inputs, velocities, strict=True)]
+    videos = [_clean(model, *pair) for pair in zip(inputs, velocities, strict=True)]
     return DensePredictions(asked, inputs, velocities, videos)
 
 
 def _by_sigma(
-    pipe: Any, dense: DensePredictions, sparse: list[Tensor], num_sigmas: int
+    model: Any, dense: DensePredictions, sparse: list[Tensor], num_sigmas: int
 ) -> list[TeacherForced]:
     results = []
     for first in range(num_sigmas):
         errors, likeness, flat = [], [], []
         for at in range(first, len(dense.inputs), num_sigmas):
             errors.append(relative_error(sparse[at], dense.velocities[at]))
-            likeness.append(psnr(_clean(pipe, dense.inputs[at], sparse[at]), dense.videos[at]))
+            likeness.append(psnr(_clean(model, dense.inputs[at], sparse[at]), dense.videos[at]))
             flat.append(flat_psnr(dense.videos[at]))
         results.append(
             TeacherForced(
@@ -176,69 +174,6 @@ def _by_sigma(
     return results
 
 
-def _clean(pipe: Any, item: _Noised, velocity: Tensor) -> np.ndarray:
+def _clean(model: Any, item: _Noised, velocity: Tensor) -> np.ndarray:
     """The clean clip that a prediction implies, `[T, H, W, 3]` in 0..1."""
-    return _decode(pipe, item.latents - item.sigma * velocity)
-
-
-def _velocity(pipe: Any, item: _Noised) -> Tensor:
-    """The conditional prediction, float32 `[1, C, T, H, W]`."""
-    scale = pipe.scheduler.config.num_train_timesteps
-    boundary = pipe.config.boundary_ratio
-    high = boundary is None or item.sigma >= boundary
-    transformer = pipe.transformer if high else pipe.transformer_2
-    with transformer.cache_context("cond"):
-        return transformer(
-            hidden_states=item.latents.to(transformer.dtype),
-            timestep=torch.tensor([item.sigma * scale], device=item.latents.device),
-            encoder_hidden_states=item.prompt.to(transformer.dtype),
-            return_dict=False,
-        )[0].float()
-
-
-def _encode(pipe: Any, clip: Tensor) -> Tensor:
-    """Normalised latents `[1, C, T', H', W']` of a clip, as WanPipeline's denoising loop has them."""
-    if clip.ndim != 4 or clip.shape[0] != 3:
-        raise ValueError(f"a clip must be [3, T, H, W], got {tuple(clip.shape)}")
-    vae, frames = pipe.vae, clip.shape[1]
-    # AutoencoderKLWan reads 1 + 4n frames and drops the rest; it is causal, so padding is harmless
-    missing = -(frames - 1) % 4
-    padded = torch.cat([clip, clip[:, -1:].expand(-1, missing, -1, -1)], dim=1)
-    encoded = vae.encode(padded[None].to(pipe.device, vae.dtype)).latent_dist.mode()
-    encoded = encoded[:, :, : (frames - 1) // pipe.vae_scale_factor_temporal + 1].float()
-    config = (pipe.transformer or pipe.transformer_2).config
-    for name, side, step in zip(
-        ("frames", "rows", "columns"), encoded.shape[2:], config.patch_size, strict=True
-    ):
-        if side % step:
-            raise ValueError(
-                f"a clip of {tuple(clip.shape[1:])} makes {side} latent {name}, "
-                f"which must be a multiple of {step}"
-            )
-    mean, std = _statistics(vae, encoded)
-    return (encoded - mean) / std
-
-
-def _decode(pipe: Any, latents: Tensor) -> np.ndarray:
-    """Video `[T, H, W, 3]` in 0..1 of normalised latents."""
-    mean, std = _statistics(pipe.vae, latents)
-    decoded = pipe.vae.decode((latents * std + mean).to(pipe.vae.dtype), return_dict=False)[0]
-    video = (decoded[0].float() / 2 + 0.5).clamp(0, 1)
-    return video.permute(1, 2, 3, 0).cpu().numpy()
-
-
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std
-
-
-def _encode_prompt(pipe: Any, prompt: str, max_sequence_length: int) -> Tensor:
-    return pipe.encode_prompt(
-        prompt=prompt,
-        do_classifier_free_guidance=False,
-        max_sequence_length=max_sequence_length,
-        device=pipe.device,
-    )[0]
+    return model.decode(item.latents - item.sigma * velocity)

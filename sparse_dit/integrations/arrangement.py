@@ -102,22 +102,5 @@ def text_bias(mask: Tensor, _version: int, layout: TokenLayout) -> Arrangement:
     return Arrangement(layout, bias=None if (bias == 1).all() else bias)
 
 
-def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """q, k, v whose logits at `scale` are those of the given ones plus the bias' outer product.
-
-    Eight channels are appended, so that kernels' vectors stay whole; those of v are 0.
-
-    Args:
-        q, k, v: `[B, N, H, D]`.
-        bias: `[B, N]`.
-        scale: Factor of the logits.
-    """
-    extra = q.new_zeros(*q.shape[:3], 8)
-    query, key = extra.clone(), extra.clone()
-    query[..., 0] = (bias / scale).to(q.dtype)[:, :, None]
-    key[..., 0] = bias.to(q.dtype)[:, :, None]
-    return torch.cat([q, query], -1), torch.cat([k, key], -1), torch.cat([v, extra], -1)
-
-
 def _take(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))

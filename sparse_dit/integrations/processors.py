@@ -20,8 +20,8 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from torch import Tensor
 
+from ..call import AttentionCall, Intercept, StepContext
 from .arrangement import Arrangement
-from .call import AttentionCall, Intercept, StepContext
 from .parallel import CONTEXT_PARALLELISM, split_of
 from .traced import attend_traced, handle_of, traceable
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Branch, StepContext
+from ..call import Branch, StepContext
 from .families import BRANCHES, Family
 from .families.family import Arguments
 from .schedule import Move, Schedule

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from torch import nn
-
-from ..generation import Case, GenerationSettings, call_arguments
-from ..integrations.diffusers import attachment_of, components
+from ..generation import Case, GenerationSettings
+from ..integrations import unpatched, workload
 from ..outputs import check_writable
 from ..plan.schema import MAX_STAGES
 from ..words import option
-from .larger import has_frames
 from .profiling import phases_of, profiling_steps, started
 from .target_device import TargetDevice
 
@@ -40,13 +37,13 @@ def check_search(
     Raises:
         ValueError, TypeError, NotImplementedError, OSError: See `search_plan`.
     """
-    for transformer in searchable(pipe).values():
+    for transformer in unpatched(pipe).values():
         if target_device is not None:
             target_device.check(transformer)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"{option('rows')} must be a whole number >= 1, got {rows!r}")
     profiled_at(settings, profile_steps)
-    call_arguments(pipe, case, settings)
+    workload(pipe, settings).check(case)
     if profile is not None:
         check_writable(Path(profile), option("profile"))
 
@@ -88,21 +85,60 @@ def check_profile(
         ValueError: If it is of something else, or damaged.
     """
     if path.exists():
-        phases = phases_of(cases, reference_steps, beyond=has_frames(settings))
+        phases = phases_of(cases, reference_steps, beyond=workload(pipe, settings).has_larger)
         started(pipe, settings, rows, phases, path)
 
 
-def searchable(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's transformers, by component name.
+TuneOn = Literal["held_out", "calibration"]
+
+
+def split_cases(
+    prompts: Sequence[str | Case], held_out: Sequence[str | Case] | None, tune_on: str
+) -> tuple[list[Case], list[Case]]:
+    """Calibration and held-out cases; none are held out if the plan is tuned on calibration.
+
+    Args:
+        prompts, held_out, tune_on: As `search_plan` takes them.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: If there are none, or they are patched.
+        ValueError: If there are none, one is in both, or `tune_on` is unknown.
+        TypeError: If they are no lists.
     """
-    found = components(pipe)
-    if isinstance(pipe, nn.Module):
-        raise TypeError(f"a search generates, so it needs the pipeline, got {type(pipe).__name__}")
-    if any(attachment_of(module) is not None for module in found.values()):
+    cases = _listed("prompts", prompts)
+    if tune_on not in get_args(TuneOn):
+        raise ValueError(f"tune_on must be one of {get_args(TuneOn)}, got {tune_on!r}")
+    if not cases:
+        raise ValueError("searching needs at least one prompt, got none")
+    if tune_on == "calibration":
+        if held_out is not None:
+            raise ValueError(
+                "tune_on='calibration' takes no held_out prompts; leave them out, and verify on them "
+                "afterwards"
+            )
+        return cases, []
+    if held_out is None:
+        if len(cases) < 2:
+            raise ValueError(
+                f"give {option('held_out')} prompts, or two or more prompts, so that one is held out"
+            )
+        cases, held = cases[:-1], cases[-1:]
+    else:
+        held = _listed("held_out", held_out)
+    if not held:
+        raise ValueError(f"{option('held_out')} must hold at least one prompt, got none")
+    if shared := sorted({c.prompt for c in cases} & {c.prompt for c in held}):
+        if held_out is None:
+            raise ValueError(
+                f"the last prompt is held out, so it must not be given twice, got {shared[0]!r}; give "
+                f"another one, or {option('held_out')} prompts"
+            )
         raise ValueError(
-            "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe), then search"
+            f"held-out prompts must not be calibration prompts, got both: {shared[:3]}"
         )
-    return found
+    return cases, held
+
+
+def _listed(name: str, prompts: Sequence[str | Case]) -> list[Case]:
+    if isinstance(prompts, str | Case) or not isinstance(prompts, Sequence):
+        raise TypeError(f"{name} must be a list of texts, got {prompts!r:.60}; put it in a list")
+    return [p if isinstance(p, Case) else Case(p, seed) for seed, p in enumerate(prompts)]

@@ -5,19 +5,14 @@ For a model that changed after its plan was made: a LoRA loaded, fine-tuned, ano
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..generation import Case, GenerationSettings, generate
-from ..integrations.diffusers import (
-    attach,
-    attachment_of,
-    components,
-    heads_of,
-)
+from ..generation import Case, GenerationSettings
+from ..integrations import attached, unpatched, workload
 from ..on_cpu import on_cpu
+from ..patch import check_fits
 from ..plan import ANY_CONFIG, ComponentPlan, Plan, PlanError, config_hash
 from .scorer import PatternScorer, plan_scorer
 
@@ -103,16 +98,14 @@ def check_plan(
         ValueError: If the pipeline is patched, lacks layers or heads of the plan, or gives NaN.
         NotImplementedError: For patterns whose cells aren't whole tiles.
     """
-    found, notes = components(pipe), []
+    found, notes = unpatched(pipe), []
     for name, part in plan.components.items():
         if name not in found:
             raise PlanError(f"the plan has a part for {name!r}, the pipeline has {sorted(found)}")
         notes += _notes(name, part, found[name])
     scorers = {name: plan_scorer(plan, name, found[name], rows) for name in plan.components}
-    with contextlib.ExitStack() as stack:
-        for name, scorer in scorers.items():
-            stack.callback(attach(found[name], scorer, pipe).detach)
-        generate(pipe, case, settings)
+    with attached(pipe, scorers):
+        workload(pipe, settings).run(case)
     heads, unseen = [], 0
     for name, scorer in scorers.items():
         part, layout = plan.components[name], scorer.layout
@@ -153,19 +146,9 @@ def _compared(
 
 def _notes(name: str, part: ComponentPlan, transformer: Any) -> list[str]:
     """How the model differs from the plan's, in words; PlanError where they can't be compared."""
-    if attachment_of(transformer) is not None:
-        raise ValueError(
-            "the pipeline is patched; call handle.remove() or sparse_dit.unpatch(pipe)"
-        )
-    config = transformer.config
-    kinds = [kind.__name__ for kind in type(transformer).__mro__]
-    Plan("", {name: part}, 0.0).check_model(
-        name,
-        model_class=part.model_class if part.model_class in kinds else kinds[0],
-        config_hash=part.config_hash,
-        heads=heads_of(transformer),
-    )
-    if part.config_hash in (ANY_CONFIG, config_hash(config)):
+    other = replace(part, config_hash=ANY_CONFIG)
+    check_fits(Plan("", {name: other}, 0.0), name, transformer)
+    if part.config_hash in (ANY_CONFIG, config_hash(transformer.config)):
         return []
     return [
         f"{name}: its configuration isn't the one that the plan was made for, but layers and heads fit; "

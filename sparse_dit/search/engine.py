@@ -10,24 +10,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from ..generation import Case, GenerationSettings, device_of
-from ..integrations.diffusers import components
+from ..generation import Case, GenerationSettings
+from ..integrations import Workload, components, workload
 from ..on_cpu import on_cpu
 from ..plan import Plan, Stage
 from ..plan.evidence import without_evidence
-from .asked import check_search, profiled_at
+from ..words import option
+from .asked import TuneOn, check_search, profiled_at, split_cases
 from .assemble import forecast_of, layers_of, levels_of, stage_shares
 from .cost import break_even_tokens
 from .evidence import evidence
 from .front import Front, front_of, model_hash
 from .joint import joined, pair_shares
-from .objective import Objective
+from .objective import PSNR, Objective
 from .pricing import cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
-from .prompts import TuneOn, split_cases
 from .provenance import measured_of, provenance
-from .sensitivity import Sensitivity, reduced, sensitivity
+from .sensitivity import Sensitivity, sensitivity
 from .solve import Choice, Problem, problem, stages_of
 from .target_device import TargetDevice
 from .tune import Clock, Report, Session, tune
@@ -148,6 +148,12 @@ def search_plan(
     """
     say = report or (lambda text: None)
     objective = Objective(target_speedup, max_error, min_psnr)
+    work = workload(pipe, settings)
+    if min_psnr is not None and work.quality != PSNR:
+        raise ValueError(
+            f"{option('min_psnr')} is for models that make images or videos, and of a "
+            f"{type(pipe).__name__} {work.quality} is measured; give another objective"
+        )
     target_device = TargetDevice.of(device_table, dense_seconds)
     if target_device is not None and target_device.table.caveat:
         say(target_device.table.caveat)
@@ -163,7 +169,7 @@ def search_plan(
     )
     if not (math.isfinite(max_generations) and max_generations > 0):
         raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
-    clock = Clock(device_of(pipe))
+    clock = Clock(work.device)
     profiled_settings = profiled_at(settings, profile_steps)
     say(f"profiling {len(calibration)} prompts at {profiled_settings.steps} noise levels")
     profiled = profile_pipeline(
@@ -177,7 +183,7 @@ def search_plan(
         say=say,
     )
     clock.lap("profile")
-    run = _Run(pipe, calibration, held, settings, backend, clock, say, target_device)
+    run = _Run(work, calibration, held, backend, clock, say, target_device)
     return _solved(run, profiled, objective, max_generations)
 
 
@@ -201,10 +207,9 @@ search = _for_the_plan(search_plan)
 class _Run:
     """What a search was asked to do, less its objective."""
 
-    pipe: Any
+    work: Workload
     calibration: list[Case]
     held_out: list[Case]
-    settings: GenerationSettings
     backend: str
     clock: Clock
     say: Report
@@ -213,7 +218,7 @@ class _Run:
 
 def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
     """Everything after the profile."""
-    clock, say, settings, target_device = run.clock, run.say, run.settings, run.target_device
+    clock, say, target_device = run.clock, run.say, run.target_device
     parts = profiled.components
     of_device = (
         f"those of the device table {target_device.table.name}"
@@ -221,7 +226,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
         else "measured here"
     )
     say(f"costs are {of_device}")
-    tables = cost_tables(components(run.pipe), parts, run.backend, target_device)
+    tables = cost_tables(components(run.work.model), parts, run.backend, target_device)
     clock.lap("cost")
     stages = {name: stages_of(part.sigmas) for name, part in parts.items()}
     say("measuring how much each noise level and layer matters")
@@ -240,7 +245,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     }
     task = joined(problems, pair_shares(parts, calls), dense_seconds)
     clock.lap("solve")
-    session = Session(run.pipe, matters, task, tables, profiled, objective, settings, run.backend)
+    session = Session(run.work, matters, task, tables, profiled, objective, run.backend)
     choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
     clock.lap("verify")
     plan = _with_break_even(session, plan, choice, run.target_device)
@@ -252,7 +257,9 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
-        measured=measured_of(objective, verified, len(run.held_out), run.target_device),
+        measured=measured_of(
+            objective, verified, run.work.quality, len(run.held_out), run.target_device
+        ),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
@@ -263,18 +270,18 @@ def _references(run: _Run, profiled: Profile) -> list[Reference]:
         assert profiled.reference is not None, "profiling was asked for it"
         return [profiled.reference]
     run.say(f"dense references of {len(run.held_out)} held-out cases")
-    return [dense_reference(run.pipe, case, run.settings) for case in run.held_out]
+    return [dense_reference(run.work, case) for case in run.held_out]
 
 
 def _sensitivities(
     run: _Run, parts: Mapping[str, ComponentProfile], stages: Mapping[str, tuple[Stage, ...]]
 ) -> dict[str, Sensitivity]:
-    """How sensitive the video is to errors of each transformer, by component name."""
-    small, case = reduced(run.settings), run.calibration[-1]
+    """How sensitive the output is to errors of each transformer, by component name."""
+    small, case = run.work.reduced(), run.calibration[-1]
     levels = sum(map(len, stages.values()))
     return {
         name: sensitivity(
-            run.pipe, name, stages[name], part.layers, case, small, levels=levels, report=run.say
+            small, name, stages[name], part.layers, case, levels=levels, report=run.say
         )
         for name, part in parts.items()
     }

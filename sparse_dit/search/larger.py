@@ -8,18 +8,16 @@ depend on the noise. The run ends after that forward: nothing is decoded.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..autocast import in_own_dtypes
-from ..generation import Case, GenerationSettings, call_arguments, generate_until
-from ..integrations.call import AttentionCall
-from ..integrations.diffusers import attach, components
+from ..call import AttentionCall
+from ..generation import Case
+from ..integrations import attached, components, workload
 from ..layout import TokenLayout
 from .candidates import tilings
 from .cells import CellSums, check_finite, sample_rows
@@ -28,38 +26,8 @@ from .parallel_map import each_sum
 from .profile import ComponentProfile, Profile
 from .projection import projections
 from .reach import BEYOND
-from .sampling import items_of, whole_layout, without_guidance
+from .sampling import items_of, whole_layout
 from .statistics import HeadStatistics, discover, empty_heads
-
-WIDER = 2  # times the rows and the columns
-
-
-def has_frames(settings: GenerationSettings) -> bool:
-    """Whether a video has frames enough to exchange for `WIDER` times the rows and columns."""
-    return settings.num_frames >= WIDER**2
-
-
-def wider(pipe: Any, settings: GenerationSettings) -> GenerationSettings | None:
-    """Settings of twice the height and width and at least a quarter of the frames, the fewest that the
-    pipeline takes; None if it takes none.
-
-    Without guidance, see `without_guidance`, and of two steps (some schedules have none of one), unless a
-    transformer may run only later.
-    """
-    if not has_frames(settings):
-        return None
-    settings = without_guidance(pipe, settings)
-    steps = min(2, settings.steps) if len(components(pipe)) == 1 else settings.steps
-    height, width = settings.height * WIDER, settings.width * WIDER
-    wide = replace(settings, height=height, width=width, steps=steps)
-    for frames in range(settings.num_frames // WIDER**2, settings.num_frames):
-        try:
-            found = replace(wide, num_frames=frames)
-            call_arguments(pipe, Case("size"), found)
-            return found
-        except ValueError:  # a number of frames that the pipeline can't make
-            continue
-    return None
 
 
 def profile_larger(
@@ -67,9 +35,9 @@ def profile_larger(
 ) -> None:
     """Add to a profile what every head does at greater distances than the calibrated video has.
 
-    It is measured in one forward of a larger video, see `wider`, and added at all noise levels. If the
-    pipeline makes no such video, the profile stays as it is: what holds at the calibrated video's greatest
-    distances then stands for all greater ones.
+    It is measured in one forward of a larger video, see `Workload.larger`, and added at all noise levels. If
+    the pipeline makes no such video, the profile stays as it is: what holds at the calibrated video's
+    greatest distances then stands for all greater ones.
 
     Args:
         pipe: A diffusers pipeline of a supported class, not patched.
@@ -78,9 +46,9 @@ def profile_larger(
         case: The prompt and seed of the forward.
         say: Called with one line that says why, if there is nothing to be added.
     """
-    settings = wider(pipe, profile.settings)
+    work = workload(pipe, profile.settings).larger()
     tell = say or (lambda text: None)
-    if settings is None:
+    if work is None:
         tell("the pipeline makes no fewer frames, so greater distances aren't looked at")
         return
     modules = components(pipe)
@@ -88,20 +56,13 @@ def profile_larger(
         name: _LargerProfile(part, profile.rows, case.seed, projections(modules[name]))
         for name, part in profile.components.items()
     }
-    with contextlib.ExitStack() as stack:
-        for name, intercept in intercepts.items():
-            stack.callback(attach(modules[name], intercept).detach)
+    with attached(pipe, intercepts):
         try:
-            seconds = generate_until(
-                pipe,
-                case,
-                settings,
-                lambda: all(intercept.found for intercept in intercepts.values()),
-            )
+            _, taken = work.run(case, lambda _: all(i.found for i in intercepts.values()))
         except ValueError as error:
             tell(f"greater distances can't be looked at: {error}")
             return
-    profile.seconds += seconds
+    profile.seconds += taken.seconds
     for name, intercept in intercepts.items():
         intercept.keep(profile.components[name])
 

@@ -10,6 +10,7 @@ from ..words import option
 from .local import improve
 from .solve import Choice, Problem, at_price, cheapest, least_damage
 
+PSNR = "psnr_db"  # the metric that `min_psnr` is about, which the model's host must measure
 _ABOVE = {"target_speedup": 1.0, "max_error": 0.0, "min_psnr": 0.0}
 _MOST = {"min_psnr": 100.0}  # what videos that are equal count as
 

@@ -50,7 +50,7 @@ def write_profile(profile: Profile, path: str | Path) -> None:
         "seconds": profile.seconds,
     }
     if (reference := profile.reference) is not None:
-        tensors[VIDEO] = torch.from_numpy(reference.video)
+        tensors[VIDEO] = torch.from_numpy(reference.output)
         header["reference"] = {
             "prompt": reference.case.prompt,
             "seed": reference.case.seed,
@@ -157,7 +157,7 @@ def _take_apart(stacked: Tensor, heads: list[HeadStatistics], tile: str, field_n
 def _reference(data: dict[str, Any] | None, video: Tensor | None) -> Reference | None:
     if data is None and video is None:
         return None
-    if data is None or video is None or video.ndim != 4 or not video.isfinite().all():
+    if data is None or video is None or not video.isfinite().all():
         raise ValueError("the dense reference is not whole")
     forwards = {name: [float(s) for s in sigmas] for name, sigmas in data["forwards"].items()}
     case = Case(data["prompt"], data["seed"])

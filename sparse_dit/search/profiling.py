@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
-from ..integrations.diffusers import components, heads_of
+from ..integrations import components, heads_of, workload
 from ..on_cpu import on_cpu
 from ..outputs import check_writable, rescued
 from ..plan import config_hash
 from ..timing import Taken
 from ..words import option
-from .larger import has_frames, profile_larger
+from .larger import profile_larger
 from .lock import only_writer
 from .profile import ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
 from .projection import projections
 from .recorder import Recorder
-from .sampling import turns, without_guidance
+from .sampling import turns
 from .verify import dense_reference
 
 TURNS = 2  # steps of a kept generation that are recorded, for each step of the other runs
@@ -75,7 +75,9 @@ def profile_pipeline(
         raise ValueError(f"{option('rows')} must be a whole number >= 1, got {rows!r}")
     if path is not None:
         check_writable(Path(path), option("profile"))
-    phases = phases_of(cases, reference_steps, beyond=beyond and has_frames(settings))
+    phases = phases_of(
+        cases, reference_steps, beyond=beyond and workload(pipe, settings).has_larger
+    )
     profile = started(pipe, settings, rows, phases, path)
     lock = only_writer(path) if path is not None and len(profile.done) < len(phases) else None
     with lock or contextlib.nullcontext():
@@ -205,14 +207,14 @@ def run_phase(
         profile_larger(pipe, profile, phase.case, say)
         profile.done.append(phase.label)
         return
-    settings, rows, steps = profile.settings, profile.rows, phase.reference_steps
-    if phase.kind == "find" and (plain := without_guidance(pipe, settings)) != settings:
-        settings, rows = plain, 2 * rows  # as many as both halves of guidance would give
+    work, rows, steps = workload(pipe, profile.settings), profile.rows, phase.reference_steps
+    if phase.kind == "find" and (plain := work.plain()) != work:
+        work, rows = plain, 2 * rows  # as many as both halves of guidance would give
     recorded = None
     if steps is not None:
-        recorded = turns(steps, TURNS * settings.steps)
-        rows = max(1, round(rows * settings.steps / len(recorded)))
-        settings = replace(settings, steps=steps)
+        recorded = turns(steps, TURNS * work.settings.steps)
+        rows = max(1, round(rows * work.settings.steps / len(recorded)))
+        work = work.with_steps(steps)
     recorders = {
         name: Recorder(
             part,
@@ -224,11 +226,11 @@ def run_phase(
         )
         for name, part in profile.components.items()
     }
-    made = dense_reference(pipe, phase.case, settings, recorders)
+    made = dense_reference(work, phase.case, recorders)
     if idle := [name for name, sigmas in made.forwards.items() if not sigmas]:
         raise ValueError(
             f"every transformer must run while it is profiled, got no forward of {' and '.join(idle)} in "
-            f"{settings.steps} steps: profile with more, or take out of the pipeline what never runs"
+            f"{work.settings.steps} steps: profile with more, or take out of the pipeline what never runs"
         )
     for recorder in recorders.values():
         recorder.keep()

@@ -7,12 +7,10 @@ is measured of a head is measured behind the projection, at no cost a candidate.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..integrations.diffusers import heads_of, self_attention_layers
+from ..integrations import heads_of, host_of, self_attention_layers
 
 
 def projections(transformer: nn.Module) -> dict[str, Tensor]:
@@ -24,9 +22,9 @@ def projections(transformer: nn.Module) -> dict[str, Tensor]:
     Args:
         transformer: A transformer of a supported class.
     """
-    result, sizes = {}, heads_of(transformer)
+    result, host, sizes = {}, host_of(transformer), heads_of(transformer)
     for path, layer in self_attention_layers(transformer).items():
-        weight, (num_heads, head_dim) = _weight(layer), sizes[path]
+        weight, (num_heads, head_dim) = _weight(host.output_projection(layer)), sizes[path]
         if weight is not None and weight.ndim == 2 and weight.shape[1] == num_heads * head_dim:
             heads = weight.detach().to("cpu", torch.float64).unflatten(1, (num_heads, -1))
             gram = torch.einsum("ohd,ohe->hde", heads, heads)
@@ -36,11 +34,8 @@ def projections(transformer: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def _weight(layer: nn.Module) -> Tensor | None:
-    """Weight of the layer's output projection `[model width, H * D]`, in diffusers' usual place."""
-    out: Any = getattr(layer, "to_out", None)
-    if isinstance(out, nn.ModuleList | nn.Sequential) and len(out):
-        out = out[0]
+def _weight(out: nn.Module | None) -> Tensor | None:
+    """Weight of an output projection `[model width, H * D]`; None if it has none that can be read."""
     weight = getattr(out, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta:
         return None

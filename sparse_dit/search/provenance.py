@@ -12,7 +12,7 @@ from ..generation import Case
 from ..timing import timing_of
 from ..version import VERSION
 from .joint import one_or_named
-from .objective import Objective
+from .objective import PSNR, Objective
 from .target_device import TargetDevice
 from .tune import Session
 from .verify import Verified
@@ -51,7 +51,7 @@ def provenance(
         "threads": one_or_named({name: table.threads for name, table in tables}),
         "backend": one_or_named({name: table.backend for name, table in tables}),
         "objective": session.objective.to_dict(),
-        "settings": session.settings.to_dict(),
+        "settings": session.work.settings.to_dict(),
         "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
         "profile_steps": session.profile.settings.steps,
         "profile_rows": session.profile.rows,
@@ -62,23 +62,28 @@ def provenance(
 
 
 def measured_of(
-    objective: Objective, verified: Verified, cases: int, target_device: TargetDevice | None
+    objective: Objective,
+    verified: Verified,
+    quality: str,
+    cases: int,
+    target_device: TargetDevice | None,
 ) -> dict[str, Any]:
     """`measured` of a plan; whether a speed-up is met on another device isn't known here (None).
 
     Args:
         objective: The speed-up, error or PSNR that was asked for.
         verified: What the plan gave when it was verified.
+        quality: The metric that is noted; see `Workload`.
         cases: Held-out cases among those it was verified on.
         target_device: The device that was solved for, if it isn't this one.
     """
     psnr, speedup = objective.min_psnr, objective.target_speedup
     foreign = target_device is not None and not target_device.table.here
-    met: bool | None = psnr is None or verified.psnr_db >= psnr
+    met: bool | None = psnr is None or verified.difference[PSNR] >= psnr
     if speedup is not None:
         met = None if foreign else verified.speedup >= speedup
     return {
-        "psnr_db": round(verified.psnr_db, 3),
+        quality: round(verified.difference[quality], 3),
         "speedup_on_another_device" if foreign else "speedup": round(verified.speedup, 4),
         **timing_of(verified.pairs),
         "held_out_cases": cases,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import in_own_dtypes
-from ..integrations.call import AttentionCall, StepContext
+from ..call import AttentionCall, StepContext
 from ..layout import Tile, TokenLayout
 from ..timing import Timer
 from .candidates import tilings

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import sparse_attention
-from ..generation import GenerationSettings
+from ..call import AttentionCall, StepContext, with_bias
 from ..index import SparseIndex
-from ..integrations.arrangement import with_bias
-from ..integrations.call import AttentionCall, StepContext
-from ..integrations.diffusers import components
 from ..layout import TokenLayout
 from .cells import SampledRows, sampled_rows
-
-
-def without_guidance(pipe: Any, settings: GenerationSettings) -> GenerationSettings:
-    """Settings of a run without guidance, which would compute everything twice.
-
-    A model that takes the guidance scale as an input keeps it.
-    """
-    if any(getattr(m.config, "guidance_embeds", False) for m in components(pipe).values()):
-        return settings
-    return replace(settings, guidance=1.0)
 
 
 def in_turn(context: StepContext) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import in_own_dtypes
-from ..integrations.call import AttentionCall
+from ..call import AttentionCall
 from ..layout import TokenLayout
 from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan

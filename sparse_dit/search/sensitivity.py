@@ -10,27 +10,25 @@ there is played back.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..generation import Case, GenerationSettings, generate
+from ..call import AttentionCall, Intercept
+from ..generation import Case
 from ..index import build_index
-from ..integrations.call import AttentionCall
-from ..integrations.diffusers import components
+from ..integrations import Workload, attach, attached, components
 from ..plan import Stage
 from .cells import sample_rows
 from .cost import nearest_tiles
-from .playback import recording, replaying
-from .sampling import attention_over, exact_rows, in_turn, whole_layout, without_guidance
-from .verify import stock
+from .sampling import attention_over, exact_rows, in_turn, whole_layout
+from .verify import check_stock, stock
 
 Result = TypeVar("Result")
 WHOLE = Stage(1.0, 0.0)
@@ -71,29 +69,12 @@ class _Probe:
         return probed
 
 
-def reduced(settings: GenerationSettings) -> GenerationSettings:
-    """Half the height and width (in steps of 32 pixels, at least 64).
-
-    The steps stay: the last one is at a noise level of almost 0 in most schedules and hardly moves the
-    video. With one or two steps a stage it would stand for other steps that do, a hundred times as much.
-    """
-
-    def half(size: int) -> int:
-        return size if size <= 64 else max(64, round(size / 64) * 32)
-
-    return replace(
-        settings,
-        height=half(settings.height),
-        width=half(settings.width),
-    )
-
-
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much an error moves the video.
+    """How much an error moves the output.
 
     Args:
-        stages: For each noise level the mean squared change of the video (in 0..1) for a squared relative
+        stages: For each noise level the change of the output (in `Workload.damage`) for a squared relative
             error of 1 in every head.
         layers: For each layer its share in that; sums to 1.
     """
@@ -103,12 +84,11 @@ class Sensitivity:
 
 
 def sensitivity(
-    pipe: Any,
+    work: Workload,
     component: str,
     stages: Sequence[Stage],
     layers: Sequence[str],
     case: Case,
-    settings: GenerationSettings,
     *,
     levels: int | None = None,
     report: Callable[[str], None] | None = None,
@@ -116,28 +96,26 @@ def sensitivity(
     """Disturb every noise level in turn, then every layer (groups of neighbours, if there are many).
 
     Args:
-        pipe: The pipeline, not patched.
+        work: What is run, at a size where that is cheap; the model is not patched.
         component: The name of the transformer that is probed; others stay stock.
         stages: Noise levels to test, one after the other. One that no step of these runs falls into gets
             the larger number of the nearest on both sides.
         layers: Module paths, in order of execution.
-        case: The prompt and seed that is generated.
-        settings: Size and steps of these runs; see `reduced`.
+        case: The prompt and seed that is run.
         levels: Noise levels of all transformers of the pipeline, so that each runs when layers are probed;
             those of this one if None.
         report: Called with a line of text after each of these runs.
 
     Raises:
-        ValueError: If the pipeline gives NaN or Inf.
+        ValueError: If the stock model gives NaN or Inf.
     """
     groups = _groups(layers)
     counted = _Progress(component, 2 + len(stages) + len(groups), report)
-    clean = counted(_clean(pipe, case, settings))
-    probe = _prober(pipe, component, case, settings, clean)
+    probe = _prober(work, component, case, counted(_clean(work, case)))
     of_stages = filled([counted(probe(stage, None)) for stage in stages])
     # what layers share hardly depends on the steps, nor on guidance
-    few = replace(without_guidance(pipe, settings), steps=max(4, levels or len(stages)))
-    probe = _prober(pipe, component, case, few, counted(_clean(pipe, case, few)))
+    few = work.plain().with_steps(max(4, levels or len(stages)))
+    probe = _prober(few, component, case, counted(_clean(few, case)))
     return Sensitivity(of_stages, _shares([(g, counted(probe(WHOLE, g))) for g in groups]))
 
 
@@ -168,57 +146,38 @@ class _Progress:
         return result
 
 
+Forward = tuple[str, float, Any]  # the component's name, the noise level, what the forward gave
+
+
 @dataclass(frozen=True, eq=False)
 class _Clean:
-    """An undisturbed generation.
+    """An undisturbed run: its output, as `Workload.run` gives it, and all forwards in order."""
 
-    Args:
-        video: The frames that it gave, `[T, H, W, 3]` in 0..1.
-        records: The noise level and output of each forward of each transformer, by component name.
-        order: The component names of all forwards as they followed one another.
-    """
-
-    video: np.ndarray
-    records: dict[str, list[tuple[float, Any]]]
-    order: list[str]
+    output: Any
+    forwards: list[Forward]
 
     def before(self, component: str, stage: Stage) -> dict[str, list[Any]] | None:
         """What each transformer gave until this one first ran in the stage; None if it never did."""
-        given: dict[str, list[Any]] = {name: [] for name in self.records}
-        for name in self.order:
-            sigma, output = self.records[name][len(given[name])]
+        given: dict[str, list[Any]] = {name: [] for name, _, _ in self.forwards}
+        for name, sigma, output in self.forwards:
             if name == component and stage.covers(sigma, "any"):
                 return given
             given[name].append(output)
         return None
 
 
-def _clean(pipe: Any, case: Case, settings: GenerationSettings) -> _Clean:
-    """Generate and keep what every transformer gives."""
-    records, order = {}, []
-    with contextlib.ExitStack() as stack:
-        for name, transformer in components(pipe).items():
-            records[name] = stack.enter_context(recording(transformer))
-            note = functools.partial(_note, order, name)
-            stack.callback(transformer.register_forward_hook(note).remove)
-        video, _ = generate(pipe, case, settings)
-    if not np.isfinite(video).all():
-        raise ValueError(
-            f"the stock pipeline gives NaN or Inf for {case.prompt!r} at "
-            f"{settings.width}x{settings.height}: it is broken at this size or dtype"
-        )
-    return _Clean(video, records, order)
-
-
-def _note(order: list[str], name: str, *_: Any) -> None:
-    """A forward hook."""
-    order.append(name)
+def _clean(work: Workload, case: Case) -> _Clean:
+    """Run a case and keep what every transformer gives."""
+    with recording(work.model) as forwards:
+        output, _ = work.run(case)
+    check_stock(work, case, output)
+    return _Clean(output, forwards)
 
 
 def _prober(
-    pipe: Any, component: str, case: Case, settings: GenerationSettings, clean: _Clean
+    work: Workload, component: str, case: Case, clean: _Clean
 ) -> Callable[[Stage, Collection[str] | None], float | None]:
-    """A function that measures by how much an error of some layers at a stage changes the video."""
+    """A function that measures by how much an error of some layers at a stage changes the output."""
 
     def probe(stage: Stage, layers: Collection[str] | None) -> float | None:
         given = clean.before(component, stage)
@@ -226,13 +185,13 @@ def _prober(
             return None
         intercept = _Probe(stage, layers)
         with contextlib.ExitStack() as stack:
-            for name, transformer in components(pipe).items():
+            for name, transformer in components(work.model).items():
                 sees = intercept if name == component else stock
-                stack.enter_context(replaying(transformer, given[name], sees, pipe))
-            video, _ = generate(pipe, case, settings)
+                stack.enter_context(replaying(transformer, given.get(name, ()), sees, work.model))
+            output, _ = work.run(case)
         if not intercept.errors:
             return None
-        change = float(np.mean((video - clean.video) ** 2))
+        change = work.difference(output, clean.output)[work.damage]
         return change / max(float(np.mean(intercept.errors)), 1e-12)
 
     return probe
@@ -268,3 +227,52 @@ def filled(values: Sequence[float | None]) -> list[float]:
         after = [v for v in values[place:] if v is not None][:1]
         result.append(max(before + after))
     return result
+
+
+@contextlib.contextmanager
+def recording(model: Any) -> Iterator[list[Forward]]:
+    """Inside the block every forward of a model's components is added to a list.
+
+    A forward whose noise level can't be told counts as pure noise, 1.
+    """
+    found, record = components(model), []
+    with (
+        attached(model, dict.fromkeys(found, stock)) as attachments,
+        contextlib.ExitStack() as stack,
+    ):
+        for name, module in found.items():
+
+            def note(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                sigma = attachments[name].context.sigma
+                record.append((name, 1.0 if sigma is None else sigma, output))
+
+            stack.callback(module.register_forward_hook(note).remove)
+        yield record
+
+
+@contextlib.contextmanager
+def replaying(
+    transformer: nn.Module, outputs: Sequence[Any], intercept: Intercept, pipe: Any = None
+) -> Iterator[None]:
+    """Inside the block the first forwards return `outputs`, unread; the others run with `intercept`.
+
+    Args:
+        transformer, intercept, pipe: See `attach`.
+        outputs: What the first forwards of the same generation returned; hosts don't write to them.
+    """
+    before = vars(transformer).get("forward")  # offloading puts its own there
+    run, waiting = transformer.forward, list(reversed(outputs))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return waiting.pop() if waiting else run(*args, **kwargs)
+
+    attachment = attach(transformer, intercept, pipe)
+    transformer.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del transformer.forward
+        else:
+            transformer.forward = before
+        attachment.detach()

@@ -12,15 +12,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..generation import Case, GenerationSettings
+from ..integrations import workload
 from ..outputs import check_writable, rescued
-from .larger import has_frames
-from .merge import found_on, merge_profiles, without_scores
-from .profile import Profile
+from .profile import LATER, ComponentProfile, Profile
 from .profile_file import read_profile, write_profile
 from .profiling import Phase, phases_of, run_phase, started
 
@@ -64,7 +63,7 @@ def profile_share(
     check_writable(path, "path")
     if not cases:
         raise ValueError("profiling needs at least one prompt, got none")
-    phases = phases_of(cases, beyond=has_frames(settings))
+    phases = phases_of(cases, beyond=workload(pipe, settings).has_larger)
     base = started(pipe, settings, rows, phases, path)
     left = phases[len(base.done) :]
     if not left:
@@ -123,3 +122,96 @@ class _Share:
         about = [models, base.settings.to_dict(), base.rows, base.done, phase.label]
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         return self.folder / f"{phase.kind}-{name}.safetensors"
+
+
+def merge_profiles(paths: Sequence[str | Path]) -> Profile:
+    """The profile of all runs that are in the files, in the order of the files.
+
+    Either no file holds scores: then what was found is added up. Or all of them have found on the same
+    runs: then what was found is taken once, and the scores are added up.
+
+    Args:
+        paths: Profiles of the same model, settings and rows, no scoring run in two of them.
+
+    Raises:
+        ValueError: If there are no files, or they don't fit one another as said above.
+        PlanError: If one is missing or damaged.
+    """
+    if not paths:
+        raise ValueError("merging needs at least one profile file, got none")
+    profiles = [read_profile(path) for path in paths]
+    merged = profiles[0]
+    for path, other in zip(paths[1:], profiles[1:], strict=True):
+        if why := _misfit(merged, other):
+            raise ValueError(f"{path} doesn't fit {paths[0]}: {why}")
+        _add(merged, other)
+    return merged
+
+
+def found_on(profile: Profile) -> list[str]:
+    """Labels of the runs that candidates follow from, in order."""
+    return [label for label in profile.done if not label.startswith("score")]
+
+
+def _misfit(a: Profile, b: Profile) -> str | None:
+    """Why two profiles can't be added up; None if they can."""
+    if {n: p.config_hash for n, p in a.components.items()} != {
+        n: p.config_hash for n, p in b.components.items()
+    }:
+        return "it is of another model; profile all prompts with one model"
+    if (a.settings, a.rows) != (b.settings, b.rows):
+        return "it was made with other settings or another number of rows; profile it again"
+    for name, part in a.components.items():
+        other = b.components[name]
+        if part.found and other.found and _place(part) != _place(other):
+            return f"{name} has other noise levels, layers or tokens there; profile it again"
+    scored = [any(part.scores for part in p.components.values()) for p in (a, b)]
+    if any(scored) and found_on(a) != found_on(b):
+        return (
+            "its scores are of other candidates; merge what was found first, then score with that"
+        )
+    if a.reference is not None and b.reference is not None:
+        return "both hold a dense generation; merge only one of them"
+    seen = set(a.done) - (set(found_on(a)) if any(scored) else set())
+    if twice := sorted(seen & set(b.done)):
+        return f"both hold the run {twice[0]!r}; merge each run once"
+    return None
+
+
+def _place(part: ComponentProfile) -> tuple[object, ...]:
+    return part.known_layout.without_global(), tuple(part.sigmas), tuple(part.layers)
+
+
+def _add(merged: Profile, other: Profile) -> None:
+    """Add `other` into `merged`; they fit."""
+    scored = any(p.scores for x in (merged, other) for p in x.components.values())
+    for name, part in other.components.items():
+        mine = merged.components[name]
+        if not mine.found:
+            merged.components[name] = part
+            continue
+        mine.note_layout(part.known_layout)
+        later = {key: values for key, values in part.looks.items() if key[0] == LATER}
+        mine.add(replace(part, found={}, looks=later) if scored else part)
+        mine.pictures.update(part.pictures)
+    known_labels = set(merged.done)
+    merged.done += [label for label in other.done if label not in known_labels]
+    merged.seconds += other.seconds
+    merged.reference = merged.reference or other.reference
+
+
+def without_scores(profile: Profile) -> Profile:
+    """A profile that goes on from what was found; candidates made of it are shared."""
+    parts = {
+        name: replace(
+            part,
+            sigmas=list(part.sigmas),
+            layers=list(part.layers),
+            found=dict(part.found),
+            scores={},
+            pictures={},
+            looks={key: value for key, value in part.looks.items() if key[0] != LATER},
+        )
+        for name, part in profile.components.items()
+    }
+    return replace(profile, components=parts, done=found_on(profile), seconds=0.0, reference=None)

@@ -11,13 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..index import pattern_index
-from ..integrations.diffusers import components, heads_of, image_only_layers, self_attention_layers
+from ..integrations import Seen, components, heads_of, host_of, self_attention_layers
 from ..layout import TokenLayout
 from ..plan import Plan, config_hash
 from ..version import VERSION
-from .fitting import fitted
-from .geometry import DENSE_STEPS, NOTE, Reach, one_pattern
-from .probe import Seen, probe
+from .geometry import DENSE_STEPS, NOTE, Reach, fitted, one_pattern
 
 logger = logging.getLogger("sparse_dit")
 
@@ -77,23 +75,20 @@ def geometric_plan(
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     found = components(pipe_or_transformer)
     alone = isinstance(pipe_or_transformer, nn.Module)
-    if layout is not None:
-        seen = Seen(dict.fromkeys(found, layout))
-    elif alone:
+    if layout is None and alone:
         raise ValueError(
             f"a {type(pipe_or_transformer).__name__} alone doesn't tell its token grid: pass the pipeline, "
             "or layout="
         )
-    else:
-        given = {name: value for name, value in sizes.items() if value is not None}
-        seen = probe(pipe_or_transformer, {**given, **(call or {})})
+    given = {name: value for name, value in sizes.items() if value is not None}
+    host = host_of(pipe_or_transformer)
+    seen = host.probe(pipe_or_transformer, {**given, **(call or {})}, layout)
     levels = seen.sigmas or _even(seen.steps or steps or STEPS)
-    parts = _parts(found, seen.layouts, density)
+    parts = _parts(found, seen, density)
     geometry = _fitted(next(iter(parts.values())), density, dense_steps, len(levels))
     schedule = _Schedule(levels, geometry.dense, seen.sigmas is not None)
-    boundary = getattr(getattr(pipe_or_transformer, "config", None), "boundary_ratio", None)
     name = "" if alone else type(pipe_or_transformer).__name__
-    return _planned(name, parts, geometry, schedule, density, boundary)
+    return _planned(name, parts, geometry, schedule, density, seen.boundary)
 
 
 def check_shares(
@@ -187,14 +182,11 @@ class _Part:
         return shares
 
 
-def _parts(
-    found: Mapping[str, nn.Module], layouts: Mapping[str, TokenLayout], density: float
-) -> dict[str, _Part]:
+def _parts(found: Mapping[str, nn.Module], known: Seen, density: float) -> dict[str, _Part]:
     parts = {}
     for name, transformer in found.items():
         layers = tuple(self_attention_layers(transformer))
-        image = image_only_layers(transformer)
-        layout = layouts[name]
+        image, layout = known.image_only.get(name, ()), known.layouts[name]
         seen = {x: layout.without_global() if x in image else layout for x in layers}
         whole = _Part(transformer, layout, layers, layers, seen)
         first = _Part(transformer, layout, layers, layers[1:], seen)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..integrations.diffusers import heads_of
+from ..integrations import heads_of
 from ..layout import TokenLayout
 from ..words import option
 from .cost import CostTable

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from ..generation import GenerationSettings
+from ..integrations import Workload
 from ..plan import Plan
 from ..timing import Timer
 from .assemble import first_plan, stage_shares
 from .cost import Costs
-from .objective import Objective
+from .objective import PSNR, Objective
 from .profile import Profile
 from .sensitivity import Sensitivity
 from .solve import Choice, Problem
@@ -61,29 +60,27 @@ class Session:
     """What stays the same while a choice is tuned.
 
     Args:
-        pipe: The pipeline, not patched.
-        sensitivity: How sensitive the video is to errors of each transformer, by component name.
+        work: What is run to verify; the model is not patched.
+        sensitivity: How sensitive the output is to errors of each transformer, by component name.
         problem: The units, with what each of their candidates costs and spoils.
         tables: What attention costs in each transformer, by component name.
         profile: The profile that the problem was made of.
         objective: The speed-up, error or PSNR that is asked for.
-        settings: The size and steps of the runs that verify.
         backend: The backend of sparse attention, as `patch` takes it.
     """
 
-    pipe: Any
+    work: Workload
     sensitivity: Mapping[str, Sensitivity]
     problem: Problem
     tables: Mapping[str, Costs]
     profile: Profile
     objective: Objective
-    settings: GenerationSettings
     backend: str
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as a plan."""
         parts = self.profile.components
-        plan = first_plan(type(self.pipe).__name__, parts, self.problem, choice, self.tables)
+        plan = first_plan(type(self.work.model).__name__, parts, self.problem, choice, self.tables)
         return replace(plan, provenance={"stage_shares": stage_shares(self.problem)})
 
     def choose(self, damage: float) -> Choice:
@@ -107,7 +104,7 @@ def tune(
         say: Called with a line of text after each round.
 
     Raises:
-        ValueError: If the objective is out of reach, or the sparse video holds NaN or Inf.
+        ValueError: If the objective is out of reach, or the sparse output holds NaN or Inf.
     """
     wanted = session.objective.min_psnr
     scale, floor = FIRST_SCALE, 0.0  # measured over forecast damage; dB to aim at
@@ -121,22 +118,22 @@ def tune(
         choice, _, verified = last
         say(
             f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "
-            f"{_speed(verified)} at {verified.psnr_db:.1f} dB"
+            f"{_speed(verified)} at {_likeness(session.work, verified)}"
         )
         if verified.pairs and (caution := verified.pairs.caution):
             say(caution)
         if wanted is None:
             return last
-        good = verified.psnr_db >= wanted
-        if closest is None or verified.psnr_db > closest[2].psnr_db:
+        good = verified.difference[PSNR] >= wanted
+        if closest is None or verified.difference[PSNR] > closest[2].difference[PSNR]:
             closest = last
         if good and (best is None or choice.seconds < best[0].seconds):
             best = last
         if choice.damage == 0:
             break
-        scale = max(verified.mse / choice.damage, 1e-12)
+        scale = max(verified.difference[session.work.damage] / choice.damage, 1e-12)
         spent = clock.elapsed + verified.sparse_seconds > budget
-        if best and (spent or verified.psnr_db <= wanted + RELAX_DB):
+        if best and (spent or verified.difference[PSNR] <= wanted + RELAX_DB):
             break
         if not good:  # aim higher than last time
             floor = max(floor, wanted + MARGIN_DB * (number + 2) / 2)
@@ -151,10 +148,16 @@ def _speed(verified: Verified) -> str:
     return f"measured {verified.speedup:.2f}x"
 
 
+def _likeness(work: Workload, verified: Verified) -> str:
+    """How near the outputs are to dense ones, in words."""
+    value = verified.difference[work.quality]
+    return f"{value:.1f} dB" if work.quality == PSNR else f"{work.quality} {value:.3g}"
+
+
 def _round(
     session: Session, choice: Choice, references: list[Reference], say: Report
 ) -> tuple[Choice, Plan, Verified]:
     if choice.seconds >= session.problem.dense_seconds * DECLINED:
         say("no sparse choice that meets the objective is faster than dense: the plan is all dense")
     plan = session.plan(choice)
-    return choice, plan, verify(session.pipe, plan, references, session.settings, session.backend)
+    return choice, plan, verify(session.work, plan, references, session.backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..generation import Case, GenerationSettings, generate
-from ..integrations.call import AttentionCall, Intercept
-from ..integrations.diffusers import attach, components
+from ..call import AttentionCall, Intercept
+from ..generation import Case
+from ..integrations import Workload, attached, components
 from ..patch import patch
 from ..plan import Plan, Stage
 from ..timing import Pairs, Stopwatch, Taken
@@ -24,14 +25,14 @@ class Reference:
 
     Args:
         case: The prompt and seed that was generated.
-        video: The frames, `[T, H, W, 3]` in 0..1.
+        output: What came out, as `Workload.run` gives it.
         taken: What the whole pipeline call took.
         forwards: For each component the noise level of each of its forwards (times the batch).
         attention: For each component the part of `seconds` that its self-attention took.
     """
 
     case: Case
-    video: np.ndarray
+    output: Any
     taken: Taken
     forwards: dict[str, list[float]]
     attention: dict[str, float]
@@ -71,37 +72,35 @@ class _Count:
 
 
 def dense_reference(
-    pipe: Any,
-    case: Case,
-    settings: GenerationSettings,
-    watched_by: Mapping[str, Intercept] | None = None,
+    work: Workload, case: Case, watched_by: Mapping[str, Intercept] | None = None
 ) -> Reference:
-    """Generate with stock attention, count forwards and time attention.
+    """Run a case with stock attention, count forwards and time attention.
 
     Args:
-        pipe: The pipeline, not patched.
-        case: The prompt and seed that is generated.
-        settings: The size and steps.
+        work: What is run; the model is not patched.
+        case: The prompt and seed.
         watched_by: For components by name an intercept that sees every call and returns what stock
             attention gives. What it takes is in the reference's seconds.
 
     Raises:
-        ValueError: If the video holds NaN or Inf.
+        ValueError: If the output holds NaN or Inf.
     """
-    counters, attachments = {}, []
-    try:
-        for name, module in components(pipe).items():
-            counters[name] = _Count((watched_by or {}).get(name, stock))
-            attachments.append(attach(module, counters[name], pipe))
-        video, taken = generate(pipe, case, settings)
-    finally:
-        for attachment in attachments:
-            attachment.detach()
-    if not np.isfinite(video).all():
-        raise ValueError(f"the stock pipeline gives NaN or Inf for {case.prompt!r}")
+    seen = watched_by or {}
+    counters = {name: _Count(seen.get(name, stock)) for name in components(work.model)}
+    with attached(work.model, counters):
+        output, taken = work.run(case)
+    check_stock(work, case, output)
     forwards = {name: counter.sigmas for name, counter in counters.items()}
     attention = {name: counter.watch.seconds for name, counter in counters.items()}
-    return Reference(case, video, taken, forwards, attention)
+    return Reference(case, output, taken, forwards, attention)
+
+
+def check_stock(work: Workload, case: Case, output: Any) -> None:
+    """Raise ValueError if what came out without any plan holds NaN or Inf."""
+    if not math.isfinite(work.difference(output, output)[work.damage]):
+        raise ValueError(
+            f"the stock model gives NaN or Inf for {case.prompt!r}: it is broken at this size or dtype"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,54 +108,46 @@ class Verified:
     """What a plan gave on held-out cases.
 
     Args:
-        mse: The mean squared difference between sparse and dense videos (in 0..1), mean over cases.
-        psnr_db: The PSNR of the sparse videos against the dense ones, mean over cases.
+        difference: How far the sparse outputs are from the dense ones, by metric, mean over cases; see
+            `Workload.difference`.
         speedup: The seconds of the dense over those of the sparse generations; 1 if no attention call ran
             sparse.
         sparse_seconds: What all sparse generations took together.
         pairs: How long each case took, dense and sparse; None if no attention call ran sparse.
     """
 
-    mse: float
-    psnr_db: float
+    difference: Mapping[str, float]
     speedup: float
     sparse_seconds: float
     pairs: Pairs | None = None
 
 
 def verify(
-    pipe: Any,
-    plan: Plan,
-    references: Sequence[Reference],
-    settings: GenerationSettings,
-    backend: str = "auto",
+    work: Workload, plan: Plan, references: Sequence[Reference], backend: str = "auto"
 ) -> Verified:
-    """Generate the case of every reference with the plan, and compare the videos.
+    """Run the case of every reference with the plan, and compare the outputs.
 
     Args:
-        pipe: The pipeline, not patched; it is left so.
+        work: What is run, as the references were; the model is not patched, and is left so.
         plan: The plan to verify.
-        references: Dense generations of the cases.
-        settings: The size and steps, those of the references.
+        references: Dense runs of the cases.
         backend: The backend of sparse attention, as `patch` takes it.
 
     Raises:
-        ValueError: If the sparse video holds NaN or Inf.
+        ValueError: If a sparse output holds NaN or Inf.
     """
-    errors, sparse, sparse_calls = [], [], 0
+    found, sparse, sparse_calls = [], [], 0
     for reference in references:
-        with patch(pipe, plan, backend=backend) as handle:
-            video, taken = generate(pipe, reference.case, settings)
+        with patch(work.model, plan, backend=backend) as handle:
+            output, taken = work.run(reference.case)
         sparse_calls += handle.summary().sparse_calls
         sparse.append(taken)
-        if not np.isfinite(video).all():
+        found.append(work.difference(output, reference.output))
+        if not math.isfinite(found[-1][work.damage]):
             raise ValueError(f"the plan gives NaN or Inf on {reference.case.prompt!r}")
-        errors.append(float(np.mean((video - reference.video) ** 2)))
-    levels = [-10 * np.log10(max(e, 1e-10)) for e in errors]
     pairs = Pairs([reference.taken for reference in references], sparse) if sparse_calls else None
     return Verified(
-        float(np.mean(errors)),
-        float(np.mean(levels)),
+        {name: float(np.mean([each[name] for each in found])) for name in found[0]},
         pairs.speedup if pairs else 1.0,
         sum(taken.seconds for taken in sparse),
         pairs,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...generation import Case, GenerationSettings, generate
-from ...integrations.call import AttentionCall
-from ...integrations.diffusers import attach, components
+from ...call import AttentionCall
+from ...generation import Case, GenerationSettings
+from ...integrations import attached, components, workload
 from ...patterns import Pattern
 from ...search.candidates import tilings
 from ...search.profile import ComponentProfile
@@ -116,11 +116,8 @@ def score_patterns(
         return (level, call.layer), [patterns[level, call.layer, head] for head in heads]
 
     scorer = PatternScorer(ask, projections(module), rows, case.seed)
-    attachment = attach(module, scorer, pipe)
-    try:
-        generate(pipe, case, replace(settings, steps=len(profile.sigmas)))
-    finally:
-        attachment.detach()
+    with attached(pipe, {component: scorer}):
+        workload(pipe, settings).with_steps(len(profile.sigmas)).run(case)
     shape = (profile.num_heads, len(next(iter(patterns.values()))))
     none = torch.zeros(shape, dtype=torch.float64)
     found = {key: scored.squared_error for key, scored in scorer.found.items()}

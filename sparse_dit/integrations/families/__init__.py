@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..call import Branch
+from ...call import Branch
 from . import (
     allegro,
     anyflow,

@@ -1,6 +1,6 @@
 """The geometric starting plans that ship, for published models that nothing was measured on.
 
-`sparse_dit.geometric_plan` makes such a plan for any supported model, by the same recipe (`geometry.py`).
+`sparse_dit.geometric_plan` makes such a plan for any supported model, by the recipe of its `geometry.py`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..index import pattern_index
-from ..layout import Tile, TokenLayout
-from ..plan import ANY_CONFIG, Plan
-from .geometry import DENSE_STEPS, NEARBY, NEIGHBOURS, NOTE, Reach, one_pattern
+from sparse_dit.index import pattern_index
+from sparse_dit.layout import Tile, TokenLayout
+from sparse_dit.plan import ANY_CONFIG, Plan
+from sparse_dit.search.geometry import DENSE_STEPS, NEARBY, NEIGHBOURS, NOTE, Reach, one_pattern
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .case import GenerationSettings
-from .words import option
+from ..generation import GenerationSettings
+from ..words import option
 
 GOOD = 1024  # pixels that every host takes: what it refuses with them isn't about the size
 _SPATIAL = (

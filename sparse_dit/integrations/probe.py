@@ -9,33 +9,18 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..generation import progress_bars_off
-from ..integrations.diffusers import components
-from ..integrations.families import Family, family_of, forward_arguments, sigma_of
 from ..layout import TokenLayout
+from .attachment import components, image_only_layers
+from .families import Family, family_of, forward_arguments, sigma_of
+from .host import Seen
+from .pipeline import progress_bars_off
 
 PROMPT = "a cat plays the piano"  # any: its words are no geometry
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was seen at the door.
-
-    Args:
-        layouts: The token layout of each transformer, by component name.
-        sigmas: Noise level of each step from the first on; None if the scheduler doesn't tell them.
-        steps: How many there are; None if that isn't known either.
-    """
-
-    layouts: dict[str, TokenLayout]
-    sigmas: list[float] | None = None
-    steps: int | None = None
 
 
 class _AtTheDoor(Exception):
@@ -47,32 +32,35 @@ class _AtTheDoor(Exception):
         self.arguments = arguments
 
 
-def probe(pipe: Any, given: Mapping[str, Any]) -> Seen:
-    """Call a pipeline until it would run its transformer.
-
-    Args:
-        pipe: A diffusers pipeline of a supported class.
-        given: Arguments of its call; a prompt is added if it takes one and none is there.
+def probe(pipe: Any, given: Mapping[str, Any], layout: TokenLayout | None = None) -> Seen:
+    """Call a pipeline until it would run its transformer; see `Host.probe`.
 
     Raises:
         ValueError: If it needs other arguments, ends before, or its forward doesn't tell the token grid.
     """
     found = components(pipe)
+    image_only = {name: image_only_layers(part) for name, part in found.items()}
+    boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    if layout is not None:
+        return Seen(dict.fromkeys(found, layout), image_only, boundary=boundary)
     seen = _stopped(pipe, _call(pipe, given), found)
-    layouts = {}
-    for name, transformer in found.items():
-        family, config = _family(transformer), transformer.config
-        arrangement = family.arrange(config, seen.arguments) if family.arrange else None
-        layout = arrangement.layout if arrangement else family.layout(config, seen.arguments)
-        if layout is None:
-            raise ValueError(
-                f"the arguments of {type(transformer).__name__}'s forward must tell its token grid, and "
-                "these don't: pass layout=, a TokenLayout of frames, rows and columns of tokens"
-            )
-        layouts[name] = layout
+    layouts = {name: _layout(part, seen.arguments) for name, part in found.items()}
     times, whole = _timesteps(pipe)
     sigmas = _sigmas(times, whole, seen) if times else None
-    return Seen(layouts, sigmas, len(times) or None)
+    return Seen(layouts, image_only, sigmas, len(times) or None, boundary)
+
+
+def _layout(transformer: Any, arguments: Mapping[str, Any]) -> TokenLayout:
+    """The token layout that a forward's arguments tell."""
+    family, config = _family(transformer), transformer.config
+    arrangement = family.arrange(config, arguments) if family.arrange else None
+    layout = arrangement.layout if arrangement else family.layout(config, arguments)
+    if layout is None:
+        raise ValueError(
+            f"the arguments of {type(transformer).__name__}'s forward must tell its token grid, and "
+            "these don't: pass layout=, a TokenLayout of frames, rows and columns of tokens"
+        )
+    return layout
 
 
 def _call(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from ..layout import TokenLayout
-
-if TYPE_CHECKING:
-    from .parallel import Split
+from .layout import TokenLayout
 
 Branch = Literal["any", "cond", "uncond"]
 
@@ -39,6 +37,15 @@ class StepContext:
     run: int = -1
     step: int = -1
     condition: int | None = field(default=None, compare=False)
+
+
+class Split(Protocol):
+    """How tokens and heads lie on several processes; `attend` gives this one's output and the backend."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    attend: Callable[..., tuple[Tensor, str]]
 
 
 @dataclass(slots=True)
@@ -76,3 +83,20 @@ class AttentionCall:
 
 
 Intercept = Callable[[AttentionCall], Tensor]
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """q, k, v whose logits at `scale` are those of the given ones plus the bias' outer product.
+
+    Eight channels are appended, so that kernels' vectors stay whole; those of v are 0.
+
+    Args:
+        q, k, v: `[B, N, H, D]`.
+        bias: `[B, N]`.
+        scale: Factor of the logits.
+    """
+    extra = q.new_zeros(*q.shape[:3], 8)
+    query, key = extra.clone(), extra.clone()
+    query[..., 0] = (bias / scale).to(q.dtype)[:, :, None]
+    key[..., 0] = bias.to(q.dtype)[:, :, None]
+    return torch.cat([q, query], -1), torch.cat([k, key], -1), torch.cat([v, extra], -1)

@@ -1,0 +1,274 @@
+"""Attach to the self-attention of a diffusers transformer, whoever wants to see or replace it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..call import Intercept, StepContext
+from .families import Family, family_of, forward_arguments, sigma_of
+from .families.unqualified import UNQUALIFIED
+from .parallel import check_split
+from .processors import Seam, Tap, wrap
+from .schedule import Schedule
+from .step_tracker import StepTracker
+
+logger = logging.getLogger("sparse_dit")
+
+COMPONENTS = ("transformer", "transformer_2")
+
+
+def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by component name; a bare one is `{"transformer": it}`."""
+    supported = "`sparse-dit models` lists the transformers that are"
+    kind = type(pipe_or_transformer).__name__
+    if isinstance(pipe_or_transformer, type):
+        raise TypeError(
+            f"{pipe_or_transformer.__name__} is a class; pass a pipeline or transformer of it, as "
+            f"{pipe_or_transformer.__name__}.from_pretrained(...) gives"
+        )
+    if isinstance(pipe_or_transformer, nn.Module):
+        found = {"transformer": pipe_or_transformer}
+    else:
+        parts = getattr(pipe_or_transformer, "components", {})
+        found = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
+    if not found:
+        raise TypeError(
+            f"{kind} is no transformer and no pipeline with one; pass a diffusers pipeline"
+        )
+    # torch.compile(module) keeps the module itself here
+    found = {name: getattr(part, "_orig_mod", part) for name, part in found.items()}
+    for name, part in found.items():
+        if family_of(part) is None:
+            what = type(part).__name__
+            if part is not pipe_or_transformer:
+                what = f"{kind}.{name}, a {what},"
+            reason = UNQUALIFIED.get(type(part).__name__)
+            raise NotImplementedError(
+                f"{what} can't be patched: {reason}"
+                if reason
+                else f"{what} is not supported; {supported}, "
+                "sparse_dit.add_model makes another class known"
+            )
+    return found
+
+
+def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Attention layers whose queries and keys are the layout's tokens, by exact module path."""
+    (transformer,) = components(transformer).values()
+    pattern = re.compile(_family(transformer).layers)
+    return {name: module for name, module in transformer.named_modules() if pattern.fullmatch(name)}
+
+
+def image_only_layers(transformer: nn.Module) -> set[str]:
+    """Those of its self-attention layers that see the video or image without the text, by module path."""
+    (transformer,) = components(transformer).values()
+    image_only = re.compile(_family(transformer).image_only or r"(?!)").fullmatch
+    return {name for name in self_attention_layers(transformer) if image_only(name)}
+
+
+def heads_of(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """`(num_heads, head_dim)` of each of a transformer's self-attention layers, by exact module path."""
+    (transformer,) = components(transformer).values()
+    found = _family(transformer).heads(transformer.config)
+    layers = self_attention_layers(transformer)
+    return {layer: found[layer] if isinstance(found, Mapping) else found for layer in layers}
+
+
+def output_projection(layer: nn.Module) -> nn.Module | None:
+    """A layer's output projection, in the usual place; None in blocks that project it with their MLP."""
+    out: Any = getattr(layer, "to_out", None)
+    return out[0] if isinstance(out, nn.ModuleList | nn.Sequential) and len(out) else out
+
+
+def attach(transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachment:
+    """Send every self-attention call of a transformer to `intercept`; see `integrations.attach`.
+
+    Norms, rotary embedding and projections stay the host's. The scheduler of `pipe` tells where generations
+    and steps begin; without a pipeline they are guessed from noise levels and conditions.
+    """
+    (transformer,) = components(transformer).values()
+    if attachment_of(transformer) is not None:
+        raise ValueError(
+            f"something is attached to this {type(transformer).__name__} already; "
+            "detach it first (handle.remove() or sparse_dit.unpatch(pipe))"
+        )
+    return Attachment(transformer, intercept, None if isinstance(pipe, nn.Module) else pipe)
+
+
+def attachment_of(transformer: nn.Module) -> Attachment | None:
+    """What is attached to a transformer."""
+    return vars(transformer).get(Attachment.KEY)
+
+
+class Attachment:
+    """A transformer's patched processors and the hook that tracks its forwards.
+
+    It belongs to the transformer: copied and pickled with it, and no part of its state dict.
+    `layers` are the attached attention layers by module path.
+
+    The hook is torch's own (not one of diffusers' `HookRegistry`), which copies with the module and
+    which offloading and cache hooks, all of them wrappers of `forward`, neither see nor drop.
+    """
+
+    KEY = "_sparse_dit"
+
+    def __init__(self, transformer: nn.Module, intercept: Intercept, pipe: Any = None) -> None:
+        self._tap = Tap(intercept, unpadded=_family(transformer).unpadded)
+        self._transformer: Any = transformer
+        self.layers: dict[str, Any] = dict(self_attention_layers(transformer))
+        self._stock = {n: m.processor for n, m in self.layers.items()}
+        image_only = image_only_layers(transformer)
+        self._patched = {
+            n: wrap(p, Seam(n, self._tap, n in image_only)) for n, p in self._stock.items()
+        }
+        self._links = _links(transformer, self.layers)
+        self._num_heads = {num_heads for num_heads, _ in heads_of(transformer).values()}
+        self._name: str | None = None
+        self._schedule = Schedule(pipe)
+        self._tracker = StepTracker(self._schedule)
+        self._lost: set[str] = set()
+        self._was_replaced = False
+        try:
+            for name, processor in self._patched.items():
+                _set(self.layers[name], processor)
+        except BaseException:
+            for name, processor in self._stock.items():
+                if self.layers[name].processor is not processor:
+                    _set(self.layers[name], processor)
+            raise
+        hook = self._before_forward  # pyright: ignore[reportAttributeAccessIssue]
+        self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+        if hasattr(transformer, "cache_context"):
+            self._transformer.cache_context = self._cache_context  # on this instance alone
+        setattr(transformer, self.KEY, self)
+
+    @property
+    def context(self) -> StepContext:
+        """Where the last forward stood."""
+        return self._tap.context
+
+    @property
+    def intercept(self) -> Intercept | None:
+        """What gets the calls; None once detached."""
+        return self._tap.intercept
+
+    @property
+    def lost(self) -> list[str]:
+        """Layers that were replaced while attached, or whose processor was: they run stock attention."""
+        if self._tap.intercept is None:
+            return sorted(self._lost)
+        return sorted(n for n, p in self._patched.items() if self._replaced(n, p))
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the pipeline had another transformer in this one's place while attached."""
+        pipe = self._schedule.pipe
+        if self._tap.intercept is None or pipe is None:
+            return self._was_replaced
+        parts = (getattr(part, "_orig_mod", part) for part in pipe.components.values())
+        return all(part is not self._transformer for part in parts)
+
+    def begin_run(self) -> None:
+        """Let the next forward begin a generation; see `Handle.begin_run`."""
+        self._tracker.begin()
+
+    def detach(self) -> None:
+        """Restore the very stock processors and take the hook off; twice is harmless."""
+        if self._tap.intercept is None:
+            return
+        self._lost, self._was_replaced = set(self.lost), self.replaced
+        for name, layer in self.layers.items():
+            if layer.processor is self._patched[name]:
+                _set(layer, self._stock[name])
+        self._hook.remove()
+        vars(self._transformer).pop("cache_context", None)
+        delattr(self._transformer, self.KEY)
+        self._tap.intercept = None  # a processor that the host kept runs stock from now on
+        self._tap.mask = self._tap.arrangement = None
+        self._tracker = StepTracker()  # it holds tensors
+
+    def _untouched(self) -> bool:
+        """Whether every layer is where it was, with our processor."""
+        return all(parent.get(name) is child for parent, name, child in self._links) and all(
+            self.layers[name].processor is processor for name, processor in self._patched.items()
+        )
+
+    def _replaced(self, name: str, processor: Any) -> bool:
+        """Whether another layer or processor is at this path now; nothing may be, in a cut model."""
+        try:
+            layer = self._transformer.get_submodule(name)
+        except AttributeError:
+            return False
+        return getattr(layer, "processor", None) is not processor
+
+    @contextlib.contextmanager
+    def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """`transformer.cache_context`, from which the pipeline tells the guidance branch."""
+        previous, self._name = self._name, name
+        try:
+            with type(self._transformer).cache_context(self._transformer, name, **kwargs):
+                yield
+        finally:
+            self._name = previous
+
+    @torch.compiler.disable
+    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._report_lost()
+        family = _family(transformer)
+        arguments = forward_arguments(transformer, args, kwargs)
+        sigma = sigma_of(family, transformer.config, arguments)
+        branch, run, step = self._tracker.advance(
+            self._tap.context, family, arguments, sigma, self._name
+        )
+        arrangement = family.arrange(transformer.config, arguments) if family.arrange else None
+        layout = arrangement.layout if arrangement else family.layout(transformer.config, arguments)
+        check_split(transformer, layout, self._num_heads, arguments)
+        condition = self._tracker.condition(arguments)
+        self._tap.context = StepContext(layout, sigma, branch, run, step, condition)
+        self._tap.arrangement = arrangement
+
+    def _report_lost(self) -> None:
+        if not self._lost and self._untouched():  # the usual case, at a microsecond a layer
+            return
+        lost = set(self.lost)
+        if lost - self._lost:
+            logger.error(
+                "the attention processors of %d layers were replaced after patching "
+                "(fuse_qkv_projections? an IP adapter? other blocks?) and run stock: "
+                "do that first, then patch; %s",
+                len(lost),
+                sorted(lost),
+            )
+        self._lost = lost
+
+
+def _links(root: nn.Module, layers: dict[str, Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Which module holds which on the way to the layers: `(modules of the holder, name, module)`."""
+    links = {}
+    for path in layers:
+        parent: Any = root
+        for name in path.split("."):
+            child = parent._modules[name]
+            links[id(parent), name] = (parent._modules, name, child)
+            parent = child
+    return list(links.values())
+
+
+def _set(layer: Any, processor: Any) -> None:
+    if hasattr(layer, "set_processor"):
+        layer.set_processor(processor)
+    else:  # Mochi's attention has no setter
+        layer.processor = processor
+
+
+def _family(transformer: nn.Module) -> Family:
+    family = family_of(transformer)
+    assert family is not None, "components() lets no other class through"
+    return family
