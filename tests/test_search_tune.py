@@ -6,14 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparse_dit.generation import GenerationSettings
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.plan import Stage
-from sparse_dit.search import Objective, tune
+from sparse_dit.search import tune
+from sparse_dit.search.options import SearchOptions
 from sparse_dit.search.solve import Problem
 from sparse_dit.search.tune import FIRST_SCALE, MARGIN_DB, MAX_ROUNDS, RELAX_DB, Session
 from sparse_dit.search.verify import Verified
 
 WANTED = 30.0
+OPTIONS = SearchOptions(settings=GenerationSettings(64, 64), min_psnr=WANTED)
 PATTERNS = (Pattern(Dense()), Pattern(Window(1)))
 
 
@@ -56,9 +59,9 @@ def tuned(monkeypatch):
         monkeypatch.setattr(tune, "verify", verified)
         monkeypatch.setattr(Session, "plan", lambda self, choice: choice)
         work = SimpleNamespace(damage="mse", quality="psnr_db")
-        session = Session(work, "", task, None, None, Objective(min_psnr=WANTED), "auto")
+        session = Session(OPTIONS, work, "", task, None, None)
         clock = SimpleNamespace(elapsed=0.0)
-        return seen, tune.tune(session, [], budget, clock, lambda text: None)
+        return seen, tune.tune(session, [], budget, clock)
 
     return run
 

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from sparse_dit.search.objective import Objective
+from sparse_dit.generation import GenerationSettings
+from sparse_dit.search.options import SearchOptions
 from sparse_dit.search.provenance import measured_of
 from sparse_dit.search.verify import Verified
 from sparse_dit.timing import LEAST_SHARE, Pairs, Stopwatch, Taken, Timer, timed, timing_of
@@ -73,12 +74,12 @@ def test_pairs_say_what_they_are_worth():
 
 
 def test_a_plan_keeps_what_its_speedup_is_worth():
-    objective = Objective(min_psnr=30)
+    options = SearchOptions(settings=GenerationSettings(64, 64), min_psnr=30)
     found = pairs([12.0, 13.0], [8.0, 9.0], wall=2.0)
     verified = Verified({"psnr_db": 31.0}, 1.47, 17.0, found)
-    measured = measured_of(objective, verified, "psnr_db", 2, None)
+    measured = measured_of(options, verified, "psnr_db", 2)
     assert measured["speedup"] == 1.47 and measured["speedup_least"] == 1.4444
     assert "too busy" in measured["caution"]
-    dense = measured_of(objective, Verified({"psnr_db": 100.0}, 1.0, 17.0), "psnr_db", 2, None)
+    dense = measured_of(options, Verified({"psnr_db": 100.0}, 1.0, 17.0), "psnr_db", 2)
     assert dense["speedup"] == 1.0 and dense["timing"] == "dense; not measured"
     assert not {"timed_pairs", "caution"} & set(dense)

@@ -54,7 +54,7 @@ def profile(
     prompts, other prompts as --held-out, and --profile. Steps are those of the generation: a third of them
     is run, at least 4, unless --profile-steps says how many.
     """
-    from ..search.asked import profiled_at
+    from ..search.options import profiled_at
     from ..search.profile_file import only_writer
 
     given = cases.read()
@@ -80,12 +80,13 @@ def profile(
 def _check(job: _Job) -> None:
     """Raise, before a model is loaded, if it can't be profiled so or the file couldn't be written."""
     from ..inputs import described
-    from ..search.asked import check_profile, check_search
+    from ..integrations import workload
+    from ..search.options import check_profile
 
     outputs = Outputs(replace=True, say=say)
     outputs.expect("--out", job.path, again=True)
     if (pipe := described(job.model, job.device, job.dtype)) is not None:
-        check_search(pipe, job.cases[0], job.settings, rows=job.rows)
+        workload(pipe, job.settings).check(job.cases[0])
         check_profile(pipe, job.cases, job.settings, job.path, rows=job.rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,29 @@ if TYPE_CHECKING:
     from ..search import Searched
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The options of a search that it takes as they are, by the names of `SearchOptions`."""
+
+    target_speedup: Annotated[float | None, typer.Option(help="Forecast speed-up to reach.")] = None
+    max_error: Annotated[float | None, typer.Option(help="Largest error of head outputs.")] = None
+    min_psnr: Annotated[float | None, typer.Option(help="Least PSNR on held-out prompts.")] = None
+    profile: Annotated[
+        Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
+    ] = None
+    profile_steps: ProfileSteps = None
+    device_table: Annotated[
+        str | None,
+        typer.Option(
+            "--cost-table",
+            help="Solve for another device: name or file of its table; h100, h800, h20 are estimates.",
+        ),
+    ] = None
+    dense_seconds: Annotated[
+        float | None, typer.Option(help="Of one dense generation on that device.")
+    ] = None
+
+
 @with_options
 def search(
     model: Model,
@@ -26,24 +50,7 @@ def search(
         list[str] | None, typer.Option(help="A prompt to verify on; repeatable.")
     ] = None,
     size: Size,
-    target_speedup: Annotated[
-        float | None, typer.Option(help="Forecast speed-up to reach.")
-    ] = None,
-    max_error: Annotated[float | None, typer.Option(help="Largest error of head outputs.")] = None,
-    min_psnr: Annotated[float | None, typer.Option(help="Least PSNR on held-out prompts.")] = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
-    ] = None,
-    profile_steps: ProfileSteps = None,
-    cost_table: Annotated[
-        str | None,
-        typer.Option(
-            help="Solve for another device: name or file of its table; h100, h800, h20 are estimates."
-        ),
-    ] = None,
-    dense_seconds: Annotated[
-        float | None, typer.Option(help="Of one dense generation on that device.")
-    ] = None,
+    wanted: Wanted,
     place: Place,
     force: Force = False,
 ) -> int:
@@ -52,52 +59,31 @@ def search(
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
     from ..inputs import check_model, described, load_pipeline
-    from ..search import Objective
     from ..search import search_plan as find
-    from ..search.asked import check_profile, check_search, profiled_at, split_cases
     from ..search.objective import shortfall
-    from ..search.pricing import TargetDevice
+    from ..search.options import SearchOptions, check_profile
 
     given = cases.read()
-    settings = size.settings()
-    dial: dict[str, Any] = {
-        "target_speedup": target_speedup,
-        "max_error": max_error,
-        "min_psnr": min_psnr,
+    kept = wanted.profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
+    asked: dict[str, Any] = {
+        **vars(wanted),
+        "settings": size.settings(),
+        "held_out": cases.numbered(held_out, after=len(given)) or None,
+        "profile": kept,
+        "report": say,
     }
-    Objective(**dial)
-    target_device = TargetDevice.of(cost_table, dense_seconds)
-    later = cases.numbered(held_out, after=len(given))
-    kept = profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
+    options = SearchOptions(**asked)
     outputs = Outputs(replace=force, say=say)
     outputs.expect("--out", plan_file, ".json", beside=_beside)
     outputs.expect("--profile", kept, again=True)
     check_model(model)
-    calibration, _ = split_cases(given, later or None, "held_out")
+    calibration, _ = options.split(given)
     if (pipe := described(model, place.device, place.dtype)) is not None:
-        check_search(
-            pipe,
-            calibration[0],
-            settings,
-            profile_steps=profile_steps,
-            target_device=target_device,
-        )
-        profiled = profiled_at(settings, profile_steps)
-        check_profile(pipe, calibration, profiled, kept)
+        options.check(pipe, calibration[0])
+        check_profile(pipe, calibration, options.profiled, kept)
     pipe = load_pipeline(model, place.device, place.dtype)
     try:
-        searched = find(
-            pipe,
-            given,
-            held_out=later or None,
-            settings=settings,
-            profile=kept,
-            profile_steps=profile_steps,
-            report=say,
-            device_table=cost_table,
-            dense_seconds=dense_seconds,
-            **dial,
-        )
+        searched = find(pipe, given, **asked)
     except KeyboardInterrupt:
         resumable(kept)
         raise

@@ -11,7 +11,8 @@ import sys
 import types
 from typing import Any
 
-from .engine import Objective, Searched, plan_of, search, search_plan
+from .engine import Searched, plan_of, search, search_plan
+from .objective import Objective
 
 __all__ = ["Objective", "Searched", "plan_of", "search", "search_plan"]
 __signature__ = inspect.signature(search)  # what `inspect.signature` shows of the package

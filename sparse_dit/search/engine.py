@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-from ..generation import Case, GenerationSettings
+from ..generation import Case
 from ..integrations import Workload, components, workload
 from ..on_cpu import on_cpu
 from ..plan import Plan, Stage
 from ..plan.evidence import without_evidence
-from ..words import option
-from .asked import TuneOn, check_search, profiled_at, split_cases
 from .assemble import forecast_of, layers_of, levels_of, stage_shares
 from .cost import break_even_tokens
 from .front import Front, front_of, model_hash
-from .objective import PSNR, Objective
-from .pricing import TargetDevice, cost_tables, dense_generation, inside
+from .options import SearchOptions, by_keywords
+from .pricing import cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
 from .provenance import evidence, measured_of, provenance
 from .sensitivity import Sensitivity, sensitivity
 from .solve import Choice, Problem, joined, pair_shares, problem, stages_of
-from .tune import Clock, Report, Session, tune
+from .tune import Clock, Session, tune
 from .verify import Reference, dense_reference
-
-Params = ParamSpec("Params")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,26 +82,8 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
     )
 
 
-@on_cpu
-def search_plan(
-    pipe: Any,
-    prompts: Sequence[str | Case],
-    *,
-    settings: GenerationSettings,
-    held_out: Sequence[str | Case] | None = None,
-    target_speedup: float | None = None,
-    max_error: float | None = None,
-    min_psnr: float | None = None,
-    profile: str | Path | None = None,
-    profile_steps: int | None = None,
-    tune_on: TuneOn = "held_out",
-    rows: int = 64,
-    max_generations: float = 3.0,
-    backend: str = "auto",
-    device_table: str | Path | None = None,
-    dense_seconds: float | None = None,
-    report: Report | None = None,
-) -> Searched:
+@by_keywords(SearchOptions)
+def search_plan(pipe: Any, prompts: Sequence[str | Case], options: SearchOptions) -> Searched:
     """Profile a pipeline's heads on prompts and choose a pattern for each.
 
     The pipeline is left as it was, whatever happens.
@@ -116,24 +91,7 @@ def search_plan(
     Args:
         pipe: A diffusers pipeline of a supported class, not patched.
         prompts: Calibration prompts (or cases with seeds).
-        settings: Size, steps and guidance that the plan is made at; it holds for others too.
-        held_out: Prompts for verification, none of them in `prompts`. If None, the last of several
-            prompts is held out.
-        target_speedup, max_error, min_psnr: The dial; give one. See `Objective`.
-        profile: File to keep the profile in; a run that was stopped goes on from it.
-        profile_steps: Denoising steps of the profiling runs; a third of `settings.steps`, at least 4,
-            if None. They are the noise levels that the plan distinguishes.
-        tune_on: `"calibration"` tunes and verifies on the last of `prompts`, whose dense generation is
-            recorded while it is profiled, so that none is made for verification alone. Nothing is held
-            out then: verify the plan afterwards.
-        rows: Sampled query rows for each head, layer, step and prompt.
-        max_generations: With `min_psnr`: stop tightening when the search has taken the time of this
-            many dense generations and the PSNR is reached.
-        backend: Sparse backend to measure and verify with.
-        device_table: Table of another device to solve for, by name or path; see `DeviceTable`. What is
-            verified here is then the quality, not the speed-up.
-        dense_seconds: The seconds of a dense generation on that device; measured if the table is of this one.
-        report: Called with a line of text at each phase.
+        options: What is asked for: each field of `SearchOptions` is a keyword.
 
     Raises:
         ValueError: For an empty prompt list, a prompt in both lists, a number out of range, a
@@ -143,79 +101,53 @@ def search_plan(
         TypeError: If `pipe` is no pipeline, or `prompts` no list.
         NotImplementedError: For a pipeline of an unsupported class.
     """
-    say = report or (lambda text: None)
-    objective = Objective(target_speedup, max_error, min_psnr)
-    work = workload(pipe, settings)
-    if min_psnr is not None and work.quality != PSNR:
-        raise ValueError(
-            f"{option('min_psnr')} is for models that make images or videos, and of a "
-            f"{type(pipe).__name__} {work.quality} is measured; give another objective"
-        )
-    target_device = TargetDevice.of(device_table, dense_seconds)
-    if target_device is not None and target_device.table.caveat:
-        say(target_device.table.caveat)
-    calibration, held = split_cases(prompts, held_out, tune_on)
-    check_search(
-        pipe,
-        calibration[0],
-        settings,
-        rows=rows,
-        profile=profile,
-        profile_steps=profile_steps,
-        target_device=target_device,
-    )
-    if not (math.isfinite(max_generations) and max_generations > 0):
-        raise ValueError(f"max_generations must be a number above 0, got {max_generations!r}")
+    return _searched(pipe, prompts, options)
+
+
+@by_keywords(SearchOptions)
+def search(pipe: Any, prompts: Sequence[str | Case], options: SearchOptions) -> Plan:
+    """The plan of `search_plan`, without all that it was found from."""
+    return _searched(pipe, prompts, options).plan
+
+
+@on_cpu
+def _searched(pipe: Any, prompts: Sequence[str | Case], options: SearchOptions) -> Searched:
+    work, say = workload(pipe, options.settings), options.say
+    calibration, held = options.split(prompts)
+    options.check(pipe, calibration[0])
+    if options.target_device is not None and options.target_device.table.caveat:
+        say(options.target_device.table.caveat)
     clock = Clock(work.device)
-    profiled_settings = profiled_at(settings, profile_steps)
-    say(f"profiling {len(calibration)} prompts at {profiled_settings.steps} noise levels")
+    say(f"profiling {len(calibration)} prompts at {options.profiled.steps} noise levels")
     profiled = profile_pipeline(
         pipe,
         calibration,
-        profiled_settings,
-        rows=rows,
-        reference_steps=None if held else settings.steps,
-        path=profile,
+        options.profiled,
+        rows=options.rows,
+        reference_steps=None if held else options.settings.steps,
+        path=options.profile,
         report=lambda done, total, text: say(f"profile {done}/{total} {text}"),
         say=say,
     )
     clock.lap("profile")
-    run = _Run(work, calibration, held, backend, clock, say, target_device)
-    return _solved(run, profiled, objective, max_generations)
-
-
-def _for_the_plan(find: Callable[Params, Searched]) -> Callable[Params, Plan]:
-    """`find` with the same parameters, less all that the plan was found from."""
-
-    @functools.wraps(find)
-    def search(*args: Params.args, **kwargs: Params.kwargs) -> Plan:
-        return find(*args, **kwargs).plan
-
-    vars(search)["__signature__"] = inspect.signature(find).replace(return_annotation=Plan)
-    search.__name__ = search.__qualname__ = "search"
-    search.__annotations__ = {**find.__annotations__, "return": "Plan"}
-    return search
-
-
-search = _for_the_plan(search_plan)
+    return _solved(_Run(options, work, calibration, held, clock), profiled)
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What a search was asked to do, less its objective."""
+    """A search that is under way: what it was asked for, of which pipeline and cases."""
 
+    options: SearchOptions
     work: Workload
     calibration: list[Case]
     held_out: list[Case]
-    backend: str
     clock: Clock
-    say: Report
-    target_device: TargetDevice | None = None
 
 
-def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations: float) -> Searched:
+def _solved(run: _Run, profiled: Profile) -> Searched:
     """Everything after the profile."""
-    clock, say, target_device = run.clock, run.say, run.target_device
+    options, clock, say = run.options, run.clock, run.options.say
+    target_device = options.target_device
     parts = profiled.components
     of_device = (
         f"those of the device table {target_device.table.name}"
@@ -223,7 +155,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
         else "measured here"
     )
     say(f"costs are {of_device}")
-    tables = cost_tables(components(run.work.model), parts, run.backend, target_device)
+    tables = cost_tables(components(run.work.model), parts, options.backend, target_device)
     clock.lap("cost")
     stages = {name: stages_of(part.sigmas) for name, part in parts.items()}
     say("measuring how much each noise level and layer matters")
@@ -242,10 +174,12 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     }
     task = joined(problems, pair_shares(parts, calls), dense_seconds)
     clock.lap("solve")
-    session = Session(run.work, matters, task, tables, profiled, objective, run.backend)
-    choice, plan, verified = tune(session, references, max_generations * local_seconds, clock, say)
+    session = Session(options, run.work, matters, task, tables, profiled)
+    choice, plan, verified = tune(
+        session, references, options.max_generations * local_seconds, clock
+    )
     clock.lap("verify")
-    plan = _with_break_even(session, plan, choice, run.target_device)
+    plan = _with_break_even(session, plan, choice)
     clock.lap("break-even")
     backing = evidence(parts, task, choice)
     clock.lap("evidence")
@@ -254,9 +188,7 @@ def _solved(run: _Run, profiled: Profile, objective: Objective, max_generations:
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
-        measured=measured_of(
-            objective, verified, run.work.quality, len(run.held_out), run.target_device
-        ),
+        measured=measured_of(options, verified, run.work.quality, len(run.held_out)),
     )
     return Searched(plan, profiled, task, choice, references, clock.laps)
 
@@ -266,7 +198,7 @@ def _references(run: _Run, profiled: Profile) -> list[Reference]:
     if not run.held_out:
         assert profiled.reference is not None, "profiling was asked for it"
         return [profiled.reference]
-    run.say(f"dense references of {len(run.held_out)} held-out cases")
+    run.options.say(f"dense references of {len(run.held_out)} held-out cases")
     return [dense_reference(run.work, case) for case in run.held_out]
 
 
@@ -278,17 +210,15 @@ def _sensitivities(
     levels = sum(map(len, stages.values()))
     return {
         name: sensitivity(
-            small, name, stages[name], part.layers, case, levels=levels, report=run.say
+            small, name, stages[name], part.layers, case, levels=levels, report=run.options.say
         )
         for name, part in parts.items()
     }
 
 
-def _with_break_even(
-    session: Session, plan: Plan, choice: Choice, target_device: TargetDevice | None
-) -> Plan:
+def _with_break_even(session: Session, plan: Plan, choice: Choice) -> Plan:
     """The plan with the number of tokens under which dense attention is faster, for each transformer."""
-    task = session.problem
+    task, target_device = session.problem, session.options.target_device
     picked = task.density.gather(1, choice.pick[:, None])[:, 0]
     found = {}
     for name, component in plan.components.items():

@@ -17,8 +17,8 @@ from ..version import VERSION
 from .assemble import one_or_named
 from .dependence import depends, prompt_dependence
 from .exact import certify
-from .objective import PSNR, Objective
-from .pricing import TargetDevice
+from .objective import PSNR
+from .options import SearchOptions
 from .profile import ComponentProfile
 from .solve import Choice, Problem
 from .tune import Session
@@ -57,7 +57,7 @@ def provenance(
         "machine": platform.machine(),
         "threads": one_or_named({name: table.threads for name, table in tables}),
         "backend": one_or_named({name: table.backend for name, table in tables}),
-        "objective": session.objective.to_dict(),
+        "objective": session.options.objective.to_dict(),
         "settings": session.work.settings.to_dict(),
         "cases": {k: [{"prompt": c.prompt, "seed": c.seed} for c in v] for k, v in cases.items()},
         "profile_steps": session.profile.settings.steps,
@@ -69,22 +69,17 @@ def provenance(
 
 
 def measured_of(
-    objective: Objective,
-    verified: Verified,
-    quality: str,
-    cases: int,
-    target_device: TargetDevice | None,
+    options: SearchOptions, verified: Verified, quality: str, cases: int
 ) -> dict[str, Any]:
     """`measured` of a plan; whether a speed-up is met on another device isn't known here (None).
 
     Args:
-        objective: The speed-up, error or PSNR that was asked for.
+        options: What the search was asked for.
         verified: What the plan gave when it was verified.
         quality: The metric that is noted; see `Workload`.
         cases: Held-out cases among those it was verified on.
-        target_device: The device that was solved for, if it isn't this one.
     """
-    psnr, speedup = objective.min_psnr, objective.target_speedup
+    psnr, speedup, target_device = options.min_psnr, options.target_speedup, options.target_device
     foreign = target_device is not None and not target_device.table.here
     met: bool | None = psnr is None or verified.difference[PSNR] >= psnr
     if speedup is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,13 +13,12 @@ from ..plan import Plan
 from ..timing import Timer
 from .assemble import first_plan, stage_shares
 from .cost import Costs
-from .objective import PSNR, Objective
+from .objective import PSNR
+from .options import SearchOptions
 from .profile import Profile
 from .sensitivity import Sensitivity
 from .solve import Choice, Problem
 from .verify import Reference, Verified, verify
-
-Report = Callable[[str], None]
 
 MARGIN_DB = 1.5  # how far above the wanted PSNR plans are made, as other prompts give less
 # Measured over forecast damage, before a round has measured it: the geometric mean over three prompts of
@@ -60,22 +59,20 @@ class Session:
     """What stays the same while a choice is tuned.
 
     Args:
+        options: What the search was asked for.
         work: What is run to verify; the model is not patched.
         sensitivity: How sensitive the output is to errors of each transformer, by component name.
         problem: The units, with what each of their candidates costs and spoils.
         tables: What attention costs in each transformer, by component name.
         profile: The profile that the problem was made of.
-        objective: The speed-up, error or PSNR that is asked for.
-        backend: The backend of sparse attention, as `patch` takes it.
     """
 
+    options: SearchOptions
     work: Workload
     sensitivity: Mapping[str, Sensitivity]
     problem: Problem
     tables: Mapping[str, Costs]
     profile: Profile
-    objective: Objective
-    backend: str
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as a plan."""
@@ -85,11 +82,11 @@ class Session:
 
     def choose(self, damage: float) -> Choice:
         """What answers the objective, at a largest damage if it asks for a PSNR."""
-        return self.objective.choose(self.problem, damage)
+        return self.options.objective.choose(self.problem, damage)
 
 
 def tune(
-    session: Session, references: list[Reference], budget: float, clock: Clock, say: Report
+    session: Session, references: list[Reference], budget: float, clock: Clock
 ) -> tuple[Choice, Plan, Verified]:
     """The choice that meets the objective, as a plan, and what it gave on the held-out cases.
 
@@ -101,12 +98,11 @@ def tune(
         references: Dense generations that the sparse ones are compared with.
         budget: Seconds on the clock after which a plan that is good enough is not improved.
         clock: A clock that runs since the search began.
-        say: Called with a line of text after each round.
 
     Raises:
         ValueError: If the objective is out of reach, or the sparse output holds NaN or Inf.
     """
-    wanted = session.objective.min_psnr
+    wanted, say = session.options.min_psnr, session.options.say
     scale, floor = FIRST_SCALE, 0.0  # measured over forecast damage; dB to aim at
     best: tuple[Choice, Plan, Verified] | None = None  # the fastest that is good
     closest: tuple[Choice, Plan, Verified] | None = None  # of the highest PSNR, if none is
@@ -114,7 +110,7 @@ def tune(
         limit = math.inf
         if wanted is not None:
             limit = 10 ** (-max(wanted + MARGIN_DB, floor) / 10) / scale
-        last = _round(session, session.choose(limit), references, say)
+        last = _round(session, session.choose(limit), references)
         choice, _, verified = last
         say(
             f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "
@@ -155,9 +151,11 @@ def _likeness(work: Workload, verified: Verified) -> str:
 
 
 def _round(
-    session: Session, choice: Choice, references: list[Reference], say: Report
+    session: Session, choice: Choice, references: list[Reference]
 ) -> tuple[Choice, Plan, Verified]:
     if choice.seconds >= session.problem.dense_seconds * DECLINED:
-        say("no sparse choice that meets the objective is faster than dense: the plan is all dense")
+        session.options.say(
+            "no sparse choice that meets the objective is faster than dense: the plan is all dense"
+        )
     plan = session.plan(choice)
-    return choice, plan, verify(session.work, plan, references, session.backend)
+    return choice, plan, verify(session.work, plan, references, session.options.backend)
