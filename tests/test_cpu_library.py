@@ -68,7 +68,7 @@ def test_without_the_library_the_named_backend_raises(no_library):
     with pytest.raises(NotImplementedError, match=r"'cpu' cannot run this: .* is not built"):
         sparse_attention(q, k, v, index, backend="cpu")
     with pytest.raises(NotImplementedError, match="is not built"):
-        torch.ops.sparse_dit.attend(q, k, v, packed_index(index), None, 0.25)
+        torch.ops.sparse_dit.attend(q, k, v, packed_index(index), None, None, 0.25)
 
 
 def test_float64_goes_to_gather_without_a_warning(caplog):

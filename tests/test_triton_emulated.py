@@ -218,7 +218,7 @@ TABLE_FAULTS = {  # name: table, place, value, what must find it
 def test_a_wrong_table_is_found(name, monkeypatch):
     table, place, value, finds = TABLE_FAULTS[name]
     index, _, given, _, truth = made(PLAIN)
-    fresh = type(index)(index.entries, index.head_to_pattern, index.causal)
+    fresh = type(index)(index.entries, index.head_to_pattern, index.rows)
 
     def wrong(*arguments, **keywords):
         tables = build(*arguments, **keywords)
@@ -242,7 +242,7 @@ def test_a_wrong_table_is_found(name, monkeypatch):
 
 def test_a_tile_launched_twice_is_found(monkeypatch):
     index, _, given, *_ = made(PLAIN)
-    fresh = type(index)(index.entries, index.head_to_pattern, index.causal)
+    fresh = type(index)(index.entries, index.head_to_pattern, index.rows)
     order = work.launch_order
 
     def twice(costs):
