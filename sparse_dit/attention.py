@@ -76,11 +76,11 @@ def sparse_attention(
         ValueError: If shapes, dtypes or devices don't fit together, or the backend is unknown.
         NotImplementedError: If the named backend can't run this, with the reason.
     """
-    rows = {"row_start": row_start, "row_stop": row_stop}
-    out = attend(q, k, v, index, **rows, scale=scale, backend=backend).out
+    given = {"row_start": row_start, "row_stop": row_stop}
+    out = attend(q, k, v, index, **given, scale=scale, backend=backend).out
     if not nan_guard:
         return out
-    return finite_or_dense(out, q, k, v, _met(index, RowIntervals(row_start, row_stop)), scale)
+    return finite_or_dense(out, q, k, v, _rows(q, index, row_start, row_stop), scale)
 
 
 def attend(
@@ -119,7 +119,8 @@ def attend(
         NotImplementedError: If the named backend can't run this, with the reason.
     """
     q, k, v = lowered(q, k, v)
-    rows = _check(q, k, v, index, RowIntervals(row_start, row_stop))
+    _check(q, k, v, index)
+    rows = _rows(q, index, row_start, row_stop)
     if mass_block is not None and mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
     width = v.shape[-1]
@@ -162,7 +163,8 @@ def block_mass(
             fit.
     """
     q, k = lowered(q, k)
-    rows = _check(q, k, k, index, RowIntervals(row_start, row_stop))
+    _check(q, k, k, index)
+    rows = _rows(q, index, row_start, row_stop)
     if mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device:
@@ -202,10 +204,17 @@ def backend_name(
     return _name(lowered(q)[0], index, backend, lse, mass, value_width or q.shape[-1])
 
 
-def _met(index: SparseIndex, rows: RowIntervals) -> RowIntervals | None:
+def _rows(
+    q: Tensor, index: SparseIndex, row_start: Tensor | None, row_stop: Tensor | None
+) -> RowIntervals | None:
     """What a call's rows may see: the index's own intervals, the call's, or what both let through."""
-    if rows.start is None and rows.stop is None:
+    if row_start is None and row_stop is None:
         return index.rows
+    rows = RowIntervals(row_start, row_stop)
+    rows.check((q.shape[0], q.shape[2]))
+    for bound in (row_start, row_stop):
+        if bound is not None and bound.device != q.device:
+            raise ValueError(f"row_start and row_stop must be on {q.device}, got {bound.device}")
     return rows if index.rows is None else index.rows.meet(rows)
 
 
@@ -290,10 +299,7 @@ def _warn_once(message: str) -> None:
         logger.warning(message)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, rows: RowIntervals
-) -> RowIntervals | None:
-    """What a call's rows may see, after all that must hold of its arguments was checked."""
+def _check(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex) -> None:
     q_shape, k_shape = q.shape, k.shape  # read once: small calls feel it
     if len(q_shape) != 4 or len(k_shape) != 4 or k_shape[:3] != v.shape[:-1]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
@@ -327,8 +333,3 @@ def _check(
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("sparse attention is for inference; call it under torch.no_grad()")
-    rows.check((q_shape[0], q_shape[2]))
-    for x in (rows.start, rows.stop):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"row_start and row_stop must be on {q.device}, got {x.device}")
-    return _met(index, rows)

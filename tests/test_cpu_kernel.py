@@ -24,7 +24,7 @@ from tests.kernel_cases import (
 )
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
-DIMS = (8, 16, 24, 40, 64, 72, 80, 96, 128, 136, 192, 256)
+DIMS = (8, 16, 24, 40, 64, 72, 80, 96, 128, 136, 192, 256, 512)
 
 
 def check(index, inputs, variant=None, truth=None, **keywords):

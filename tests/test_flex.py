@@ -12,7 +12,8 @@ from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, W
 from tests.cases import LAYOUTS, PATTERN_CASES
 from tests.contract_cases import check_empty, check_nan, check_padding, index_of
 from tests.contract_cases import inputs as inputs_of
-from tests.kernel_cases import in_order, until
+from tests.interval_cases import bounds, every_entry, masks
+from tests.kernel_cases import in_order, qkv, until
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # inductor's own, on first compilation
 LAYOUT = TokenLayout.video(3, 5, 7, text_before=2, text_after=23)  # 130 tokens, 3 blocks
@@ -168,3 +169,16 @@ def walk(lists):
 
 def unpacked(bits, block):
     return (bits[..., None] >> torch.arange(32) & 1).flatten(1)[:, :block].bool()
+
+
+@pytest.mark.parametrize("kind", ["left padding", "packed", "window", "rows without keys"])
+def test_row_intervals(kind):
+    """Keys in no row's interval hold NaN; one graph for all kinds."""
+    index, mask = every_entry(), masks()[kind]
+    q, k, v = qkv(index, 16, batch=2, kv_heads=3)
+    hidden = ~mask.any(1)[:, None, :, None]
+    rows = bounds(mask)
+    bad = [x.masked_fill(hidden, torch.nan) for x in (k, v)]
+    out = attend(q, *bad, index, **rows, backend="flex").out
+    truth = attend(*(x.double() for x in (q, k, v)), index, **rows, backend="reference").out
+    torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)

@@ -5,6 +5,7 @@ imported. Everything, in about 15 minutes: `TRITON_INTERPRET=1 python -m pytest 
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from sparse_dit.attention import attend, block_mass
 from sparse_dit.backends.triton import interpreted, operator
 from sparse_dit.index import SparseIndex, build_index
+from sparse_dit.intervals import RowIntervals
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
 from tests import triton_bfloat16
@@ -24,6 +26,7 @@ from tests.contract_cases import (
     check_padding,
     check_strides,
 )
+from tests.interval_cases import bounds, every_entry, masks
 from tests.kernel_cases import (
     assert_close,
     assert_close_pooled,
@@ -124,6 +127,22 @@ def test_hand_made_lists():
     early = in_order(SparseIndex(everything, (0, 2, 4)), -20)
     ours = check(early, qkv(early, 32))
     assert ours.lse[:, :, :20].isneginf().all()
+
+
+@pytest.mark.parametrize("kind", masks())
+def test_row_intervals(kind):
+    """Of a call; of an index, from which its tables are made; and of both."""
+    index, rows = every_entry(), bounds(masks()[kind])
+    inputs = qkv(index, 16, batch=2, kv_heads=3)
+    hidden = ~masks()[kind].any(1)[:, None, :, None]
+    bad = [inputs[0], *(x.masked_fill(hidden, torch.nan) for x in inputs[1:])]
+    ours = attend(*bad, index, **rows, **REQUEST)
+    assert_close(ours, inputs, index, **rows, mass_block=8)
+    own = replace(index, rows=RowIntervals(*(x[1] for x in rows.values())))
+    check(own, inputs)
+    window = bounds(masks()["window of both sides"])
+    ours = attend(*inputs, own, **window, **REQUEST)
+    assert_close(ours, inputs, own, **window, mass_block=8)
 
 
 def test_nothing_outside_is_touched():

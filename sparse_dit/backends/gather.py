@@ -132,23 +132,23 @@ class _Call:
 
 
 class _Places(NamedTuple):
-    """For keys and then cells: the first and the last (valid) token, and log of their number; `[M + C]`."""
+    """For keys and then cells: the first and the last (valid) token, and how many there are; `[M + C]`."""
 
     first: Tensor
     last: Tensor
-    log_size: Tensor
+    count: Tensor
 
 
 def _places(entry: PatternIndex, valid: Tensor) -> _Places:
     token = torch.arange(entry.num_keys, device=valid.device)
-    log_size = torch.zeros(entry.num_keys, dtype=torch.float32, device=valid.device)
+    count = torch.ones(entry.num_keys, dtype=torch.float32, device=valid.device)
     if entry.far is None:
-        return _Places(token, token, log_size)
+        return _Places(token, token, count)
     cells = valid_cells(entry, valid)
     return _Places(
         torch.cat([token, cells.first]),
         torch.cat([token, cells.last]),
-        torch.cat([log_size, cells.count.float().log()]),
+        torch.cat([count, cells.count.float()]),
     )
 
 
@@ -235,18 +235,18 @@ def _bias(chunk: Chunk, call: _Call, q: Tensor) -> Tensor:
     if call.rows is None:
         return chunk.bias.to(q.dtype)[:, None, None]
     keys = chunk.keys.long()
-    first, last, log_size = (x[keys][:, None, None] for x in call.places)
+    first, last, count = (x[keys][:, None, None] for x in call.places)
     start, stop = call.bounds
     if call.by_row:
         start, stop = (x[chunk.rows.long()][:, None, :, None] for x in (start, stop))
-    bias = log_size.masked_fill(chunk.is_pad[:, None, None], -torch.inf)
+    bias = count.log().masked_fill(chunk.is_pad[:, None, None], -torch.inf)
     return bias.masked_fill((first < start) | (last >= stop), -torch.inf).to(q.dtype)
 
 
 def _pooled(k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     """Mean key and value `[C, D]` of the valid tokens of each cell; others are 0 already."""
     owner, tokens = cell_members(call.entry)
-    count = call.places.log_size[call.entry.num_keys :].exp().round().clamp_min(1)[:, None]
+    count = call.places.count[call.entry.num_keys :].clamp_min(1)[:, None]
     pooled = []
     for x in (k, v):
         rows = x.index_select(0, tokens).to(torch.promote_types(x.dtype, torch.float32))

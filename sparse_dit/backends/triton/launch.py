@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -93,8 +94,8 @@ def _bounds(
     if rows is None:
         return (unused, unused), (0, 0, 0, 0)
     if "no bounds" not in index.cache:  # what stands for a bound that isn't given
-        ends = torch.tensor([0, 2**31 - 1], dtype=torch.int32, device=unused.device)
-        index.cache["no bounds"] = ends.unbind()
+        make = functools.partial(torch.full, (), dtype=torch.int32, device=unused.device)
+        index.cache["no bounds"] = (make(0), make(2**31 - 1))
     none = index.cache["no bounds"]
     given = (rows.start, rows.stop)
     start, stop = (instead if x is None else x for x, instead in zip(given, none, strict=True))
