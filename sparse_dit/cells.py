@@ -15,13 +15,13 @@ def cell_members(entry: PatternIndex) -> tuple[Tensor, Tensor]:
     """For every key in a cell of the far field: the cell, and the token; made once."""
     far = entry.far
     assert far is not None, "only entries with a far field have cells"
-    if "cell members" not in entry.cache:
+    found = entry.cache.get("cell members")
+    if not isinstance(found, tuple):
         sizes = far.cell_offsets.diff().long()
         owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
         first, end = int(far.cell_offsets[0]), int(far.cell_offsets[-1])
-        entry.cache["cell members"] = (owner, entry.key_tokens[first:end])
-    owner, tokens = entry.cache["cell members"]
-    return owner, tokens
+        found = entry.cache["cell members"] = (owner, entry.key_tokens[first:end])
+    return found
 
 
 class Cells(NamedTuple):
