@@ -76,8 +76,9 @@ def sparse_attention(
         ValueError: If shapes, dtypes or devices don't fit together, or the backend is unknown.
         NotImplementedError: If the named backend can't run this, with the reason.
     """
-    given = {"row_start": row_start, "row_stop": row_stop}
-    out = attend(q, k, v, index, **given, scale=scale, backend=backend).out
+    out = attend(
+        q, k, v, index, row_start=row_start, row_stop=row_stop, scale=scale, backend=backend
+    ).out
     if not nan_guard:
         return out
     return finite_or_dense(out, q, k, v, _rows(q, index, row_start, row_stop), scale)

@@ -29,12 +29,12 @@ class Cells(NamedTuple):
 
     Args:
         first, last: The smallest and the largest token; M and -1 where there is none.
-        count: How many there are.
+        size: How many there are.
     """
 
     first: Tensor
     last: Tensor
-    count: Tensor
+    size: Tensor
 
 
 def valid_cells(entry: PatternIndex, valid: Tensor) -> Cells:

@@ -95,6 +95,6 @@ def _cells_seen(entry: PatternIndex, start: Tensor, stop: Tensor, valid: Tensor)
         group, cell = groups[at : at + CHUNK], listed[at : at + CHUNK, None]
         row = (begin[group, None] + rank).clamp_max(entry.num_queries - 1)
         inside = (start[row] <= cells.first[cell]) & (stop[row] > cells.last[cell])
-        inside &= (rank < sizes[group, None]) & (cells.count[cell] > 0)
+        inside &= (rank < sizes[group, None]) & (cells.size[cell] > 0)
         seen += int(inside.sum())
     return seen

@@ -107,7 +107,7 @@ def test_density_counts_the_pairs_in_the_intervals(kind):
         count = (exact & mask).sum()
         if pooled is not None:
             cells = valid_cells(e, rows.valid(KEYS, QUERIES)[0])
-            inside = (cells.count > 0) & (start <= cells.first) & (cells.last < stop)
+            inside = (cells.size > 0) & (start <= cells.first) & (cells.last < stop)
             count += (pooled & inside).sum()
         want = count.item() / max(1, mask.sum().item())
         assert SparseIndex((e,), (0,), rows).density == pytest.approx(want)

@@ -136,7 +136,7 @@ class _Places(NamedTuple):
 
     first: Tensor
     last: Tensor
-    count: Tensor
+    size: Tensor
 
 
 def _places(entry: PatternIndex, valid: Tensor) -> _Places:
@@ -148,7 +148,7 @@ def _places(entry: PatternIndex, valid: Tensor) -> _Places:
     return _Places(
         torch.cat([token, cells.first]),
         torch.cat([token, cells.last]),
-        torch.cat([count, cells.count.float()]),
+        torch.cat([count, cells.size.float()]),
     )
 
 
@@ -246,7 +246,7 @@ def _bias(chunk: Chunk, call: _Call, q: Tensor) -> Tensor:
 def _pooled(k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     """Mean key and value `[C, D]` of the valid tokens of each cell; others are 0 already."""
     owner, tokens = cell_members(call.entry)
-    count = call.places.count[call.entry.num_keys :].clamp_min(1)[:, None]
+    count = call.places.size[call.entry.num_keys :].clamp_min(1)[:, None]
     pooled = []
     for x in (k, v):
         rows = x.index_select(0, tokens).to(torch.promote_types(x.dtype, torch.float32))

@@ -127,7 +127,7 @@ def _logits(
     valid = RowIntervals(*seen_by).valid(entry.num_keys, entry.num_queries)[0]
     means, values, sizes = _pooled(k, v, entry, entry.far, valid)
     cells = valid_cells(entry, valid)
-    pooled &= (cells.count > 0) & (start <= cells.first) & (cells.last < stop)
+    pooled &= (cells.size > 0) & (start <= cells.first) & (cells.last < stop)
     far = (q @ means.T * scale + sizes.clamp_min(1).log()).masked_fill(~pooled, float("-inf"))
     return torch.cat([logits, far], 1), torch.cat([v, values]), torch.cat([exact, pooled], 1)
 

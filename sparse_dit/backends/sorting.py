@@ -94,7 +94,7 @@ def pool_far_field(k: Tensor, v: Tensor, index: SparseIndex, valid: Tensor | Non
         found = valid_cells(entry, valid)
         size = len(entry.far.cell_offsets) - 1
         for head in of_entry:
-            counts[:, head, :size] = found.count.float()
+            counts[:, head, :size] = found.size.float()
             first[:, head, :size], last[:, head, :size] = found.first, found.last
             for total, x in zip(sums, (k, v), strict=True):
                 total[:, head, :size].index_add_(1, owner, x[:, head, members].to(wide))
