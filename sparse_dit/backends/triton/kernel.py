@@ -201,9 +201,9 @@ def attend(
             bias = tl.load(CellBias + cell, mask=there, other=float("-inf"))
             seen = (bias > float("-inf"))[None, :] & real[:, None]
             if MASK > 0:
-                first = tl.load(CellFirst + cell, mask=there, other=0)
-                last = tl.load(CellLast + cell, mask=there, other=0)
-                seen = seen & (first[None, :] >= start[:, None]) & (last[None, :] < stop[:, None])
+                early = tl.load(CellFirst + cell, mask=there, other=0)
+                late = tl.load(CellLast + cell, mask=there, other=0)
+                seen = seen & (early[None, :] >= start[:, None]) & (late[None, :] < stop[:, None])
             s = _logits(q0, q1, PooledK, cell, D // 8, there, D, D0, D1)
             p, alpha, m = _masked_weights(s * scale + bias[None, :], seen, m)
             total = total * alpha + tl.sum(p, 1)
