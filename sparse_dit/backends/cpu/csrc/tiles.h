@@ -6,13 +6,13 @@ struct Tile {
     const void *k[BN], *v[BN];  // rows; float32 if pooled, of the call's dtype otherwise
     float bias[BN];             // added to the logit, in units of log 2
     int32_t last[BN];           // the (last valid) token
-    int32_t earliest[BN];       // the first valid token of a pooled key; not filled for others
     int n;
     bool pooled;
     bool masked;     // whether some row of the task does not see some key
 
     const int32_t *first() const { return pooled ? earliest : last; }
     int64_t block;   // of sorted keys, where all exact keys of the tile lie in one (for mass)
+    int32_t earliest[BN];  // the first valid token of a pooled key; not filled for others
 };
 
 // Walks over the runs of a group; `next` fills a tile and says whether there was anything left.
