@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .density import density_in
+from .intervals import RowIntervals
 from .layout import TileOrder, TokenLayout, cut_offsets, tile_order
 from .on_cpu import on_cpu
 from .patterns import Pattern, Skip
@@ -131,9 +133,9 @@ class SparseIndex:
         entries: The distinct pattern indices.
         head_to_pattern: For each head its place in `entries`. A skipped head has an entry without runs
             and costs nothing.
-        causal: Whether a query sees only keys at `key token <= query token + causal_offset` (token
-            numbers before sorting). A pooled key is seen if its last valid token is.
-        causal_offset: `M - N` for a prefill with cached keys.
+        rows: What each row may see of all that, `[N]`, in token numbers before sorting; None for everything.
+            What holds for one call alone is given to the call. A pooled key is seen if all its valid tokens
+            are; see `docs/contract.md`.
 
     Attributes:
         cache: What backends made of this index; a copy starts with an empty one.
@@ -141,8 +143,7 @@ class SparseIndex:
 
     entries: tuple[PatternIndex, ...]
     head_to_pattern: tuple[int, ...]
-    causal: bool = False
-    causal_offset: int = 0
+    rows: RowIntervals | None = None
     cache: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,6 +153,8 @@ class SparseIndex:
             raise ValueError(f"head_to_pattern must name entries 0 to {len(self.entries) - 1}")
         if len({(e.num_queries, e.num_keys) for e in self.entries}) != 1:
             raise ValueError("all patterns of an index must have the same number of tokens")
+        if self.rows is not None:
+            self.rows.check((self.num_queries,))
 
     @property
     def num_heads(self) -> int:
@@ -181,8 +184,9 @@ class SparseIndex:
     @functools.cached_property
     @on_cpu
     def head_density(self) -> Tensor:
-        """float64 `[H]`: computed pairs over the pairs that the dense kernel would compute."""
-        densities = [_causal_density(self, e) if self.causal else e.density for e in self.entries]
+        """float64 `[H]`: computed pairs over those of the dense kernel with the same `rows`."""
+        rows = self.rows
+        densities = [e.density if rows is None else density_in(e, rows) for e in self.entries]
         return torch.tensor([densities[p] for p in self.head_to_pattern], dtype=torch.float64)
 
     @functools.cached_property
@@ -200,7 +204,8 @@ class SparseIndex:
 
     def to(self, device: torch.device | str) -> SparseIndex:
         """A copy with all tensors on `device`."""
-        return replace(self, entries=tuple(entry.to(device) for entry in self.entries))
+        entries = tuple(entry.to(device) for entry in self.entries)
+        return replace(self, entries=entries, rows=self.rows and self.rows.to(device))
 
 
 def build_index(
@@ -208,8 +213,7 @@ def build_index(
     layout: TokenLayout,
     *,
     group: int = 64,
-    causal: bool = False,
-    causal_offset: int = 0,
+    rows: RowIntervals | None = None,
 ) -> SparseIndex:
     """Index of a self-attention layer over the tokens of `layout`.
 
@@ -219,7 +223,7 @@ def build_index(
         patterns: One for each head; of what is computed at some steps alone, the index is of those.
         layout: Segments of the sequence; it is the same for queries and keys.
         group: Largest number of query rows in a group, 1 to 128.
-        causal, causal_offset: See `SparseIndex`.
+        rows: See `SparseIndex`; `causal_rows(n, n)` for causal order.
 
     Raises:
         ValueError: If there are no patterns, or `group` is out of range.
@@ -232,7 +236,7 @@ def build_index(
     distinct = list(dict.fromkeys(patterns))
     entries = tuple(pattern_index(pattern, layout, group) for pattern in distinct)
     heads = tuple(distinct.index(pattern) for pattern in patterns)
-    return SparseIndex(entries, heads, causal, causal_offset)
+    return SparseIndex(entries, heads, rows)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -388,40 +392,6 @@ def _written_out(order: Tensor | None, n: int, device: torch.device) -> Tensor:
 def _per_group(offsets: Tensor, lengths: Tensor) -> Tensor:
     total = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
     return total[offsets[1:].long()] - total[offsets[:-1].long()]
-
-
-def _causal_density(index: SparseIndex, entry: PatternIndex) -> float:
-    """Computed pairs over the pairs that the causal dense kernel would compute."""
-    rows = torch.arange(entry.num_queries) + index.causal_offset + 1
-    total = rows.clamp(0, entry.num_keys).sum().item()
-    pairs = 0
-    for group in range(entry.num_groups):
-        last, pooled = visible(entry, group, entry.num_keys)
-        start, stop = entry.q_offsets[group : group + 2].tolist()
-        limit = entry.query_tokens[start:stop] + index.causal_offset
-        for keys in (last, pooled):
-            pairs += torch.searchsorted(keys.sort().values, limit, right=True).sum().item()
-    return pairs / max(1, total)
-
-
-def visible(entry: PatternIndex, group: int, kv_len: int) -> tuple[Tensor, Tensor]:
-    """Tokens that a group sees exactly, and the last valid token of each cell it sees pooled."""
-    keys = expand(entry.runs[entry.run_offsets[group] : entry.run_offsets[group + 1]])
-    order = entry.key_tokens
-    if entry.far is None:
-        return order[keys], keys[:0]
-    cells = expand(entry.far.runs[entry.far.run_offsets[group] : entry.far.run_offsets[group + 1]])
-    return order[keys], last_tokens(entry.far, order, kv_len)[cells]
-
-
-def last_tokens(far: FarField, order: Tensor, kv_len: int) -> Tensor:
-    """int64 `[C]`: the largest token number below `kv_len` in each cell, -1 if there is none."""
-    sizes = far.cell_offsets.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-    tokens = order[far.cell_offsets[0] : far.cell_offsets[-1]].long()
-    tokens = torch.where(tokens < kv_len, tokens, -1)
-    last = torch.full_like(sizes, -1)
-    return last.scatter_reduce_(0, owner, tokens, "amax")
 
 
 def expand(runs: Tensor) -> Tensor:

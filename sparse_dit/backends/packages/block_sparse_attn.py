@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...intervals import RowIntervals
 from ..attended import Attended
 from . import whole
 
@@ -51,7 +52,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
@@ -59,7 +60,7 @@ def forward(
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`.
 
     Raises:
-        NotImplementedError: If there is padding, or a result is wanted that it hasn't.
+        NotImplementedError: If rows have intervals, or a result is wanted that it hasn't.
     """
     if reason := lacks(q, return_lse, mass_block is not None):
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
@@ -77,7 +78,7 @@ def forward(
         )  # fmt: skip
         return out.view(batch, n, heads, dim).transpose(1, 2), None
 
-    return whole.run(NAME, q, k, v, index, kv_len, kernel)
+    return whole.run(NAME, q, k, v, index, rows, kernel)
 
 
 def block_mass(
@@ -85,7 +86,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:

@@ -9,19 +9,20 @@ constexpr int SEED_KEYS = 4;              // whose largest logit is a first maxi
 // A thread's own memory.
 template <class Path>
 struct Workspace {
-    typename Path::Query *q;   // [panels][channels, lanes]
+    typename Path::Query *q;   // [panels][channels of keys, lanes]
     typename Path::Weight *p;  // [keys, lanes]
     float *s;                  // [keys, lanes]
-    float *o;                  // [panels][channels, lanes]
+    float *o;                  // [panels][channels of values, lanes]
     float *neg_max, *sum;      // [rows]
     float *stat, *alpha;       // [lanes]
-    int32_t *limit;            // [rows]
+    int32_t *start, *stop;     // [rows], the key tokens that each sees; 0 and 0 for none
     float *staged_k, *staged_v;  // [BN, channels + PAD]
     float *rows;               // [8, channels]
     float *blocks;             // [blocks, lanes of all panels], sums by block of keys; for mass
 
     static int64_t lay_out(const Call &call, char *base, Workspace *w) {
-        const int64_t d = call.problem.channels, panels = MAX_ROWS / LANES;
+        const int64_t d = call.problem.channels, e = call.problem.value_channels;
+        const int64_t panels = MAX_ROWS / LANES;
         int64_t at = 0;
         const auto take = [&](int64_t bytes) {
             char *p = base + at;
@@ -33,15 +34,16 @@ struct Workspace {
                                               sizeof(typename Path::Query));
         here.p = (typename Path::Weight *)take(BN * LANES * 4);
         here.s = Path::SCALES ? (float *)take(BN * LANES * 4) : (float *)here.p;  // float: one and the same
-        here.o = (float *)take(panels * d * LANES * 4);
+        here.o = (float *)take(panels * e * LANES * 4);
         here.neg_max = (float *)take(MAX_ROWS * 4);
         here.sum = (float *)take(MAX_ROWS * 4);
         here.stat = (float *)take(LANES * 4);
         here.alpha = (float *)take(LANES * 4);
-        here.limit = (int32_t *)take(MAX_ROWS * 4);
+        here.start = (int32_t *)take(MAX_ROWS * 4);
+        here.stop = (int32_t *)take(MAX_ROWS * 4);
         here.staged_k = (float *)take(BN * (2 * d + PAD) * 4);  // pooled rows in parts are longer
-        here.staged_v = (float *)take(BN * (d + PAD) * 4);
-        here.rows = (float *)take(8 * d * 4);
+        here.staged_v = (float *)take(BN * (e + PAD) * 4);
+        here.rows = (float *)take(8 * (d > e ? d : e) * 4);
         const Problem &p = call.problem;
         const int64_t blocks = p.mass ? (p.keys + p.mass_block - 1) / p.mass_block : 0;
         here.blocks = (float *)take(blocks * MAX_ROWS * 4);
@@ -54,6 +56,7 @@ struct Workspace {
 struct Panel {
     int first, rows, vectors;
     bool ready;  // every row has seen a key, or needs no maximum
+    bool begun;  // some tile was added
 };
 
 template <class Path>
@@ -88,7 +91,7 @@ struct TaskRun {
             const int left = task.rows - first;
             const int vectors = width(left);
             const int lanes = vectors * W;
-            panels[num_panels++] = {first, left < lanes ? left : lanes, vectors, false};
+            panels[num_panels++] = {first, left < lanes ? left : lanes, vectors, false, false};
             first += lanes;
         }
     }
@@ -136,13 +139,21 @@ struct TaskRun {
 #endif
     }
 
-    // The last token that each row sees.
-    void set_limits() {
+    // Writes which keys each row may see; gives those that all may, and those that any may.
+    void set_intervals(KeyRange &all, KeyRange &any) {
         const int lanes = rounded_rows();
-        for (int r = 0; r < lanes; r++) w.limit[r] = r < task.rows ? INT32_MAX : -1;
-        if (!call.header.causal) return;
-        for (int r = 0; r < task.rows; r++)
-            w.limit[r] = clamp(query_token(r) + call.header.causal_offset);
+        all = any = call.interval(task.batch, query_token(0));
+        for (int r = 0; r < lanes; r++) {
+            KeyRange range{0, 0};
+            if (r < task.rows) {
+                range = call.interval(task.batch, query_token(r));
+                any.take(range);
+                if (range.start > all.start) all.start = range.start;
+                if (range.stop < all.stop) all.stop = range.stop;
+            }
+            w.start[r] = range.start;
+            w.stop[r] = range.stop;
+        }
     }
 
     // Rows of all panels, those that are only there to fill a vector too.
@@ -153,7 +164,7 @@ struct TaskRun {
 
     void start_softmax() {
         const Problem &p = call.problem;
-        const int64_t d = p.channels;
+        const int64_t e = p.value_channels;
         const float q_norm = __builtin_sqrtf(pack_queries());
         const float k_norm = call.key_norms[task.batch * p.kv_heads + kv_head];
         const float far = pattern.cells ? 31.f : 0.f;
@@ -161,7 +172,7 @@ struct TaskRun {
         bounded = !by_lse && largest + far <= BOUND;
         clamped = by_lse || !(2 * largest + far <= UNCLAMPED);
         const int lanes = rounded_rows();
-        __builtin_memset(w.o, 0, static_cast<size_t>(lanes * d) * 4);
+        __builtin_memset(w.o, 0, static_cast<size_t>(lanes * e) * 4);
         __builtin_memset(w.sum, 0, static_cast<size_t>(lanes) * 4);
         for (int r = 0; r < lanes; r++)
             w.neg_max[r] = bounded || by_lse ? 0.f : INF;  // INF: nothing was seen
@@ -174,17 +185,9 @@ struct TaskRun {
             __builtin_memset(w.blocks, 0, static_cast<size_t>(num_blocks * rounded_rows()) * 4);
     }
 
-    static int32_t clamp(int64_t token) {
-        return token < -1 ? -1 : token > INT32_MAX ? INT32_MAX : static_cast<int32_t>(token);
-    }
-
     void run() {
-        set_limits();
-        int64_t lowest = INT32_MAX, highest = -1;
-        for (int r = 0; r < task.rows; r++) {
-            if (w.limit[r] < lowest) lowest = w.limit[r];
-            if (w.limit[r] > highest) highest = w.limit[r];
-        }
+        KeyRange all, any;
+        set_intervals(all, any);
         const Problem &p = call.problem;
         const int32_t *far = pattern.far_offsets;
         const int32_t *runs = pattern.run_offsets;
@@ -194,7 +197,7 @@ struct TaskRun {
             reinterpret_cast<const char *>(k), reinterpret_cast<const char *>(v),
             p.k_strides.token * static_cast<int64_t>(sizeof(T)),
             p.v_strides.token * static_cast<int64_t>(sizeof(T)),
-            call.valid_keys(task.batch), lowest, highest, p.mass != nullptr,
+            all, any, p.mass != nullptr,
             runs[task.group], runs[task.group + 1], 0,
             far && !by_lse ? far[task.group] : 0, far && !by_lse ? far[task.group + 1] : 0, 0,
         };
@@ -203,7 +206,8 @@ struct TaskRun {
         bool more = tiles.next(both[0]);
         if (more && !both[0].pooled) {  // on their way while the queries are packed
             fetch_rows(both[0].k, both[0].n, 0, p.channels * static_cast<int64_t>(sizeof(T)));
-            if (!SPREAD_FETCH) fetch_rows(both[0].v, both[0].n, 0, p.channels * static_cast<int64_t>(sizeof(T)));
+            if (!SPREAD_FETCH)
+                fetch_rows(both[0].v, both[0].n, 0, p.value_channels * static_cast<int64_t>(sizeof(T)));
         }
         start_softmax();
         while (more) {
@@ -218,16 +222,17 @@ struct TaskRun {
         const void *const *rows_k = tile.k, *const *rows_v = tile.v;
         const void *staged_k[BN], *staged_v[BN];
         if (Path::stage_k(tile, p.k_strides, p.channels, w.staged_k, staged_k)) rows_k = staged_k;
-        if (!by_lse && Path::stage_v(tile, p.v_strides, p.channels, w.staged_v, staged_v))
+        if (!by_lse && Path::stage_v(tile, p.v_strides, p.value_channels, w.staged_v, staged_v))
             rows_v = staged_v;
         const bool fetch = next && next->n == BN && !next->pooled;
         Scores a{};
         a.bias = tile.bias;
-        a.token = tile.token;
+        a.first = tile.first();
+        a.last = tile.last;
         a.biased = tile.pooled;
         a.next_k = fetch ? next->k : nullptr;
         a.next_v = fetch ? next->v : nullptr;
-        a.next_last = p.channels * static_cast<int64_t>(sizeof(T));
+        a.next_last = p.channels * static_cast<int64_t>(sizeof(T));  // for V a hint, where it is of another width
         const int64_t lines = (a.next_last + 63) / 64;
         a.scale = static_cast<float>(p.scale) * LOG2E;
         a.parts = tile.pooled ? Path::POOLED_PARTS : 1;
@@ -251,15 +256,18 @@ struct TaskRun {
     template <int NV>
     NOINLINE void step(const Tile &tile, const void *const *rows_k, const void *const *rows_v,
                        Panel &panel, Scores a) {
-        const int64_t d = call.problem.channels;
+        const int64_t d = call.problem.channels, e = call.problem.value_channels;
         const typename Path::Query *queries = w.q + panel.first * Path::query_size(d);
         float *neg_max = w.neg_max + panel.first, *sum = w.sum + panel.first;
-        float *o = w.o + panel.first * d;
-        a.limit = w.limit + panel.first;
+        float *o = w.o + panel.first * e;
+        a.start = w.start + panel.first;
+        a.stop = w.stop + panel.first;
         a.neg_max = neg_max;
         a.stat = w.stat;
         bool done = false;
-        if (!panel.ready && !tile.masked && tile.n > SEED_KEYS) seed_maximum<NV>(tile, rows_k, panel, a, queries);
+        if (!panel.ready && !panel.begun && !tile.masked && tile.n > SEED_KEYS)
+            seed_maximum<NV>(tile, rows_k, panel, a, queries);
+        panel.begun = true;
         if (panel.ready) {
             for (int n = 0; n < NV; n++) store(w.stat + n * W, set1(0.f));
             if (tile.masked)
@@ -280,7 +288,7 @@ struct TaskRun {
         if (by_lse) return;
         const void *finite[BN];
         if (tile.masked) rows_v = without_nonfinite<NV>(tile, rows_v, finite, panel, o);
-        Path::template values<NV>(tile, rows_v, w.p, d, o, a);
+        Path::template values<NV>(tile, rows_v, w.p, e, o, a);
     }
 
     // Takes the maximum of a few keys for that of all, which the sums then confirm or don't.
@@ -309,7 +317,7 @@ struct TaskRun {
     template <int NV>
     NOINLINE void move_maximum(const Tile &tile, const void *const *rows_k, Panel &panel, Scores a,
                                const typename Path::Query *queries, float *o) {
-        const int64_t d = call.problem.channels;
+        const int64_t d = call.problem.channels, e = call.problem.value_channels;
         float *neg_max = w.neg_max + panel.first, *sum = w.sum + panel.first;
         for (int n = 0; n < NV; n++) store(w.stat + n * W, -load(neg_max + n * W));
         a.next_k = a.next_v = nullptr;
@@ -328,7 +336,7 @@ struct TaskRun {
         for (int n = 0; n < NV; n++) {
             const V alpha = load(w.alpha + n * W);
             store(sum + n * W, load(sum + n * W) * alpha);
-            for (int64_t c = 0; c < d; c++) {
+            for (int64_t c = 0; c < e; c++) {
                 float *at = o + (c * NV + n) * W;
                 store(at, load(at) * alpha);
             }
@@ -345,35 +353,36 @@ struct TaskRun {
     template <int NV>
     NOINLINE const void *const *without_nonfinite(const Tile &tile, const void *const *rows_v,
                                                   const void **finite, const Panel &panel, float *o) {
-        const int64_t d = call.problem.channels;
+        const int64_t e = call.problem.value_channels;
         constexpr int lanes = NV * W;
         for (int j = 0; j < tile.n; j++) {
             finite[j] = rows_v[j];
             read_value(tile, j);
-            if (is_finite(w.rows, d)) continue;
+            if (is_finite(w.rows, e)) continue;
             for (int lane = 0; lane < panel.rows; lane++) {
-                if (w.limit[panel.first + lane] < tile.token[j]) continue;
+                const int row = panel.first + lane;
+                if (w.start[row] > tile.first()[j] || w.stop[row] <= tile.last[j]) continue;
                 const float weight = Path::weight(w.p, j, lane, lanes);
-                for (int64_t c = 0; c < d; c++) o[c * lanes + lane] += weight * w.rows[c];
+                for (int64_t c = 0; c < e; c++) o[c * lanes + lane] += weight * w.rows[c];
             }
-            Path::hide_value(finite, j, d);
+            Path::hide_value(finite, j, e);
         }
         return finite;
     }
 
     void read_value(const Tile &tile, int j) {
-        const int64_t d = call.problem.channels;
+        const int64_t e = call.problem.value_channels;
         if (tile.pooled)
-            read_row(static_cast<const float *>(tile.v[j]), 1, d, w.rows);
+            read_row(static_cast<const float *>(tile.v[j]), 1, e, w.rows);
         else
-            read_row(static_cast<const T *>(tile.v[j]), call.problem.v_strides.channel, d, w.rows);
+            read_row(static_cast<const T *>(tile.v[j]), call.problem.v_strides.channel, e, w.rows);
     }
 
-    static bool is_finite(const float *row, int64_t d) {
+    static bool is_finite(const float *row, int64_t e) {
         V sum = set1(0.f);
-        for (int64_t c = 0; c + W <= d; c += W) sum += load(row + c) * set1(0.f);
+        for (int64_t c = 0; c + W <= e; c += W) sum += load(row + c) * set1(0.f);
         float total = lane_sum(sum);
-        for (int64_t c = d / W * W; c < d; c++) total += row[c] * 0.f;
+        for (int64_t c = e / W * W; c < e; c++) total += row[c] * 0.f;
         return total == 0.f;  // NaN where one is Inf or NaN
     }
 
@@ -387,11 +396,11 @@ struct TaskRun {
     // Outputs and LSE; `first` is where the LSE of the head begins.
     void write_rows(int64_t first) {
         const Problem &p = call.problem;
-        const int64_t d = p.channels;
+        const int64_t e = p.value_channels;
         for (int i = 0; i < num_panels; i++) {
             const Panel &panel = panels[i];
             const int lanes = panel.vectors * W;
-            float *sum = w.sum + panel.first, *o = w.o + panel.first * d;
+            float *sum = w.sum + panel.first, *o = w.o + panel.first * e;
             for (int lane = 0; lane < panel.rows; lane++) {
                 const float l = sum[lane], m = -w.neg_max[panel.first + lane];
                 const bool nothing = l == 0.f;
@@ -401,13 +410,13 @@ struct TaskRun {
                 w.alpha[lane] = nothing ? 0.f : 1.f / l;
             }
             for (int lane = 0; lane < panel.rows; lane += 8) {
-                for (int64_t c = 0; c < d; c += 8)
-                    transpose8(o + c * lanes + lane, lanes, w.rows + c, d);
+                for (int64_t c = 0; c < e; c += 8)
+                    transpose8(o + c * lanes + lane, lanes, w.rows + c, e);
                 for (int r = 0; r < 8 && lane + r < panel.rows; r++) {
-                    float *row = w.rows + r * d;
+                    float *row = w.rows + r * e;
                     const float factor = w.alpha[lane + r];
-                    for (int64_t c = 0; c < d; c++) row[c] *= factor;
-                    write_row(row, p.out_strides.channel, d,
+                    for (int64_t c = 0; c < e; c++) row[c] *= factor;
+                    write_row(row, p.out_strides.channel, e,
                               out + query_token(panel.first + lane + r) * p.out_strides.token);
                 }
             }
@@ -425,7 +434,7 @@ struct TaskRun {
             const float *at = w.blocks + block * lanes;
             V total = set1(0.f);
             for (int r = 0; r < lanes; r += W) {
-                const VI real = load_int(w.limit + r) >= 0;  // other lanes may hold NaN
+                const VI real = load_int(w.stop + r) > 0;  // other lanes may hold NaN
                 total = fma((V)(real & (VI)load(at + r)), load(w.neg_max + r), total);
             }
             task.mass[block] = lane_sum(total);

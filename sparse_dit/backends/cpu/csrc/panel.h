@@ -31,9 +31,9 @@ enum Mode { RAW, BOUNDED, SAFE };
 struct Scores {
     const float *neg_max;    // [lanes], what is added to logits: minus the maximum so far
     float *stat;             // [lanes], the maximum (RAW) or the sum of exponentials
-    const int32_t *limit;    // [lanes], the last token that a row sees
+    const int32_t *start, *stop;  // [lanes], a row sees keys whose tokens lie from start to before stop
     const float *bias;       // [n]
-    const int32_t *token;    // [n]
+    const int32_t *first, *last;  // [n], the tokens of a key: two where it is pooled
     const void *const *next_k, *const *next_v;  // [n] rows of the next tile, to be fetched; or null
     int64_t next_first, next_last;  // bytes of such a row to be fetched
     bool biased;             // whether some bias isn't 0
@@ -50,10 +50,13 @@ INLINE void fetch_rows(const void *const *rows, int count, int64_t first, int64_
 template <int M, int NV, int MODE, bool MASK, bool EARLY>
 INLINE void finish_scores(V (&x)[M][NV], const Scores &a, int j, float *s) {
     V stat[NV];
-    VI limit[NV];
+    VI start[NV], stop[NV];
     for (int n = 0; n < NV; n++) {
         stat[n] = load(a.stat + n * W);
-        if (MASK) limit[n] = load_int(a.limit + n * W);
+        if (MASK) {
+            start[n] = load_int(a.start + n * W);
+            stop[n] = load_int(a.stop + n * W);
+        }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++)
@@ -61,7 +64,7 @@ INLINE void finish_scores(V (&x)[M][NV], const Scores &a, int j, float *s) {
         for (int n = 0; n < NV; n++) {
             if (MODE != RAW) x[i][n] = exp2<MODE == SAFE>(x[i][n]);
             if (MASK) {
-                const VI seen = limit[n] >= a.token[j + i];
+                const VI seen = (start[n] <= a.first[j + i]) & (stop[n] > a.last[j + i]);
                 const V hidden = set1(MODE == RAW ? -INF : 0.f);
                 x[i][n] = (V)((seen & (VI)x[i][n]) | (~seen & (VI)hidden));
             }

@@ -5,11 +5,14 @@ constexpr int BN = 64;
 struct Tile {
     const void *k[BN], *v[BN];  // rows; float32 if pooled, of the call's dtype otherwise
     float bias[BN];             // added to the logit, in units of log 2
-    int32_t token[BN];          // the (last valid) token
+    int32_t last[BN];           // the (last valid) token
     int n;
     bool pooled;
     bool masked;     // whether some row of the task does not see some key
+
+    const int32_t *first() const { return pooled ? earliest : last; }
     int64_t block;   // of sorted keys, where all exact keys of the tile lie in one (for mass)
+    int32_t earliest[BN];  // the first valid token of a pooled key; not filled for others
 };
 
 // Walks over the runs of a group; `next` fills a tile and says whether there was anything left.
@@ -20,8 +23,7 @@ struct Tiles {
     const Pooled &pooled;
     const char *k, *v;
     int64_t k_step, v_step;  // bytes from token to token
-    int64_t valid;
-    int64_t lowest, highest;  // tokens up to here are seen by all rows, by any row
+    KeyRange all, any;       // tokens that all rows of the task may see, and that any may
     bool by_block;
     int32_t run, last_run, at;  // the run, and how many of its keys are done
     int32_t far_run, last_far_run, far_at;
@@ -42,6 +44,7 @@ struct Tiles {
 
     // Takes keys of the current run; false if the tile must end before it.
     INLINE bool take_keys(Tile &tile) {
+        if (!pattern.k_order && !skip_unseen()) return true;
         const int32_t start = pattern.runs[2 * run] + at;
         int64_t stop = pattern.runs[2 * run] + static_cast<int64_t>(pattern.runs[2 * run + 1]);
         if (by_block) {
@@ -64,31 +67,44 @@ struct Tiles {
         return true;
     }
 
+    // Where tokens stay in place: leaves out what lies before all rows' keys; false if the run is over.
+    INLINE bool skip_unseen() {
+        const int32_t start = pattern.runs[2 * run], length = pattern.runs[2 * run + 1];
+        if (start + at >= any.stop) {
+            run = last_run;
+            return false;
+        }
+        if (start + at >= any.start) return true;
+        at = length < any.start - start ? length : any.start - start;
+        if (at < length) return true;
+        run++;
+        at = 0;
+        return false;
+    }
+
     // Takes tokens that lie side by side.
     INLINE void take_range(Tile &tile, int64_t start, int64_t stop) {
-        if (stop > valid) stop = valid;
-        if (stop > highest + 1) stop = highest + 1;
-        if (stop <= start) return;
+        if (stop > any.stop) stop = any.stop;
         const int n = tile.n, count = static_cast<int>(stop - start);
         const char *const first_k = k + start * k_step, *const first_v = v + start * v_step;
         for (int i = 0; i < count; i++) tile.k[n + i] = first_k + i * k_step;
         for (int i = 0; i < count; i++) tile.v[n + i] = first_v + i * v_step;
         for (int i = 0; i < count; i++) tile.bias[n + i] = 0;
-        for (int i = 0; i < count; i++) tile.token[n + i] = static_cast<int32_t>(start) + i;
-        tile.masked |= stop - 1 > lowest;
+        for (int i = 0; i < count; i++) tile.last[n + i] = static_cast<int32_t>(start) + i;
+        tile.masked |= start < all.start || stop > all.stop;
         tile.n = n + count;
     }
 
     INLINE void take_ordered(Tile &tile, int64_t start, int64_t stop) {
         int n = tile.n;
         for (int64_t position = start; position < stop; position++) {
-            const int64_t token = pattern.k_order[position];
-            if (token >= valid || token > highest) continue;
+            const int32_t token = pattern.k_order[position];
+            if (token < any.start || token >= any.stop) continue;
             tile.k[n] = k + token * k_step;
             tile.v[n] = v + token * v_step;
             tile.bias[n] = 0;
-            tile.token[n] = static_cast<int32_t>(token);
-            tile.masked |= token > lowest;
+            tile.last[n] = token;
+            tile.masked |= token < all.start || token >= all.stop;
             n++;
         }
         tile.n = n;
@@ -96,16 +112,17 @@ struct Tiles {
 
     INLINE void take_cells(Tile &tile) {
         const int32_t start = pattern.far_runs[2 * far_run], length = pattern.far_runs[2 * far_run + 1];
-        const int64_t d = call.problem.channels;
+        const Problem &p = call.problem;
         for (; far_at < length && tile.n < BN; far_at++) {
             const int64_t cell = start + far_at;
-            const int32_t token = pooled.last[cell];
-            if (token < 0 || token > highest) continue;
-            tile.k[tile.n] = pooled.k + cell * d;
-            tile.v[tile.n] = pooled.v + cell * d;
+            const int32_t first = pooled.first[cell], last = pooled.last[cell];
+            if (last < 0 || first < any.start || last >= any.stop) continue;
+            tile.k[tile.n] = pooled.k + cell * p.channels;
+            tile.v[tile.n] = pooled.v + cell * p.value_channels;
             tile.bias[tile.n] = pooled.bias[cell];
-            tile.token[tile.n] = token;
-            tile.masked |= token > lowest;
+            tile.earliest[tile.n] = first;
+            tile.last[tile.n] = last;
+            tile.masked |= first < all.start || last >= all.stop;
             tile.n++;
         }
         if (far_at == length) {
