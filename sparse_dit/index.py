@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class PatternIndex:
     run_offsets: Tensor
     runs: Tensor
     far: FarField | None = None
-    cache: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
+    cache: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_groups(self) -> int:
@@ -144,7 +145,7 @@ class SparseIndex:
     entries: tuple[PatternIndex, ...]
     head_to_pattern: tuple[int, ...]
     rows: RowIntervals | None = None
-    cache: dict[object, object] = field(default_factory=dict, init=False, repr=False)
+    cache: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.entries or not self.head_to_pattern:
@@ -307,7 +308,7 @@ def _tile_of_group(order: TileOrder, group: int) -> _Groups:
 
 def _global_spans(order: TileOrder, n: int) -> list[tuple[int, int]]:
     """Sorted positions of the global tokens: `(start, stop)` before and after the grid."""
-    end = order.tile_offsets[-1].item() + order.global_before
+    end = int(order.tile_offsets[-1]) + order.global_before
     return [(0, order.global_before), (end, n)]
 
 

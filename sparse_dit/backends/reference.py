@@ -45,7 +45,7 @@ def forward(
     out = q.new_zeros(batch, heads, n, v.shape[-1])
     seen_by = _bounds(rows, batch, n, k.shape[2])
     lse = q.new_zeros(batch, heads, n)
-    masses = [[None] * heads for _ in range(batch)]
+    masses: list[list[Tensor]] = [[q.new_zeros(0)] * heads for _ in range(batch)]
     for b in range(batch):
         for h, pattern in enumerate(index.head_to_pattern):
             entry = index.entries[pattern].to("cpu")

@@ -136,8 +136,8 @@ def _compare(
     """Error of a case, and what is wrong with it."""
     q = tensors[0]
     scale = q.shape[-1] ** -0.5
-    wide = [x.double() for x in tensors]
-    truth = reference.forward(*wide, case.index, case.rows, scale, True, None)
+    wide_q, wide_k, wide_v = (x.double() for x in tensors)
+    truth = reference.forward(wide_q, wide_k, wide_v, case.index, case.rows, scale, True, None)
     rows = case.rows and case.rows.to(here[0].device)
     wants_lse = not (hasattr(module, "lacks") and module.lacks(here[0], True, False))
     got = module.forward(*here, index, rows, scale, wants_lse, None)

@@ -73,7 +73,9 @@ def forward(
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        from cudnn.block_sparse_attention.api import block_sparse_attention_forward
+        from cudnn.block_sparse_attention.api import (  # pyright: ignore[reportMissingImports]
+            block_sparse_attention_forward,
+        )
 
         fits = [b for b in blocks_for(q, index) if whole.not_whole(index, b, b) is None]
         counts, lists = whole.block_lists(index, fits[0], fits[0])

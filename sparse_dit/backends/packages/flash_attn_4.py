@@ -71,8 +71,10 @@ def forward(
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        from flash_attn.cute import flash_attn_func
-        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+        from flash_attn.cute.block_sparsity import (  # pyright: ignore[reportMissingImports]
+            BlockSparseTensorsTorch,
+        )
 
         block = BLOCKS[whole.capability(q.device)[0]]
         counts, lists = (x[None].expand(len(q), *x.shape) for x in whole.block_lists(index, *block))

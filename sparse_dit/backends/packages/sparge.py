@@ -67,7 +67,9 @@ def forward(
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        from spas_sage_attn.core import block_sparse_sage2_attn_cuda
+        from spas_sage_attn.core import (  # pyright: ignore[reportMissingImports]
+            block_sparse_sage2_attn_cuda,
+        )
 
         seen = whole.block_map(index, *block(q.device)).expand(len(q), -1, -1, -1)
         return block_sparse_sage2_attn_cuda(

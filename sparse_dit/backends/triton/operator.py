@@ -94,16 +94,20 @@ def _entry(words: Sequence[int], rest: list[Tensor]) -> PatternIndex:
     q_order = rest.pop(0) if bits & 1 else None
     shared = bool(bits & 4)
     k_order = q_order if shared else rest.pop(0) if bits & 2 else None
-    lists, rest[:3] = rest[:3], []
+    (offsets, run_offsets, runs), rest[:3] = rest[:3], []
     cells: list[Tensor] = []
     if bits & 8:
         cells, rest[:3] = rest[:3], []
-    own = [x for x in (q_order, None if shared else k_order, *lists, *cells) if x is not None]
+    own = [
+        x
+        for x in (q_order, None if shared else k_order, offsets, run_offsets, runs, *cells)
+        if x is not None
+    ]
     key = (*words, *(x.data_ptr() for x in own))
     entry = _ENTRIES.get(key)
     if entry is None:
         far = FarField(*cells) if cells else None
-        entry = PatternIndex(queries, keys, q_order, k_order, *lists, far)
+        entry = PatternIndex(queries, keys, q_order, k_order, offsets, run_offsets, runs, far)
         _ENTRIES[key] = entry
     return entry
 
