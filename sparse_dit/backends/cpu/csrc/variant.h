@@ -1,5 +1,6 @@
 // The functions of one variant. A file variant_*.cpp sets SPARSE_DIT_VARIANT (its namespace), includes the
-// intrinsics that it needs, and then this file.
+// intrinsics that it needs, and then this file. The .inc files are no headers: they are parts of this one, in
+// this order, inside its namespaces.
 
 #include "call.h"
 
@@ -7,15 +8,15 @@ namespace sparse_dit {
 namespace SPARSE_DIT_VARIANT {
 namespace {
 
-#include "vec.h"
-#include "rows.h"
-#include "tiles.h"
-#include "panel.h"
-#include "float_path.h"
+#include "vec.inc"
+#include "rows.inc"
+#include "tiles.inc"
+#include "panel.inc"
+#include "float_path.inc"
 #if defined(__AVX512BF16__)
-#include "bfloat16_path.h"
+#include "bfloat16_path.inc"
 #endif
-#include "attend.h"
+#include "attend.inc"
 
 template <class T>
 float largest_square(const Problem &p, int64_t batch, int64_t kv_head, int64_t first, int64_t last) {
