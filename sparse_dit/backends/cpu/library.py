@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ABI_VERSION = 2
-NO_MEMORY = 14  # of enum Status in csrc/abi.h
+NO_MEMORY = 13  # of enum Status in csrc/abi.h
 VARIANT_VARIABLE = "SPARSE_DIT_CPU_VARIANT"  # for tests: the variant to run instead of the best
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 FILE = Path(__file__).with_name(f"libsparse_dit_cpu{SUFFIX}")
