@@ -115,8 +115,7 @@ def _pooled(
 ) -> tuple[Tensor, ...]:
     """Pooled keys and values `[B, rows, D]`, log2 of sizes, first and last tokens `[B, rows]`."""
     shape = (k.shape[0], work.pooled_rows)
-    means = k.new_empty(*shape, k.shape[3])
-    values = torch.empty_like(means)
+    means, values = k.new_empty(2, *shape, k.shape[3])  # of whole 16 bytes each
     bias = torch.empty(shape, dtype=torch.float32, device=k.device)
     first = torch.empty(shape, dtype=torch.int32, device=k.device)
     last = torch.empty_like(first)
