@@ -11,7 +11,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.search import search
 from sparse_dit.search.device_table import DeviceTable, Entry, slug
-from sparse_dit.search.target_device import TargetDevice
+from sparse_dit.search.pricing import TargetDevice
 from tests import tiny_pipelines
 
 PAIR = 1e-9  # seconds a pair of tokens

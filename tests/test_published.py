@@ -8,7 +8,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.search import search
 from sparse_dit.search.device_table import DeviceTable
-from sparse_dit.search.target_device import TargetDevice
+from sparse_dit.search.pricing import TargetDevice
 from tests import tiny_pipelines
 
 SPARSE = {  # 60 % of blocks of 384 at random, or as said: tokens and published milliseconds of FlexAttention

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from sparse_dit.search.assemble import first_plan
 from sparse_dit.search.cost import CostTable
-from sparse_dit.search.joint import joined
 from sparse_dit.search.local import improve
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.sensitivity import Sensitivity
-from sparse_dit.search.solve import least_damage, problem, stages_of
+from sparse_dit.search.solve import joined, least_damage, problem, stages_of
 from tests.plan_cases import before_3
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,9 +11,9 @@ from sparse_dit.patterns import Pattern, SlidingTile, Window
 from sparse_dit.plan import Stage
 from sparse_dit.search.candidates import DENSE
 from sparse_dit.search.cells import sample_rows, sampled_rows
-from sparse_dit.search.evidence import damage_error
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.profile import ComponentProfile
+from sparse_dit.search.provenance import damage_error
 from sparse_dit.search.solve import Problem, evaluate
 from sparse_dit.search.statistics import score_all
 

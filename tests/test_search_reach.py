@@ -11,11 +11,11 @@ from sparse_dit.integrations import workload
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
-from sparse_dit.search import larger
+from sparse_dit.search import recorder
 from sparse_dit.search.cells import cell_table
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
-from sparse_dit.search.reach import MOST_RUNS, nested_stencil, ranks, runs_each, whole_beyond
+from sparse_dit.search.ranking import MOST_RUNS, nested_stencil, ranks, runs_each, whole_beyond
 from sparse_dit.search.seen import density, seen_tiles
 from sparse_dit.search.statistics import empty_statistics
 
@@ -161,7 +161,7 @@ def test_the_run_ends_after_its_first_step(short_pipe, monkeypatch):
     forwards, decoded = [], []
     monkeypatch.setattr(short_pipe.vae, "decode", lambda *_, **__: decoded.append(1))
     hook = short_pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
-    larger.profile_larger(short_pipe, made, CASES[0])
+    recorder.profile_larger(short_pipe, made, CASES[0])
     hook.remove()
     assert len(forwards) == 1 and not decoded
     heads = made.components["transformer"].found.values()
@@ -174,7 +174,7 @@ def test_a_pipeline_that_refuses_the_size_says_so(short_pipe, monkeypatch):
 
     said = []
     refused = SimpleNamespace(larger=lambda: SimpleNamespace(run=refuse))
-    monkeypatch.setattr(larger, "workload", lambda *_: refused)
+    monkeypatch.setattr(recorder, "workload", lambda *_: refused)
     made = profile_pipeline(
         short_pipe, CASES, SETTINGS, rows=8, report=lambda *text: said.append(text[2])
     )
@@ -188,7 +188,7 @@ def test_a_pipeline_that_breaks_at_the_size_says_so(short_pipe, monkeypatch):
     values = short_pipe.transformer.blocks[0].attn1.to_v
     nan = torch.nn.Parameter(torch.full_like(values.weight, torch.nan))
     monkeypatch.setattr(values, "weight", nan)
-    larger.profile_larger(short_pipe, made, CASES[0], said.append)
+    recorder.profile_larger(short_pipe, made, CASES[0], said.append)
     (text,) = said
     assert "greater distances can't be looked at: blocks.0.attn1 head" in text and "NaN" in text
     heads = made.components["transformer"].found.values()

@@ -9,8 +9,8 @@ from sparse_dit.patterns import Stencil
 from sparse_dit.search.candidates import _reach, all_candidates, tilings
 from sparse_dit.search.cells import cell_table
 from sparse_dit.search.nested import kind_of
-from sparse_dit.search.parallel_map import parallel_map
-from sparse_dit.search.reach import nested_stencil
+from sparse_dit.search.ranking import nested_stencil
+from sparse_dit.search.sampling import parallel_map
 from sparse_dit.search.seen import densities, grouped
 from sparse_dit.search.statistics import empty_statistics
 

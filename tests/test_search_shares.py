@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 from sparse_dit.cli import app, run
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.search import search_plan
-from sparse_dit.search.lock import only_writer
-from sparse_dit.search.profile_file import read_profile, write_profile
+from sparse_dit.search.profile_file import only_writer, read_profile, write_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.shares import merge_profiles, profile_share
 
@@ -174,7 +173,7 @@ def test_files_that_do_not_fit_are_not_merged(short_pipe, whole, tmp_path):
 def test_two_searches_cannot_write_one_profile(short_pipe, tmp_path, short_model):
     path = tmp_path / "profile.safetensors"
     code = (
-        "import sys, time\nfrom sparse_dit.search.lock import only_writer\n"
+        "import sys, time\nfrom sparse_dit.search.profile_file import only_writer\n"
         f"with only_writer({str(path)!r}):\n    print('held', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:

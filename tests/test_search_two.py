@@ -24,15 +24,15 @@ from sparse_dit.integrations import (
 )
 from sparse_dit.plan import Plan
 from sparse_dit.search import plan_of, search_plan, sensitivity
+from sparse_dit.search.assemble import one_or_named
 from sparse_dit.search.check import check_plan
-from sparse_dit.search.evidence import damage_error
 from sparse_dit.search.front import front_path, pick, read_front, write_front
-from sparse_dit.search.joint import joined, one_or_named
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
+from sparse_dit.search.provenance import damage_error
 from sparse_dit.search.sensitivity import replaying
 from sparse_dit.search.shares import profile_share
-from sparse_dit.search.solve import at_price, stages_of
+from sparse_dit.search.solve import at_price, joined, stages_of
 from sparse_dit.search.solve import evaluate as evaluated
 from tests import tiny_pipelines
 from tests.prompted import prompted

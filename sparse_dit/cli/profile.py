@@ -55,7 +55,7 @@ def profile(
     is run, at least 4, unless --profile-steps says how many.
     """
     from ..search.asked import profiled_at
-    from ..search.lock import only_writer
+    from ..search.profile_file import only_writer
 
     given = cases.read()
     settings = profiled_at(size.settings(), profile_steps)

@@ -56,7 +56,7 @@ def search(
     from ..search import search_plan as find
     from ..search.asked import check_profile, check_search, profiled_at, split_cases
     from ..search.objective import shortfall
-    from ..search.target_device import TargetDevice
+    from ..search.pricing import TargetDevice
 
     given = cases.read()
     settings = size.settings()

@@ -21,12 +21,11 @@ from ..patterns import Pattern
 from ..plan import Plan, config_hash
 from ..search.assemble import first_plan
 from ..search.cost import CostTable
-from ..search.joint import joined
 from ..search.objective import PSNR
 from ..search.profile import ComponentProfile
 from ..search.profiling import profile_pipeline
 from ..search.sensitivity import Sensitivity, sensitivity
-from ..search.solve import Choice, Problem, least_damage, problem, stages_of
+from ..search.solve import Choice, Problem, joined, least_damage, problem, stages_of
 from ..search.verify import dense_reference, verify
 from ..words import option
 from .baselines.scores import score_patterns

@@ -12,8 +12,8 @@ from ..integrations import unpatched, workload
 from ..outputs import check_writable
 from ..plan.schema import MAX_STAGES
 from ..words import option
+from .pricing import TargetDevice
 from .profiling import phases_of, profiling_steps, started
-from .target_device import TargetDevice
 
 
 def check_search(

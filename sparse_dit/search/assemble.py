@@ -1,16 +1,16 @@
-"""A choice as a plan, with the evidence for each head."""
+"""A choice as a plan, with what is known of each head."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ..plan import ComponentPlan, HeadChoice, Plan, Stage
 from .cost import Costs
-from .joint import one_or_named
 from .profile import ComponentProfile
 from .solve import Choice, Problem, runner_up
 
+Told = TypeVar("Told")
 Layers = dict[str, tuple[tuple[HeadChoice, ...], ...]]
 
 
@@ -107,3 +107,9 @@ def forecast_of(task: Problem, choice: Choice) -> dict[str, float]:
         "seconds": round(choice.seconds, 4),
         "dense_seconds": round(task.dense_seconds, 4),
     }
+
+
+def one_or_named(values: Mapping[str, Told]) -> Told | dict[str, Told]:
+    """What is said of each transformer: once where it is the same for all, else by component name."""
+    first, *others = values.values()
+    return first if all(other == first for other in others) else dict(values)

@@ -22,8 +22,7 @@ from ..patterns import (
 from .cells import CellTable, cell_table
 from .nested import Candidates, Kind, Nested, Unbuilt
 from .placed import placed
-from .ranking import Ranking
-from .reach import MOST_RUNS
+from .ranking import MOST_RUNS, Ranking
 from .seen import seen_tiles
 
 BUDGETS = (
@@ -119,7 +118,7 @@ def found(
             `profile_larger`.
         tile: The token order.
         layout: The token layout at calibration.
-        most_runs: How many row intervals a stencil may have, see `reach.nested_stencil`.
+        most_runs: How many row intervals a stencil may have, see `ranking.nested_stencil`.
     """
     table = cell_table(layout, tile)
     lines = not isinstance(tile, Curve) and tile[0] is None
@@ -174,7 +173,7 @@ def all_candidates(
     Args:
         statistics: What the head's sampled rows gave in each token order; see `found`.
         layout: The token layout at calibration.
-        most_runs: How many row intervals a stencil may have, see `reach.nested_stencil`.
+        most_runs: How many row intervals a stencil may have, see `ranking.nested_stencil`.
     """
     parts: list[Pattern | Unbuilt] = [DENSE, *fixed(layout)]
     for tile in tilings(layout):

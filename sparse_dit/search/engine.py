@@ -19,17 +19,14 @@ from ..words import option
 from .asked import TuneOn, check_search, profiled_at, split_cases
 from .assemble import forecast_of, layers_of, levels_of, stage_shares
 from .cost import break_even_tokens
-from .evidence import evidence
 from .front import Front, front_of, model_hash
-from .joint import joined, pair_shares
 from .objective import PSNR, Objective
-from .pricing import cost_tables, dense_generation, inside
+from .pricing import TargetDevice, cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
-from .provenance import measured_of, provenance
+from .provenance import evidence, measured_of, provenance
 from .sensitivity import Sensitivity, sensitivity
-from .solve import Choice, Problem, problem, stages_of
-from .target_device import TargetDevice
+from .solve import Choice, Problem, joined, pair_shares, problem, stages_of
 from .tune import Clock, Report, Session, tune
 from .verify import Reference, dense_reference
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..layout import TokenLayout, tile_order
 from ..patterns import Blocks, Pattern, Union, Vertical
 from .nested import Drawn, Kind
-from .ranking import Ranking
+from .ranking import Ranking, best_first
 from .seen import relative_cells
-from .steady import best_first
 
 COLUMN_BUDGETS = (0.05, 0.15, 0.3)
 STENCIL_BUDGET = 0.1  # density of the stencil that joins the most columns

@@ -12,7 +12,7 @@ from ..generation import GenerationSettings
 from ..layout import Tile, TokenLayout
 from .candidates import all_candidates
 from .nested import Candidates
-from .reach import runs_each
+from .ranking import runs_each
 from .statistics import HeadStatistics
 from .verify import Reference
 

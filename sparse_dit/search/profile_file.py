@@ -1,12 +1,16 @@
-"""A profile as one safetensors file: written atomically, checked when read."""
+"""A profile as one safetensors file: written atomically, by one process at a time, checked when read."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,12 +18,14 @@ from torch import Tensor
 from ..curve import Curve
 from ..generation import Case, GenerationSettings
 from ..layout import KINDS, OLD_KINDS, Tile, TokenLayout
+from ..outputs import check_writable
 from ..plan.errors import PlanError
 from ..timing import Taken
 from ..whole_file import whole_file
+from ..words import option
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
-from .reach import BEYOND, whole_beyond
+from .ranking import BEYOND, whole_beyond
 from .statistics import HeadStatistics, compared_shapes, empty_statistics
 from .verify import Reference
 
@@ -217,3 +223,37 @@ def _tile_text(tile: Tile) -> str:
 def _tile_of(text: str) -> Tile:
     frames, rows, columns = (None if n == "all" else int(n) for n in text.split("x"))
     return (frames, rows, columns)
+
+
+@contextlib.contextmanager
+def only_writer(path: str | Path, wanted: bool = True) -> Iterator[None]:
+    """Hold the lock on a profile file; the lock is a hidden file beside it while it is held.
+
+    Args:
+        path: The profile file.
+        wanted: Otherwise nothing is locked.
+
+    Raises:
+        ValueError: If another process holds it; at once, in one line.
+        OSError: If its folder can't be written.
+    """
+    if not wanted:
+        yield
+        return
+    path = Path(path)
+    check_writable(path, option("profile"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another process is writing the profile {path}; wait for it, or name another file"
+        ) from None
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # elsewhere an open file stays; who locks a removed one tries again
+            file.unlink(missing_ok=True)
+        lock.release()

@@ -16,12 +16,10 @@ from ..outputs import check_writable, rescued
 from ..plan import config_hash
 from ..timing import Taken
 from ..words import option
-from .larger import profile_larger
-from .lock import only_writer
 from .profile import ComponentProfile, Profile
-from .profile_file import read_profile, write_profile
+from .profile_file import only_writer, read_profile, write_profile
 from .projection import projections
-from .recorder import Recorder
+from .recorder import Recorder, profile_larger
 from .sampling import turns
 from .verify import dense_reference
 

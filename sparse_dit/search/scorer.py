@@ -20,9 +20,8 @@ from ..patterns import Pattern
 from ..plan import ComponentPlan, Plan
 from .cells import sample_rows
 from .nested import Candidates
-from .parallel_map import one_thread
 from .projection import projections
-from .sampling import sampled_heads, whole_layout
+from .sampling import one_thread, sampled_heads, whole_layout
 from .statistics import score_all
 
 Key = tuple[int, str]  # number of a stage or noise level, and layer

@@ -2,6 +2,9 @@
 
 A multiple-choice knapsack. With a price on damage each head chooses on its own (Lagrangian), and the
 price is found by bisection; solutions lie on the convex hull of the exact front.
+
+The transformers of a pipeline make one problem: damage is the change of the finished video, whichever of them
+the error is in, and seconds are those of the whole generation.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,7 +131,7 @@ def problem(
     calls: Sequence[int],
     dense_generation: float,
 ) -> Problem:
-    """The problem of one transformer, of its profile, sensitivity and costs; see `joint.joined` for several.
+    """The problem of one transformer, of its profile, sensitivity and costs; see `joined` for several.
 
     Args:
         profile: The transformer's profile, with the scores of all heads.
@@ -236,3 +239,52 @@ def runner_up(problem: Problem, choice: Choice) -> Tensor:
     damage = damage.scatter(1, chosen, torch.inf)
     second = damage.argmin(1)
     return torch.where(damage.gather(1, second[:, None])[:, 0].isinf(), -1, second)
+
+
+def pair_shares(
+    parts: Mapping[str, ComponentProfile], calls: Mapping[str, Sequence[int]]
+) -> dict[str, float]:
+    """Each transformer's share in the query-key pairs of a dense generation's attention.
+
+    Args:
+        parts: Profiles, by component name.
+        calls: For each component and stage the forwards of a generation, times the batch.
+    """
+    pairs = {
+        name: sum(calls[name]) * part.total_heads * part.known_layout.seq_len**2
+        for name, part in parts.items()
+    }
+    total = max(1, sum(pairs.values()))
+    return {name: count / total for name, count in pairs.items()}
+
+
+def joined(
+    parts: Mapping[str, Problem], shares: Mapping[str, float], dense_generation: float
+) -> Problem:
+    """One problem of all units; its stages are those of one transformer after the other.
+
+    Args:
+        parts: Problem of each transformer, by component name.
+        shares: The share of each transformer in the query-key pairs of a generation, see `pair_shares`.
+        dense_generation: Seconds of a whole dense generation.
+    """
+    placed, first = [], 0
+    for name, part in parts.items():
+        units = [(first + stage, layer, head) for stage, layer, head in part.units]
+        placed.append(replace(part, units=units, weight=part.weight * shares[name]))
+        first += len(part.stages)
+    columns = {
+        field: torch.cat([getattr(part, field) for part in placed])
+        for field in (
+            "importance", "seconds", "stock_seconds", "error", "density", "recall", "weight",
+        )
+    }  # fmt: skip
+    stock = sum(columns["stock_seconds"].tolist())
+    return Problem(
+        [unit for part in placed for unit in part.units],
+        [patterns for part in placed for patterns in part.candidates],
+        **columns,
+        stages=tuple(stage for part in placed for stage in part.stages),
+        other_seconds=max(0.0, dense_generation - stock),
+        components=tuple(name for name, part in parts.items() for _ in part.stages),
+    )

@@ -13,7 +13,7 @@ from ...layout import Tile, TokenLayout
 from ...patterns import Blocks, Pattern, Skip, SlidingTile, Stripe, Union, Vertical, Window
 from ...search.candidates import tilings
 from ...search.cells import cell_table
-from ...search.steady import best_first
+from ...search.ranking import best_first
 
 BLOCK_BUDGETS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 MODE_BUDGETS = (0.05, 0.1, 0.2, 0.3)
