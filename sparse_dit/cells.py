@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .index import PatternIndex
+from .entry import PatternIndex
 
 
 def cell_members(entry: PatternIndex) -> tuple[Tensor, Tensor]:

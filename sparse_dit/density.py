@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cells import valid_cells
+from .entry import PatternIndex
 from .intervals import RowIntervals
 from .on_cpu import on_cpu
-
-if TYPE_CHECKING:
-    from .index import PatternIndex
 
 CHUNK = (
     1 << 15

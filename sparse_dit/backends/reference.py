@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..cells import valid_cells
-from ..index import FarField, PatternIndex, SparseIndex, expand
+from ..entry import FarField, PatternIndex, expand
+from ..index import SparseIndex
 from ..intervals import RowIntervals
 from ..on_cpu import on_cpu
 from .attended import Attended
