@@ -6,11 +6,11 @@ import torch
 
 from sparse_dit.attention import sparse_attention
 from sparse_dit.backends.reference import token_mask
+from sparse_dit.entry import expand
 from sparse_dit.index import (
     PatternIndex,
     SparseIndex,
     build_index,
-    expand,
     pattern_index,
     seen_cells,
 )
