@@ -158,7 +158,7 @@ setup(
         Extension(
             ".".join(LIBRARY.parts),
             sources=[str(p.relative_to(HERE)) for p in sorted((HERE / CSRC).glob("*.cpp"))],
-            depends=[str(p.relative_to(HERE)) for p in sorted((HERE / CSRC).glob("*.h"))],
+            depends=[str(p.relative_to(HERE)) for p in sorted((HERE / CSRC).glob("*.[hi]*"))],
             optional=True,
         )
     ],

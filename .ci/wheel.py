@@ -42,6 +42,8 @@ assert {t for t in top if not t.endswith(".dist-info")} == {"sparse_dit"}, top
 for name in ("search", "tests", "demos", "profiles", "benchmarks", "setup"):
     assert find_spec(name) is None, f"{name} became importable"
 assert any(f.name == "LICENSE" for f in files)
-assert not any(f.suffix in (".cpp", ".h") for f in files), "the kernel's sources are in the wheel"
+assert not any(f.suffix in (".cpp", ".h", ".inc") for f in files), (
+    "the kernel's sources are in the wheel"
+)
 print(f"sparse_dit {sparse_dit.__version__}: {len(files)} files, {built_in()} built in")
 print(f"CPU kernel: {library.LIBRARY.running}, of {', '.join(library.LIBRARY.variants)}")

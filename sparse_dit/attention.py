@@ -14,6 +14,7 @@ from .backends.attended import Attended
 from .backends.packages import block_sparse_attn, cudnn, flash_attn_4, flashinfer, sparge
 from .backends.selfcheck import verdict
 from .index import SparseIndex
+from .intervals import RowIntervals
 from .nan_guard import finite_or_dense
 
 logger = logging.getLogger("sparse_dit")
@@ -44,7 +45,8 @@ def sparse_attention(
     v: Tensor,
     index: SparseIndex,
     *,
-    kv_len: Tensor | None = None,
+    row_start: Tensor | None = None,
+    row_stop: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
     nan_guard: bool = False,
@@ -55,23 +57,31 @@ def sparse_attention(
 
     Args:
         q: `[B, H, N, D]`, any strides.
-        k, v: `[B, num_kv_heads, M, D]`, any strides; H must be a multiple of `num_kv_heads`.
+        k, v: `[B, num_kv_heads, M, D]`, any strides; H must be a multiple of `num_kv_heads`. v may be of
+            another width than k, where the backend takes that.
         index: The index of H heads, N queries and M keys, on the device of `q`; see `build_index`.
-        kv_len: int `[B]`, keys from here on are padding; None if there is none.
+        row_start, row_stop: int32 `[B, N]`, any strides: row n of batch item b sees key tokens
+            `row_start[b, n] <= key < row_stop[b, n]` of what the index lists; None for 0 and M. They meet
+            with the index's own `rows`. See `sparse_dit.intervals`.
         scale: Factor of the logits; `head_dim ** -0.5` if None.
         backend: `"auto"` or a name in `BACKENDS`. A named backend runs or raises, it never falls back.
         nan_guard: Compute heads that come out with NaN or Inf dense instead, logged once. It costs a wait
             for the device and can't be compiled.
 
     Returns:
-        `[B, H, N, D]`, dtype of `q` (under `torch.autocast`, that of autocast); rows that see nothing are 0.
+        `[B, H, N, D]`, as wide as v, in the dtype of `q` (or of `torch.autocast`); rows that see
+        nothing are 0.
 
     Raises:
         ValueError: If shapes, dtypes or devices don't fit together, or the backend is unknown.
         NotImplementedError: If the named backend can't run this, with the reason.
     """
-    out = attend(q, k, v, index, kv_len=kv_len, scale=scale, backend=backend).out
-    return finite_or_dense(out, q, k, v, index, kv_len, scale) if nan_guard else out
+    out = attend(
+        q, k, v, index, row_start=row_start, row_stop=row_stop, scale=scale, backend=backend
+    ).out
+    if not nan_guard:
+        return out
+    return finite_or_dense(out, q, k, v, _rows(q, index, row_start, row_stop), scale)
 
 
 def attend(
@@ -80,7 +90,8 @@ def attend(
     v: Tensor,
     index: SparseIndex,
     *,
-    kv_len: Tensor | None = None,
+    row_start: Tensor | None = None,
+    row_stop: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
@@ -93,9 +104,12 @@ def attend(
 
     Args:
         q: `[B, H, N, D]`, any strides.
-        k, v: `[B, num_kv_heads, M, D]`, any strides; H must be a multiple of `num_kv_heads`.
+        k, v: `[B, num_kv_heads, M, D]`, any strides; H must be a multiple of `num_kv_heads`. v may be of
+            another width than k, where the backend takes that.
         index: Made for H heads, N queries and M keys; moved to the device of `q` by the caller.
-        kv_len: int `[B]`, keys from here on are padding; None if there is none.
+        row_start, row_stop: int32 `[B, N]`, any strides: row n of batch item b sees key tokens
+            `row_start[b, n] <= key < row_stop[b, n]` of what the index lists; None for 0 and M. They meet
+            with the index's own `rows`. See `sparse_dit.intervals`.
         scale: Factor of the logits; `head_dim ** -0.5` if None.
         backend: `"auto"` or a name in `BACKENDS`. A named backend runs or raises, it never falls back.
         return_lse: Fill `Attended.lse`.
@@ -106,16 +120,18 @@ def attend(
         NotImplementedError: If the named backend can't run this, with the reason.
     """
     q, k, v = lowered(q, k, v)
-    _check(q, k, v, index, kv_len)
+    _check(q, k, v, index)
+    rows = _rows(q, index, row_start, row_stop)
     if mass_block is not None and mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
-    module = BACKENDS[_name(q, index, backend, return_lse, mass_block is not None)]
+    width = v.shape[-1]
+    module = BACKENDS[_name(q, index, backend, return_lse, mass_block is not None, width)]
     if q.shape[0] == 0:
-        return _nothing(q, k, index, return_lse, mass_block)
+        return _nothing(q, v, index, return_lse, mass_block)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     with without_autocast(q.device.type):
-        return module.forward(q, k, v, index, kv_len, scale, return_lse, mass_block)
+        return module.forward(q, k, v, index, rows, scale, return_lse, mass_block)
 
 
 def block_mass(
@@ -125,7 +141,8 @@ def block_mass(
     lse: Tensor,
     *,
     mass_block: int,
-    kv_len: Tensor | None = None,
+    row_start: Tensor | None = None,
+    row_stop: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -135,7 +152,7 @@ def block_mass(
     index or an earlier step, probabilities are relative to what that one saw.
 
     Args:
-        q, k, index, kv_len, scale, backend: As for `attend`.
+        q, k, index, row_start, row_stop, scale, backend: As for `attend`.
         lse: float32 `[B, H, N]`, contiguous or not; rows at -inf have no mass.
         mass_block: How many sorted keys a block has.
 
@@ -147,7 +164,8 @@ def block_mass(
             fit.
     """
     q, k = lowered(q, k)
-    _check(q, k, k, index, kv_len)
+    _check(q, k, k, index)
+    rows = _rows(q, index, row_start, row_stop)
     if mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device:
@@ -161,44 +179,67 @@ def block_mass(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     with without_autocast(q.device.type):
-        return module.block_mass(q, k, index, lse, kv_len, scale, mass_block)
+        return module.block_mass(q, k, index, lse, rows, scale, mass_block)
 
 
 def backend_name(
-    q: Tensor, index: SparseIndex, backend: str = "auto", *, lse: bool = False, mass: bool = False
+    q: Tensor,
+    index: SparseIndex,
+    backend: str = "auto",
+    *,
+    lse: bool = False,
+    mass: bool = False,
+    value_width: int | None = None,
 ) -> str:
     """Name of the backend that runs such a call.
 
     Args:
         q, index, backend: As for `attend`.
         lse, mass: Whether these are wanted.
+        value_width: Channels of v; those of q if None.
 
     Raises:
         ValueError: If the backend is unknown.
         NotImplementedError: If the named backend can't run this or fails its check, with the reason.
     """
-    return _name(lowered(q)[0], index, backend, lse, mass)
+    return _name(lowered(q)[0], index, backend, lse, mass, value_width or q.shape[-1])
 
 
-def _name(q: Tensor, index: SparseIndex, backend: str, lse: bool, mass: bool) -> str:
+def _rows(
+    q: Tensor, index: SparseIndex, row_start: Tensor | None, row_stop: Tensor | None
+) -> RowIntervals | None:
+    """What a call's rows may see: the index's own intervals, the call's, or what both let through."""
+    if row_start is None and row_stop is None:
+        return index.rows
+    rows = RowIntervals(row_start, row_stop)
+    rows.check((q.shape[0], q.shape[2]))
+    for bound in (row_start, row_stop):
+        if bound is not None and bound.device != q.device:
+            raise ValueError(f"row_start and row_stop must be on {q.device}, got {bound.device}")
+    return rows if index.rows is None else index.rows.meet(rows)
+
+
+def _name(
+    q: Tensor, index: SparseIndex, backend: str, lse: bool, mass: bool, width: int | None = None
+) -> str:
     """As `backend_name`, for a `q` that autocast is done with."""
     if backend == "auto":
-        return _first_that_can(q, index, lse, mass)
+        return _first_that_can(q, index, lse, mass, width)
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}"
         )
-    if reason := _reason(backend, q, index, lse, mass):
+    if reason := _reason(backend, q, index, lse, mass, width):
         raise NotImplementedError(f"backend {backend!r} cannot run this: {reason}")
     return backend
 
 
-def _first_that_can(q: Tensor, index: SparseIndex, lse: bool, mass: bool) -> str:
+def _first_that_can(q: Tensor, index: SparseIndex, lse: bool, mass: bool, width: int | None) -> str:
     reasons = []
     for name in AUTO:
         if q.device.type not in AUTO_DEVICES.get(name, (q.device.type,)):
             continue
-        reason = _reason(name, q, index, lse, mass)
+        reason = _reason(name, q, index, lse, mass, width)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
@@ -207,10 +248,14 @@ def _first_that_can(q: Tensor, index: SparseIndex, lse: bool, mass: bool) -> str
     raise NotImplementedError(f"no backend can run this: {'; '.join(reasons)}")
 
 
-def _reason(name: str, q: Tensor, index: SparseIndex, lse: bool, mass: bool) -> str | None:
+def _reason(
+    name: str, q: Tensor, index: SparseIndex, lse: bool, mass: bool, width: int | None
+) -> str | None:
     """Why a backend doesn't run this; None if it does."""
     module = BACKENDS[name]
     if reason := module.unsupported(q, index):
+        return reason
+    if width not in (None, q.shape[-1]) and (reason := _width_reason(module, q, width)):
         return reason
     if (lse or mass) and hasattr(module, "lacks") and (reason := module.lacks(q, lse, mass)):
         return reason
@@ -223,14 +268,21 @@ def _reason(name: str, q: Tensor, index: SparseIndex, lse: bool, mass: bool) -> 
     return f"it failed its check on {q.device}: {found.problem}"
 
 
+def _width_reason(module: ModuleType, q: Tensor, width: int) -> str | None:
+    """Why a backend doesn't take values of another width than the keys'; None if it does."""
+    if not hasattr(module, "unsupported_values"):
+        return f"it takes v as wide as k, got head_dim {width} and {q.shape[-1]}"
+    return module.unsupported_values(width)
+
+
 def _nothing(
-    q: Tensor, k: Tensor, index: SparseIndex, lse: bool, mass_block: int | None
+    q: Tensor, v: Tensor, index: SparseIndex, lse: bool, mass_block: int | None
 ) -> Attended:
     """What a call of no batch items gives."""
     return Attended(
-        torch.empty_like(q),
+        q.new_empty(*q.shape[:3], v.shape[-1]),
         q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None,
-        None if mass_block is None else _no_mass(q, k, index, mass_block),
+        None if mass_block is None else _no_mass(q, v, index, mass_block),
     )
 
 
@@ -248,11 +300,14 @@ def _warn_once(message: str) -> None:
         logger.warning(message)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex) -> None:
     q_shape, k_shape = q.shape, k.shape  # read once: small calls feel it
-    if len(q_shape) != 4 or len(k_shape) != 4 or k_shape != v.shape:
+    if len(q_shape) != 4 or len(k_shape) != 4 or k_shape[:3] != v.shape[:-1]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
-        raise ValueError(f"q must be [B, H, N, D] and k, v [B, num_kv_heads, M, D], got {shapes}")
+        raise ValueError(
+            f"q must be [B, H, N, D], k [B, num_kv_heads, M, D] and v like k but for its width, "
+            f"got {shapes}"
+        )
     if q_shape[0] != k_shape[0] or q_shape[3] != k_shape[3]:
         raise ValueError(f"q {tuple(q_shape)} and k {tuple(k_shape)} must agree in B and D")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
@@ -279,15 +334,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor |
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("sparse attention is for inference; call it under torch.no_grad()")
-    if kv_len is not None:
-        _check_kv_len(kv_len, q_shape[0], k_shape[2])
-
-
-def _check_kv_len(kv_len: Tensor, batch: int, num_keys: int) -> None:
-    if kv_len.shape != (batch,) or kv_len.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"kv_len must be int [{batch}], got {kv_len.dtype} {list(kv_len.shape)}")
-    # a branch on data has no place in a graph, and on a GPU it would wait for it
-    if kv_len.is_cpu and not torch.compiler.is_compiling():
-        lengths = kv_len.tolist()
-        if not all(0 <= length <= num_keys for length in lengths):
-            raise ValueError(f"kv_len must lie in 0 to {num_keys}, got {lengths}")

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from .intervals import valid_rows
 from .layout import TokenLayout
 
 Branch = Literal["any", "cond", "uncond"]
@@ -80,6 +81,13 @@ class AttentionCall:
     stock: Callable[[], Tensor]
     bias: Tensor | None = None
     split: Split | None = None
+
+    @property
+    def row_stop(self) -> Tensor | None:
+        """The same as `kv_len`, as a kernel takes it: int32 `[B, N]` on the device of q, or None."""
+        if self.kv_len is None:
+            return None
+        return valid_rows(self.kv_len.to(self.q.device), self.q.shape[1]).stop
 
 
 Intercept = Callable[[AttentionCall], Tensor]

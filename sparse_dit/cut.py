@@ -1,4 +1,4 @@
-"""A part of an index: the queries and keys that one of several devices holds."""
+"""A part of an index: the queries and keys that one of several devices holds, or a run of queries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .index import FarField, PatternIndex
+from .index import FarField, PatternIndex, SparseIndex
+from .intervals import RowIntervals
 from .on_cpu import on_cpu
 
 
@@ -35,6 +36,51 @@ def cut(entry: PatternIndex, queries: Tensor, keys: Tensor) -> PatternIndex:
     found = entry.cache[name]
     assert isinstance(found, PatternIndex)
     return found
+
+
+def slice_queries(index: SparseIndex, start: int, stop: int) -> SparseIndex:
+    """What an index computes for the queries from `start` to before `stop`, and all keys.
+
+    A slice of the groups: it costs a few small tensors, and nothing is kept.
+
+    Args:
+        index: Its queries stay in place (no entry has a `q_order`).
+        start, stop: Query tokens, the chunk that the call's q holds.
+
+    Raises:
+        ValueError: If the slice is empty or goes beyond the queries, or queries are sorted otherwise.
+    """
+    if not 0 <= start < stop <= index.num_queries:
+        raise ValueError(
+            f"a slice must lie in 0 to {index.num_queries} queries, got {start} to {stop}"
+        )
+    if any(entry.q_order is not None for entry in index.entries):
+        raise ValueError(
+            "queries must stay in place to be sliced; use cut for an order of their own"
+        )
+    bounds = (None, None) if index.rows is None else (index.rows.start, index.rows.stop)
+    sliced = [None if x is None else x[start:stop] for x in bounds]
+    entries = tuple(_sliced(entry, start, stop) for entry in index.entries)
+    return SparseIndex(entries, index.head_to_pattern, index.rows and RowIntervals(*sliced))
+
+
+def _sliced(entry: PatternIndex, start: int, stop: int) -> PatternIndex:
+    first = int((entry.q_offsets <= start).sum()) - 1
+    end = int((entry.q_offsets < stop).sum())
+    far = entry.far
+    if far is not None:
+        far = FarField(far.cell_offsets, *_some_groups(far.run_offsets, far.runs, first, end))
+    offsets, runs = _some_groups(entry.run_offsets, entry.runs, first, end)
+    q_offsets = entry.q_offsets[first : end + 1].clamp(start, stop) - start
+    return PatternIndex(
+        stop - start, entry.num_keys, None, entry.k_order, q_offsets, offsets, runs, far
+    )
+
+
+def _some_groups(offsets: Tensor, runs: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Offsets and runs of the groups from `first` to before `end`."""
+    begin, stop = offsets[first].item(), offsets[end].item()
+    return offsets[first : end + 1] - begin, runs[int(begin) : int(stop)]
 
 
 def _digest(tokens: Tensor) -> bytes:

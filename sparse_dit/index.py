@@ -8,119 +8,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .density import density_in
+from .entry import FarField, PatternIndex
+from .intervals import RowIntervals
 from .layout import TileOrder, TokenLayout, cut_offsets, tile_order
 from .on_cpu import on_cpu
 from .patterns import Pattern, Skip
 
 MAX_GROUP = 128
-
-
-@dataclass(frozen=True, eq=False)
-class FarField:
-    """Pooled keys that stand for what a group doesn't see exactly.
-
-    A cell of n keys is one key: the mean of its keys, with log(n) added to its logit, and the mean of
-    its values. Sources of the idea: Multipole Attention (arXiv 2506.13059), PISA (2602.01077), SVG-EAR
-    (2603.08982), Pyramid Sparse Attention (2512.04025).
-
-    Args:
-        cell_offsets: int32 `[C + 1]`, sorted key positions where cells start, and where the last ends.
-            Global keys, outside of all cells, have no pooled form.
-        run_offsets: int32 `[G + 1]` into `runs`.
-        runs: int32 `[F, 2]`: first cell and number of cells that a group sees pooled; ascending and
-            disjoint, and disjoint from what the group sees exactly.
-    """
-
-    cell_offsets: Tensor
-    run_offsets: Tensor
-    runs: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class PatternIndex:
-    """What one pattern computes at one size. Tensors are int32 and shared by all heads that use it.
-
-    Args:
-        num_queries, num_keys: N and M.
-        q_order, k_order: `[N]`, `[M]`: the token at each sorted position; None if tokens stay in place.
-        q_offsets: `[G + 1]`: groups are the sorted query rows between two offsets, 1 to 128 of them
-            (a dense pattern: one group of all rows).
-        run_offsets: `[G + 1]` into `runs`.
-        runs: `[R, 2]`: start and length, in sorted key positions, of the keys that every row of the
-            group sees exactly; ascending, disjoint and not touching.
-        far: Pooled keys, or None.
-    """
-
-    num_queries: int
-    num_keys: int
-    q_order: Tensor | None
-    k_order: Tensor | None
-    q_offsets: Tensor
-    run_offsets: Tensor
-    runs: Tensor
-    far: FarField | None = None
-    cache: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def num_groups(self) -> int:
-        """G."""
-        return len(self.q_offsets) - 1
-
-    @functools.cached_property
-    def query_tokens(self) -> Tensor:
-        """int64 `[N]`: `q_order`, written out where tokens stay in place."""
-        return _written_out(self.q_order, self.num_queries, self.q_offsets.device)
-
-    @functools.cached_property
-    def key_tokens(self) -> Tensor:
-        """int64 `[M]`: `k_order`, written out where tokens stay in place."""
-        return _written_out(self.k_order, self.num_keys, self.q_offsets.device)
-
-    @functools.cached_property
-    def is_dense(self) -> bool:
-        """Whether every query sees every key exactly."""
-        lengths = self.group_keys
-        return bool((lengths == self.num_keys).all())
-
-    @functools.cached_property
-    def is_empty(self) -> bool:
-        """Whether no query sees anything (a skipped head)."""
-        return len(self.runs) == 0 and (self.far is None or len(self.far.runs) == 0)
-
-    @functools.cached_property
-    def group_keys(self) -> Tensor:
-        """int64 `[G]`: keys that each group sees exactly."""
-        return _per_group(self.run_offsets, self.runs[:, 1])
-
-    @functools.cached_property
-    def group_cells(self) -> Tensor:
-        """int64 `[G]`: cells that each group sees pooled."""
-        if self.far is None:
-            return torch.zeros_like(self.group_keys)
-        return _per_group(self.far.run_offsets, self.far.runs[:, 1])
-
-    @functools.cached_property
-    def density(self) -> float:
-        """Computed pairs (exact and pooled) over all pairs; a pooled key counts as one."""
-        rows = self.q_offsets.diff().to(torch.int64)
-        pairs = (rows * (self.group_keys + self.group_cells)).sum().item()
-        return pairs / (self.num_queries * self.num_keys)
-
-    def to(self, device: torch.device | str) -> PatternIndex:
-        """A copy with all tensors on `device` (itself if they are there)."""
-        if self.q_offsets.device == torch.device(device):
-            return self
-        moved = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name in self.__dataclass_fields__
-        }
-        far = self.far and replace(self.far, **{k: v.to(device) for k, v in vars(self.far).items()})
-        return replace(self, **moved, far=far, cache={})
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +31,9 @@ class SparseIndex:
         entries: The distinct pattern indices.
         head_to_pattern: For each head its place in `entries`. A skipped head has an entry without runs
             and costs nothing.
-        causal: Whether a query sees only keys at `key token <= query token + causal_offset` (token
-            numbers before sorting). A pooled key is seen if its last valid token is.
-        causal_offset: `M - N` for a prefill with cached keys.
+        rows: What each row may see of all that, `[N]`, in token numbers before sorting; None for everything.
+            What holds for one call alone is given to the call. A pooled key is seen if all its valid tokens
+            are; see `docs/contract.md`.
 
     Attributes:
         cache: What backends made of this index; a copy starts with an empty one.
@@ -141,9 +41,8 @@ class SparseIndex:
 
     entries: tuple[PatternIndex, ...]
     head_to_pattern: tuple[int, ...]
-    causal: bool = False
-    causal_offset: int = 0
-    cache: dict[object, object] = field(default_factory=dict, init=False, repr=False)
+    rows: RowIntervals | None = None
+    cache: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.entries or not self.head_to_pattern:
@@ -152,6 +51,8 @@ class SparseIndex:
             raise ValueError(f"head_to_pattern must name entries 0 to {len(self.entries) - 1}")
         if len({(e.num_queries, e.num_keys) for e in self.entries}) != 1:
             raise ValueError("all patterns of an index must have the same number of tokens")
+        if self.rows is not None:
+            self.rows.check((self.num_queries,))
 
     @property
     def num_heads(self) -> int:
@@ -181,8 +82,9 @@ class SparseIndex:
     @functools.cached_property
     @on_cpu
     def head_density(self) -> Tensor:
-        """float64 `[H]`: computed pairs over the pairs that the dense kernel would compute."""
-        densities = [_causal_density(self, e) if self.causal else e.density for e in self.entries]
+        """float64 `[H]`: computed pairs over those of the dense kernel with the same `rows`."""
+        rows = self.rows
+        densities = [e.density if rows is None else density_in(e, rows) for e in self.entries]
         return torch.tensor([densities[p] for p in self.head_to_pattern], dtype=torch.float64)
 
     @functools.cached_property
@@ -200,7 +102,8 @@ class SparseIndex:
 
     def to(self, device: torch.device | str) -> SparseIndex:
         """A copy with all tensors on `device`."""
-        return replace(self, entries=tuple(entry.to(device) for entry in self.entries))
+        entries = tuple(entry.to(device) for entry in self.entries)
+        return replace(self, entries=entries, rows=self.rows and self.rows.to(device))
 
 
 def build_index(
@@ -208,8 +111,7 @@ def build_index(
     layout: TokenLayout,
     *,
     group: int = 64,
-    causal: bool = False,
-    causal_offset: int = 0,
+    rows: RowIntervals | None = None,
 ) -> SparseIndex:
     """Index of a self-attention layer over the tokens of `layout`.
 
@@ -219,7 +121,7 @@ def build_index(
         patterns: One for each head; of what is computed at some steps alone, the index is of those.
         layout: Segments of the sequence; it is the same for queries and keys.
         group: Largest number of query rows in a group, 1 to 128.
-        causal, causal_offset: See `SparseIndex`.
+        rows: See `SparseIndex`; `causal_rows(n, n)` for causal order.
 
     Raises:
         ValueError: If there are no patterns, or `group` is out of range.
@@ -232,7 +134,7 @@ def build_index(
     distinct = list(dict.fromkeys(patterns))
     entries = tuple(pattern_index(pattern, layout, group) for pattern in distinct)
     heads = tuple(distinct.index(pattern) for pattern in patterns)
-    return SparseIndex(entries, heads, causal, causal_offset)
+    return SparseIndex(entries, heads, rows)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -303,7 +205,7 @@ def _tile_of_group(order: TileOrder, group: int) -> _Groups:
 
 def _global_spans(order: TileOrder, n: int) -> list[tuple[int, int]]:
     """Sorted positions of the global tokens: `(start, stop)` before and after the grid."""
-    end = order.tile_offsets[-1].item() + order.global_before
+    end = int(order.tile_offsets[-1]) + order.global_before
     return [(0, order.global_before), (end, n)]
 
 
@@ -379,55 +281,3 @@ def _far_field(exact: Tensor, cells: Tensor, owner: Tensor, pool: int | None) ->
     wanted = torch.repeat_interleave(keep, sizes)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (sizes * keep).cumsum(0)])
     return FarField(cells.int(), offsets.int(), runs[pick[wanted]].int())
-
-
-def _written_out(order: Tensor | None, n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device) if order is None else order.long()
-
-
-def _per_group(offsets: Tensor, lengths: Tensor) -> Tensor:
-    total = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
-    return total[offsets[1:].long()] - total[offsets[:-1].long()]
-
-
-def _causal_density(index: SparseIndex, entry: PatternIndex) -> float:
-    """Computed pairs over the pairs that the causal dense kernel would compute."""
-    rows = torch.arange(entry.num_queries) + index.causal_offset + 1
-    total = rows.clamp(0, entry.num_keys).sum().item()
-    pairs = 0
-    for group in range(entry.num_groups):
-        last, pooled = visible(entry, group, entry.num_keys)
-        start, stop = entry.q_offsets[group : group + 2].tolist()
-        limit = entry.query_tokens[start:stop] + index.causal_offset
-        for keys in (last, pooled):
-            pairs += torch.searchsorted(keys.sort().values, limit, right=True).sum().item()
-    return pairs / max(1, total)
-
-
-def visible(entry: PatternIndex, group: int, kv_len: int) -> tuple[Tensor, Tensor]:
-    """Tokens that a group sees exactly, and the last valid token of each cell it sees pooled."""
-    keys = expand(entry.runs[entry.run_offsets[group] : entry.run_offsets[group + 1]])
-    order = entry.key_tokens
-    if entry.far is None:
-        return order[keys], keys[:0]
-    cells = expand(entry.far.runs[entry.far.run_offsets[group] : entry.far.run_offsets[group + 1]])
-    return order[keys], last_tokens(entry.far, order, kv_len)[cells]
-
-
-def last_tokens(far: FarField, order: Tensor, kv_len: int) -> Tensor:
-    """int64 `[C]`: the largest token number below `kv_len` in each cell, -1 if there is none."""
-    sizes = far.cell_offsets.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-    tokens = order[far.cell_offsets[0] : far.cell_offsets[-1]].long()
-    tokens = torch.where(tokens < kv_len, tokens, -1)
-    last = torch.full_like(sizes, -1)
-    return last.scatter_reduce_(0, owner, tokens, "amax")
-
-
-def expand(runs: Tensor) -> Tensor:
-    """int64 positions in runs `[R, 2]` (start, length), in order."""
-    starts, lengths = runs[:, 0].long(), runs[:, 1].long()
-    ends = lengths.cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    shift = torch.repeat_interleave(starts - (ends - lengths), lengths)
-    return torch.arange(total, device=runs.device) + shift

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .backends.sorting import without_padding
-from .index import SparseIndex
+from .intervals import RowIntervals
 
 logger = logging.getLogger("sparse_dit")
 _told: set[str] = set()
@@ -20,8 +20,7 @@ def finite_or_dense(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float | None,
 ) -> Tensor:
     """Replace the heads of `out` that hold NaN or Inf by dense attention, logged once for a process.
@@ -30,15 +29,16 @@ def finite_or_dense(
 
     Args:
         out: `[B, H, N, D]`, written to.
-        q, k, v, index, kv_len, scale: The arguments of the sparse attention call that returned `out`.
+        q, k, v, scale: The arguments of the sparse attention call that returned `out`.
+        rows: What its rows might see at all.
     """
     if out.sum((0, 2, 3), dtype=torch.float32).isfinite().all():
         return out  # one pass: NaN or Inf survives any sum
     bad = (~out.isfinite()).any(-1).any(-1).any(0).nonzero()[:, 0].tolist()
     if not bad:
         return out
-    mask = _mask(index, kv_len, q.device)
-    k, v = (without_padding(x, kv_len) for x in (k, v))
+    mask = None if rows is None else _mask(rows, q.shape[2], k.shape[2])
+    k, v = (without_padding(x, rows, q.shape[2]) for x in (k, v))
     repeat = q.shape[1] // k.shape[1]
     for head in bad:
         one = slice(head, head + 1)
@@ -58,14 +58,8 @@ def finite_or_dense(
     return out
 
 
-def _mask(index: SparseIndex, kv_len: Tensor | None, device: torch.device) -> Tensor | None:
-    """What dense attention may see, bool `[B or 1, 1, N or 1, M]`; None if everything."""
-    keys = torch.arange(index.num_keys, device=device)
-    mask = None
-    if kv_len is not None:
-        mask = (keys < kv_len.to(device)[:, None])[:, None, None]
-    if index.causal:
-        rows = torch.arange(index.num_queries, device=device) + index.causal_offset
-        order = (keys <= rows[:, None])[None, None]
-        mask = order if mask is None else mask & order
-    return mask
+def _mask(rows: RowIntervals, num_queries: int, num_keys: int) -> Tensor:
+    """What dense attention may see, bool `[1 or B, 1, N or 1, M]`."""
+    start, stop = (x[:, None, :, None] for x in rows.bounds(num_keys, num_queries))
+    keys = torch.arange(num_keys, device=start.device)
+    return (start <= keys) & (keys < stop)

@@ -159,7 +159,7 @@ def without(index: SparseIndex, heads: Sequence[int]) -> SparseIndex:
     left = sorted(set(used) - {-1})
     place = {p: number for number, p in enumerate(left)} | {-1: len(left)}
     entries = (*(index.entries[p] for p in left), empty)
-    return SparseIndex(entries, tuple(place[p] for p in used), index.causal, index.causal_offset)
+    return SparseIndex(entries, tuple(place[p] for p in used), index.rows)
 
 
 def _shape(call: AttentionCall, stage: int) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .index import MAX_GROUP, PatternIndex, runs_of
@@ -131,8 +132,9 @@ def _mask_of_row(blocks: BlockIndex, row: int, queries: int, num_keys: int) -> T
     mask = torch.zeros(queries, -(-num_keys // size), size, dtype=torch.bool)
     mask[:, blocks.full[blocks.full_offsets[row] : blocks.full_offsets[row + 1]].long()] = True
     listed = slice(int(blocks.partial_offsets[row]), int(blocks.partial_offsets[row + 1]))
-    bits = (blocks.bits[listed, :queries, :, None] >> torch.arange(32) & 1).flatten(2)
-    mask[:, blocks.partial[listed].long()] = bits[..., :size].bool().transpose(0, 1)
+    bits = blocks.bits[listed, :queries, :, None] >> torch.arange(32) & 1
+    seen = rearrange(bits.bool(), "block query word bit -> query block (word bit)")
+    mask[:, blocks.partial[listed].long()] = seen[..., :size]
     return mask.flatten(1)[:, :num_keys]
 
 

@@ -121,8 +121,9 @@ class Runtime:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         name = backend_name(q, index, self.backend)
         out = sparse_attention(
-            q, k, v, index, kv_len=call.kv_len, scale=scale, backend=name, nan_guard=self.nan_guard
-        )
+            q, k, v, index,
+            row_stop=call.row_stop, scale=scale, backend=name, nan_guard=self.nan_guard,
+        )  # fmt: skip
         self._count(call, (call.layer, stage, None, name), index.density)
         return out[..., : call.v.shape[-1]].transpose(1, 2)
 

@@ -68,7 +68,7 @@ def main(variant: str, count: int) -> None:
         bad = guarded(broken(words, lot), at_end=True) if lot.random() < 0.9 else words[:0]
         try:
             ours = torch.ops.sparse_dit.attend_measured(
-                *inputs, bad, None, 1.0, True, 16, index.max_groups
+                *inputs, bad, None, None, 1.0, True, 16, index.max_groups
             )
         except ValueError as error:
             assert "\n" not in str(error) and str(error)

@@ -16,7 +16,7 @@ from sparse_dit.backends.reference import token_mask
 from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
-from tests.kernel_cases import qkv
+from tests.kernel_cases import in_order, qkv, until
 from tests.settings_cases import deterministic
 
 LAYOUT = TokenLayout.video(2, 6, 8, text_after=5)
@@ -31,7 +31,8 @@ TOKENS = LAYOUT.seq_len
 
 def index_of(*, causal: bool = False) -> SparseIndex:
     """Tiles of 12 tokens alone, with pooled keys, everything and nothing; text sees and is seen by all."""
-    return build_index(PATTERNS, LAYOUT, causal=causal)
+    index = build_index(PATTERNS, LAYOUT)
+    return in_order(index) if causal else index
 
 
 def inputs(dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
@@ -101,11 +102,11 @@ def check_strides(backend: str, dtype: torch.dtype = torch.float32) -> None:
 def check_modes(backend: str, dtype: torch.dtype = torch.float32) -> None:
     """Deterministic mode, inference tensors, and tensors that ask for a gradient."""
     q, k, v = inputs(dtype)
-    kv_len = torch.tensor([TOKENS, TOKENS - 9])
+    stop = until(index_of(), TOKENS, TOKENS - 9)
 
     def run(*tensors: Tensor, index: SparseIndex | None = None) -> Tensor:
         index = index or index_of()
-        return attend(*tensors, index, kv_len=kv_len, backend=backend).out
+        return attend(*tensors, index, row_stop=stop, backend=backend).out
 
     want = run(q, k, v)
     with deterministic():  # which fills new memory with NaN
@@ -163,23 +164,23 @@ def check_padding(backend: str, dtype: torch.dtype = torch.float32) -> None:
     """Padding may hold anything: nothing of it shows, in the output, the LSE, the mass or pooled keys."""
     index, (q, k, v) = index_of(), inputs(dtype)
     valid = 40  # in a cell that holds padding too
-    kv_len = torch.tensor([valid, TOKENS])
-    clean = attend(q, k, v, index, kv_len=kv_len, backend=backend, **wants(backend))
+    stop = until(index, valid, TOKENS)
+    clean = attend(q, k, v, index, row_stop=stop, backend=backend, **wants(backend))
     bad_q = q.clone()
     bad_q[0, :, valid:] = torch.nan  # so that heads come out with NaN and are computed dense
     for value in (torch.nan, torch.inf, -torch.inf):
         bad_k, bad_v = k.clone(), v.clone()
         bad_k[0, :, valid:] = bad_v[0, :, valid:] = value
-        got = attend(q, bad_k, bad_v, index, kv_len=kv_len, backend=backend, **wants(backend))
+        got = attend(q, bad_k, bad_v, index, row_stop=stop, backend=backend, **wants(backend))
         assert clean.out.isfinite().all()
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, clean, strict=True))
         guarded = sparse_attention(
-            bad_q, bad_k, bad_v, index, kv_len=kv_len, backend=backend, nan_guard=True
+            bad_q, bad_k, bad_v, index, row_stop=stop, backend=backend, nan_guard=True
         )
         assert guarded[0, :, :valid].isfinite().all() and guarded[1].isfinite().all()
         if got.lse is not None:
             mass = block_mass(
-                q, bad_k, index, got.lse, kv_len=kv_len, mass_block=16, backend=backend
+                q, bad_k, index, got.lse, row_stop=stop, mass_block=16, backend=backend
             )
             torch.testing.assert_close(mass, clean.mass, rtol=1e-4, atol=1e-5)
 
@@ -200,7 +201,7 @@ def _sees(index: SparseIndex, head: int) -> Tensor:
     """Which tokens' keys reach a row, alone or in a cell, bool `[N, M]`."""
     entry = index.entries[index.head_to_pattern[head]]
     exact, pooled = token_mask(entry)
-    if index.causal:
+    if index.rows is not None:
         exact &= torch.arange(TOKENS) <= torch.arange(TOKENS)[:, None]
     if pooled is None or entry.far is None:
         return exact
@@ -210,6 +211,6 @@ def _sees(index: SparseIndex, head: int) -> Tensor:
     ):
         tokens = entry.key_tokens[start:stop]
         cells[cell, tokens] = True
-        if index.causal:
+        if index.rows is not None:
             pooled[:, cell] &= torch.arange(TOKENS) >= tokens.max()
     return exact | (pooled.float() @ cells.float() > 0)

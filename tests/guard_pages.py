@@ -15,7 +15,7 @@ import torch
 from sparse_dit.backends.cpu import library
 from sparse_dit.backends.cpu.packed import packed_index
 from sparse_dit.index import SparseIndex
-from tests.kernel_cases import DTYPES, dense, entry, qkv, split
+from tests.kernel_cases import DTYPES, dense, entry, in_order, qkv, split, until
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PROT_NONE = 0
@@ -51,13 +51,15 @@ def cases() -> dict[str, SparseIndex]:
         "sorted": entry(m, groups, ends, k_order=torch.arange(m).flip(0)),
     }
     every = {name: SparseIndex((part,), (0, 0)) for name, part in parts.items()}
-    return {**every, "causal": SparseIndex((dense(n, m),), (0, 0), causal=True, causal_offset=60)}
+    return {**every, "causal": in_order(every["dense"], 60)}
 
 
 def run(index: SparseIndex, dim: int, dtype: torch.dtype, at_end: bool, by_token: bool) -> None:
     """Compares with the same inputs in ordinary memory."""
     inputs = qkv(index, dim, batch=2, kv_heads=1, dtype=dtype)
-    kv_len = torch.tensor([index.num_keys, index.num_keys - 1])
+    own, stop = index.rows, until(index, index.num_keys, index.num_keys - 1).contiguous()
+    stop = stop if own is None else torch.minimum(stop, own.stop)
+    start = torch.ones_like(stop)
 
     def guard(x: torch.Tensor) -> torch.Tensor:
         if by_token:
@@ -65,9 +67,11 @@ def run(index: SparseIndex, dim: int, dtype: torch.dtype, at_end: bool, by_token
         return guarded(x, at_end)
 
     extra = (dim**-0.5, True, 16, index.max_groups)
-    want = torch.ops.sparse_dit.attend_measured(*inputs, packed_index(index), kv_len, *extra)
+    want = torch.ops.sparse_dit.attend_measured(*inputs, packed_index(index), start, stop, *extra)
     ours = torch.ops.sparse_dit.attend_measured(
-        *map(guard, inputs), guarded(packed_index(index), at_end), guarded(kv_len, at_end), *extra
+        *map(guard, inputs),
+        *(guarded(x, at_end) for x in (packed_index(index), start, stop)),
+        *extra,
     )
     for x, same in zip(ours, want, strict=True):
         assert torch.equal(x, same), "the place in memory makes a difference"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from sparse_dit.attention import attend
 from sparse_dit.backends.attended import Attended
 from sparse_dit.index import FarField, PatternIndex, SparseIndex, build_index
+from sparse_dit.intervals import causal_rows, valid_rows
 from sparse_dit.layout import TokenLayout
 from tests.cases import PATTERN_CASES
 
@@ -93,6 +95,18 @@ def one_head(e: PatternIndex, heads: int = 1, **keywords: object) -> SparseIndex
     return SparseIndex((e,), (0,) * heads, **keywords)
 
 
+def in_order(index: SparseIndex, offset: int = 0) -> SparseIndex:
+    """The index in causal order, whose row n sees keys up to `n + offset`."""
+    return replace(index, rows=causal_rows(index.num_queries, index.num_keys, offset))
+
+
+def until(index: SparseIndex, *lengths: int) -> Tensor:
+    """`row_stop` of a call where keys are padding from these numbers on, one a batch item."""
+    stop = valid_rows(torch.tensor(lengths), index.num_queries).stop
+    assert stop is not None
+    return stop
+
+
 def dense(n: int, m: int, group: int | None = None) -> PatternIndex:
     """Every row sees every key; in groups of `group` rows, or in one."""
     sizes = [n] if group is None else split(n, group)
@@ -127,7 +141,7 @@ class Case(NamedTuple):
 
     index: SparseIndex
     inputs: list[Tensor]
-    kv_len: Tensor | None
+    row_stop: Tensor | None
     truth: tuple[Attended, Tensor]
 
 
@@ -135,11 +149,12 @@ class Case(NamedTuple):
 def pattern_case(layout: TokenLayout, causal: bool, first: int, padded: bool) -> Case:
     """Six patterns from `first` on, three key heads, two batch items."""
     patterns = (PATTERN_CASES[first : first + 6] * 6)[:6]
-    index = build_index(patterns, layout, group=32, causal=causal, causal_offset=2 * causal)
+    index = build_index(patterns, layout, group=32)
+    index = in_order(index, 2) if causal else index
     n = layout.seq_len
-    kv_len = torch.tensor([n, max(0, n - 5)]) if padded else None
+    row_stop = until(index, n, max(0, n - 5)) if padded else None
     inputs = qkv(index, 8, batch=2, kv_heads=3, seed=first)
-    return Case(index, inputs, kv_len, truth_of(*inputs, index, kv_len=kv_len, mass_block=16))
+    return Case(index, inputs, row_stop, truth_of(*inputs, index, row_stop=row_stop, mass_block=16))
 
 
 def truth_of(
@@ -147,9 +162,8 @@ def truth_of(
 ) -> tuple[Attended, Tensor]:
     """The reference in float64, with LSE; and the same attention to |v|."""
     q, k, v = q.double(), k.double(), v.double()
-    dim = q.shape[-1]
-    keywords = {"scale": dim**-0.5, **keywords, "backend": "reference", "return_lse": True}
-    q, k = (torch.cat([x, torch.zeros_like(x)], -1) for x in (q, k))  # same logits, room for |v|
+    dim = v.shape[-1]
+    keywords |= {"backend": "reference", "return_lse": True}
     want = attend(q, k, torch.cat([v, v.abs()], -1), index, **keywords)
     return want._replace(out=want.out[..., :dim]), want.out[..., dim:]
 

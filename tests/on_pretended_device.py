@@ -13,13 +13,14 @@ from sparse_dit.backends.flex_lists import lists_of
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.index import build_index
 from sparse_dit.inputs import load_pipeline
+from sparse_dit.intervals import RowIntervals
 from sparse_dit.layout import TokenLayout
 from sparse_dit.nan_guard import finite_or_dense
 from sparse_dit.search import search_plan
 from sparse_dit.search.check import check_plan
 from sparse_dit.timing import Stopwatch
 from tests.cases import LAYOUTS, PATTERN_CASES
-from tests.kernel_cases import qkv
+from tests.kernel_cases import in_order, qkv, until
 from tests.pretended_device import DEVICE, PretendedDevice
 from tests.search_cases import stub_costs
 
@@ -34,7 +35,8 @@ def device():
 
 def made(layout, first, causal=False):
     patterns = (PATTERN_CASES[first : first + 6] * 6)[:6]
-    index = build_index(patterns, layout, group=32, causal=causal, causal_offset=2 * causal)
+    index = build_index(patterns, layout, group=32)
+    index = in_order(index, 2) if causal else index
     return index, qkv(index, 16, batch=2, kv_heads=3, seed=first)
 
 
@@ -56,18 +58,20 @@ def test_the_check_before_first_use(name):
 def test_gathering(first, causal):
     layout = LAYOUTS[first // 36 % 4 + 1]
     index, inputs = made(layout, first, causal)
-    kv_len = torch.tensor([layout.seq_len, layout.seq_len - 5]) if first % 24 else None
+    stop = until(index, layout.seq_len, layout.seq_len - 5) if first % 24 else None
     request = {"backend": "gather", "return_lse": True, "mass_block": 8}
-    want = attend(*inputs, index, kv_len=kv_len, **request)
+    want = attend(*inputs, index, row_stop=stop, **request)
     there = [x.to(DEVICE) for x in inputs]
-    moved, lengths = index.to(DEVICE), None if kv_len is None else kv_len.to(DEVICE)
-    got = attend(*there, moved, kv_len=lengths, **request)
-    plain = attend(*there, moved, kv_len=lengths, backend="gather")
+    moved, stop_there = index.to(DEVICE), None if stop is None else stop.to(DEVICE)
+    got = attend(*there, moved, row_stop=stop_there, **request)
+    plain = attend(*there, moved, row_stop=stop_there, backend="gather")
     for mine, right in ((got.out, want.out), (plain.out, want.out), (got.lse, want.lse),
                         (got.mass, want.mass)):  # fmt: skip
         assert mine.device == DEVICE
         torch.testing.assert_close(mine.cpu(), right, atol=1e-5, rtol=1e-5)
-    again = block_mass(*there[:2], moved, got.lse, mass_block=8, kv_len=lengths, backend="gather")
+    again = block_mass(
+        *there[:2], moved, got.lse, mass_block=8, row_stop=stop_there, backend="gather"
+    )
     torch.testing.assert_close(again.cpu(), want.mass, atol=1e-5, rtol=1e-4)
 
 
@@ -76,12 +80,13 @@ def test_gathering(first, causal):
 def test_what_flex_is_given(first, causal):
     """Its lists and sorted tensors; FlexAttention itself must compile for a device."""
     index, inputs = made(LAYOUTS[2], first, causal)
-    kv_len = torch.tensor([LAYOUTS[2].seq_len, 5])
+    rows = RowIntervals(stop=until(index, LAYOUTS[2].seq_len, 5))
+    rows = rows if index.rows is None else index.rows.meet(rows)
     moved = index.to(DEVICE)
     for made_here, right in (
         (lists_of(moved, 64), lists_of(index, 64)),
-        (_call(*[x.to(DEVICE) for x in inputs], moved, kv_len.to(DEVICE)),
-         _call(*inputs, index, kv_len)),
+        (_call(*[x.to(DEVICE) for x in inputs], moved, rows.to(DEVICE)),
+         _call(*inputs, index, rows)),
     ):  # fmt: skip
         for field, want in vars(right).items():
             if isinstance(want, torch.Tensor):

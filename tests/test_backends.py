@@ -75,7 +75,7 @@ def test_backend_matches_reference(backend, layout, causal):
             case = pattern_case(layout, causal, first, padded)
             q, k, v = (x.to(dtype) for x in case.inputs)
             for extra in ({}, {"return_lse": True, "mass_block": 16}):
-                ours = attend(q, k, v, case.index, kv_len=case.kv_len, backend=backend, **extra)
+                ours = attend(q, k, v, case.index, row_stop=case.row_stop, backend=backend, **extra)
                 truth = case.truth[0]
                 assert torch.isfinite(truth.out).all()
                 if not extra:
@@ -125,7 +125,7 @@ def test_rows_that_see_nothing_are_zero(backend):
         v,
         build_index([LOCAL], layout),
         backend=backend,
-        kv_len=torch.tensor([0]),
+        row_stop=torch.zeros(1, layout.seq_len, dtype=torch.int32),
         return_lse=True,
     )
     assert (padding.out == 0).all() and padding.lse.isneginf().all()
@@ -177,10 +177,8 @@ BAD = [
     (lambda a: {"k": a["k"][:, :2], "v": a["v"][:, :2]}, "multiple of 2 key heads"),
     (lambda a: {"q": a["q"][:, :, :7]}, "the index is for"),
     (lambda a: {"q": a["q"].clone().requires_grad_()}, "for inference"),
-    (lambda a: {"kv_len": torch.tensor([1, 2])}, "kv_len must be int"),
-    (lambda a: {"kv_len": torch.tensor([1.0])}, "kv_len must be int"),
-    (lambda a: {"kv_len": torch.tensor([1000])}, "kv_len must lie in"),
-    (lambda a: {"kv_len": torch.tensor([-1])}, "kv_len must lie in"),
+    (lambda a: {"row_stop": torch.tensor([1, 2]).int()}, "row_stop must be int32"),
+    (lambda a: {"row_start": a["q"][:, 0, :, 0].long()}, "row_start must be int32"),
     (lambda a: {"backend": "cuda"}, "unknown backend 'cuda'"),
     (lambda a: {"mass_block": 0}, "mass_block"),
     (lambda a: {x: a[x].to("meta") for x in "qkv"}, "on one device"),

@@ -14,15 +14,17 @@ from tests.kernel_cases import (
     assert_close,
     dense,
     entry,
+    in_order,
     one_head,
     pattern_case,
     qkv,
     relative,
     split,
+    until,
 )
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
-DIMS = (8, 16, 24, 40, 64, 72, 80, 96, 128, 136, 192, 256)
+DIMS = (8, 16, 24, 40, 64, 72, 80, 96, 128, 136, 192, 256, 512)
 
 
 def check(index, inputs, variant=None, truth=None, **keywords):
@@ -73,7 +75,7 @@ def test_every_pattern(variant, layout, causal):
             case = pattern_case(layout, causal, first, padded)
             for dtype in DTYPES:
                 inputs = [x.to(dtype) for x in case.inputs]
-                keywords = {"kv_len": case.kv_len, "mass_block": 16}
+                keywords = {"row_stop": case.row_stop, "mass_block": 16}
                 check(case.index, inputs, variant, case.truth, **keywords)
 
 
@@ -139,10 +141,9 @@ def test_padding(variant, dtype, permuted):
     """Each number of valid keys, in one call."""
     e = far_entry(n=40, m=110, permuted=permuted)
     index = SparseIndex((e, dense(40, 110, 32)), (0, 1))
-    lengths = torch.tensor([0, 1, 2, 6, 7, 8, 9, 19, 44, 46, 63, 64, 65, 109, 110])
+    lengths = [0, 1, 2, 6, 7, 8, 9, 19, 44, 46, 63, 64, 65, 109, 110]
     inputs = qkv(index, 16, batch=len(lengths), dtype=dtype)
-    for kv_len in (lengths, lengths.int()):
-        ours = check(index, inputs, variant, kv_len=kv_len, mass_block=16)
+    ours = check(index, inputs, variant, row_stop=until(index, *lengths), mass_block=16)
     assert (ours.out[0] == 0).all() and ours.lse[0].isneginf().all()
 
 
@@ -150,10 +151,10 @@ def test_padding(variant, dtype, permuted):
 @pytest.mark.parametrize("offset", [-200, -89, -30, -1, 0, 1, 20, 109, 500, 2**31 - 1, -(2**31)])
 def test_causal(variant, dtype, offset):
     entries = (far_entry(), far_entry(permuted=False), dense(90, 110))
-    index = SparseIndex(entries, (0, 1, 2), causal=True, causal_offset=offset)
+    index = in_order(SparseIndex(entries, (0, 1, 2)), offset)
     ours = check(
         index, qkv(index, 16, batch=2, dtype=dtype), variant,
-        kv_len=torch.tensor([110, 60]), mass_block=16,
+        row_stop=until(index, 110, 60), mass_block=16,
     )  # fmt: skip
     blind = max(0, min(90, -offset))
     assert (ours.out[:, :, :blind] == 0).all() and ours.lse[:, :, :blind].isneginf().all()
@@ -172,10 +173,11 @@ def test_grouped_heads(variant, kv_heads):
 @pytest.mark.parametrize("causal", [False, True])
 def test_mass_blocks(variant, mass_block, causal):
     entries = (far_entry(), dense(90, 110), scattered(1, 90, 110, 40))
-    index = SparseIndex(entries, (0, 1, 2), causal=causal)
+    index = SparseIndex(entries, (0, 1, 2))
+    index = in_order(index) if causal else index
     for dtype in DTYPES:
         inputs = qkv(index, 16, batch=2, dtype=dtype)
-        keywords = {"kv_len": torch.tensor([110, 71]), "mass_block": mass_block}
+        keywords = {"row_stop": until(index, 110, 71), "mass_block": mass_block}
         check(index, inputs, variant, **keywords)
 
 
@@ -183,10 +185,11 @@ def test_mass_blocks(variant, mass_block, causal):
 def test_mass_from_a_cached_lse(variant, mass_block):
     entries = (far_entry(), dense(90, 110), scattered(1, 90, 110, 40), dense(90, 110, 16))
     for causal in (False, True):
-        index = SparseIndex(entries, (0, 1, 2, 3), causal=causal, causal_offset=-3)
+        index = SparseIndex(entries, (0, 1, 2, 3))
+        index = in_order(index, -3) if causal else index
         for dtype in DTYPES:
             q, k, v = qkv(index, 24, batch=2, kv_heads=2, dtype=dtype, size=2.5)
-            keywords = {"kv_len": torch.tensor([110, 71]), "mass_block": mass_block}
+            keywords = {"row_stop": until(index, 110, 71), "mass_block": mass_block}
             want = attend(
                 *(x.double() for x in (q, k, v)), index,
                 backend="reference", return_lse=True, **keywords,

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from sparse_dit.attention import attend, block_mass
 from sparse_dit.backends.cpu import library
 from sparse_dit.index import SparseIndex, build_index
+from sparse_dit.intervals import causal_rows
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
-from tests.kernel_cases import DTYPES, assert_close, entry, qkv, relative, split
+from tests.kernel_cases import DTYPES, assert_close, entry, in_order, qkv, relative, split
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
 
@@ -81,9 +82,20 @@ def indices(draw):
     every = list(range(len(parts)))
     more = draw(st.lists(st.sampled_from(every), max_size=3))
     heads = draw(st.permutations(every + more))
-    causal = draw(st.booleans())
-    offset = draw(st.integers(-n - 2, m + 2)) if causal else 0
-    return SparseIndex(tuple(parts), tuple(heads), causal, offset)
+    rows = causal_rows(n, m, draw(st.integers(-n - 2, m + 2))) if draw(st.booleans()) else None
+    return SparseIndex(tuple(parts), tuple(heads), rows)
+
+
+@st.composite
+def bounds_of_rows(draw, batch, n, m):
+    """One bound of each row: the same, rising as in causal order or in packed sequences, or any."""
+    kind, generator = draw(st.sampled_from(["same", "rising", "any"])), torch.Generator()
+    generator.manual_seed(draw(seeds))
+    if kind == "any":
+        return torch.randint(-1, m + 2, (batch, n), generator=generator).int()
+    first = torch.randint(-n, m + 1, (batch, 1), generator=generator).int()
+    step = draw(st.sampled_from([1, 7, 50])) if kind == "rising" else n
+    return first + (torch.arange(n) // step * step).int()
 
 
 def compare(data, index, variant):
@@ -94,15 +106,15 @@ def compare(data, index, variant):
     dim = data.draw(st.sampled_from([8, 16, 24, 40, 64, 80, 96, 128, 200, 256]), "dim")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     size = data.draw(st.sampled_from([0.1, 1.5, 1.5, 12.0]), "size of the numbers")
-    kv_len = None
-    if data.draw(st.booleans(), "padding"):
-        valid = st.integers(0, index.num_keys)
-        kv_len = torch.tensor(data.draw(st.lists(valid, min_size=batch, max_size=batch)))
+    rows = {}
+    for name in ("row_start", "row_stop"):
+        if data.draw(st.booleans(), name):
+            rows[name] = data.draw(bounds_of_rows(batch, index.num_queries, index.num_keys), name)
     seed = data.draw(seeds, "seed")
     inputs = qkv(index, dim, batch=batch, kv_heads=kv_heads, dtype=dtype, seed=seed, size=size)
     if data.draw(st.booleans(), "by token"):
         inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    keywords = {"kv_len": kv_len, "mass_block": data.draw(st.sampled_from([1, 16, 50, 64, 1000]))}
+    keywords = {**rows, "mass_block": data.draw(st.sampled_from([1, 16, 50, 64, 1000]))}
     before = library.LIBRARY.variant
     library.LIBRARY.use_variant(variant)
     try:
@@ -153,5 +165,5 @@ layouts = st.builds(
 )
 @settings(repeatable, max_examples=300)
 def test_any_pattern(data, heads, layout, group, variant):
-    causal = data.draw(st.booleans(), "causal")
-    compare(data, build_index(heads, layout, group=group, causal=causal), variant)
+    index = build_index(heads, layout, group=group)
+    compare(data, in_order(index) if data.draw(st.booleans(), "causal") else index, variant)

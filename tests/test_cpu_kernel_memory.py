@@ -12,7 +12,17 @@ import torch
 from sparse_dit.attention import attend
 from sparse_dit.backends.cpu import library
 from sparse_dit.index import SparseIndex
-from tests.kernel_cases import DTYPES, assert_close, dense, entry, one_head, qkv, split
+from tests.kernel_cases import (
+    DTYPES,
+    assert_close,
+    dense,
+    entry,
+    in_order,
+    one_head,
+    qkv,
+    split,
+    until,
+)
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,12 +159,12 @@ def unfilled_is_nan():
 @pytest.mark.parametrize("view", [None, *VIEWS])
 def test_every_element_is_written(variant, dtype, view, unfilled_is_nan):
     entries = (*sparse().entries, entry(90, [70], [[]]), dense(70, 90, 1))
-    index = SparseIndex(entries, (0, 1, 2, 3), causal=True, causal_offset=-10)
+    index = in_order(SparseIndex(entries, (0, 1, 2, 3)), -10)
     q, k, v = qkv(index, 40, batch=2, dtype=dtype)
     if view:
         q = VIEWS[view](q)
-    kv_len = torch.tensor([0, 60])
-    ours = attend(q, k, v, index, kv_len=kv_len, backend="cpu", return_lse=True, mass_block=7)
+    stop = until(index, 0, 60)
+    ours = attend(q, k, v, index, row_stop=stop, backend="cpu", return_lse=True, mass_block=7)
     assert not any(x.isnan().any() for x in ours)
     assert (ours.out[0] == 0).all() and (ours.mass[0] == 0).all()
 

@@ -9,7 +9,17 @@ import torch
 from sparse_dit.attention import attend
 from sparse_dit.backends.cpu import library
 from sparse_dit.index import SparseIndex
-from tests.kernel_cases import DTYPES, assert_close, dense, entry, one_head, qkv, relative
+from tests.kernel_cases import (
+    DTYPES,
+    assert_close,
+    dense,
+    entry,
+    in_order,
+    one_head,
+    qkv,
+    relative,
+    until,
+)
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
 NONE = (torch.nan, torch.inf, -torch.inf)
@@ -22,14 +32,14 @@ def check(index, inputs, variant, **keywords):
     return ours
 
 
-def mixed(n=100, m=300, **keywords):
+def mixed(n=100, m=300):
     """Dense, blocks, far field."""
     cells = [*range(100, m, 25), m]
     far = entry(
         m, [50, 50], [range(90), range(50, 100)], cells=cells, pooled=[range(8), range(2, 8)]
     )
     blocks = entry(m, [64, 36], [range(64), [*range(10, 20), *range(128, m)]])
-    return SparseIndex((dense(n, m), blocks, far), (0, 1, 2), **keywords)
+    return SparseIndex((dense(n, m), blocks, far), (0, 1, 2))
 
 
 def along(logits, dim=16):
@@ -45,7 +55,7 @@ def along(logits, dim=16):
 @pytest.mark.parametrize("causal", [False, True])
 def test_large_logits(variant, dtype, size, causal):
     """Within the bound, and about as wrong as float32 arithmetic on the whole matrix."""
-    index = mixed(causal=causal, causal_offset=190)
+    index = in_order(mixed(), 190) if causal else mixed()
     q, k, v = qkv(index, 64, dtype=dtype, seed=size)
     q, k = q * size, k * size
     ours = check(index, (q, k, v), variant, mass_block=32)
@@ -79,7 +89,8 @@ SHAPES = {
 def test_shapes_of_logits(variant, shape, causal):
     q, k = along(SHAPES[shape].bfloat16().float())
     m = k.shape[2]
-    index = one_head(dense(20, m), causal=causal, causal_offset=m - 10)
+    index = one_head(dense(20, m))
+    index = in_order(index, m - 10) if causal else index
     v = qkv(index, 16)[2]
     for dtype in DTYPES:
         inputs = [x.to(dtype) for x in (q, k, v)]
@@ -189,7 +200,7 @@ CHANNELS = (slice(3, 4), slice(None))
 @pytest.mark.parametrize("value", NONE)
 @pytest.mark.parametrize("causal", [False, True])
 def test_queries_and_keys_reach_only_who_sees_them(variant, dtype, value, causal):
-    index = mixed(causal=causal, causal_offset=140)
+    index = in_order(mixed(), 140) if causal else mixed()
     clean = qkv(index, 16, dtype=dtype)
     same = attend(*clean, index, backend="cpu").out
     for which, rows in ((0, (7, 99)), (1, (0, 15, 150, 299))):
@@ -212,7 +223,7 @@ def test_queries_and_keys_reach_only_who_sees_them(variant, dtype, value, causal
 @pytest.mark.parametrize("value", NONE)
 @pytest.mark.parametrize("causal", [False, True])
 def test_values_reach_only_who_sees_them(variant, dtype, value, causal):
-    index = mixed(causal=causal, causal_offset=140)
+    index = in_order(mixed(), 140) if causal else mixed()
     clean = qkv(index, 16, dtype=dtype)
     same = attend(*clean, index, backend="cpu", return_lse=True)
     truth = attend(*(x.double() for x in clean), index, backend="reference").out
@@ -245,13 +256,18 @@ def group_sees(index, seen):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", NONE)
 def test_padding_may_hold_anything(variant, dtype, value):
-    """Keys beyond kv_len have no effect at all: not on paths, not on pooled keys."""
+    """Padding has no effect at all: not on paths, not on pooled keys."""
     index = mixed()
-    kv_len = torch.tensor([0, 15, 111, 299])
+    lengths = (0, 15, 111, 299)
     q, k, v = qkv(index, 16, batch=4, dtype=dtype)
-    keywords = {"kv_len": kv_len, "backend": "cpu", "return_lse": True, "mass_block": 50}
+    keywords = {
+        "row_stop": until(index, *lengths),
+        "backend": "cpu",
+        "return_lse": True,
+        "mass_block": 50,
+    }
     want = attend(q, k, v, index, **keywords)
-    for b, valid in enumerate(kv_len.tolist()):
+    for b, valid in enumerate(lengths):
         k[b, :, valid:], v[b, :, valid:] = value, value
     for ours, same in zip(attend(q, k, v, index, **keywords), want, strict=True):
         assert torch.equal(ours, same)
@@ -261,7 +277,7 @@ def test_padding_may_hold_anything(variant, dtype, value):
 @pytest.mark.parametrize("value", NONE)
 def test_unseen_keys_may_hold_anything(variant, dtype, value):
     """Keys in no run, and keys after the last that a causal row sees."""
-    index = one_head(entry(200, [30, 30], [range(10, 50), range(100)]), causal=True)
+    index = in_order(one_head(entry(200, [30, 30], [range(10, 50), range(100)])))
     q, k, v = qkv(index, 16, dtype=dtype)
     want = attend(q, k, v, index, backend="cpu", return_lse=True, mass_block=50)
     k[:, :, 60:], v[:, :, 60:] = value, value

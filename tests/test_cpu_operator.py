@@ -8,8 +8,10 @@ from sparse_dit.attention import attend, block_mass, sparse_attention
 from sparse_dit.backends.cpu import library
 from sparse_dit.backends.cpu.packed import ENTRY_WORDS, HEADER_WORDS, pack_index, packed_index
 from sparse_dit.index import build_index
+from sparse_dit.intervals import valid_rows
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Window
+from tests.kernel_cases import in_order
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
 
@@ -32,28 +34,32 @@ def index_of(patterns=PATTERNS, **options):
     return build_index(patterns, LAYOUT, group=16, **options)
 
 
-KV_LEN = torch.tensor([LAYOUT.seq_len, 7])
+STOP = valid_rows(torch.tensor([LAYOUT.seq_len, 7]), LAYOUT.seq_len).stop
+START = torch.arange(LAYOUT.seq_len).sub(20).int().expand(2, -1)
+ROWS = {"all": (None, None), "padded": (None, STOP), "windows": (START, STOP.contiguous())}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kv_len", [None, KV_LEN, KV_LEN.int()], ids=["full", "int64", "int32"])
-def test_opcheck(dtype, kv_len):
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_opcheck(dtype, rows):
     q, k, v = tensors(dtype=dtype)
     index = index_of()
     words, groups = packed_index(index), index.max_groups
-    torch.library.opcheck(attend_operator.default, (q, k, v, words, kv_len, SCALE))
+    torch.library.opcheck(attend_operator.default, (q, k, v, words, *rows, SCALE))
     for extra in ((True, 0, 0), (False, 8, groups), (True, 8, groups + 1)):
-        torch.library.opcheck(measured_operator.default, (q, k, v, words, kv_len, SCALE, *extra))
-    lse = attend(q, k, v, index, kv_len=kv_len, return_lse=True, backend="cpu").lse
-    arguments = (q, k, words, lse, kv_len, SCALE, 8, groups)
+        torch.library.opcheck(measured_operator.default, (q, k, v, words, *rows, SCALE, *extra))
+    lse = attend(
+        q, k, v, index, row_start=rows[0], row_stop=rows[1], return_lse=True, backend="cpu"
+    ).lse
+    arguments = (q, k, words, lse, *rows, SCALE, 8, groups)
     torch.library.opcheck(mass_operator.default, arguments)
 
 
 def test_opcheck_of_strided_inputs():
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors())
     words = packed_index(index_of())
-    torch.library.opcheck(attend_operator.default, (q, k, v, words, None, SCALE))
-    out = attend_operator(q, k, v, words, None, SCALE)
+    torch.library.opcheck(attend_operator.default, (q, k, v, words, None, None, SCALE))
+    out = attend_operator(q, k, v, words, None, None, SCALE)
     assert out.stride() == q.stride()
     assert out.transpose(1, 2).is_contiguous()
 
@@ -86,17 +92,15 @@ def test_compiled_without_a_graph_break(packed_before):
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_with_padding_and_results_on_request():
     q, k, v = tensors()
-    index = index_of()
+    index = in_order(index_of())
 
-    def run(q, k, v, kv_len):
-        result = attend(q, k, v, index, kv_len=kv_len, return_lse=True, mass_block=8)
-        return result, block_mass(q, k, index, result.lse, mass_block=8, kv_len=kv_len)
+    def run(q, k, v, stop):
+        result = attend(q, k, v, index, row_stop=stop, return_lse=True, mass_block=8)
+        return result, block_mass(q, k, index, result.lse, mass_block=8, row_stop=stop)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, v, KV_LEN), run(q, k, v, KV_LEN))
-    with pytest.raises(ValueError, match="kv_len must lie"):
-        compiled(q, k, v, KV_LEN + 1)
+    torch.testing.assert_close(compiled(q, k, v, STOP), run(q, k, v, STOP))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -114,14 +118,14 @@ def test_exported(strict, packed_before):
 def test_the_mass_of_a_cached_lse_is_the_mass():
     q, k, v = tensors()
     for causal in (False, True):
-        index = index_of(causal=causal)
-        for kv_len in (None, KV_LEN):
+        index = in_order(index_of()) if causal else index_of()
+        for stop in (None, STOP):
             for backend in ("cpu", "gather", "reference"):
                 result = attend(
-                    q, k, v, index, kv_len=kv_len, backend=backend, return_lse=True, mass_block=8
+                    q, k, v, index, row_stop=stop, backend=backend, return_lse=True, mass_block=8
                 )
                 mass = block_mass(
-                    q, k, index, result.lse, mass_block=8, kv_len=kv_len, backend=backend
+                    q, k, index, result.lse, mass_block=8, row_stop=stop, backend=backend
                 )
                 torch.testing.assert_close(mass, result.mass, atol=1e-5, rtol=1e-4)
 
@@ -132,7 +136,7 @@ def test_mass_needs_an_lse_of_the_call():
         with pytest.raises(ValueError, match="lse must be float32"):
             block_mass(q, k, index_of(), lse, mass_block=8)
         with pytest.raises(ValueError, match="lse must be float32"):
-            mass_operator(q, k, packed_index(index_of()), lse, None, SCALE, 8, 4)
+            mass_operator(q, k, packed_index(index_of()), lse, None, None, SCALE, 8, 4)
     with pytest.raises(ValueError, match="mass_block must be >= 1"):
         block_mass(q, k, index_of(), torch.zeros(2, 4, LAYOUT.seq_len), mass_block=0)
 
@@ -142,9 +146,9 @@ def test_gradients_are_refused():
     words = packed_index(index_of())
     v.requires_grad_()
     with pytest.raises(ValueError, match=r"for inference; call it under torch.no_grad"):
-        attend_operator(q, k, v, words, None, SCALE)
+        attend_operator(q, k, v, words, None, None, SCALE)
     with torch.no_grad():
-        assert not attend_operator(q, k, v, words, None, SCALE).requires_grad
+        assert not attend_operator(q, k, v, words, None, None, SCALE).requires_grad
 
 
 def test_autocast_computes_in_its_dtype():
@@ -171,10 +175,8 @@ BAD = {
     "index shape": (lambda a: {"index": a["index"][None]}, "must be contiguous int32"),
     "index stride": (lambda a: {"index": a["index"][::2]}, "must be contiguous int32"),
     "empty index": (lambda a: {"index": a["index"][:0]}, "is missing"),
-    "kv_len shape": (lambda a: {"kv_len": torch.tensor([1])}, "kv_len must be int"),
-    "kv_len dtype": (lambda a: {"kv_len": torch.tensor([1.0, 1.0])}, "kv_len must be int"),
-    "kv_len large": (lambda a: {"kv_len": torch.tensor([1, 99])}, "kv_len must lie"),
-    "kv_len small": (lambda a: {"kv_len": torch.tensor([-1, 9])}, "kv_len must lie"),
+    "rows shape": (lambda a: {"row_stop": STOP[:1]}, r"row_stop must be int32 \[2, 50\]"),
+    "rows dtype": (lambda a: {"row_start": STOP.long()}, "row_start must be int32"),
     "scale": (lambda a: {"scale": float("nan")}, "scale finite"),
 }
 
@@ -184,7 +186,7 @@ def test_bad_calls_are_errors(case):
     change, match = BAD[case]
     q, k, v = tensors()
     arguments = {"q": q, "k": k, "v": v, "index": packed_index(index_of())}
-    arguments |= {"kv_len": None, "scale": SCALE}
+    arguments |= {"row_start": None, "row_stop": None, "scale": SCALE}
     with pytest.raises(ValueError, match=match) as error:
         attend_operator(*{**arguments, **change(arguments)}.values())
     assert "\n" not in str(error.value)
@@ -193,10 +195,10 @@ def test_bad_calls_are_errors(case):
 def test_tensors_elsewhere_are_no_cpu_call():
     q, k, v = tensors()
     words = packed_index(index_of())
-    out = attend_operator(*(x.to("meta") for x in (q, k, v, words)), None, SCALE)
+    out = attend_operator(*(x.to("meta") for x in (q, k, v, words)), None, None, SCALE)
     assert out.is_meta and out.shape == q.shape
     with pytest.raises(ValueError, match="must be on one device, got"):
-        attend_operator(q, k.to("meta"), v, words, None, SCALE)
+        attend_operator(q, k.to("meta"), v, words, None, None, SCALE)
 
 
 def test_mass_that_has_no_room_is_an_error():
@@ -204,7 +206,7 @@ def test_mass_that_has_no_room_is_an_error():
     words = packed_index(index_of())
     for extra in ((False, 8, 1), (False, 8, 0), (False, -1, 4)):
         with pytest.raises(ValueError, match="mass"):
-            measured_operator(q, k, v, words, None, SCALE, *extra)
+            measured_operator(q, k, v, words, None, None, SCALE, *extra)
 
 
 def test_a_truncated_index_is_an_error():
@@ -212,7 +214,7 @@ def test_a_truncated_index_is_an_error():
     words = packed_index(index_of())
     for size in [*range(1, 80), *range(80, len(words), 7), len(words) - 1]:
         with pytest.raises(ValueError, match="index"):
-            attend_operator(q, k, v, words[:size].clone(), None, SCALE)
+            attend_operator(q, k, v, words[:size].clone(), None, None, SCALE)
 
 
 def test_a_corrupted_index_is_an_error_or_an_answer():
@@ -228,7 +230,7 @@ def test_a_corrupted_index_is_an_error_or_an_answer():
             broken = words.clone()
             broken[place] = value
             try:
-                attend_operator(q, k, v, broken, None, SCALE)
+                attend_operator(q, k, v, broken, None, None, SCALE)
             except ValueError as error:
                 assert "index" in str(error)
                 refused += 1

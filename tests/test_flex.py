@@ -12,6 +12,8 @@ from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, W
 from tests.cases import LAYOUTS, PATTERN_CASES
 from tests.contract_cases import check_empty, check_nan, check_padding, index_of
 from tests.contract_cases import inputs as inputs_of
+from tests.interval_cases import bounds, every_entry, masks
+from tests.kernel_cases import in_order, qkv, until
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # inductor's own, on first compilation
 LAYOUT = TokenLayout.video(3, 5, 7, text_before=2, text_after=23)  # 130 tokens, 3 blocks
@@ -33,10 +35,10 @@ def inputs(layout=LAYOUT, kv_heads=2, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def assert_right(q, k, v, index, kv_len=None, tolerance=1e-5):
-    out = attend(q, k, v, index, kv_len=kv_len, backend="flex").out
+def assert_right(q, k, v, index, stop=None, tolerance=1e-5):
+    out = attend(q, k, v, index, row_stop=stop, backend="flex").out
     wide = [x.double() for x in (q, k, v)]
-    truth = attend(*wide, index, kv_len=kv_len, backend="reference").out
+    truth = attend(*wide, index, row_stop=stop, backend="reference").out
     torch.testing.assert_close(out.double(), truth, atol=tolerance, rtol=tolerance)
 
 
@@ -45,9 +47,10 @@ def test_patterns_far_field_padding_and_shared_keys(causal):
     """Order, pooled keys, padding, columns, dense and skipped heads in one launch."""
     q, k, v = inputs()
     for patterns in PATTERNS:
-        index = build_index(patterns, LAYOUT, causal=causal)
-        for kv_len in (None, torch.tensor([LAYOUT.seq_len - 9, 0])):
-            assert_right(q, k, v, index, kv_len)
+        index = build_index(patterns, LAYOUT)
+        index = in_order(index) if causal else index
+        for stop in (None, until(index, LAYOUT.seq_len - 9, 0)):
+            assert_right(q, k, v, index, stop)
 
 
 def test_whole_blocks_in_place():
@@ -166,3 +169,16 @@ def walk(lists):
 
 def unpacked(bits, block):
     return (bits[..., None] >> torch.arange(32) & 1).flatten(1)[:, :block].bool()
+
+
+@pytest.mark.parametrize("kind", ["left padding", "packed", "window", "rows without keys"])
+def test_row_intervals(kind):
+    """Keys in no row's interval hold NaN; one graph for all kinds."""
+    index, mask = every_entry(), masks()[kind]
+    q, k, v = qkv(index, 16, batch=2, kv_heads=3)
+    hidden = ~mask.any(1)[:, None, :, None]
+    rows = bounds(mask)
+    bad = [x.masked_fill(hidden, torch.nan) for x in (k, v)]
+    out = attend(q, *bad, index, **rows, backend="flex").out
+    truth = attend(*(x.double() for x in (q, k, v)), index, **rows, backend="reference").out
+    torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)

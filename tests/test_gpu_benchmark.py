@@ -79,7 +79,7 @@ def test_without_a_gpu_it_says_so(script, capsys):
 
 
 def test_a_backend_that_computes_dense_is_not_timed(script, capsys, monkeypatch):
-    def dense(q, k, v, index, kv_len, scale, return_lse, mass_block):
+    def dense(q, k, v, index, rows, scale, return_lse, mass_block):
         return Attended(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
 
     monkeypatch.setattr(BACKENDS["gather"], "forward", dense)

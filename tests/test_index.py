@@ -6,11 +6,11 @@ import torch
 
 from sparse_dit.attention import sparse_attention
 from sparse_dit.backends.reference import token_mask
+from sparse_dit.entry import expand
 from sparse_dit.index import (
     PatternIndex,
     SparseIndex,
     build_index,
-    expand,
     pattern_index,
     seen_cells,
 )
@@ -18,6 +18,7 @@ from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.rounding import to_blocks
 from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.kernel_cases import in_order
 
 
 def expected_masks(pattern, layout):
@@ -128,7 +129,7 @@ def test_causal_density_counts_the_causal_half():
         Pattern(Window(0, 1, 1), (1, 2, 2)),
         Pattern(Window(0, 0, 0), far=True),
     ):
-        index = build_index([pattern], layout, causal=True)
+        index = in_order(build_index([pattern], layout))
         exact, pooled = token_mask(index.entries[0])
         n = layout.seq_len
         causal = torch.ones(n, n).tril().bool()

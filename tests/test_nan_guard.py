@@ -13,6 +13,7 @@ from sparse_dit.integrations.parallel import Split, _Chunks
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Pattern, Window
+from tests.kernel_cases import in_order, until
 from tests.test_patch import DENSE, NARROW, plan_for
 from tests.tiny_pipelines import generate, wan
 
@@ -34,29 +35,31 @@ def broken_heads(monkeypatch):
     monkeypatch.setattr(nan_guard, "_told", set())
 
 
-def call(causal=False, kv_len=None, guard=True):
+def call(causal=False, lengths=None, guard=True):
     q = torch.randn(2, 4, 48, 8, generator=torch.Generator().manual_seed(0))
     k, v = q[:, :2] + 1, q[:, 2:] - 1
-    index = build_index([Pattern(Window(0, 1, 1), (1, 2, 2))] * 4, LAYOUT, causal=causal)
+    index = build_index([Pattern(Window(0, 1, 1), (1, 2, 2))] * 4, LAYOUT)
+    index = in_order(index) if causal else index
+    stop = None if lengths is None else until(index, *lengths)
     out = sparse_attention(
-        q, k, v, index, kv_len=kv_len, scale=0.3, backend="gather", nan_guard=guard
+        q, k, v, index, row_stop=stop, scale=0.3, backend="gather", nan_guard=guard
     )
     return out, (q, *(x.repeat_interleave(2, 1) for x in (k, v)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kv_len", [None, torch.tensor([30, 0])])
-def test_such_heads_are_dense(broken_heads, causal, kv_len):
-    out, (q, k, v) = call(causal, kv_len)
+@pytest.mark.parametrize("lengths", [None, (30, 0)])
+def test_such_heads_are_dense(broken_heads, causal, lengths):
+    out, (q, k, v) = call(causal, lengths)
     mask = torch.ones(2, 1, 48, 48, dtype=torch.bool)
     if causal:
         mask = mask.tril()
-    if kv_len is not None:
-        mask = mask & (torch.arange(48) < kv_len[:, None])[:, None, None]
+    if lengths is not None:
+        mask = mask & (torch.arange(48) < torch.tensor(lengths)[:, None])[:, None, None]
     logits = (q @ k.mT * 0.3).masked_fill(~mask, -torch.inf)
     dense = logits.softmax(-1).nan_to_num(0.0) @ v
     torch.testing.assert_close(out[:, 1:3], dense[:, 1:3])
-    sparse = call(causal, kv_len, guard=False)[0]
+    sparse = call(causal, lengths, guard=False)[0]
     assert torch.equal(out[:, [0, 3]], sparse[:, [0, 3]]) and not sparse.isfinite().all()
 
 

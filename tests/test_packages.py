@@ -20,6 +20,7 @@ from sparse_dit.backends.packages import whole
 from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
+from tests.kernel_cases import in_order, until
 
 NAMES = ("cudnn", "flash_attn_4", "flashinfer", "sparge", "block_sparse_attn")
 CONTRACTS = [contract for name in NAMES for contract in BACKENDS[name].CONTRACTS]
@@ -225,7 +226,7 @@ def test_a_package_that_ignores_its_lists_is_caught(name, capability, emulated, 
 REFUSED = [
     (build_index([Pattern(Window(0, 1, 1), (2, 2, 2))], WHOLE), "are seen in part"),
     (build_index([Pattern(SlidingTile(1, 1, 1), TILES, far=True)], WHOLE), "no far field"),
-    (build_index([Pattern(SlidingTile(1, 1, 1), TILES)], WHOLE, causal=True), "no causal order"),
+    (in_order(build_index([Pattern(SlidingTile(1, 1, 1), TILES)], WHOLE)), "no row intervals"),
     (build_index([Pattern(Stripe(time_width=1), (1, None, None), cell=1)],
                  TokenLayout.video(3, 5, 7)), "are seen in part"),
 ]  # fmt: skip
@@ -235,7 +236,7 @@ REFUSED = [
 @pytest.mark.parametrize(("index", "words"), REFUSED, ids=[words for _, words in REFUSED])
 def test_what_is_not_whole_blocks_is_refused(name, index, words, emulated):
     emulated(name, FAKES[name][1][0])
-    index = SparseIndex(index.entries, (0, 0), index.causal)
+    index = SparseIndex(index.entries, (0, 0), index.rows)
     q = torch.zeros(1, 2, index.num_queries, 128)
     reason = BACKENDS[name].unsupported(q, index)
     assert reason is not None and (words in reason or "at least 128 tokens" in reason)
@@ -245,8 +246,8 @@ def test_what_is_not_whole_blocks_is_refused(name, index, words, emulated):
 def test_padding_mass_and_missing_lse_are_refused(name, emulated):
     emulated(name, FAKES[name][1][0])
     index, (q, k, v) = build_index(MIXED, WHOLE), inputs(WHOLE)
-    with pytest.raises(NotImplementedError, match="no padding"):
-        attend(q, k, v, index, backend=name, kv_len=torch.tensor([9, 9]))
+    with pytest.raises(NotImplementedError, match="no row intervals"):
+        attend(q, k, v, index, backend=name, row_stop=until(index, 9, 9))
     with pytest.raises(NotImplementedError, match="no block mass"):
         attend(q, k, v, index, backend=name, mass_block=64)
     if BACKENDS[name].lacks(q, True, False):

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_dit.entry import expand
 from sparse_dit.eval.atlas import stage_atlas
 from sparse_dit.eval.figures import Point, quality_over_speed, to_svg
 from sparse_dit.eval.pictures import attention_image, mask_image, mask_map
 from sparse_dit.eval.report import Report
 from sparse_dit.eval.report_files import FILES, to_json, write_report
 from sparse_dit.eval.sentences import findings, limits
-from sparse_dit.index import expand, pattern_index
+from sparse_dit.index import pattern_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Pattern, Skip, Window
 from tests.eval_cases import made_up_plan, made_up_quality, made_up_report

@@ -17,6 +17,7 @@ from sparse_dit.search.nested import Candidates
 from sparse_dit.search.seen import density, seen_tiles
 from sparse_dit.search.statistics import score_all
 from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.kernel_cases import until
 from tests.search_cases import cell_sums
 
 VIDEOS = [layout for layout in LAYOUTS if layout.num_grid]
@@ -111,10 +112,10 @@ def test_outputs_are_what_the_reference_backend_computes(layout, tile, far):
         for valid in _padded(layout):
             sums = cell_sums(q, k, v, rows, table, SCALE, valid)
             ours = sums.outputs(seen[sums.cell][None], far)[0]
-            length = torch.tensor([valid])
+            stop = until(index, valid)
             parts = [x[None, None] for x in (q, k, v)]
             theirs = sparse_attention(
-                *parts, index, kv_len=length, scale=SCALE, backend="reference"
+                *parts, index, row_stop=stop, scale=SCALE, backend="reference"
             )[0, 0, rows]
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

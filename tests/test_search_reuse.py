@@ -106,6 +106,9 @@ def test_a_noise_level_without_a_scored_forward_is_forgotten():
 
 def test_playback_gives_the_same_video_and_leaves_the_transformer_as_it_was(pipe):
     transformer, case = pipe.transformer, CASES[0]
+    workload(pipe, SHORT).run(
+        case
+    )  # the first run leaves what diffusers itself keeps in a transformer
     before = dict(vars(transformer))
     ran = []
 

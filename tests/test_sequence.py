@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_dit.attention import sparse_attention
+from sparse_dit.call import AttentionCall, StepContext
 from sparse_dit.index import build_index
-from sparse_dit.integrations.call import AttentionCall, StepContext
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Stencil, Stripe, Vertical, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage

@@ -24,6 +24,7 @@ from sparse_dit.cut import cut
 from sparse_dit.generation import GenerationSettings
 from sparse_dit.index import build_index
 from sparse_dit.integrations.parallel import shards
+from sparse_dit.intervals import causal_rows, valid_rows
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.nan_guard import finite_or_dense
 from sparse_dit.on_cpu import on_cpu
@@ -39,13 +40,13 @@ from sparse_dit.search.solve import evaluate
 from sparse_dit.search.statistics import discover, empty_statistics, score_all
 from tests import tiny_pipelines
 from tests.cases import PATTERN_CASES
-from tests.kernel_cases import qkv
+from tests.kernel_cases import in_order, qkv
 from tests.search_cases import stub_costs
 from tests.settings_cases import SETTINGS, clear_caches, default_device, differences, flat
 from tests.solver_cases import random_problem
 
 LAYOUT = TokenLayout.video(3, 5, 7, text_before=3, text_after=4)
-KV_LEN = torch.tensor([LAYOUT.seq_len, LAYOUT.seq_len - 9])
+PADDED = valid_rows(torch.tensor([LAYOUT.seq_len, LAYOUT.seq_len - 9]), LAYOUT.seq_len)
 CASES = [*PATTERN_CASES[1::9], Pattern(Window(columns=3), Curve("frame", 8), far=True)]
 WINDOW = Pattern(Window(0, 1, 1), (2, 2, 2), far=True)
 HERE = ("cpu", "gather", "reference") if library.LIBRARY else ("gather", "reference")
@@ -63,7 +64,10 @@ def lists():
         blocks = to_blocks(entry, 64, 64)
         found += [blocks, from_blocks(blocks, entry.num_queries, entry.num_keys)]
         found += [cut(entry, queries[5:60], queries[::2]), list(chunks_of(entry, True))]
-        found += [token_mask(entry), tables_of(entry, 64, 32, offset=3)]
+        found += [
+            token_mask(entry),
+            tables_of(entry, 64, 32, rows=causal_rows(*[LAYOUT.seq_len] * 2, 3)),
+        ]
     found += [orders_of(index), lists_of(index, 64), pack_index(index)]
     found += [block_map(index, 128, 128), block_lists(index, 128, 128)]
     found += [work_of(index, 1, *configs_for("sm80", 64)).order, without(index, (0,)).entries]
@@ -74,16 +78,17 @@ def results():
     """What backends compute, with padding and order too, and whether their check holds."""
     found = []
     for causal in (False, True):
-        index = build_index([WINDOW, CASES[1]], LAYOUT, causal=causal)
+        index = build_index([WINDOW, CASES[1]], LAYOUT)
+        index = in_order(index) if causal else index
         q, k, v = INPUTS
-        found += flat(pool_far_field(k, v, index, KV_LEN))
+        found += flat(pool_far_field(k, v, index, PADDED.valid(LAYOUT.seq_len, LAYOUT.seq_len)))
         for name in HERE:
             got = attend(
-                q, k, v, index, kv_len=KV_LEN, backend=name, return_lse=True, mass_block=16
+                q, k, v, index, row_stop=PADDED.stop, backend=name, return_lse=True, mass_block=16
             )
             found += [*got, attend(q, k, v, index, backend=name).out]
             found.append(block_mass(q, k, index, got.lse, mass_block=16, backend=name))
-        found.append(finite_or_dense(got.out * torch.inf, q, k, v, index, KV_LEN, None))
+        found.append(finite_or_dense(got.out * torch.inf, q, k, v, PADDED, None))
     return [*found, *flat(selfcheck.examine(gather, "cpu", 16, torch.bfloat16))]
 
 

@@ -16,6 +16,7 @@ from sparse_dit.backends.triton.config import CAPABILITIES, CONFIGS, configs_for
 from sparse_dit.backends.triton.tables import TILE_BITS, tables_of
 from sparse_dit.backends.triton.work import launch_order
 from sparse_dit.index import build_index
+from sparse_dit.intervals import causal_rows
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
 from tests.cases import LAYOUTS, PATTERN_CASES
@@ -79,7 +80,7 @@ def test_tables_say_what_the_index_says(layout):
 def test_causal_tables_leave_out_what_no_row_sees():
     e = dense(100, 120)
     token = torch.arange(120)
-    tables = tables_of(e, 64, 16, offset=20)
+    tables = tables_of(e, 64, 16, rows=causal_rows(100, 120, 20))
     exact, _ = seen(tables, 100, 120)
     allowed = token <= torch.arange(100)[:, None] + 20
     assert (exact | ~allowed).all()

@@ -49,7 +49,7 @@ def test_no_number_is_specialised(name):
         for p in getattr(kernel, name).params
         if not p.is_constexpr and not p.do_not_specialize
     ]
-    assert set(free) <= {*triton_aot.POINTERS, *triton_aot.TENSORS, "scale"}
+    assert set(free) <= {*triton_aot.POINTERS, *triton_aot.TENSORS, "Valid", "scale"}
 
 
 def test_registers_that_nothing_is_written_to_are_found():

@@ -138,7 +138,9 @@ FAULTS = {
         case=PADDED,
     ),
     "copies of padding": Seeded(
-        "numbers", replaced(r"selp\.b32 \t(%r\d+), 16, 0, %p\d+;", r"mov.b32 \t\1, 16;", 1),
+        "numbers",  # of values: keys of NaN are hidden
+        replaced(r"selp\.b32 \t(%r\d+), (?:16|%r\d+), 0, %p\d+;(?=(?:.*\n){1,6}.*cp\.async)",
+                 r"mov.b32 \t\1, 16;", 10),
         case=PADDED,
     ),
     "a row too many": Seeded(
@@ -218,7 +220,7 @@ TABLE_FAULTS = {  # name: table, place, value, what must find it
 def test_a_wrong_table_is_found(name, monkeypatch):
     table, place, value, finds = TABLE_FAULTS[name]
     index, _, given, _, truth = made(PLAIN)
-    fresh = type(index)(index.entries, index.head_to_pattern, index.causal)
+    fresh = type(index)(index.entries, index.head_to_pattern, index.rows)
 
     def wrong(*arguments, **keywords):
         tables = build(*arguments, **keywords)
@@ -242,7 +244,7 @@ def test_a_wrong_table_is_found(name, monkeypatch):
 
 def test_a_tile_launched_twice_is_found(monkeypatch):
     index, _, given, *_ = made(PLAIN)
-    fresh = type(index)(index.entries, index.head_to_pattern, index.causal)
+    fresh = type(index)(index.entries, index.head_to_pattern, index.rows)
     order = work.launch_order
 
     def twice(costs):

@@ -19,7 +19,15 @@ from sparse_dit.index import build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Window
 from tests.cases import LAYOUTS, PATTERN_CASES
-from tests.kernel_cases import assert_close, assert_close_pooled, one_head, qkv, truth_of
+from tests.kernel_cases import (
+    assert_close,
+    assert_close_pooled,
+    in_order,
+    one_head,
+    qkv,
+    truth_of,
+    until,
+)
 from tests.triton_emulated import FAR, INDICES, MIXED, POOLED, assert_pooled, every, made
 
 if not torch.cuda.is_available() or triton._absent() or triton.interpreted():
@@ -32,10 +40,12 @@ LONG = ("blocks", "far", "columns", "diagonals", "tiles")
 def on_gpu(inputs, index, **keywords):
     """The call on the GPU; what it made, on the CPU."""
     there = [x.to(DEVICE) for x in inputs]
-    lengths = keywords.pop("kv_len", None)
-    lengths = None if lengths is None else lengths.to(DEVICE)
+    moved = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+        for name, value in keywords.items()
+    }
     with torch.no_grad():
-        got = attend(*there, index.to(DEVICE), kv_len=lengths, **CALL, **keywords)
+        got = attend(*there, index.to(DEVICE), **CALL, **moved)
     return got._replace(**{k: v.cpu() for k, v in got._asdict().items() if v is not None})
 
 
@@ -60,7 +70,8 @@ def test_the_cases_of_the_emulator(case):
 @functools.cache
 def index_of(layout, first, causal):
     patterns = (PATTERN_CASES[first : first + 6] * 6)[:6]
-    return build_index(patterns, layout, group=32, causal=causal, causal_offset=2 * causal)
+    index = build_index(patterns, layout, group=32)
+    return in_order(index, 2) if causal else index
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
@@ -71,7 +82,7 @@ def test_every_pattern_everywhere(layout, causal):
         dtype = (torch.bfloat16, torch.float16)[first // 6 % 2]
         inputs = qkv(index, 64, batch=2, kv_heads=3, dtype=dtype, seed=first, size=0.5)
         n = layout.seq_len
-        keywords = {"kv_len": torch.tensor([n, max(0, n - 5)])} if first % 4 == 0 else {}
+        keywords = {"row_stop": until(index, n, max(0, n - 5))} if first % 4 == 0 else {}
         ours = on_gpu(inputs, index, **keywords)
         if any(e.far is not None for e in index.entries):
             assert_close_pooled(ours, inputs, index, **keywords)

@@ -41,9 +41,10 @@ TARGETS = {
     "gfx950": ("gfx9", r"v_mfma", 160 * 1024),
 }
 WIDE = r"LDGSTS\S*\.128"  # what head_dim 80 and 96 have beyond 64 may take half that
-PLAIN = {"CAUSAL": False, "HAS_LEN": False, "HAS_FAR": False}
-FULL = {"CAUSAL": True, "HAS_LEN": True, "HAS_FAR": True}
-POINTERS = {"Work": "i32", "Heads": "i64", "Slots": "i64", "CellLast": "i32", "KvLen": "i64"}
+PLAIN = {"MASK": 0, "HAS_FAR": False}
+FULL = {"MASK": 2, "HAS_FAR": True}
+POINTERS = {"Work": "i32", "Heads": "i64", "Slots": "i64", "CellFirst": "i32", "CellLast": "i32"}
+POINTERS |= {"RowStart": "i32", "RowStop": "i32"}
 POINTERS |= {"Lse": "fp32", "CellBias": "fp32", "Mass": "fp32"}
 TENSORS = ("Q", "K", "V", "Out", "PooledK", "PooledV")
 
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     target: str
     head_dim: int
     config: Config
-    flags: dict[str, bool] = PLAIN
+    flags: dict[str, int] = PLAIN
     dtype: str = "bf16"
 
     def __str__(self) -> str:
@@ -219,7 +220,7 @@ def tested() -> Iterator[Case]:
 def every() -> Iterator[Case]:
     """All targets, head_dims, dtypes, configurations and cases."""
     switches = [
-        dict(zip(PLAIN, on, strict=True)) for on in itertools.product((False, True), repeat=3)
+        dict(zip(PLAIN, on, strict=True)) for on in itertools.product((0, 1, 2), (False, True))
     ]
     for target, (name, *_) in TARGETS.items():
         for dim, dtype, flags in itertools.product((64, 80, 96, 128), ("bf16", "fp16"), switches):

@@ -22,6 +22,7 @@ from sparse_dit.attention import attend
 from sparse_dit.backends.triton import launch
 from sparse_dit.backends.triton.config import configs_for
 from sparse_dit.index import SparseIndex, build_index
+from sparse_dit.intervals import RowIntervals
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
 from tests.kernel_cases import (
@@ -29,9 +30,11 @@ from tests.kernel_cases import (
     assert_close_pooled,
     dense,
     entry,
+    in_order,
     one_head,
     qkv,
     truth_of,
+    until,
 )
 from tests.ptx.device import Change, Emulated, emulated_gpu
 from tests.ptx.mutations import mutant
@@ -95,12 +98,14 @@ def hand_made(causal: bool) -> SparseIndex:
     columns = entry(m, [128, 22], [range(3, m, 7), range(0, m, 2)], k_order=order)
     holes = entry(m, [10, 100, 40], [[], range(5, 170), [210]])
     everything = (columns, holes, entry(m, [128, 22], [[], []]), dense(n, m, 30))
-    return SparseIndex(everything, (0, 1, 2, 3), causal, 61 if causal else 0)
+    index = SparseIndex(everything, (0, 1, 2, 3))
+    return in_order(index, 61) if causal else index
 
 
 def tiles_of_128(causal: bool) -> SparseIndex:
     """One group of all rows, which larger tiles suit, and more steps than are fetched ahead."""
-    return one_head(dense(256, 500), 2, causal=causal, causal_offset=244 * causal)
+    index = one_head(dense(256, 500), 2)
+    return in_order(index, 244) if causal else index
 
 
 def cells(causal: bool) -> SparseIndex:
@@ -115,12 +120,19 @@ def cells(causal: bool) -> SparseIndex:
     ordered = entry(
         m, [64, 64, 22], [range(9), [], []], cells=many, pooled=[range(3, 70), range(70), [0, 69]]
     )
-    return SparseIndex((shuffled, ordered, dense(n, m)), (0, 1, 2, 1), causal, 61 if causal else 0)
+    index = SparseIndex((shuffled, ordered, dense(n, m)), (0, 1, 2, 1))
+    return in_order(index, 61) if causal else index
+
+
+def built(patterns: list[Pattern], causal: bool) -> SparseIndex:
+    """Patterns over a ragged layout."""
+    index = build_index(patterns, RAGGED)
+    return in_order(index) if causal else index
 
 
 INDICES = {
-    "mixed": lambda causal: build_index(MIXED, RAGGED, causal=causal),
-    "far": lambda causal: build_index(FAR, RAGGED, causal=causal),
+    "mixed": functools.partial(built, MIXED),
+    "far": functools.partial(built, FAR),
     "lists": hand_made,
     "cells": cells,
     "large": tiles_of_128,
@@ -136,7 +148,7 @@ def made(case: Case) -> Made:
     given = [within_others(x) for x in inputs]
     keywords: dict[str, object] = {}
     if case.padded:
-        keywords["kv_len"] = torch.tensor([index.num_keys, index.num_keys - 90])
+        keywords["row_stop"] = until(index, index.num_keys, index.num_keys - 90)
         for x in given[1:]:
             x[1, :, index.num_keys - 90 :] = torch.nan
     if case.kind not in POOLED:
@@ -171,11 +183,21 @@ def run(case: Case, change: Change | None = None) -> tuple[float, Emulated]:
 def assert_pooled(case: Case, device: torch.device | str = "cpu") -> None:
     """Run `pool` once more, and compare what it makes with means in float64, rounded once."""
     index, inputs, given, keywords, _ = made(case)
-    lengths = keywords.get("kv_len")
+    stop = keywords.get("row_stop")
+    rows = index.rows if stop is None else RowIntervals(stop=stop)
+    if stop is not None and index.rows is not None:
+        rows = index.rows.meet(rows)
     work = launch.work_of(index.to(device), 2, *configs_for("sm80", case.head_dim))
     there = [x.to(device) for x in given[1:]]
-    on_device = None if lengths is None else lengths.to(device)
-    k, v, bias, last = (x.cpu() for x in launch._pooled(*there, work, on_device))
+    on_device = None if rows is None else rows.to(device)
+    pooled = launch._pooled(*there, work, on_device, index.num_queries)
+    k, v, bias, first, last = (x.cpu() for x in pooled)
+    valid = (
+        torch.tensor([[0, index.num_keys]])
+        if rows is None
+        else rows.valid(index.num_keys, index.num_queries)
+    )
+    valid = valid.expand(2, 2).tolist()
     info, row, heads = torch.finfo(k.dtype), 0, index.num_heads
     pairs = [(p, head * 2 // heads) for head, p in enumerate(index.head_to_pattern)]
     for p, kv_head in dict.fromkeys(pairs):
@@ -184,7 +206,7 @@ def assert_pooled(case: Case, device: torch.device | str = "cpu") -> None:
         sides = enumerate(itertools.pairwise(bounds), row)
         for (number, (start, stop)), b in itertools.product(sides, range(2)):
             tokens = e.key_tokens[start:stop].long()
-            tokens = tokens if lengths is None else tokens[tokens < lengths[b]]
+            tokens = tokens[(valid[b][0] <= tokens) & (tokens < valid[b][1])]
             place = b, number
             for ours, x in ((k, inputs[1]), (v, inputs[2])):
                 mean = x[b, kv_head, tokens].double().sum(0) / max(1, len(tokens))
@@ -192,6 +214,7 @@ def assert_pooled(case: Case, device: torch.device | str = "cpu") -> None:
                 assert (wrong <= info.eps / 2 * mean.abs() + 1e-5).all(), "mean of a cell"
             size = torch.tensor(float(len(tokens))).log2()
             assert torch.equal(bias[place], size) or (bias[place] - size).abs() < 1e-6, "its size"
+            assert first[place] == min([2**31 - 1, *tokens.tolist()]), "its first token"
             assert last[place] == max([-1, *tokens.tolist()]), "its last token"
         row += max(0, len(bounds) - 1)
     assert row == work.pooled_rows

@@ -5,6 +5,7 @@ imported. Everything, in about 15 minutes: `TRITON_INTERPRET=1 python -m pytest 
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from sparse_dit.attention import attend, block_mass
 from sparse_dit.backends.triton import interpreted, operator
 from sparse_dit.index import SparseIndex, build_index
+from sparse_dit.intervals import RowIntervals
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, Window
 from tests import triton_bfloat16
@@ -24,7 +26,17 @@ from tests.contract_cases import (
     check_padding,
     check_strides,
 )
-from tests.kernel_cases import assert_close, assert_close_pooled, dense, entry, one_head, qkv
+from tests.interval_cases import bounds, every_entry, masks
+from tests.kernel_cases import (
+    assert_close,
+    assert_close_pooled,
+    dense,
+    entry,
+    in_order,
+    one_head,
+    qkv,
+    until,
+)
 from tests.settings_cases import deterministic
 
 if not interpreted():
@@ -45,21 +57,22 @@ def sixes(patterns):
 SOME = sixes(PATTERN_CASES[::4])  # every shape, in every order of tokens
 
 
-def check(index, inputs, kv_len=None, mass_block=16, **keywords):
+def check(index, inputs, stop=None, mass_block=16, **keywords):
     ours = attend(
-        *inputs, index, kv_len=kv_len, backend="triton", return_lse=True, mass_block=mass_block,
+        *inputs, index, row_stop=stop, backend="triton", return_lse=True, mass_block=mass_block,
         **keywords,
     )  # fmt: skip
-    assert_close(ours, inputs, index, kv_len=kv_len, mass_block=mass_block, **keywords)
+    assert_close(ours, inputs, index, row_stop=stop, mass_block=mass_block, **keywords)
     return ours
 
 
 def run_patterns(patterns, layout, causal, padded, seed, mass_block=16):
-    index = build_index(patterns, layout, group=32, causal=causal, causal_offset=2 * causal)
+    index = build_index(patterns, layout, group=32)
+    index = in_order(index, 2) if causal else index
     n = layout.seq_len
-    kv_len = torch.tensor([n, max(0, n - 5)]) if padded else None
+    stop = until(index, n, max(0, n - 5)) if padded else None
     inputs = qkv(index, 16, batch=1 + padded, kv_heads=3, seed=seed)
-    check(index, inputs, kv_len, mass_block)
+    check(index, inputs, stop, mass_block)
 
 
 @pytest.mark.parametrize("turn", range(len(SOME)))
@@ -80,8 +93,17 @@ def test_every_pattern_everywhere(layout, causal, padded):
         run_patterns(patterns, layout, causal, padded, seed)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 40])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (64, torch.float16),
+        (80, torch.bfloat16),
+        (96, torch.float16),
+        (128, torch.bfloat16),
+        (40, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_low_precision(dim, dtype):
     """Sums are those of float32; weights are rounded once."""
     layout = TokenLayout.video(2, 7, 9, text_after=5)
@@ -113,14 +135,35 @@ def test_hand_made_lists():
     )  # fmt: skip
     nothing = entry(m, [128, 22], [[], []])
     everything = (columns, holes, pooled, nothing, dense(n, m), dense(n, m, 30))
-    index = SparseIndex(everything, (0, 1, 2, 3, 4, 5), causal=False)
+    index = SparseIndex(everything, (0, 1, 2, 3, 4, 5))
     ours = check(index, qkv(index, 32, batch=2, kv_heads=2))
     assert (ours.out[:, 3] == 0).all() and ours.lse[:, 1, :10].isneginf().all()
-    late = SparseIndex(everything, (0, 1, 2, 3, 4, 5), causal=True, causal_offset=m - n)
-    check(late, qkv(late, 32, kv_heads=2), torch.tensor([170]))
-    early = SparseIndex(everything, (0, 2, 4), causal=True, causal_offset=-20)
+    late = in_order(index, m - n)
+    check(late, qkv(late, 32, kv_heads=2), until(late, 170))
+    early = in_order(SparseIndex(everything, (0, 2, 4)), -20)
     ours = check(early, qkv(early, 32))
     assert ours.lse[:, :, :20].isneginf().all()
+
+
+HERE = ("left padding", "packed, both ways", "window of both sides")  # the others on request
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.exhaustive] * (k not in HERE)) for k in masks()]
+)
+def test_row_intervals(kind):
+    """Of a call; of an index, from which its tables are made; and of both."""
+    index, rows = every_entry(), bounds(masks()[kind])
+    inputs = qkv(index, 16, batch=2, kv_heads=3)
+    hidden = ~masks()[kind].any(1)[:, None, :, None]
+    bad = [inputs[0], *(x.masked_fill(hidden, torch.nan) for x in inputs[1:])]
+    ours = attend(*bad, index, **rows, **REQUEST)
+    assert_close(ours, inputs, index, **rows, mass_block=8)
+    own = replace(index, rows=RowIntervals(*(x[1] for x in rows.values())))
+    check(own, inputs)
+    window = bounds(masks()["window of both sides"])
+    ours = attend(*inputs, own, **window, **REQUEST)
+    assert_close(ours, inputs, own, **window, mass_block=8)
 
 
 def test_nothing_outside_is_touched():
@@ -136,11 +179,11 @@ def test_nothing_outside_is_touched():
     want = attend(*[x.contiguous() for x in inputs], index, backend="triton").out
     ours = check(index, inputs).out
     assert ours.isfinite().all() and torch.equal(ours, want)
-    kv_len = torch.tensor([n, n - 30])
-    clean = attend(*inputs, index, kv_len=kv_len, backend="triton").out
+    stop = until(index, n, n - 30)
+    clean = attend(*inputs, index, row_stop=stop, backend="triton").out
     for x in inputs[1:]:
         x[1, :, n - 30 :] = torch.nan
-    assert torch.equal(attend(*inputs, index, kv_len=kv_len, backend="triton").out, clean)
+    assert torch.equal(attend(*inputs, index, row_stop=stop, backend="triton").out, clean)
     assert clean.isfinite().all()
 
 
@@ -236,18 +279,19 @@ def test_compiled_in_one_graph_for_all_sizes(backend, causal):
     operator._INDICES.clear()
     graphs = CompileCounter()
     compiled = torch.compile(
-        lambda q, k, v, i, n: attend(q * 2, k, v, i, kv_len=n, **REQUEST),
+        lambda q, k, v, i, n: attend(q * 2, k, v, i, row_stop=n, **REQUEST),
         fullgraph=True, backend=graphs if backend == "graphs" else backend,
     )  # fmt: skip
     sizes = [(2, 4, 6), (3, 4, 6), (1, 6, 8), (2, 4, 6)]
     for size in sizes:
         layout = TokenLayout.video(*size, text_after=3)
-        index = build_index(MIXED, layout, group=16, causal=causal)
+        index = build_index(MIXED, layout, group=16)
+        index = in_order(index) if causal else index
         inputs = qkv(index, 16, batch=2, kv_heads=2)
-        kv_len = torch.tensor([layout.seq_len, 20])
-        want = attend(inputs[0] * 2, *inputs[1:], index, kv_len=kv_len, **REQUEST)
+        stop = until(index, layout.seq_len, 20)
+        want = attend(inputs[0] * 2, *inputs[1:], index, row_stop=stop, **REQUEST)
         for _ in range(2):
-            got = compiled(*inputs, index, kv_len)
+            got = compiled(*inputs, index, stop)
             torch.testing.assert_close(got, want)
     assert graphs.frame_count == (2 if backend == "graphs" else 0)
     assert len(operator._INDICES) == len(set(sizes))
@@ -257,26 +301,27 @@ def test_compiled_in_one_graph_for_all_sizes(backend, causal):
 def test_parts_make_the_same_index_again():
     for layout in LAYOUTS:
         for pattern in PATTERN_CASES:
-            index = build_index([pattern, Pattern(Dense()), pattern], layout, causal=True)
+            index = in_order(build_index([pattern, Pattern(Dense()), pattern], layout))
             again = operator.index_of(*operator.parts_of(index))
             assert again is operator.index_of(*operator.parts_of(index))
             assert operator.parts_of(again)[1] == operator.parts_of(index)[1]
             same = zip(operator.parts_of(again)[0], operator.parts_of(index)[0], strict=True)
             assert all(a is b for a, b in same)
-    other = build_index([Pattern(Dense()), pattern, pattern], layout, causal=True)
+    other = in_order(build_index([Pattern(Dense()), pattern, pattern], layout))
     assert operator.index_of(*operator.parts_of(other)) is not again
 
 
-@pytest.mark.parametrize("kv_len", [None, torch.tensor([51, 7])], ids=["full", "padded"])
-def test_operators_are_what_torch_expects(kv_len):
+@pytest.mark.parametrize("lengths", [None, (51, 7)], ids=["full", "padded"])
+def test_operators_are_what_torch_expects(lengths):
     index = build_index(MIXED, TokenLayout.video(2, 4, 6, text_after=3), group=16)
+    rows = (None, None if lengths is None else until(index, *lengths))
     inputs = qkv(index, 16, batch=2, kv_heads=2)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
     parts = operator.parts_of(index)
-    torch.library.opcheck(torch.ops.sparse_dit.triton_attend, (q, k, v, *parts, kv_len, 0.5))
-    out, lse = torch.ops.sparse_dit.triton_attend(q, k, v, *parts, kv_len, 0.5)
+    torch.library.opcheck(torch.ops.sparse_dit.triton_attend, (q, k, v, *parts, *rows, 0.5))
+    out, lse = torch.ops.sparse_dit.triton_attend(q, k, v, *parts, *rows, 0.5)
     assert out.stride() == q.stride()
-    arguments = (q, k, *parts, lse, kv_len, 0.5, 8, index.max_groups)
+    arguments = (q, k, *parts, lse, *rows, 0.5, 8, index.max_groups)
     torch.library.opcheck(torch.ops.sparse_dit.triton_mass, arguments)
 
 

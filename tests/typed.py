@@ -104,8 +104,12 @@ def run_program(words: list[str]) -> None:
             with warnings.catch_warnings():  # another test may have imported the program already
                 warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(str(file), run_name="__main__")
+        else:  # Python looks beside a script for what it imports
+            sys.path.insert(0, str(file.parent))
+            try:
+                runpy.run_path(str(file), run_name="__main__")
+            finally:
+                sys.path.remove(str(file.parent))
 
 
 def program_file(words: list[str]) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..index import PatternIndex, expand
+from ..entry import PatternIndex, expand
 from ..on_cpu import on_cpu
 
 CPU_KEYS = 8192  # gathered key rows of a chunk: they should stay in cache

@@ -2,7 +2,7 @@
 
 Uncompiled, FlexAttention reads the mask alone and computes everything; and a compiled one falls back to
 that after some recompilations. So each shape has a code object of its own, compiled with `fullgraph=True`,
-which raises instead. Partial blocks are masked by bits; order, padding and the far field (pooled keys
+which raises instead. Partial blocks are masked by bits; row intervals and the far field (pooled keys
 behind the others, with a bias) are a `score_mod`. NaN or Inf in a value shows in all rows of the blocks
 that hold it. Each new size compiles: 4 to 10 s on a CPU.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..index import SparseIndex
+from ..intervals import RowIntervals
 from .attended import Attended
 from .flex_lists import FlexLists, lists_of
 from .sorting import (
@@ -61,7 +62,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
@@ -74,11 +75,11 @@ def forward(
     if reason := lacks(q, return_lse, mass_block is not None):
         raise NotImplementedError(f"backend 'flex' cannot run this: {reason}")
     orders = orders_of(index)
-    call = _call(q, k, v, index, kv_len)
+    call = _call(q, k, v, index, rows)
     lists = lists_of(index, BLOCK[q.device.type])
     key = (q.device, q.dtype, call.q.shape, call.k.shape, lists.bits.shape, call.kind, return_lse)
     run = _compiled(key)
-    arguments = (call.q, call.k, call.v, lists, call.bias, call.key_token, call.limit)
+    arguments = (call.q, call.k, call.v, lists, call.bias, call.keys, call.rows)
     try:
         out, lse = run(*arguments, scale, return_lse)
     except torch.OutOfMemoryError:
@@ -99,7 +100,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:
@@ -114,51 +115,52 @@ class _Call:
     Args:
         q, k, v: `[B, H, N, D]`, `[B, H or key heads, K, D]`.
         bias: float32 `[B, H, K]`, or None if all keys count equally.
-        key_token, limit: int32 `[B, H, K]` and `[H, N]`: a query sees keys up to its limit; or None.
+        keys: int32 `[2, B, H, K]`: first and last token of each key; or None.
+        rows: int32 `[2, B, H, N]`: where the tokens of the keys that a row sees start and stop; or None.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None
-    key_token: Tensor | None
-    limit: Tensor | None
+    keys: Tensor | None
+    rows: Tensor | None
 
     @property
     def kind(self) -> tuple[bool, bool]:
-        """Which compiled graph the call needs: whether with a bias, and whether with a limit."""
-        return self.bias is not None, self.limit is not None
+        """Which compiled graph the call needs: whether with a bias, and whether with intervals."""
+        return self.bias is not None, self.rows is not None
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | None) -> _Call:
-    orders, cells = orders_of(index), max_cells(index)
+def _call(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, rows: RowIntervals | None) -> _Call:
+    orders, cells, num_queries = orders_of(index), max_cells(index), q.shape[2]
+    batch, heads, num_keys = q.shape[0], q.shape[1], k.shape[2]
     if cells or orders.keys is not None:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    k, v = without_padding(k, kv_len), without_padding(v, kv_len)
-    pooled = pool_far_field(k, v, index, kv_len) if cells else None
-    k, v = sort_tokens(k, orders.keys), sort_tokens(v, orders.keys)
-    tokens = orders.keys
-    if tokens is None:
-        tokens = torch.arange(k.shape[2], device=q.device).expand(q.shape[1], -1)
-    tokens = tokens.expand(q.shape[0], -1, -1)  # [B, H, M]
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    k, v = without_padding(k, rows, num_queries), without_padding(v, rows, num_queries)
+    valid = None if rows is None else rows.valid(num_keys, num_queries)
+    pooled = pool_far_field(k, v, index, valid) if cells else None
+    q, k, v = (
+        sort_tokens(q, orders.queries), sort_tokens(k, orders.keys), sort_tokens(v, orders.keys)
+    )  # fmt: skip
     bias = None
-    if pooled is not None or kv_len is not None:
-        bias = torch.zeros(tokens.shape, dtype=torch.float32, device=q.device)
-        if kv_len is not None:
-            bias = bias.masked_fill(tokens >= kv_len.to(q.device)[:, None, None], -torch.inf)
     if pooled is not None:
         k, v = torch.cat([k, pooled.keys], 2), torch.cat([v, pooled.values], 2)
-        assert bias is not None, "made above"
-        bias = torch.cat([bias, pooled.bias], 2)
-        tokens = torch.cat([tokens, pooled.last], 2)
-    if not index.causal:
-        return _Call(sort_tokens(q, orders.queries), k, v, bias, None, None)
-    rows = orders.queries
+        bias = torch.cat([pooled.bias.new_zeros(batch, heads, num_keys), pooled.bias], 2)
     if rows is None:
-        rows = torch.arange(q.shape[2], device=q.device).expand(q.shape[1], -1)
-    limit = (rows + index.causal_offset).int().contiguous()
-    q = sort_tokens(q, orders.queries)
-    return _Call(q, k, v, bias, tokens.int().contiguous(), limit)
+        return _Call(q, k, v, bias, None, None)
+    tokens = orders.keys
+    if tokens is None:
+        tokens = torch.arange(num_keys, device=q.device)
+    first = last = tokens.expand(batch, heads, -1)
+    if pooled is not None:
+        first, last = torch.cat([first, pooled.first], 2), torch.cat([last, pooled.last], 2)
+    bounds = (x.expand(batch, num_queries)[:, None] for x in rows.bounds(num_keys, num_queries))
+    of_rows = torch.stack([x.expand(batch, heads, num_queries) for x in bounds])
+    if orders.queries is not None:
+        of_rows = of_rows.take_along_dim(orders.queries[None, None], 3)
+    keys = torch.stack([first, last]).int()
+    return _Call(q, k, v, bias, keys, of_rows.int().contiguous())
 
 
 def _attention(
@@ -167,8 +169,8 @@ def _attention(
     v: Tensor,
     lists: FlexLists,
     bias: Tensor | None,
-    key_token: Tensor | None,
-    limit: Tensor | None,
+    keys: Tensor | None,
+    rows: Tensor | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -186,8 +188,9 @@ def _attention(
     def scored(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if bias is not None:
             score = score + bias[b, h, j]
-        if key_token is not None and limit is not None:
-            score = torch.where(key_token[b, h, j] <= limit[h, i], score, -float("inf"))
+        if keys is not None and rows is not None:
+            inside = (keys[0, b, h, j] >= rows[0, b, h, i]) & (keys[1, b, h, j] < rows[1, b, h, i])
+            score = torch.where(inside, score, -float("inf"))
         return score
 
     mask = BlockMask.from_kv_blocks(
@@ -195,7 +198,7 @@ def _attention(
         mask_mod=seen, seq_lengths=(q.shape[2], k.shape[2]), compute_q_blocks=False,
     )  # fmt: skip
     options = {
-        "score_mod": None if bias is None and limit is None else scored,
+        "score_mod": None if bias is None and rows is None else scored,
         "block_mask": mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],

@@ -3,19 +3,23 @@
 For each chunk of query groups, the keys that they see are copied together and passed to
 `scaled_dot_product_attention`. An additive bias per key carries the far field (log of the cell's size)
 and switches padding off, so that groups of unequal length share a call at no cost. As NaN times a weight of
-0 is NaN, padding is made 0 first, and causal order, by which rows of a group see other keys, has a product of
-its own.
+0 is NaN, keys that no row may see are made 0 first, and intervals by which rows of a group see other keys
+have a product of their own.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..index import PatternIndex, SparseIndex, last_tokens
+from ..cells import cell_members, valid_cells
+from ..index import PatternIndex, SparseIndex
+from ..intervals import RowIntervals
 from .attended import Attended
 from .chunks import Chunk, chunks_of
 
@@ -25,18 +29,23 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
     return None
 
 
+def unsupported_values(width: int) -> str | None:
+    """Gather takes values of any width."""
+    return None
+
+
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
 ) -> Attended:
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
     wants_lse = return_lse or mass_block is not None
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if wants_lse else None
     mass = None
@@ -45,9 +54,8 @@ def forward(
         mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
     repeat = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
-        valid = k.shape[2] if kv_len is None else int(kv_len[b])
         for entry, heads in zip(index.entries, index.heads_of, strict=True):
-            call = _Call(entry, index, valid, scale)
+            call = _Call(entry, None if rows is None else _item(rows, b), scale)
             for h in heads:
                 into = _Into(
                     out[b, h],
@@ -64,7 +72,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:
@@ -73,28 +81,75 @@ def block_mass(
     mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
     repeat = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
-        valid = k.shape[2] if kv_len is None else int(kv_len[b])
         for entry, heads in zip(index.entries, index.heads_of, strict=True):
-            call = _Call(entry, index, valid, scale)
+            call = _Call(entry, None if rows is None else _item(rows, b), scale)
             for h in heads:
-                if valid:
-                    _head_mass(q[b, h], k[b, h // repeat], lse[b, h], call, mass[b, h], mass_block)
+                _head_mass(q[b, h], k[b, h // repeat], lse[b, h], call, mass[b, h], mass_block)
     return mass
+
+
+def _item(rows: RowIntervals, b: int) -> RowIntervals:
+    """The intervals of one batch item, `[N]`."""
+    bounds = (rows.start, rows.stop)
+    return RowIntervals(*(x if x is None or x.ndim == 1 else x[b] for x in bounds))
 
 
 @dataclass
 class _Call:
-    """What is the same for all heads of a pattern."""
+    """What is the same for all heads of a pattern and batch item."""
 
     entry: PatternIndex
-    index: SparseIndex
-    valid: int
+    rows: RowIntervals | None
     scale: float
 
     @property
-    def plain(self) -> bool:
-        """Whether no key is switched off by padding or order."""
-        return self.valid == self.entry.num_keys and not self.index.causal
+    def by_row(self) -> bool:
+        """Whether rows of a group may see other keys."""
+        return self.rows is not None and not self.rows.uniform
+
+    @functools.cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Start and stop of each row `[N]`, or `[1]` if all have the same."""
+        assert self.rows is not None, "there are some"
+        start, stop = self.rows.bounds(self.entry.num_keys, self.entry.num_queries)
+        return start[0], stop[0]
+
+    @functools.cached_property
+    def valid(self) -> Tensor:
+        """The keys that some row may see, int64 `[2]`."""
+        if self.rows is None:
+            return torch.tensor([0, self.entry.num_keys], device=self.entry.q_offsets.device)
+        return self.rows.valid(self.entry.num_keys, self.entry.num_queries)[0]
+
+    @functools.cached_property
+    def places(self) -> _Places:
+        """What there is to know of keys and then cells."""
+        if self.rows is not None:
+            return _places(self.entry, self.valid)
+        if "places" not in self.entry.cache:
+            self.entry.cache["places"] = _places(self.entry, self.valid)
+        return self.entry.cache["places"]
+
+
+class _Places(NamedTuple):
+    """For keys and then cells: the first and the last (valid) token, and how many there are; `[M + C]`."""
+
+    first: Tensor
+    last: Tensor
+    size: Tensor
+
+
+def _places(entry: PatternIndex, valid: Tensor) -> _Places:
+    token = torch.arange(entry.num_keys, device=valid.device)
+    count = torch.ones(entry.num_keys, dtype=torch.float32, device=valid.device)
+    if entry.far is None:
+        return _Places(token, token, count)
+    cells = valid_cells(entry, valid)
+    return _Places(
+        torch.cat([token, cells.first]),
+        torch.cat([token, cells.last]),
+        torch.cat([count, cells.size.float()]),
+    )
 
 
 @dataclass
@@ -110,12 +165,12 @@ class _Into:
 def _head(q: Tensor, k: Tensor, v: Tensor, call: _Call, into: _Into) -> None:
     """One head, `[N, D]`."""
     entry = call.entry
-    if entry.is_empty or call.valid == 0:
+    if entry.is_empty:
         into.out.zero_()
         if into.lse is not None:
             into.lse.fill_(-torch.inf)
         return
-    if entry.is_dense and call.plain and into.lse is None:
+    if entry.is_dense and call.rows is None and into.lse is None:
         # 4-D, or PyTorch takes its slow path, which makes the N x M matrix
         q, k, v = (x[None, None] for x in (q, k, v))
         into.out.copy_(F.scaled_dot_product_attention(q, k, v, scale=call.scale)[0, 0])
@@ -140,8 +195,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, call: _Call, into: _I
     keys = k.index_select(0, flat).view(groups, 1, length, -1)
     values = v.index_select(0, flat).view(groups, 1, length, -1)
     bias = _bias(chunk, call, q)
-    if call.index.causal:
-        out = _causal(queries, keys, values, bias, chunk, call, into)
+    if call.by_row:
+        out = _by_row(queries, keys, values, bias, chunk, call, into)
     elif into.lse is None:
         out = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, scale=call.scale
@@ -152,12 +207,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, call: _Call, into: _I
 
 
 def _without_padding(x: Tensor, call: _Call) -> Tensor:
-    """Keys or values `[M, D]` of one head, with 0 for padding."""
-    padding = call.entry.num_keys - call.valid
-    return F.pad(x[: call.valid], (0, 0, 0, padding)) if padding else x
+    """Keys or values `[M, D]` of one head, with 0 where no row may see them."""
+    if call.rows is None:
+        return x
+    tokens = torch.arange(len(x), device=x.device)
+    return x.masked_fill(((tokens < call.valid[0]) | (tokens >= call.valid[1]))[:, None], 0.0)
 
 
-def _causal(
+def _by_row(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -167,7 +224,7 @@ def _causal(
     into: _Into,
 ) -> Tensor:
     """The same as `_with_lse`, but NaN and Inf in a key or value make NaN only in the rows that see it."""
-    odd = ~(keys.isfinite() & values.isfinite()).all(-1)[:, :, None]
+    odd = ~(keys.isfinite().all(-1) & values.isfinite().all(-1))[:, :, None]
     keys, values = (x.masked_fill(odd.transpose(-1, -2), 0.0) for x in (keys, values))
     hurt = (odd & (bias > -torch.inf)).any(-1, keepdim=True)
     return _with_lse(queries, keys, values, bias.masked_fill(hurt, torch.nan), chunk, call, into)
@@ -175,57 +232,21 @@ def _causal(
 
 def _bias(chunk: Chunk, call: _Call, q: Tensor) -> Tensor:
     """Additive bias `[g, 1, 1 or r, l]`: 0, log of a cell's size, or -inf."""
-    if call.plain:
+    if call.rows is None:
         return chunk.bias.to(q.dtype)[:, None, None]
-    token, log_size = _tokens(call)
-    last = token[chunk.keys.long()]
-    bias = torch.where(chunk.is_pad, -torch.inf, log_size[chunk.keys.long()])[:, None, None]
-    bias = bias.masked_fill(
-        (last >= call.valid)[:, None, None] | (last < 0)[:, None, None], -torch.inf
-    )
-    if call.index.causal:
-        limit = chunk.rows.long() + call.index.causal_offset
-        bias = bias.masked_fill(last[:, None, None] > limit[:, None, :, None], -torch.inf)
-    return bias.to(q.dtype)
-
-
-def _tokens(call: _Call) -> tuple[Tensor, Tensor]:
-    """For keys and then cells: the (last valid) token, and log of the number of valid tokens."""
-    key = ("tokens", call.valid)
-    if key not in call.entry.cache:
-        entry, device = call.entry, call.entry.q_offsets.device
-        token = torch.arange(entry.num_keys, device=device)
-        log_size = torch.zeros(entry.num_keys, dtype=torch.float32, device=device)
-        if entry.far is not None:
-            last = last_tokens(entry.far, entry.key_tokens, call.valid)
-            token = torch.cat([token, last])
-            log_size = torch.cat([log_size, _sizes(call).clamp_min(1).log()])
-        call.entry.cache[key] = (token, log_size)
-    return call.entry.cache[key]
-
-
-def _sizes(call: _Call) -> Tensor:
-    """float32 `[C]`: valid tokens in each cell."""
-    far = call.entry.far
-    cells = far.cell_offsets.long()
-    if call.valid == call.entry.num_keys:
-        return cells.diff().float()
-    ok = (call.entry.key_tokens < call.valid).cumsum(0)  # of ints: deterministic on every device
-    total = F.pad(ok, (1, 0))
-    return (total[cells[1:]] - total[cells[:-1]]).float()
+    keys = chunk.keys.long()
+    first, last, count = (x[keys][:, None, None] for x in call.places)
+    start, stop = call.bounds
+    if call.by_row:
+        start, stop = (x[chunk.rows.long()][:, None, :, None] for x in (start, stop))
+    bias = count.log().masked_fill(chunk.is_pad[:, None, None], -torch.inf)
+    return bias.masked_fill((first < start) | (last >= stop), -torch.inf).to(q.dtype)
 
 
 def _pooled(k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """Mean key and value `[C, D]` of the valid tokens of each cell; padding is 0 already."""
-    entry, far = call.entry, call.entry.far
-    start, stop = int(far.cell_offsets[0]), int(far.cell_offsets[-1])
-    lengths = entry.cache.get("cell lengths")
-    if lengths is None:
-        sizes = far.cell_offsets.diff().long()
-        owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-        lengths = entry.cache["cell lengths"] = (owner, entry.key_tokens[start:stop])
-    owner, tokens = lengths
-    count = _sizes(call).clamp_min(1)[:, None]
+    """Mean key and value `[C, D]` of the valid tokens of each cell; others are 0 already."""
+    owner, tokens = cell_members(call.entry)
+    count = call.places.size[call.entry.num_keys :].clamp_min(1)[:, None]
     pooled = []
     for x in (k, v):
         rows = x.index_select(0, tokens).to(torch.promote_types(x.dtype, torch.float32))

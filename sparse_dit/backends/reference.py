@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..index import FarField, PatternIndex, SparseIndex, expand, last_tokens
+from ..cells import valid_cells
+from ..entry import FarField, PatternIndex, expand
+from ..index import SparseIndex
+from ..intervals import RowIntervals
 from ..on_cpu import on_cpu
 from .attended import Attended
 
@@ -19,13 +22,18 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
     return None
 
 
+def unsupported_values(width: int) -> str | None:
+    """The reference takes values of any width."""
+    return None
+
+
 @on_cpu
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
@@ -35,15 +43,15 @@ def forward(
     q, k, v = _wide(q), _wide(k), _wide(v)
     batch, heads, n, _ = q.shape
     group_size = heads // k.shape[1]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = q.new_zeros(batch, heads, n, v.shape[-1])
+    seen_by = _bounds(rows, batch, n, k.shape[2])
     lse = q.new_zeros(batch, heads, n)
-    masses = [[None] * heads for _ in range(batch)]
+    masses: list[list[Tensor]] = [[q.new_zeros(0)] * heads for _ in range(batch)]
     for b in range(batch):
-        valid = k.shape[2] if kv_len is None else int(kv_len[b])
         for h, pattern in enumerate(index.head_to_pattern):
             entry = index.entries[pattern].to("cpu")
             kh, vh = k[b, h // group_size], v[b, h // group_size]
-            logits, values, seen = _logits(q[b, h], kh, vh, entry, index, valid, scale)
+            logits, values, seen = _logits(q[b, h], kh, vh, entry, seen_by[b], scale)
             lse[b, h] = logits.logsumexp(-1)
             weights = _softmax(logits, lse[b, h])
             out[b, h] = _weighted(weights, values, seen)
@@ -60,7 +68,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:
@@ -69,11 +77,11 @@ def block_mass(
     q, k, lse = _wide(q), _wide(k), lse.cpu()
     batch, heads, num_keys = q.shape[0], q.shape[1], k.shape[2]
     masses = [[q] * heads for _ in range(batch)]
+    seen_by = _bounds(rows, batch, q.shape[2], num_keys)
     for b in range(batch):
-        valid = num_keys if kv_len is None else int(kv_len[b])
         for h, pattern in enumerate(index.head_to_pattern):
             entry, kh = index.entries[pattern].to("cpu"), k[b, h // (heads // k.shape[1])]
-            logits, _, _ = _logits(q[b, h], kh, kh, entry, index, valid, scale)
+            logits, _, _ = _logits(q[b, h], kh, kh, entry, seen_by[b], scale)
             row = lse[b, h, :, None]
             weights = (logits[:, :num_keys] - row).exp().masked_fill(row.isneginf(), 0.0)
             masses[b][h] = _mass(weights, entry, mass_block)
@@ -106,25 +114,21 @@ def _logits(
     k: Tensor,
     v: Tensor,
     entry: PatternIndex,
-    index: SparseIndex,
-    valid: int,
+    seen_by: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `[N, M + C]` of all keys, exact and pooled, -inf where not seen; their values; what is seen."""
     exact, pooled = token_mask(entry)
-    last_row = torch.arange(entry.num_queries) + index.causal_offset
+    start, stop = seen_by[..., None]
     tokens = torch.arange(entry.num_keys)
-    exact &= tokens < valid
-    if index.causal:
-        exact &= tokens <= last_row[:, None]
+    exact &= (start <= tokens) & (tokens < stop)
     logits = (q @ k.T * scale).masked_fill(~exact, float("-inf"))
     if entry.far is None or pooled is None:
         return logits, v, exact
+    valid = RowIntervals(*seen_by).valid(entry.num_keys, entry.num_queries)[0]
     means, values, sizes = _pooled(k, v, entry, entry.far, valid)
-    last = last_tokens(entry.far, entry.key_tokens, valid)
-    pooled &= last >= 0
-    if index.causal:
-        pooled &= last <= last_row[:, None]
+    cells = valid_cells(entry, valid)
+    pooled &= (cells.size > 0) & (start <= cells.first) & (cells.last < stop)
     far = (q @ means.T * scale + sizes.clamp_min(1).log()).masked_fill(~pooled, float("-inf"))
     return torch.cat([logits, far], 1), torch.cat([v, values]), torch.cat([exact, pooled], 1)
 
@@ -144,7 +148,7 @@ def _weighted(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
 
 
 def _pooled(
-    k: Tensor, v: Tensor, entry: PatternIndex, far: FarField, valid: int
+    k: Tensor, v: Tensor, entry: PatternIndex, far: FarField, valid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean key and value `[C, D]` of the valid tokens of each cell, and their number `[C]`."""
     order = entry.key_tokens
@@ -153,11 +157,19 @@ def _pooled(
         far.cell_offsets[:-1].tolist(), far.cell_offsets[1:].tolist(), strict=True
     ):
         tokens = order[start:stop]
-        tokens = tokens[tokens < valid]
+        tokens = tokens[(valid[0] <= tokens) & (tokens < valid[1])]
         means.append(k[tokens].sum(0) / max(1, len(tokens)))
         values.append(v[tokens].sum(0) / max(1, len(tokens)))
         sizes.append(len(tokens))
     return torch.stack(means), torch.stack(values), torch.tensor(sizes).to(k)
+
+
+def _bounds(rows: RowIntervals | None, batch: int, n: int, m: int) -> Tensor:
+    """The intervals of all rows, written out: int32 `[B, 2, N]`."""
+    if rows is None:
+        return torch.tensor([0, m], dtype=torch.int32)[:, None].expand(batch, 2, n)
+    both = (x.expand(batch, n) for x in rows.to("cpu").bounds(m, n))
+    return torch.stack(tuple(both), 1)
 
 
 def _wide(x: Tensor) -> Tensor:

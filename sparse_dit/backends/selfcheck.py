@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..index import PatternIndex, SparseIndex, build_index, runs_of
+from ..intervals import RowIntervals
 from ..layout import TokenLayout
 from ..on_cpu import on_cpu
 from ..patterns import Dense, Pattern, Skip, Stripe, Window
@@ -50,7 +51,7 @@ class Verdict:
 @dataclass(frozen=True)
 class _Case:
     index: SparseIndex
-    kv_len: Tensor | None
+    rows: RowIntervals | None
 
 
 _verdicts: dict[tuple[ModuleType, str, int, torch.dtype], Verdict] = {}
@@ -135,11 +136,11 @@ def _compare(
     """Error of a case, and what is wrong with it."""
     q = tensors[0]
     scale = q.shape[-1] ** -0.5
-    wide = [x.double() for x in tensors]
-    truth = reference.forward(*wide, case.index, case.kv_len, scale, True, None)
-    kv_len = None if case.kv_len is None else case.kv_len.to(here[0].device)
+    wide_q, wide_k, wide_v = (x.double() for x in tensors)
+    truth = reference.forward(wide_q, wide_k, wide_v, case.index, case.rows, scale, True, None)
+    rows = case.rows and case.rows.to(here[0].device)
     wants_lse = not (hasattr(module, "lacks") and module.lacks(here[0], True, False))
-    got = module.forward(*here, index, kv_len, scale, wants_lse, None)
+    got = module.forward(*here, index, rows, scale, wants_lse, None)
     error, problem = _judge(got.out.cpu().double(), truth, allowed)
     if problem is None and got.lse is not None:
         problem = _judge_lse(got.lse.cpu(), truth, allowed)
@@ -184,7 +185,7 @@ def refused(
 
 
 def _cases() -> Iterator[_Case]:
-    """Blocks that every kernel can have; then patterns, order, pooled keys and padding."""
+    """Blocks that every kernel can have; then patterns, order, pooled keys and an interval for each row."""
     yield _Case(block_case(), None)
     window = Window(frames=0, rows=1, columns=1)
     patterns = [
@@ -193,7 +194,14 @@ def _cases() -> Iterator[_Case]:
         Pattern(Stripe(time_width=1), tile=(1, None, None), cell=1),
         Pattern(Skip()),
     ]
-    yield _Case(build_index(patterns, RAGGED), torch.tensor([RAGGED.seq_len - 1]))
+    yield _Case(build_index(patterns, RAGGED), _ragged_rows())
+
+
+def _ragged_rows() -> RowIntervals:
+    """Windows that begin late and end early, the last key padding, and a row that sees nothing."""
+    row = torch.arange(RAGGED.seq_len, dtype=torch.int32)[None]
+    stop = (row + RAGGED.seq_len // 2).clamp_max(RAGGED.seq_len - 1)
+    return RowIntervals((row - RAGGED.seq_len // 3).clamp_min(0), stop * (row != 7))
 
 
 @on_cpu

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..index import PatternIndex, SparseIndex, last_tokens
+from ..cells import cell_members, valid_cells
+from ..index import SparseIndex
+from ..intervals import RowIntervals
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +34,13 @@ class Pooled:
     Args:
         keys, values: `[B, H, C, D]`, means of the valid tokens of each cell.
         bias: float32 `[B, H, C]`: log of the number of valid tokens, -inf where there are none.
-        last: int64 `[B, H, C]`: largest valid token, -1 where there is none.
+        first, last: int64 `[B, H, C]`: smallest and largest valid token, M and -1 where there is none.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
+    first: Tensor
     last: Tensor
 
 
@@ -67,70 +70,47 @@ def unsort_tokens(x: Tensor, order: Tensor | None) -> Tensor:
     return torch.empty_like(x).scatter_(2, places.expand_as(x), x)
 
 
-def pool_far_field(k: Tensor, v: Tensor, index: SparseIndex, kv_len: Tensor | None) -> Pooled:
+def pool_far_field(k: Tensor, v: Tensor, index: SparseIndex, valid: Tensor | None) -> Pooled:
     """Pooled keys and values of all heads.
 
     Args:
-        k, v: `[B, H, M, D]`, tokens in place, one key head for each query head.
+        k, v: `[B, H, M, D]`, tokens in place, one key head for each query head; 0 where keys aren't valid.
         index: At least one entry has a far field.
-        kv_len: As in `sparse_attention`.
+        valid: The valid keys, int64 `[1 or B, 2]`; None for all.
     """
     batch, heads, num_keys, dim = k.shape
     cells = max_cells(index)
     wide = torch.promote_types(k.dtype, torch.float32)
-    tokens = torch.arange(num_keys, device=k.device)
-    lengths = tokens.new_full((batch,), num_keys) if kv_len is None else kv_len.to(tokens)
+    if valid is None:
+        valid = torch.tensor([[0, num_keys]], device=k.device)
     sums = torch.zeros(2, batch, heads, cells, dim, dtype=wide, device=k.device)
     counts = torch.zeros(batch, heads, cells, dtype=torch.float32, device=k.device)
-    last = torch.full((batch, heads, cells), -1, dtype=torch.int64, device=k.device)
+    first = torch.full((batch, heads, cells), num_keys, dtype=torch.int64, device=k.device)
+    last = torch.full_like(first, -1)
     for entry, of_entry in zip(index.entries, index.heads_of, strict=True):
         if entry.far is None or not of_entry:
             continue
-        owner, members = _members(entry)
-        valid = members < lengths[:, None]  # [B, keys in cells]
+        owner, members = cell_members(entry)
+        found = valid_cells(entry, valid)
         size = len(entry.far.cell_offsets) - 1
-        count = counts.new_zeros(batch, size).index_add_(1, owner, valid.float())
-        ends = torch.stack([_last(entry, int(n)) for n in lengths.tolist()])
         for head in of_entry:
-            counts[:, head, :size] = count
-            last[:, head, :size] = ends
+            counts[:, head, :size] = found.size.float()
+            first[:, head, :size], last[:, head, :size] = found.first, found.last
             for total, x in zip(sums, (k, v), strict=True):
-                rows = x[:, head, members].to(wide).masked_fill(~valid[..., None], 0.0)
-                total[:, head, :size].index_add_(1, owner, rows)
+                total[:, head, :size].index_add_(1, owner, x[:, head, members].to(wide))
     means = (sums / counts.clamp_min(1)[..., None]).to(k.dtype)
-    return Pooled(means[0], means[1], counts.log(), last)
+    return Pooled(means[0], means[1], counts.log(), first, last)
 
 
-def without_padding(x: Tensor, kv_len: Tensor | None) -> Tensor:
-    """Keys or values `[B, H, M, D]` with 0 where padding is: NaN times a weight of 0 is NaN."""
-    if kv_len is None:
+def without_padding(x: Tensor, rows: RowIntervals | None, num_queries: int) -> Tensor:
+    """Keys or values `[B, H, M, D]` with 0 where no row sees them: NaN times a weight of 0 is NaN."""
+    if rows is None:
         return x
-    padding = torch.arange(x.shape[2], device=x.device) >= kv_len.to(x.device)[:, None]
-    return x.masked_fill(padding[:, None, :, None], 0.0)
+    first, stop = rows.valid(x.shape[2], num_queries)[..., None].unbind(1)
+    tokens = torch.arange(x.shape[2], device=x.device)
+    return x.masked_fill(((tokens < first) | (tokens >= stop))[:, None, :, None], 0.0)
 
 
 def max_cells(index: SparseIndex) -> int:
     """The largest number of cells of the entries, 0 if none has a far field."""
     return max(0 if e.far is None else len(e.far.cell_offsets) - 1 for e in index.entries)
-
-
-def _members(entry: PatternIndex) -> tuple[Tensor, Tensor]:
-    """For every key in a cell: the cell, and the token."""
-    far = entry.far
-    assert far is not None, "only entries with a far field have cells"
-    if "cell members" not in entry.cache:
-        sizes = far.cell_offsets.diff().long()
-        owner = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-        first, end = int(far.cell_offsets[0]), int(far.cell_offsets[-1])
-        entry.cache["cell members"] = (owner, entry.key_tokens[first:end])
-    return entry.cache["cell members"]
-
-
-def _last(entry: PatternIndex, kv_len: int) -> Tensor:
-    key = ("last tokens", kv_len)
-    if key not in entry.cache:
-        here = entry.to("cpu")
-        assert here.far is not None, "only entries with a far field have cells"
-        found = last_tokens(here.far, here.key_tokens, kv_len)
-        entry.cache[key] = found.to(entry.q_offsets.device)
-    return entry.cache[key]

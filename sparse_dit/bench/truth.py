@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..index import PatternIndex, SparseIndex, expand
+from ..entry import PatternIndex, expand
+from ..index import SparseIndex
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 GROUPS, ROWS = 6, 16  # sampled per head

@@ -167,7 +167,7 @@ class _Chunks:
         got = attend(q, k, v, part, scale=scale, backend=self.ran, return_lse=return_lse)
         out = got.out
         if self.nan_guard:
-            out = finite_or_dense(out, q, k, v, part, None, scale)
+            out = finite_or_dense(out, q, k, v, part.rows, scale)
         out = out.transpose(1, 2)
         if not return_lse:
             return out

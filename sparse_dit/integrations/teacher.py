@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -90,7 +91,7 @@ class OneStep:
         mean, std = _statistics(vae, latents)
         decoded = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
         video = (decoded[0].float() / 2 + 0.5).clamp(0, 1)
-        return video.permute(1, 2, 3, 0).cpu().numpy()
+        return rearrange(video, "channels t h w -> t h w channels").cpu().numpy()
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

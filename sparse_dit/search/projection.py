@@ -8,6 +8,7 @@ is measured of a head is measured behind the projection, at no cost a candidate.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..integrations import heads_of, host_of, self_attention_layers
@@ -26,8 +27,9 @@ def projections(transformer: nn.Module) -> dict[str, Tensor]:
     for path, layer in self_attention_layers(transformer).items():
         weight, (num_heads, head_dim) = _weight(host.output_projection(layer)), sizes[path]
         if weight is not None and weight.ndim == 2 and weight.shape[1] == num_heads * head_dim:
-            heads = weight.detach().to("cpu", torch.float64).unflatten(1, (num_heads, -1))
-            gram = torch.einsum("ohd,ohe->hde", heads, heads)
+            wide = weight.detach().to("cpu", torch.float64)
+            heads = rearrange(wide, "out (head dim) -> head out dim", head=num_heads)
+            gram = heads.mT @ heads
             values, vectors = torch.linalg.eigh(gram)
             root = vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.mT
             result[path] = root.float()

@@ -116,7 +116,7 @@ def sampled_heads(
 def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
     """Attention of a call over the index, `[B, N, H, D]`."""
     q, k, v, scale = _by_head(call)
-    out = sparse_attention(q, k, v, index.to(q.device), kv_len=call.kv_len, scale=scale)
+    out = sparse_attention(q, k, v, index.to(q.device), row_stop=call.row_stop, scale=scale)
     return out[..., : call.v.shape[-1]].transpose(1, 2)
 
 

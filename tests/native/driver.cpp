@@ -70,8 +70,8 @@ void break_index(Case &c, const Problem &sound) {
 
 void break_call(const Problem &sound) {
     Problem p = sound;
-    const std::array<int64_t *, 7> fields = {&p.abi_version, &p.dtype, &p.heads,   &p.kv_heads,
-                                             &p.queries,     &p.keys,  &p.channels};
+    const std::array<int64_t *, 8> fields = {&p.abi_version, &p.dtype, &p.heads,    &p.kv_heads,
+                                             &p.queries,     &p.keys,  &p.channels, &p.value_channels};
     for (int64_t *field : fields)
         for (const int64_t value : {INT64_C(-7), INT64_C(1) << 40, INT64_MIN, INT64_MAX}) {
             const int64_t old = *field;
@@ -98,10 +98,17 @@ void break_call(const Problem &sound) {
     p = sound;
     p.mass_groups--;
     if (sparse_dit_attend(&p) == OK) fail("too few mass groups were taken");
-    p = sound;
-    const std::vector<int64_t> lengths(static_cast<size_t>(p.batch), p.keys + 1);
-    p.kv_len = lengths.data();
-    if (sparse_dit_attend(&p) == OK) fail("a kv_len beyond the keys was taken");
+}
+
+// Intervals of any numbers are taken: what lies outside of the keys counts for none.
+void call_with_any_intervals(Case &c, Problem p) {
+    std::vector<int32_t> starts(static_cast<size_t>(c.batch * c.n)), stops(starts.size());
+    for (std::vector<int32_t> *x : {&starts, &stops})
+        for (int32_t &word : *x) word = static_cast<int32_t>(c.random.engine());
+    p.row_start = starts.data();
+    p.row_stop = stops.data();
+    p.start_strides = p.stop_strides = {c.n, 1};
+    if (const int64_t status = sparse_dit_attend(&p)) fail(sparse_dit_error(status));
 }
 
 void run_variant(int64_t variant, const std::string &name, int64_t problems, int64_t broken,
@@ -119,6 +126,7 @@ void run_variant(int64_t variant, const std::string &name, int64_t problems, int
         for (int64_t j = 0; j < broken; j++) break_index(c, p);
         if (broken) break_call(p);
         call_with_any_bits(c, p);
+        call_with_any_intervals(c, p);
     }
 }
 

@@ -35,24 +35,27 @@ struct Seen {
 struct Row {
     Case &c;
     const Pattern &p;
-    int64_t batch, head, group, token, valid, limit;
+    int64_t batch, head, group, token;
+    int64_t first, last;  // valid keys: those in some row's interval; there are none from `last` on
 
     int64_t kv_head() const { return head / (c.heads / c.kv_heads); }
     int64_t key(int64_t position) const {
         return p.k_order.empty() ? position : p.k_order[static_cast<size_t>(position)];
     }
+    bool sees(int64_t t) const { return t >= c.start_of(batch, token) && t < c.stop_of(batch, token); }
     void add(Seen &seen, const std::vector<int64_t> &tokens, int64_t block) const {
-        std::vector<double> mean(static_cast<size_t>(c.d)), value(static_cast<size_t>(c.d));
+        std::vector<double> mean(static_cast<size_t>(c.d)), value(static_cast<size_t>(c.e));
         const double count = static_cast<double>(tokens.size());
         double logit = 0, q_norm = 0, k_norm = 0;
         for (int64_t d = 0; d < c.d; d++) {
-            for (const int64_t t : tokens) {
+            for (const int64_t t : tokens)
                 mean[static_cast<size_t>(d)] += c.k.at(batch, kv_head(), t, d) / count;
-                value[static_cast<size_t>(d)] += c.v.at(batch, kv_head(), t, d) / count;
-            }
             const double x = c.q.at(batch, head, token, d), y = mean[static_cast<size_t>(d)];
             logit += x * y, q_norm += x * x, k_norm += y * y;
         }
+        for (int64_t d = 0; d < c.e; d++)
+            for (const int64_t t : tokens)
+                value[static_cast<size_t>(d)] += c.v.at(batch, kv_head(), t, d) / count;
         seen.logits.push_back(logit * c.scale + std::log(count));
         seen.largest = std::max(seen.largest, std::sqrt(q_norm * k_norm) * c.scale);
         seen.cells = std::max(seen.cells, std::log(count));
@@ -65,19 +68,19 @@ struct Row {
         for (int32_t r = p.run_offsets[g]; r < p.run_offsets[g + 1]; r++)
             for (int64_t i = 0, at = p.runs[static_cast<size_t>(r)][0];
                  i < p.runs[static_cast<size_t>(r)][1]; i++, at++)
-                if (key(at) < valid && key(at) <= limit)
+                if (sees(key(at)))
                     add(result, {key(at)}, at / c.mass_block);
         if (p.cells.empty()) return result;
         for (int32_t r = p.far_offsets[g]; r < p.far_offsets[g + 1]; r++) {
-            const auto [first, count] = p.far_runs[static_cast<size_t>(r)];
-            for (int32_t cell = first; cell < first + count; cell++) {
+            const auto [start, count] = p.far_runs[static_cast<size_t>(r)];
+            for (int32_t cell = start; cell < start + count; cell++) {
                 std::vector<int64_t> tokens;
                 for (int32_t at = p.cells[static_cast<size_t>(cell)];
                      at < p.cells[static_cast<size_t>(cell) + 1]; at++)
-                    if (key(at) < valid) tokens.push_back(key(at));
-                if (tokens.empty() || *std::max_element(tokens.begin(), tokens.end()) > limit)
-                    continue;
-                add(result, tokens, -1);
+                    if (key(at) >= first && key(at) < last) tokens.push_back(key(at));
+                if (!tokens.empty() &&
+                    std::all_of(tokens.begin(), tokens.end(), [&](int64_t t) { return sees(t); }))
+                    add(result, tokens, -1);
             }
         }
         return result;
@@ -105,7 +108,7 @@ inline double check_row(const Row &row, std::vector<double> &mass) {
         if (seen.blocks[i] >= 0)
             mass[static_cast<size_t>(row.group * c.blocks() + seen.blocks[i])] +=
                 std::exp(seen.logits[i] - lse);
-    for (int64_t d = 0; d < c.d; d++) {
+    for (int64_t d = 0; d < c.e; d++) {
         double want = 0, size = 0;
         for (size_t i = 0; i < seen.logits.size(); i++) {
             const double value = seen.values[i][static_cast<size_t>(d)];
@@ -129,7 +132,13 @@ inline void check_mass(const Case &c, int64_t batch, int64_t head, const std::ve
 }
 
 inline void check_result(Case &c) {
-    for (int64_t b = 0; b < c.batch; b++)
+    for (int64_t b = 0; b < c.batch; b++) {
+        int64_t first = c.m, last = 0;
+        for (int64_t row = 0; row < c.n; row++) {
+            const int64_t start = std::max<int64_t>(0, c.start_of(b, row));
+            const int64_t stop = std::min(c.m, c.stop_of(b, row));
+            if (start < stop) first = std::min(first, start), last = std::max(last, stop);
+        }
         for (int64_t h = 0; h < c.heads; h++) {
             const Pattern &p = c.patterns[static_cast<size_t>(c.head_to_pattern[h])];
             std::vector<double> mass(static_cast<size_t>(c.groups * c.blocks()));
@@ -138,17 +147,16 @@ inline void check_result(Case &c) {
                 for (int32_t at = p.q_offsets[g]; at < p.q_offsets[g + 1]; at++) {
                     const int64_t token =
                         p.q_order.empty() ? at : p.q_order[static_cast<size_t>(at)];
-                    const Row row{c, p, b, h, static_cast<int64_t>(g), token,
-                                  c.kv_len.empty() ? c.m : c.kv_len[static_cast<size_t>(b)],
-                                  c.causal ? token + c.causal_offset : INT64_MAX};
+                    const Row row{c, p, b, h, static_cast<int64_t>(g), token, first, last};
                     share = std::max(share, check_row(row, mass));
                 }
             check_mass(c, b, h, mass, share);
         }
+    }
     std::vector<bool> written(c.out.bytes.size(), false);
-    for (int64_t i = 0; i < c.batch * c.heads * c.n * c.d; i++) {
-        const int64_t row = i / c.d, at = c.out.place(row / c.n / c.heads, row / c.n % c.heads,
-                                                      row % c.n, i % c.d);
+    for (int64_t i = 0; i < c.batch * c.heads * c.n * c.e; i++) {
+        const int64_t row = i / c.e, at = c.out.place(row / c.n / c.heads, row / c.n % c.heads,
+                                                      row % c.n, i % c.e);
         const auto start = written.begin() + at * c.out.item;
         std::fill(start, start + c.out.item, true);
     }

@@ -193,22 +193,22 @@ inline std::vector<int32_t> pack(const std::vector<Pattern> &patterns,
 
 struct Case {
     Random random;
-    int64_t dtype, batch, heads, kv_heads, n, m, d;
+    int64_t dtype, batch, heads, kv_heads, n, m, d, e;
     Tensor q, k, v, out;
     std::vector<Pattern> patterns;
     std::vector<int32_t> head_to_pattern, words;
-    std::vector<int64_t> kv_len;
+    std::vector<int32_t> row_start, row_stop;  // [batch, n], or empty
     std::vector<float> lse, mass;
-    int64_t mass_block, groups = 0, causal_offset;
-    bool causal, bfloat16_weights = false;
+    int64_t mass_block, groups = 0;
+    bool bfloat16_weights = false;
     double scale;
 
     explicit Case(uint64_t seed)
         : random{std::mt19937_64(seed)}, dtype(random.below(3)), batch(1 + random.below(2)),
           heads(1 + random.below(4)), kv_heads(heads % 2 || random.chance(50) ? heads : heads / 2),
-          n(size()), m(size()), d(channels()), q(random, dtype, {batch, heads, n, d}),
-          k(random, dtype, {batch, kv_heads, m, d}), v(random, dtype, {batch, kv_heads, m, d}),
-          out(random, dtype, {batch, heads, n, d}) {
+          n(size()), m(size()), d(channels()), e(random.chance(70) ? d : channels()),
+          q(random, dtype, {batch, heads, n, d}), k(random, dtype, {batch, kv_heads, m, d}),
+          v(random, dtype, {batch, kv_heads, m, e}), out(random, dtype, {batch, heads, n, e}) {
         for (Tensor *x : {&q, &k, &v}) x->fill(random);
         for (int64_t i = 1 + random.below(2); i > 0; i--)
             patterns.push_back(make_pattern(random, n, m));
@@ -217,14 +217,11 @@ struct Case {
                 static_cast<int32_t>(random.below(static_cast<int64_t>(patterns.size()))));
         for (const Pattern &p : patterns)
             groups = std::max(groups, static_cast<int64_t>(p.q_offsets.size()) - 1);
-        causal = random.chance(30);
-        causal_offset = causal ? random.below(2 * m) - m : 0;
         words = pack(patterns, head_to_pattern,
                      {MAGIC, static_cast<int32_t>(ABI_VERSION), static_cast<int32_t>(heads),
                       static_cast<int32_t>(patterns.size()), static_cast<int32_t>(n),
-                      static_cast<int32_t>(m), causal, static_cast<int32_t>(causal_offset)});
-        if (random.chance(30))
-            for (int64_t b = 0; b < batch; b++) kv_len.push_back(random.below(m + 1));
+                      static_cast<int32_t>(m)});
+        if (random.chance(50)) make_intervals();
         mass_block = std::array<int64_t, 4>{1, 16, 64, m + 3}[static_cast<size_t>(random.below(4))];
         scale = random.chance(30) ? (random.chance(50) ? 4.0 : 0.7)
                                   : 1.0 / std::sqrt(static_cast<double>(d));
@@ -232,13 +229,34 @@ struct Case {
         mass.resize(static_cast<size_t>(batch * heads * groups * blocks()));
     }
 
+    // Causal order, a window, padding, or anything, now and then beyond the keys; of one side or both.
+    void make_intervals() {
+        const int64_t kind = random.below(4), offset = random.below(2 * m) - m, width = random.below(m);
+        const bool starts = random.chance(70), stops = !starts || random.chance(70);
+        for (int64_t b = 0; b < batch; b++) {
+            const int64_t first = random.below(m + 1), last = random.below(m + 3);
+            for (int64_t row = 0; row < n; row++) {
+                int64_t start = first, stop = last;
+                if (kind < 2) stop = row + offset + 1, start = kind ? stop - width - 1 : first;
+                if (kind == 3) start = random.below(m + 1) - 1, stop = random.below(m + 3);
+                if (starts) row_start.push_back(static_cast<int32_t>(start));
+                if (stops) row_stop.push_back(static_cast<int32_t>(stop));
+            }
+        }
+    }
+    int64_t start_of(int64_t b, int64_t row) const {
+        return row_start.empty() ? 0 : row_start[static_cast<size_t>(b * n + row)];
+    }
+    int64_t stop_of(int64_t b, int64_t row) const {
+        return row_stop.empty() ? m : row_stop[static_cast<size_t>(b * n + row)];
+    }
     int64_t size() {
         if (random.chance(15)) return 1 + random.below(3);
         return 1 + random.below(random.chance(10) ? 400 : 150);
     }
     int64_t channels() {
-        constexpr std::array<int64_t, 9> sizes = {8, 16, 24, 40, 64, 80, 128, 136, 256};
-        return sizes[static_cast<size_t>(random.below(9))];
+        constexpr std::array<int64_t, 10> sizes = {8, 16, 24, 40, 64, 80, 128, 136, 256, 512};
+        return sizes[static_cast<size_t>(random.below(10))];
     }
     int64_t blocks() const { return (m + mass_block - 1) / mass_block; }
 
@@ -247,12 +265,14 @@ struct Case {
         p.abi_version = ABI_VERSION;
         p.dtype = dtype;
         p.batch = batch, p.heads = heads, p.kv_heads = kv_heads;
-        p.queries = n, p.keys = m, p.channels = d;
+        p.queries = n, p.keys = m, p.channels = d, p.value_channels = e;
         p.q = q.bytes.data(), p.k = k.bytes.data(), p.v = v.bytes.data();
         p.out = out.bytes.data();
         p.lse = lse.data();
         p.mass = mass.data();
-        p.kv_len = kv_len.empty() ? nullptr : kv_len.data();
+        p.row_start = row_start.empty() ? nullptr : row_start.data();
+        p.row_stop = row_stop.empty() ? nullptr : row_stop.data();
+        p.start_strides = p.stop_strides = {n, 1};
         p.index = words.data();
         p.index_words = static_cast<int64_t>(words.size());
         p.q_strides = q.strides, p.k_strides = k.strides, p.v_strides = v.strides;

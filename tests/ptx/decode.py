@@ -151,7 +151,11 @@ def _shuffle(opcode: str, target: str, source: str, by: str, clamp: str, members
 
 
 def _reduce(opcode: str, target: str, source: str, members: str) -> Step:
-    functions = {"redux.sync.add.s32": np.add.reduce, "redux.sync.max.s32": np.maximum.reduce}
+    functions = {
+        "redux.sync.add.s32": np.add.reduce,
+        "redux.sync.max.s32": np.maximum.reduce,
+        "redux.sync.min.s32": np.minimum.reduce,
+    }
     if opcode not in functions:
         raise Fault(f"unknown opcode: {opcode}")
     read, who = reader(source, TYPES["s32"]), reader(members, TYPES["s32"])

@@ -29,7 +29,8 @@ from .program import parsed
 
 ARCHITECTURE = 80
 OUTPUTS = {"attend": {"Out": WRITE, "Lse": WRITE}, "mass": {"Mass": READ | WRITE}}
-OUTPUTS |= {"pool": dict.fromkeys(("PooledK", "PooledV", "CellBias", "CellLast"), WRITE)}
+POOLED = ("PooledK", "PooledV", "CellBias", "CellFirst", "CellLast")
+OUTPUTS |= {"pool": dict.fromkeys(POOLED, WRITE)}
 TABLES = ("Heads", "Slots")  # of addresses
 Change = Callable[[str, str], str]
 

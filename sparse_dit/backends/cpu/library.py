@@ -14,20 +14,20 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1
-NO_MEMORY = 14  # of enum Status in csrc/abi.h
+ABI_VERSION = 2
+NO_MEMORY = 13  # of enum Status in csrc/abi.h
 VARIANT_VARIABLE = "SPARSE_DIT_CPU_VARIANT"  # for tests: the variant to run instead of the best
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 FILE = Path(__file__).with_name(f"libsparse_dit_cpu{SUFFIX}")
 
 # struct Problem of csrc/abi.h: what is called how, in this order
 PROBLEM_FIELDS = """
-    abi_version dtype batch heads kv_heads queries keys channels
-    q k v out lse mass lse_in kv_len index index_words
-    q_strides k_strides v_strides out_strides
+    abi_version dtype batch heads kv_heads queries keys channels value_channels
+    q k v out lse mass lse_in row_start row_stop index index_words
+    q_strides k_strides v_strides out_strides start_strides stop_strides
     mass_block mass_groups threads variant scale
 """
-PACK_PROBLEM = struct.Struct("=8q9Qq16q4qd").pack
+PACK_PROBLEM = struct.Struct("=9q10Qq20q4qd").pack
 
 
 class Library:

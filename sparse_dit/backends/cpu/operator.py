@@ -1,13 +1,13 @@
 """The kernel as torch operators, so that compiled and exported programs can call it.
 
-- `sparse_dit::attend(q, k, v, index, kv_len, scale) -> out`
+- `sparse_dit::attend(q, k, v, index, row_start, row_stop, scale) -> out`
 - `sparse_dit::attend_measured(..., return_lse, mass_block, mass_groups) -> (out, lse, mass)`
-- `sparse_dit::block_mass(q, k, index, lse, kv_len, scale, mass_block, mass_groups) -> mass`
+- `sparse_dit::block_mass(q, k, index, lse, row_start, row_stop, scale, mass_block, mass_groups) -> mass`
 
 They take a packed index (`packed.py`), which the kernel checks in every call: a wrong one is an error,
 never a crash. Small problems are dominated by what happens here, hence the plain style of `attend`.
 
-Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, G query groups.
+Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, E those of v, G query groups.
 """
 
 from __future__ import annotations
@@ -19,31 +19,37 @@ from . import library
 from .library import ABI_VERSION, PACK_PROBLEM
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/abi.h
-NO_STRIDES = (0, 0, 0, 0)
+NO_STRIDES, NO_ROWS = (0, 0, 0, 0), (0, 0, 0)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The CPU implementation of `sparse_dit::attend`.
 
     Args:
         q: `[B, H, N, D]`, any strides.
-        k, v: `[B, num_kv_heads, M, D]`, any strides.
+        k, v: `[B, num_kv_heads, M, D]` and `[B, num_kv_heads, M, E]`, any strides.
         index: int32 `[words]`, packed for H heads, N queries and M keys.
-        kv_len: int `[B]`, or None.
+        row_start, row_stop: int32 `[B, N]`, any strides; None for 0 and M.
         scale: Factor of the logits.
 
     Returns:
-        `[B, H, N, D]` in the memory layout of `q`.
+        `[B, H, N, E]` in the memory layout of `q`.
 
     Raises:
         ValueError: If the arguments don't fit together, or an input requires grad.
         NotImplementedError: If the kernel's library is missing.
     """
-    _check(q, k, v, index, kv_len)
-    out = torch.empty_like(q)  # which keeps the order of strides of `q`
-    _run(q, k, v, index, kv_len, scale, out)
+    _check(q, k, v, index, row_start, row_stop)
+    out = _output(q, v)
+    _run(q, k, v, index, row_start, row_stop, scale, out)
     return out
 
 
@@ -52,7 +58,8 @@ def attend_measured(
     k: Tensor,
     v: Tensor,
     index: Tensor,
-    kv_len: Tensor | None,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
     scale: float,
     return_lse: bool,
     mass_block: int,
@@ -61,7 +68,7 @@ def attend_measured(
     """The CPU implementation of `sparse_dit::attend_measured`.
 
     Args:
-        q, k, v, index, kv_len, scale: As in `attend`.
+        q, k, v, index, row_start, row_stop, scale: As in `attend`.
         return_lse: Whether to compute the LSE.
         mass_block: Keys in a block of the mass; 0 for no mass.
         mass_groups: Rows of the mass, at least the largest G of the index; 0 for no mass.
@@ -73,11 +80,24 @@ def attend_measured(
     Raises:
         ValueError, NotImplementedError: As `attend`.
     """
-    _check(q, k, v, index, kv_len)
-    out, lse, mass = _results(q, k, return_lse, mass_block, mass_groups)
+    _check(q, k, v, index, row_start, row_stop)
+    out, lse, mass = _results(q, v, return_lse, mass_block, mass_groups)
     mass.zero_()
     blocks = (mass_block, mass_groups)
-    _run(q, k, v, index, kv_len, scale, out, lse if return_lse else None, mass, None, blocks)
+    _run(
+        q,
+        k,
+        v,
+        index,
+        row_start,
+        row_stop,
+        scale,
+        out,
+        lse if return_lse else None,
+        mass,
+        None,
+        blocks,
+    )
     return out, lse, mass
 
 
@@ -86,7 +106,8 @@ def block_mass(
     k: Tensor,
     index: Tensor,
     lse: Tensor,
-    kv_len: Tensor | None,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
     scale: float,
     mass_block: int,
     mass_groups: int,
@@ -94,17 +115,17 @@ def block_mass(
     """The CPU implementation of `sparse_dit::block_mass`: the mass without the output.
 
     Args:
-        q, k, index, kv_len, scale, mass_block, mass_groups: As in `attend_measured`.
+        q, k, index, row_start, row_stop, scale, mass_block, mass_groups: As in `attend_measured`.
         lse: float32 `[B, H, N]`, of an earlier call.
 
     Raises:
         ValueError, NotImplementedError: As `attend`.
     """
-    _check(q, k, k, index, kv_len)
+    _check(q, k, k, index, row_start, row_stop)
     _check_lse(q, lse)
     mass = _mass(q, k, mass_block, mass_groups).zero_()
     blocks = (mass_block, mass_groups)
-    _run(q, k, None, index, kv_len, scale, None, None, mass, lse.contiguous(), blocks)
+    _run(q, k, None, index, row_start, row_stop, scale, None, None, mass, lse.contiguous(), blocks)
     return mass
 
 
@@ -113,7 +134,8 @@ def _run(
     k: Tensor,
     v: Tensor | None,
     index: Tensor,
-    kv_len: Tensor | None,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
     scale: float,
     out: Tensor | None,
     lse: Tensor | None = None,
@@ -125,10 +147,10 @@ def _run(
     kernel = library.LIBRARY
     if kernel is None:
         raise NotImplementedError(str(library.PROBLEM))
-    if kv_len is not None:  # a local: what is pointed to must live until the kernel is done
-        kv_len = kv_len.to(torch.int64).contiguous()
     batch, heads, queries, channels = q.shape
     _, kv_heads, keys, _ = k.shape
+    starts = NO_ROWS if row_start is None else (row_start.data_ptr(), *row_start.stride())
+    stops = NO_ROWS if row_stop is None else (row_stop.data_ptr(), *row_stop.stride())
     problem = PACK_PROBLEM(
         ABI_VERSION,
         DTYPES[q.dtype],
@@ -138,6 +160,7 @@ def _run(
         queries,
         keys,
         channels,
+        channels if v is None else v.shape[3],
         q.data_ptr(),
         k.data_ptr(),
         0 if v is None else v.data_ptr(),
@@ -145,13 +168,16 @@ def _run(
         0 if lse is None else lse.data_ptr(),
         0 if mass is None else mass.data_ptr(),
         0 if lse_in is None else lse_in.data_ptr(),
-        0 if kv_len is None else kv_len.data_ptr(),
+        starts[0],
+        stops[0],
         index.data_ptr(),
         index.numel(),
         *q.stride(),
         *k.stride(),
         *(NO_STRIDES if v is None else v.stride()),
         *(NO_STRIDES if out is None else out.stride()),
+        *starts[1:],
+        *stops[1:],
         *blocks,
         torch.get_num_threads(),
         kernel.variant,
@@ -160,30 +186,54 @@ def _run(
     kernel.attend(problem)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
+) -> None:
     """What the kernel can't see from addresses and numbers."""
     if not (q.is_cpu and k.is_cpu and v.is_cpu and index.is_cpu):
         devices = [str(x.device) for x in (q, k, v, index)]
         raise ValueError(f"q, k, v and the index must be on the CPU, got {devices}")
-    if kv_len is not None and not kv_len.is_cpu:
-        raise ValueError(f"kv_len must be on the CPU, got {kv_len.device}")
-    _check_meta(q, k, v, index, kv_len)
+    for rows in (row_start, row_stop):
+        if rows is not None and not rows.is_cpu:
+            raise ValueError(f"row_start and row_stop must be on the CPU, got {rows.device}")
+    _check_meta(q, k, v, index, row_start, row_stop)
 
 
-def _check_fake(q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None) -> None:
+def _check_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
+) -> None:
     """The same for tensors without data, which may pretend to be anywhere."""
     if not q.device == k.device == v.device == index.device:
         devices = [str(x.device) for x in (q, k, v, index)]
         raise ValueError(f"q, k, v and the index must be on one device, got {devices}")
-    _check_meta(q, k, v, index, kv_len)
+    _check_meta(q, k, v, index, row_start, row_stop)
 
 
-def _check_meta(q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None) -> None:
+def _check_meta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
+) -> None:
     """What holds of fake tensors too."""
     q_shape, k_shape, dtype = q.shape, k.shape, q.dtype
-    if len(q_shape) != 4 or len(k_shape) != 4 or k_shape != v.shape:
+    if len(q_shape) != 4 or len(k_shape) != 4 or k_shape[:3] != v.shape[:-1]:
         shapes = [list(x.shape) for x in (q, k, v)]
-        raise ValueError(f"q must be [B, H, N, D] and k, v [B, num_kv_heads, M, D], got {shapes}")
+        raise ValueError(
+            f"q must be [B, H, N, D], k [B, num_kv_heads, M, D] and v like k but for its width, got {shapes}"
+        )
     if q_shape[0] != k_shape[0] or q_shape[3] != k_shape[3]:
         raise ValueError(f"q {list(q_shape)} and k {list(k_shape)} must agree in B and D")
     if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
@@ -197,12 +247,12 @@ def _check_meta(q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor |
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("sparse attention is for inference; call it under torch.no_grad()")
-    if kv_len is not None and (
-        kv_len.shape != q_shape[:1] or kv_len.dtype not in (torch.int32, torch.int64)
-    ):
-        raise ValueError(
-            f"kv_len must be int [{q_shape[0]}], got {kv_len.dtype} {list(kv_len.shape)}"
-        )
+    want = (q_shape[0], q_shape[2])
+    for name, rows in (("row_start", row_start), ("row_stop", row_stop)):
+        if rows is not None and (rows.shape != want or rows.dtype != torch.int32):
+            raise ValueError(
+                f"{name} must be int32 {list(want)}, got {rows.dtype} {list(rows.shape)}"
+            )
 
 
 def _check_lse(q: Tensor, lse: Tensor) -> None:
@@ -213,14 +263,24 @@ def _check_lse(q: Tensor, lse: Tensor) -> None:
         )
 
 
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the output, in the order of strides of `q`, or, if v is of another width, of its tokens."""
+    batch, heads, queries, channels = q.shape
+    if v.shape[3] == channels:
+        return torch.empty_like(q)
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
+    return q.new_empty(batch, heads, queries, v.shape[3])
+
+
 def _results(
-    q: Tensor, k: Tensor, return_lse: bool, mass_block: int, mass_groups: int
+    q: Tensor, v: Tensor, return_lse: bool, mass_block: int, mass_groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, LSE and mass, not filled; what isn't wanted is empty."""
     nothing = q.new_empty(0, dtype=torch.float32)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else nothing
-    mass = _mass(q, k, mass_block, mass_groups) if mass_block else nothing.clone()
-    return torch.empty_like(q), lse, mass
+    mass = _mass(q, v, mass_block, mass_groups) if mass_block else nothing.clone()
+    return _output(q, v), lse, mass
 
 
 def _mass(q: Tensor, k: Tensor, mass_block: int, mass_groups: int) -> Tensor:
@@ -233,10 +293,16 @@ def _mass(q: Tensor, k: Tensor, mass_block: int, mass_groups: int) -> Tensor:
 
 
 def _fake_attend(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, kv_len: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    _check_fake(q, k, v, index, kv_len)
-    return torch.empty_like(q)
+    _check_fake(q, k, v, index, row_start, row_stop)
+    return _output(q, v)
 
 
 def _fake_attend_measured(
@@ -244,14 +310,15 @@ def _fake_attend_measured(
     k: Tensor,
     v: Tensor,
     index: Tensor,
-    kv_len: Tensor | None,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
     scale: float,
     return_lse: bool,
     mass_block: int,
     mass_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_fake(q, k, v, index, kv_len)
-    return _results(q, k, return_lse, mass_block, mass_groups)
+    _check_fake(q, k, v, index, row_start, row_stop)
+    return _results(q, v, return_lse, mass_block, mass_groups)
 
 
 def _fake_block_mass(
@@ -259,18 +326,19 @@ def _fake_block_mass(
     k: Tensor,
     index: Tensor,
     lse: Tensor,
-    kv_len: Tensor | None,
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
     scale: float,
     mass_block: int,
     mass_groups: int,
 ) -> Tensor:
-    _check_fake(q, k, k, index, kv_len)
+    _check_fake(q, k, k, index, row_start, row_stop)
     _check_lse(q, lse)
     return _mass(q, k, mass_block, mass_groups)
 
 
 OPERATORS = torch.library.Library("sparse_dit", "DEF")  # they live as long as this does
-SHARED = "Tensor? kv_len, float scale"
+SHARED = "Tensor? row_start, Tensor? row_stop, float scale"
 MASS = "int mass_block, int mass_groups"
 for _name, _takes, _returns, _real, _fake in (
     (

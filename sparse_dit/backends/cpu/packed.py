@@ -9,7 +9,7 @@ from ...index import PatternIndex, SparseIndex
 from .library import ABI_VERSION
 
 MAGIC = 0x53444954
-HEADER_WORDS, ENTRY_WORDS = 8, 12
+HEADER_WORDS, ENTRY_WORDS = 6, 12
 KEY = "packed for the CPU kernel"
 
 
@@ -31,7 +31,7 @@ def pack_index(index: SparseIndex) -> Tensor:
     """The same as `packed_index`, but made anew."""
     arrays = _Arrays(HEADER_WORDS + ENTRY_WORDS * len(index.entries) + index.num_heads)
     words = [MAGIC, ABI_VERSION, index.num_heads, len(index.entries)]
-    words += [index.num_queries, index.num_keys, int(index.causal), index.causal_offset]
+    words += [index.num_queries, index.num_keys]
     for entry in index.entries:
         words += _entry(entry, arrays)
     words += index.head_to_pattern

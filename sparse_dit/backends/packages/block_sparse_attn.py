@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...intervals import RowIntervals
 from ..attended import Attended
 from . import whole
 
 NAME = "block_sparse_attn"
 PACKAGE = "block_sparse_attn"
+FUNCTION = "block_sparse_attn_func"
 CONTRACTS = (
     whole.Contract(
         PACKAGE, "0.0.2", "block_sparse_attn/block_sparse_attn_interface.py",
-        "block_sparse_attn_func",
+        FUNCTION,
         (
             "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "head_mask_type", "streaming_info",
             "base_blockmask", "max_seqlen_q_", "max_seqlen_k_", "p_dropout", "deterministic",
@@ -51,7 +54,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
@@ -59,25 +62,28 @@ def forward(
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`.
 
     Raises:
-        NotImplementedError: If there is padding, or a result is wanted that it hasn't.
+        NotImplementedError: If rows have intervals, or a result is wanted that it hasn't.
     """
     if reason := lacks(q, return_lse, mass_block is not None):
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        from block_sparse_attn import block_sparse_attn_func
+        import block_sparse_attn
 
-        batch, heads, n, dim = q.shape
+        attention = getattr(
+            block_sparse_attn, FUNCTION
+        )  # a checker takes this file for the package
+        batch, heads, n, _ = q.shape
         seen = whole.block_map(index, BLOCK, BLOCK).expand(batch, -1, -1, -1).contiguous()
-        flat = [x.transpose(1, 2).reshape(-1, heads, dim) for x in (q, k, v)]
+        flat = [rearrange(x, "batch heads n dim -> (batch n) heads dim") for x in (q, k, v)]
         every = torch.ones(heads, dtype=torch.int32, device=q.device)  # each head has a block mask
-        out = block_sparse_attn_func(
+        out = attention(
             *flat, starts(batch, n, q), starts(batch, k.shape[2], q), every, None, seen, n, k.shape[2],
             0.0, softmax_scale=scale, is_causal=False,
         )  # fmt: skip
-        return out.view(batch, n, heads, dim).transpose(1, 2), None
+        return rearrange(out, "(batch n) heads dim -> batch heads n dim", batch=batch), None
 
-    return whole.run(NAME, q, k, v, index, kv_len, kernel)
+    return whole.run(NAME, q, k, v, index, rows, kernel)
 
 
 def block_mass(
@@ -85,7 +91,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:

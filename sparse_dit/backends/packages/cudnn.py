@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...intervals import RowIntervals
 from ..attended import Attended
 from . import whole
 
@@ -58,7 +59,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
@@ -66,13 +67,15 @@ def forward(
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`.
 
     Raises:
-        NotImplementedError: If there is padding, or a result is wanted that it hasn't.
+        NotImplementedError: If rows have intervals, or a result is wanted that it hasn't.
     """
     if reason := lacks(q, return_lse, mass_block is not None):
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        from cudnn.block_sparse_attention.api import block_sparse_attention_forward
+        from cudnn.block_sparse_attention.api import (  # pyright: ignore[reportMissingImports]
+            block_sparse_attention_forward,
+        )
 
         fits = [b for b in blocks_for(q, index) if whole.not_whole(index, b, b) is None]
         counts, lists = whole.block_lists(index, fits[0], fits[0])
@@ -84,7 +87,7 @@ def forward(
         )  # fmt: skip
         return got[0], got[1]
 
-    got = whole.run(NAME, q, k, v, index, kv_len, kernel)
+    got = whole.run(NAME, q, k, v, index, rows, kernel)
     return got if return_lse else got._replace(lse=None)
 
 
@@ -93,7 +96,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...intervals import RowIntervals
 from ..attended import Attended
 from . import whole
 
@@ -56,7 +57,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
@@ -64,14 +65,16 @@ def forward(
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`.
 
     Raises:
-        NotImplementedError: If there is padding, or a result is wanted that it hasn't.
+        NotImplementedError: If rows have intervals, or a result is wanted that it hasn't.
     """
     if reason := lacks(q, return_lse, mass_block is not None):
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        from flash_attn.cute import flash_attn_func
-        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+        from flash_attn.cute.block_sparsity import (  # pyright: ignore[reportMissingImports]
+            BlockSparseTensorsTorch,
+        )
 
         block = BLOCKS[whole.capability(q.device)[0]]
         counts, lists = (x[None].expand(len(q), *x.shape) for x in whole.block_lists(index, *block))
@@ -85,7 +88,7 @@ def forward(
         )  # fmt: skip
         return out.transpose(1, 2), lse
 
-    got = whole.run(NAME, q, k, v, index, kv_len, kernel)
+    got = whole.run(NAME, q, k, v, index, rows, kernel)
     return got if return_lse else got._replace(lse=None)
 
 
@@ -94,7 +97,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:

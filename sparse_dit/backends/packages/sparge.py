@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...intervals import RowIntervals
 from ..attended import Attended
 from . import whole
 
@@ -52,7 +53,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
@@ -60,20 +61,22 @@ def forward(
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`.
 
     Raises:
-        NotImplementedError: If there is padding, or a result is wanted that it hasn't.
+        NotImplementedError: If rows have intervals, or a result is wanted that it hasn't.
     """
     if reason := lacks(q, return_lse, mass_block is not None):
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        from spas_sage_attn.core import block_sparse_sage2_attn_cuda
+        from spas_sage_attn.core import (  # pyright: ignore[reportMissingImports]
+            block_sparse_sage2_attn_cuda,
+        )
 
         seen = whole.block_map(index, *block(q.device)).expand(len(q), -1, -1, -1)
         return block_sparse_sage2_attn_cuda(
             q, k, v, mask_id=seen.to(torch.int8).contiguous(), scale=scale
         ), None
 
-    return whole.run(NAME, q, k, v, index, kv_len, kernel)
+    return whole.run(NAME, q, k, v, index, rows, kernel)
 
 
 def block_mass(
@@ -81,7 +84,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:

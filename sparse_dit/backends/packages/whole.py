@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...intervals import RowIntervals
 from ...on_cpu import on_cpu
 from ...rounding import BlockIndex, to_blocks
 from ..attended import Attended
@@ -73,8 +74,8 @@ def not_here(q: Tensor, package: str, head_dims: tuple[int, ...]) -> str | None:
 
 def not_whole(index: SparseIndex, block_q: int, block_k: int) -> str | None:
     """Why an index isn't whole blocks; None if it is."""
-    if index.causal:
-        return "it has no causal order"
+    if index.rows is not None:
+        return "it has no row intervals (causal order)"
     if any(entry.far is not None for entry in index.entries):
         return "it has no far field"
     partial = sum(len(blocks.partial) for blocks in rounded(index, block_q, block_k))
@@ -135,16 +136,18 @@ def run(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     kernel: Kernel,
 ) -> Attended:
     """Call a kernel with tokens in the order of each head, `[B, H, N, D]` contiguous, keys by query head.
 
     Raises:
-        NotImplementedError: If there is padding.
+        NotImplementedError: If rows have intervals.
     """
-    if kv_len is not None:
-        raise NotImplementedError(f"backend {name!r} cannot run this: it has no padding")
+    if rows is not None:
+        raise NotImplementedError(
+            f"backend {name!r} cannot run this: it has no row intervals (padding)"
+        )
     orders = orders_of(index)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (

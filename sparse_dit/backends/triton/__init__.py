@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...index import SparseIndex
+from ...intervals import RowIntervals
 from ..attended import Attended
 from .config import CAPABILITIES, CDNA, Config, configs_for
 from .operator import parts_of
@@ -57,22 +58,22 @@ def forward(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
 ) -> Attended:
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
     if torch.compiler.is_compiling():
-        return _traced(q, k, v, index, kv_len, scale, return_lse, mass_block)
+        return _traced(q, k, v, index, rows, scale, return_lse, mass_block)
     from . import launch
 
     with _on(q):
-        got = launch.forward(q, k, v, index, kv_len, scale, _configs(q))
+        got = launch.forward(q, k, v, index, rows, scale, _configs(q))
     mass = None
     if mass_block is not None:
         assert got.lse is not None, "the kernel always writes it"
-        mass = block_mass(q, k, index, got.lse, kv_len, scale, mass_block)
+        mass = block_mass(q, k, index, got.lse, rows, scale, mass_block)
     return Attended(got.out, got.lse if return_lse else None, mass)
 
 
@@ -81,7 +82,7 @@ def block_mass(
     k: Tensor,
     index: SparseIndex,
     lse: Tensor,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:
@@ -89,12 +90,12 @@ def block_mass(
     if torch.compiler.is_compiling():
         parts, groups = parts_of(index), index.max_groups
         return torch.ops.sparse_dit.triton_mass(
-            q, k, *parts, lse, kv_len, scale, mass_block, groups
+            q, k, *parts, lse, *_own(index, rows), scale, mass_block, groups
         )
     from . import launch
 
     with _on(q):
-        return launch.block_mass(q, k, index, lse, kv_len, scale, mass_block, _configs(q)[0])
+        return launch.block_mass(q, k, index, lse, rows, scale, mass_block, _configs(q)[0])
 
 
 def _traced(
@@ -102,18 +103,23 @@ def _traced(
     k: Tensor,
     v: Tensor,
     index: SparseIndex,
-    kv_len: Tensor | None,
+    rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
 ) -> Attended:
     """`forward` as a node of the graph."""
     parts = parts_of(index)
-    out, lse = torch.ops.sparse_dit.triton_attend(q, k, v, *parts, kv_len, scale)
+    out, lse = torch.ops.sparse_dit.triton_attend(q, k, v, *parts, *_own(index, rows), scale)
     mass = None
     if mass_block is not None:
-        mass = block_mass(q, k, index, lse, kv_len, scale, mass_block)
+        mass = block_mass(q, k, index, lse, rows, scale, mass_block)
     return Attended(out, lse if return_lse else None, mass)
+
+
+def _own(index: SparseIndex, rows: RowIntervals | None) -> tuple[Tensor | None, Tensor | None]:
+    """The intervals that a call has beside those of the index."""
+    return (None, None) if rows is None or rows is index.rows else (rows.start, rows.stop)
 
 
 def interpreted() -> bool:

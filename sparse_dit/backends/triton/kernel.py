@@ -8,7 +8,8 @@ table read in the step that needs it, Triton would not fetch keys ahead (measure
 shared memory then no longer grows with the number of stages).
 
 Channels come as D0, a power of two, and D1, what is left of head_dim or 0; strides in units of 8 elements.
-`CellLast` and `KvLen` are read only where causal order or padding asks for them.
+Row intervals are read with MASK alone: 1 if the tables were made for them, so that steps which all rows of a
+tile see are known and others left out; 2 if they came with the call, and every step is masked.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BITS: tl.constexpr = tl.constexpr(TILE_BITS)
 LOW: tl.constexpr = tl.constexpr((1 << TILE_BITS) - 1)
 INTEGERS = [  # never specialised on their values: another resolution must not compile anew
     "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "sob", "soh", "son",
-    "heads", "kv_group", "num_queries", "num_keys", "causal_offset", "pooled_rows", "groups",
+    "stb", "stn", "spb", "spn", "heads", "kv_group", "num_queries", "num_keys", "pooled_rows", "groups",
     "mass_block", "mass_blocks",
 ]  # fmt: skip
 
@@ -85,24 +86,38 @@ def _masked_weights(s, seen, m):
 
 
 @triton.jit
-def _seen(token, q_token, length, causal_offset, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr):
-    """Which keys are there at all, `[BLOCK_N]`, and which each row sees, `[BLOCK_M, BLOCK_N]`."""
+def _interval(RowStart, RowStop, b, q_token, real, stb, stn, spb, spn):
+    """Where each row's keys start and stop, `[BLOCK_M]`; and the same of all rows of the tile together."""
+    start = tl.load(RowStart + b * stb + q_token * stn, mask=real, other=0)
+    stop = tl.load(RowStop + b * spb + q_token * spn, mask=real, other=0)
+    some = stop > start
+    return (
+        start,
+        stop,
+        tl.min(tl.where(some, start, 2147483647), 0),
+        tl.max(tl.where(some, stop, 0), 0),
+    )
+
+
+@triton.jit
+def _seen(token, q_token, start, stop, lowest, highest, MASK: tl.constexpr):
+    """Which keys some row sees, `[BLOCK_N]`, and which each row does, `[BLOCK_M, BLOCK_N]`."""
     there = token >= 0
-    if HAS_LEN:
-        there = there & (token < length)
+    if MASK > 0:
+        there = there & (token >= lowest) & (token < highest)
     seen = there[None, :] & (q_token >= 0)[:, None]
-    if CAUSAL:
-        seen = seen & (token[None, :] <= q_token[:, None] + causal_offset)
+    if MASK > 0:
+        seen = seen & (token[None, :] >= start[:, None]) & (token[None, :] < stop[:, None])
     return there, seen
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def attend(
-    Q, K, V, Out, Lse, PooledK, PooledV, CellBias, CellLast, KvLen, Work, Heads,
-    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
-    heads, kv_group, num_queries, causal_offset, pooled_rows, scale,
+    Q, K, V, Out, Lse, PooledK, PooledV, CellBias, CellFirst, CellLast, RowStart, RowStop, Work, Heads,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, stb, stn, spb, spn,
+    heads, kv_group, num_queries, pooled_rows, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr, HAS_FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_FAR: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head. `scale` is positive, and carries log2(e)."""
     item = tl.load(Work + tl.program_id(0))
@@ -123,11 +138,17 @@ def attend(
     q1 = q0
     if D1 > 0:
         q1 = _load(Q, q_token, sqn, real, D, D0, D1)
-    MASKED_STAGES: tl.constexpr = None if HAS_LEN else 1  # else there are few such steps
-    length = 0
-    if HAS_LEN:
-        length = tl.load(KvLen + b).to(tl.int32)
-        middle = low  # what is padding is known only here: every step is masked
+    MASKED_STAGES: tl.constexpr = None if MASK == 2 else 1  # else there are few such steps
+    start = q_token
+    stop = q_token
+    lowest = 0
+    highest = 0
+    if MASK > 0:
+        start, stop, lowest, highest = _interval(
+            RowStart, RowStop, b, q_token, real, stb, stn, spb, spn
+        )
+    if MASK == 2:
+        middle = low  # what rows see is known only here: every step is masked
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -136,7 +157,7 @@ def attend(
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
 
     keys, steps = _table(Heads, head, 2), _table(Heads, head, 3)
-    if not HAS_LEN:
+    if MASK < 2:
         place = tl.load(steps + low, mask=low < middle, other=0)
         token = tl.load(keys + place + offs_n)
         place = tl.load(steps + low + 1, mask=low + 1 < middle, other=0)
@@ -159,7 +180,7 @@ def attend(
         row = token
         token = tl.load(keys + place + offs_n)
         place = tl.load(steps + j + 2, mask=j + 2 < high, other=0)
-        there, seen = _seen(row, q_token, length, causal_offset, CAUSAL, HAS_LEN)
+        there, seen = _seen(row, q_token, start, stop, lowest, highest, MASK)
         s = _logits(q0, q1, K, row, skn, there, D, D0, D1) * scale
         p, alpha, m = _masked_weights(s, seen, m)
         total = total * alpha + tl.sum(p, 1)
@@ -170,6 +191,7 @@ def attend(
         PooledK += base * D
         PooledV += base * D
         CellBias += base
+        CellFirst += base
         CellLast += base
         cells, steps = _table(Heads, head, 4), _table(Heads, head, 5)
         low, high = tl.load(tile + 5), tl.load(tile + 6)
@@ -178,9 +200,10 @@ def attend(
             there = cell >= 0
             bias = tl.load(CellBias + cell, mask=there, other=float("-inf"))
             seen = (bias > float("-inf"))[None, :] & real[:, None]
-            if CAUSAL:
-                last = tl.load(CellLast + cell, mask=there, other=0)
-                seen = seen & (last[None, :] <= q_token[:, None] + causal_offset)
+            if MASK > 0:
+                early = tl.load(CellFirst + cell, mask=there, other=0)
+                late = tl.load(CellLast + cell, mask=there, other=0)
+                seen = seen & (early[None, :] >= start[:, None]) & (late[None, :] < stop[:, None])
             s = _logits(q0, q1, PooledK, cell, D // 8, there, D, D0, D1)
             p, alpha, m = _masked_weights(s * scale + bias[None, :], seen, m)
             total = total * alpha + tl.sum(p, 1)
@@ -203,11 +226,11 @@ def attend(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def pool(
-    K, V, PooledK, PooledV, CellBias, CellLast, KvLen, Slots,
+    K, V, PooledK, PooledV, CellBias, CellFirst, CellLast, Valid, Slots,
     skb, skh, skn, svb, svh, svn, pooled_rows,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HAS_LEN: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Mean key and value of one cell, log2 of its size (-inf if it is empty), its last token."""
+    """Mean key and value of a cell's valid tokens, log2 of their number (-inf for 0), the first and last."""
     cell = tl.program_id(0)
     slot = Slots + tl.program_id(1) * SLOT
     b = tl.program_id(2).to(tl.int64)
@@ -217,23 +240,26 @@ def pool(
         kv_head = tl.load(slot + 4)
         K += b * (skb * 8) + kv_head * (skh * 8)
         V += b * (svb * 8) + kv_head * (svh * 8)
-        length = 0
-        if HAS_LEN:
-            length = tl.load(KvLen + b).to(tl.int32)
+        lowest = 0
+        highest = 0
+        if MASKED:
+            lowest, highest = tl.load(Valid + b * 2), tl.load(Valid + b * 2 + 1)
         start, stop = tl.load(offsets + cell), tl.load(offsets + cell + 1)
         sum_k = tl.zeros([WIDTH], tl.float32)
         sum_v = tl.zeros([WIDTH], tl.float32)
         count = tl.zeros([ROWS], tl.int32)
+        first = tl.full([ROWS], 2147483647, tl.int32)
         last = tl.full([ROWS], -1, tl.int32)
         for i in tl.range(start, stop, ROWS):
             offs = i + tl.arange(0, ROWS)
             token = tl.load(keys + offs, mask=offs < stop, other=-1)
             there = token >= 0
-            if HAS_LEN:
-                there = there & (token < length)
+            if MASKED:
+                there = there & (token >= lowest) & (token < highest)
             sum_k += tl.sum(_load(K, token, skn, there, D, 0, WIDTH).to(tl.float32), 0)
             sum_v += tl.sum(_load(V, token, svn, there, D, 0, WIDTH).to(tl.float32), 0)
             count += there.to(tl.int32)
+            first = tl.minimum(first, tl.where(there, token, 2147483647))
             last = tl.maximum(last, tl.where(there, token, -1))
         size = tl.sum(count, 0).to(tl.float32)
         some = tl.maximum(size, 1.0)
@@ -244,16 +270,17 @@ def pool(
         tl.store(PooledK + row * D + column, mean_k, mask=column < D)
         tl.store(PooledV + row * D + column, mean_v, mask=column < D)
         tl.store(CellBias + row, tl.where(size > 0, tl.math.log2(some), float("-inf")))
+        tl.store(CellFirst + row, tl.min(first, 0))
         tl.store(CellLast + row, tl.max(last, 0))
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def mass(
-    Q, K, Lse, Mass, KvLen, Work, Heads,
-    sqb, sqh, sqn, skb, skh, skn,
-    heads, kv_group, num_queries, causal_offset, groups, mass_block, mass_blocks, scale,
+    Q, K, Lse, Mass, RowStart, RowStop, Work, Heads,
+    sqb, sqh, sqn, skb, skh, skn, stb, stn, spb, spn,
+    heads, kv_group, num_queries, groups, mass_block, mass_blocks, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Probability of the keys seen exactly, from an LSE, added up by group and block of keys."""
     item = tl.load(Work + tl.program_id(0))
@@ -273,18 +300,23 @@ def mass(
         q1 = _load(Q, q_token, sqn, real, D, D0, D1)
     where = Lse + (b * heads + head) * num_queries + q_token
     lse = tl.load(where, mask=real, other=float("-inf"))
+    start = q_token
+    stop = q_token
+    lowest = 0
+    highest = 0
+    if MASK > 0:
+        start, stop, lowest, highest = _interval(
+            RowStart, RowStop, b, q_token, real, stb, stn, spb, spn
+        )
     real = lse > float("-inf")
     floor = tl.where(real, lse * 1.4426950408889634, 0.0)
-    length = 0
-    if HAS_LEN:
-        length = tl.load(KvLen + b).to(tl.int32)
     keys, steps = _table(Heads, head, 2), _table(Heads, head, 3)
     positions = _table(Heads, head, 7)
     Mass += ((b * heads + head) * groups + group) * mass_blocks
     for j in tl.range(low, high):
         place = tl.load(steps + j) + tl.arange(0, BLOCK_N)
         token = tl.load(keys + place)
-        there, seen = _seen(token, q_token, length, causal_offset, CAUSAL, HAS_LEN)
+        there, seen = _seen(token, q_token, start, stop, lowest, highest, MASK)
         s = _logits(q0, q1, K, token, skn, there, D, D0, D1) * scale
         p = tl.math.exp2(s - floor[:, None])
         p = tl.where(seen & real[:, None], p, 0.0)

@@ -1,7 +1,7 @@
 """The Triton backend as torch operators, so that compiled and exported programs can call it.
 
-- `sparse_dit::triton_attend(q, k, v, index, words, kv_len, scale) -> (out, lse)`
-- `sparse_dit::triton_mass(q, k, index, words, lse, kv_len, scale, mass_block) -> mass`
+- `sparse_dit::triton_attend(q, k, v, index, words, row_start, row_stop, scale) -> (out, lse)`
+- `sparse_dit::triton_mass(q, k, index, words, lse, row_start, row_stop, scale, mass_block) -> mass`
 
 `index` is the tensors of a `SparseIndex` and `words` its numbers. What was made of them is kept, and found
 again by their addresses: nothing is read from the device for it.
@@ -18,18 +18,21 @@ import torch
 from torch import Tensor
 
 from ...index import FarField, PatternIndex, SparseIndex
+from ...intervals import RowIntervals
 from .. import selfcheck
 
 KEPT = 256  # indices: layers times stages of the sizes in use
 ENTRY_WORDS = 3  # queries; keys; bits: q_order, k_order, k_order is q_order, far field
 _INDICES: OrderedDict[tuple, SparseIndex] = OrderedDict()
 _ENTRIES: WeakValueDictionary[tuple, PatternIndex] = WeakValueDictionary()
+_ROWS: WeakValueDictionary[tuple, RowIntervals] = WeakValueDictionary()
 
 
 def parts_of(index: SparseIndex) -> tuple[list[Tensor], list[int]]:
     """The tensors and the numbers of an index, from which `index_of` makes it again."""
-    tensors: list[Tensor] = []
-    words = [len(index.entries), int(index.causal), index.causal_offset]
+    bounds = (None, None) if index.rows is None else (index.rows.start, index.rows.stop)
+    tensors = [x for x in bounds if x is not None]
+    words = [len(index.entries), *(int(x is not None) for x in bounds)]
     for e in index.entries:
         shared = e.k_order is e.q_order
         orders = [x for x in (e.q_order, None if shared else e.k_order) if x is not None]
@@ -51,14 +54,38 @@ def index_of(tensors: Sequence[Tensor], words: Sequence[int]) -> SparseIndex:
     if index is not None:
         _INDICES.move_to_end(key)
         return index
-    count, causal, offset = words[:3]
+    count, starts, stops = words[:3]
     rest, heads = list(tensors), 3 + count * ENTRY_WORDS
+    rows = _rows(rest.pop(0) if starts else None, rest.pop(0) if stops else None)
     entries = tuple(_entry(words[i : i + ENTRY_WORDS], rest) for i in range(3, heads, ENTRY_WORDS))
-    index = SparseIndex(entries, tuple(words[heads:]), bool(causal), offset)
+    index = SparseIndex(entries, tuple(words[heads:]), rows)
     _INDICES[key] = index
     if len(_INDICES) > KEPT:
         _INDICES.popitem(last=False)
     return index
+
+
+def _rows(start: Tensor | None, stop: Tensor | None) -> RowIntervals | None:
+    """Intervals of an index, the very same for the same memory."""
+    if start is None and stop is None:
+        return None
+    key = tuple(None if x is None else x.data_ptr() for x in (start, stop))
+    rows = _ROWS.get(key)
+    if rows is None:
+        rows = _ROWS[key] = RowIntervals(start, stop)
+    return rows
+
+
+def _call_of(
+    tensors: Sequence[Tensor],
+    words: Sequence[int],
+    row_start: Tensor | None,
+    row_stop: Tensor | None,
+) -> tuple[SparseIndex, RowIntervals | None]:
+    """The index of a call, and the intervals that hold: its own where the call has none."""
+    index = index_of(tensors, words)
+    none = row_start is None and row_stop is None
+    return index, index.rows if none else RowIntervals(row_start, row_stop)
 
 
 def _entry(words: Sequence[int], rest: list[Tensor]) -> PatternIndex:
@@ -67,28 +94,33 @@ def _entry(words: Sequence[int], rest: list[Tensor]) -> PatternIndex:
     q_order = rest.pop(0) if bits & 1 else None
     shared = bool(bits & 4)
     k_order = q_order if shared else rest.pop(0) if bits & 2 else None
-    lists, rest[:3] = rest[:3], []
+    (offsets, run_offsets, runs), rest[:3] = rest[:3], []
     cells: list[Tensor] = []
     if bits & 8:
         cells, rest[:3] = rest[:3], []
-    own = [x for x in (q_order, None if shared else k_order, *lists, *cells) if x is not None]
+    own = [
+        x
+        for x in (q_order, None if shared else k_order, offsets, run_offsets, runs, *cells)
+        if x is not None
+    ]
     key = (*words, *(x.data_ptr() for x in own))
     entry = _ENTRIES.get(key)
     if entry is None:
         far = FarField(*cells) if cells else None
-        entry = PatternIndex(queries, keys, q_order, k_order, *lists, far)
+        entry = PatternIndex(queries, keys, q_order, k_order, offsets, run_offsets, runs, far)
         _ENTRIES[key] = entry
     return entry
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, index: Sequence[Tensor], words: Sequence[int],
-    kv_len: Tensor | None, scale: float,
+    row_start: Tensor | None, row_stop: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .. import triton as backend
 
     _must_be_right(q)
-    got = backend.forward(q, k, v, index_of(index, words), kv_len, scale, True, None)
+    found, rows = _call_of(index, words, row_start, row_stop)
+    got = backend.forward(q, k, v, found, rows, scale, True, None)
     assert got.lse is not None, "it was asked for"
     out = torch.empty_like(q)  # the strides that were promised
     return (got.out if got.out.stride() == out.stride() else out.copy_(got.out)), got.lse
@@ -96,24 +128,25 @@ def _attend(
 
 def _fake_attend(
     q: Tensor, k: Tensor, v: Tensor, index: Sequence[Tensor], words: Sequence[int],
-    kv_len: Tensor | None, scale: float,
+    row_start: Tensor | None, row_stop: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _mass(
     q: Tensor, k: Tensor, index: Sequence[Tensor], words: Sequence[int], lse: Tensor,
-    kv_len: Tensor | None, scale: float, mass_block: int, groups: int,
+    row_start: Tensor | None, row_stop: Tensor | None, scale: float, mass_block: int, groups: int,
 ) -> Tensor:  # fmt: skip
     from .. import triton as backend
 
     _must_be_right(q)
-    return backend.block_mass(q, k, index_of(index, words), lse, kv_len, scale, mass_block)
+    found, rows = _call_of(index, words, row_start, row_stop)
+    return backend.block_mass(q, k, found, lse, rows, scale, mass_block)
 
 
 def _fake_mass(
     q: Tensor, k: Tensor, index: Sequence[Tensor], words: Sequence[int], lse: Tensor,
-    kv_len: Tensor | None, scale: float, mass_block: int, groups: int,
+    row_start: Tensor | None, row_stop: Tensor | None, scale: float, mass_block: int, groups: int,
 ) -> Tensor:  # fmt: skip
     blocks = (k.shape[2] + mass_block - 1) // mass_block
     return q.new_empty((q.shape[0], q.shape[1], groups, blocks), dtype=torch.float32)
@@ -136,7 +169,10 @@ def _must_be_right(q: Tensor) -> None:
 # its first call builds tables on the host, which a captured CUDA graph can't
 _TAGS = [t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None]
 OPERATORS = torch.library.Library("sparse_dit", "FRAGMENT")  # they live as long as this does
-_INDEX, _SHARED = "Tensor[] index, SymInt[] words", "Tensor? kv_len, float scale"
+_INDEX, _SHARED = (
+    "Tensor[] index, SymInt[] words",
+    "Tensor? row_start, Tensor? row_stop, float scale",
+)
 for _name, _schema, _real, _fake in (
     (
         "triton_attend",

@@ -1,7 +1,7 @@
 """A pattern index as the Triton kernels read it: tiles of query rows, and the steps each works through.
 
 A tile is up to `block_m` sorted rows that see the same keys: a query group, or neighbouring groups with
-equal lists together. So no step needs a mask by row, except for causal order. A step is `block_n` places
+equal lists together. So no step needs a mask by row, except for row intervals. A step is `block_n` places
 in a table of key tokens: first the sorted keys themselves, where whole pieces of runs lie, then what
 remains of each list's runs, packed together; -1 fills the last step of a list.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...index import PatternIndex
+from ...intervals import RowIntervals
 from ...on_cpu import on_cpu
 
 TILE_FIELDS = 8  # first row, rows, first step, first masked step, end; first cell step, end; group
@@ -56,7 +57,7 @@ def tables_of(
     block_m: int,
     block_n: int,
     *,
-    offset: int | None = None,
+    rows: RowIntervals | None = None,
     by_group: bool = False,
 ) -> Tables:
     """Tables of `entry` on its device, made once.
@@ -64,13 +65,13 @@ def tables_of(
     Args:
         entry: The pattern index.
         block_m, block_n: Rows of a tile and keys of a step.
-        offset: `causal_offset`, None without causal order.
+        rows: The index's own intervals, on any device; steps that no row of a tile sees are left out.
         by_group: Don't join groups: block mass is counted by group.
     """
-    name = ("triton", block_m, block_n, offset, by_group)
+    name = ("triton", block_m, block_n, rows, by_group)
     tables = entry.cache.get(name)
     if not isinstance(tables, Tables):
-        tables = _build(entry.to("cpu"), block_m, block_n, offset, by_group)
+        tables = _build(entry.to("cpu"), block_m, block_n, rows and rows.to("cpu"), by_group)
         device = entry.q_offsets.device
         moved = {k: v.to(device) for k, v in vars(tables).items() if k != "cost"}
         entry.cache[name] = tables = Tables(**moved, cost=tables.cost)
@@ -87,7 +88,7 @@ class _Steps(NamedTuple):
 
 @on_cpu
 def _build(
-    entry: PatternIndex, block_m: int, block_n: int, offset: int | None, by_group: bool
+    entry: PatternIndex, block_m: int, block_n: int, within: RowIntervals | None, by_group: bool
 ) -> Tables:
     first = torch.arange(entry.num_groups) if by_group else _bands(entry)
     start = entry.q_offsets.long()[first]
@@ -102,9 +103,9 @@ def _build(
     keys = torch.where(positions < 0, -1, entry.key_tokens[positions.clamp_min(0)])
     far, cells, cell_offsets = _far_steps(entry, first, block_n)
     places, bounds = exact.places, exact.bounds[owner]
-    if offset is not None:
-        queries = _extent(entry.query_tokens, row, rows)
-        places, bounds = _causal(places, bounds, keys, queries, offset, block_n)
+    if within is not None:
+        extents = _extents(entry, within, row, rows)
+        places, bounds = _within(places, bounds, keys, extents, block_n)
     tiles = torch.cat(
         [row[:, None], rows[:, None], bounds, far.bounds[owner][:, ::2], first[owner][:, None]], 1
     )
@@ -210,21 +211,36 @@ def _far_steps(entry: PatternIndex, first: Tensor, block: int) -> tuple[_Steps, 
     return steps, _table(count, steps, block), far.cell_offsets
 
 
-def _extent(tokens: Tensor, row: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest token of each tile."""
+class _Extents(NamedTuple):
+    """Keys that all rows of each tile may see, and that any may, `[T]`: the first, and the last + 1."""
+
+    all_start: Tensor
+    all_stop: Tensor
+    any_start: Tensor
+    any_stop: Tensor
+
+
+def _extents(entry: PatternIndex, within: RowIntervals, row: Tensor, rows: Tensor) -> _Extents:
+    """The extents of tiles that begin at sorted rows `row` and have so many `rows`."""
     of, rank = _ranks(rows)
-    mine = tokens[row[of] + rank]
-    low = torch.full((len(row),), len(tokens)).scatter_reduce_(0, of, mine, "amin")
-    return low, torch.zeros(len(row), dtype=torch.int64).scatter_reduce_(0, of, mine, "amax")
+    token = entry.query_tokens[row[of] + rank]
+    bounds = within.bounds(entry.num_keys, entry.num_queries)
+    start, stop = (x.expand(1, entry.num_queries)[0, token].long() for x in bounds)
+    none = stop <= start
+
+    def reduced(values: Tensor, how: str, first: int) -> Tensor:
+        return torch.full((len(row),), first).scatter_reduce_(0, of, values, how)
+
+    return _Extents(
+        reduced(start, "amax", 0),
+        reduced(torch.where(none, 0, stop), "amin", entry.num_keys),
+        reduced(torch.where(none, entry.num_keys, start), "amin", entry.num_keys),
+        reduced(torch.where(none, 0, stop), "amax", 0),
+    )
 
 
-def _causal(
-    places: Tensor,
-    bounds: Tensor,
-    keys: Tensor,
-    queries: tuple[Tensor, Tensor],
-    offset: int,
-    block: int,
+def _within(
+    places: Tensor, bounds: Tensor, keys: Tensor, extents: _Extents, block: int
 ) -> tuple[Tensor, Tensor]:
     """Lists for each tile: steps that all rows see wholly, then those seen in part; no others."""
     mine = keys[places[:, None] + torch.arange(block)]
@@ -233,9 +249,9 @@ def _causal(
     low, masked, high = bounds.unbind(1)
     tile, rank = _ranks(high - low)
     step = low[tile] + rank
-    first, last = queries[0] + offset, queries[1] + offset
-    whole = (step < masked[tile]) & (largest[step] <= first[tile])
-    part = ~whole & (smallest[step] <= last[tile])
+    all_start, all_stop, any_start, any_stop = (x[tile] for x in extents)
+    whole = (step < masked[tile]) & (smallest[step] >= all_start) & (largest[step] < all_stop)
+    part = ~whole & (smallest[step] < any_stop) & (largest[step] >= any_start)
     kept = whole | part
     tile, step, part = tile[kept], step[kept], part[kept]
     order = (tile * 2 + part).argsort(stable=True)

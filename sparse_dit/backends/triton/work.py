@@ -116,11 +116,10 @@ def _cheapest(
     index: SparseIndex, configs: tuple[Config, Config], by_group: bool
 ) -> tuple[Config, tuple[Tables, ...]]:
     """The configuration with the least work, and tables for it."""
-    offset = index.causal_offset if index.causal else None
     best = None
     for config, factor in zip(configs, (SMALL_TILE, 1.0), strict=True):
         tables = tuple(
-            tables_of(e, config.block_m, config.block_n, offset=offset, by_group=by_group)
+            tables_of(e, config.block_m, config.block_n, rows=index.rows, by_group=by_group)
             for e in index.entries
         )
         steps = sum(float(tables[p].cost.sum()) for p in index.head_to_pattern)

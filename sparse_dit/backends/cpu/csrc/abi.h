@@ -8,7 +8,7 @@
 
 namespace sparse_dit {
 
-constexpr int64_t ABI_VERSION = 1;
+constexpr int64_t ABI_VERSION = 2;
 
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -17,20 +17,26 @@ struct Strides {
     int64_t batch, head, token, channel;
 };
 
-// One call. B batch, H heads, H_kv key heads, N queries, M keys, D channels.
+// Strides of row intervals in elements, of batch and query token.
+struct RowStrides {
+    int64_t batch, row;
+};
+
+// One call. B batch, H heads, H_kv key heads, N queries, M keys, D channels, E channels of values.
 struct Problem {
     int64_t abi_version;
     int64_t dtype;
-    int64_t batch, heads, kv_heads, queries, keys, channels;
-    const void *q, *k, *v;  // [B, H, N, D], [B, H_kv, M, D] twice
-    void *out;              // [B, H, N, D] of the same dtype; null if only the mass is wanted
+    int64_t batch, heads, kv_heads, queries, keys, channels, value_channels;
+    const void *q, *k, *v;  // [B, H, N, D], [B, H_kv, M, D], [B, H_kv, M, E]
+    void *out;              // [B, H, N, E] of the same dtype; null if only the mass is wanted
     float *lse;             // [B, H, N] contiguous, or null
     float *mass;            // [B, H, mass_groups, ceil(M / mass_block)] contiguous, zeroed; or null
     const float *lse_in;    // [B, H, N] contiguous: with it `mass` is all that is computed; or null
-    const int64_t *kv_len;  // [B], or null
+    const int32_t *row_start, *row_stop;  // [B, N], a row sees key tokens from start to stop; null: 0, M
     const int32_t *index;   // packed index, see below
     int64_t index_words;
     Strides q_strides, k_strides, v_strides, out_strides;
+    RowStrides start_strides, stop_strides;
     int64_t mass_block, mass_groups;
     int64_t threads;
     int64_t variant;  // place in VARIANTS, or -1 for the best that this machine runs
@@ -41,7 +47,7 @@ struct Problem {
 constexpr int32_t MAGIC = 0x53444954;  // "SDIT"
 
 struct Header {
-    int32_t magic, version, heads, entries, queries, keys, causal, causal_offset;
+    int32_t magic, version, heads, entries, queries, keys;
 };
 
 // Places of arrays in words from the start; -1 where there is none.
@@ -59,7 +65,6 @@ enum Status : int64_t {
     BAD_DTYPE,
     BAD_SHAPE,
     BAD_POINTER,
-    BAD_KV_LEN,
     BAD_VARIANT,
     BAD_INDEX_HEADER,
     BAD_INDEX_BOUNDS,

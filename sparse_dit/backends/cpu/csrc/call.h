@@ -8,7 +8,7 @@
 
 namespace sparse_dit {
 
-constexpr int64_t MAX_CHANNELS = 256;
+constexpr int64_t MAX_CHANNELS = 512;
 constexpr int32_t MAX_ROWS = 128;  // query rows of a task
 
 // The arrays of one pattern, inside the packed index.
@@ -19,11 +19,25 @@ struct Pattern {
     int32_t groups, cells;
 };
 
+// Key tokens from `start` to `stop`, which isn't one of them; none if they don't ascend.
+struct KeyRange {
+    int32_t start, stop;
+
+    bool empty() const { return start >= stop; }
+    // Widens it to hold another one.
+    void take(KeyRange other) {
+        if (other.empty()) return;
+        if (empty()) *this = other;
+        if (other.start < start) start = other.start;
+        if (other.stop > stop) stop = other.stop;
+    }
+};
+
 // Pooled keys of one (batch item, key head, pattern), all float32.
 struct Pooled {
-    float *k, *v;       // [C, D]
+    float *k, *v;       // [C, D], [C, E]
     float *bias;        // [C], log2 of the number of valid keys
-    int32_t *last;      // [C], the largest valid token; -1 for a cell without one
+    int32_t *first, *last;  // [C], the smallest and largest valid token; last is -1 for a cell without one
 };
 
 // Rows of one group that one thread computes.
@@ -39,11 +53,22 @@ struct Call {
     Header header;
     const Pattern *patterns;
     const int32_t *head_to_pattern;
+    const KeyRange *valid;   // [B]: the keys that are in some row's interval
     const float *key_norms;  // [B, H_kv]: the largest norm of a valid key; Inf or NaN if one is
     const Pooled *pooled;    // [B, H_kv, patterns]; k is null where a pattern has no far field
 
-    int64_t valid_keys(int64_t batch) const {
-        return problem.kv_len ? problem.kv_len[batch] : problem.keys;
+    bool has_intervals() const { return problem.row_start || problem.row_stop; }
+    // The keys that a row sees of those that the index lists.
+    KeyRange interval(int64_t batch, int64_t query) const {
+        const RowStrides &a = problem.start_strides, &b = problem.stop_strides;
+        int32_t start = problem.row_start ? problem.row_start[batch * a.batch + query * a.row] : 0;
+        int32_t stop = static_cast<int32_t>(problem.keys);
+        if (problem.row_stop) {
+            const int32_t given = problem.row_stop[batch * b.batch + query * b.row];
+            if (given < stop) stop = given;
+        }
+        if (start < 0) start = 0;
+        return start < stop ? KeyRange{start, stop} : KeyRange{0, 0};
     }
     const Pooled &pooled_of(int64_t batch, int64_t kv_head, int64_t pattern) const {
         return pooled[(batch * problem.kv_heads + kv_head) * header.entries + pattern];

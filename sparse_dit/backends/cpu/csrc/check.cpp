@@ -20,6 +20,10 @@ bool inside(const Problem &p, int64_t at, int64_t count) {
     return at >= 0 && count >= 0 && at + count <= p.index_words;
 }
 
+bool is_width(int64_t channels) {
+    return channels >= 8 && channels <= MAX_CHANNELS && channels % 8 == 0;
+}
+
 bool is_permutation(const int32_t *order, int64_t n) {
     std::vector<bool> seen(static_cast<size_t>(n), false);
     for (int64_t i = 0; i < n; i++) {
@@ -86,17 +90,14 @@ int64_t check_problem(const Problem &p) {
     if (p.abi_version != ABI_VERSION) return BAD_ABI;
     if (p.dtype < FLOAT32 || p.dtype > FLOAT16) return BAD_DTYPE;
     if (p.batch < 0 || p.heads < 1 || p.kv_heads < 1 || p.heads % p.kv_heads || p.queries < 0 ||
-        p.keys < 0 || p.queries > MAX_TOKENS || p.keys > MAX_TOKENS || p.channels < 8 ||
-        p.channels > MAX_CHANNELS || p.channels % 8 || p.threads < 1 || !std::isfinite(p.scale))
+        p.keys < 0 || p.queries > MAX_TOKENS || p.keys > MAX_TOKENS || !is_width(p.channels) ||
+        !is_width(p.value_channels) || p.threads < 1 || !std::isfinite(p.scale))
         return BAD_SHAPE;
     const bool some = p.batch > 0 && p.queries > 0;
     if (!p.index || (some && (!p.q || (p.keys > 0 && !p.k)))) return BAD_POINTER;
     if (some && !p.lse_in && (!p.out || (p.keys > 0 && !p.v))) return BAD_POINTER;
     if (p.lse_in && !p.mass) return BAD_MASS;
     if (p.mass && p.mass_block < 1) return BAD_MASS;
-    if (p.kv_len)
-        for (int64_t b = 0; b < p.batch; b++)
-            if (p.kv_len[b] < 0 || p.kv_len[b] > p.keys) return BAD_KV_LEN;
     return OK;
 }
 
@@ -104,7 +105,7 @@ int64_t check_index(const Problem &p, Header *header) {
     if (p.index_words < HEADER_WORDS) return BAD_INDEX_HEADER;
     const Header &h = *header = *reinterpret_cast<const Header *>(p.index);
     if (h.magic != MAGIC || h.version != ABI_VERSION || h.heads != p.heads || h.entries < 1 ||
-        h.queries != p.queries || h.keys != p.keys || h.causal < 0 || h.causal > 1)
+        h.queries != p.queries || h.keys != p.keys)
         return BAD_INDEX_HEADER;
     const int64_t table = HEADER_WORDS + h.entries * ENTRY_WORDS;
     if (!inside(p, table, h.heads)) return BAD_INDEX_BOUNDS;

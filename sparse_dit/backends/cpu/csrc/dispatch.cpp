@@ -19,7 +19,7 @@ constexpr int64_t NORM_CHUNK = 2048;   // keys
 constexpr int64_t POOL_CHUNK = 64;     // cells
 constexpr double SMALL = 1 << 20;      // multiply-adds below which one thread is faster than two
 constexpr size_t CACHE_LINE = 64;
-constexpr size_t KEPT_SCRATCH = 1 << 20;  // bytes; a larger one is let go in the next call
+constexpr size_t KEPT_SCRATCH = 2 << 20;  // bytes; a larger one is let go in the next call
 
 struct Free {
     void operator()(void *p) const { std::free(p); }
@@ -57,6 +57,7 @@ struct Prepared {
     const Variant *variant;
     int64_t threads;
     std::vector<Pattern> patterns;
+    std::vector<KeyRange> valid;
     std::vector<float> norms;
     std::vector<Pooled> pooled;
     std::vector<Buffer> buffers;
@@ -65,10 +66,32 @@ struct Prepared {
     std::atomic<bool> out_of_memory{false};
 };
 
-int64_t seen(const int32_t *offsets, const int32_t *runs, int32_t group) {
+void find_valid_keys(Prepared &s) {
+    const Problem &p = s.call.problem;
+    s.valid.assign(static_cast<size_t>(p.batch), KeyRange{0, 0});
+    for (int64_t b = 0; b < p.batch; b++)
+        for (int64_t n = 0; n < (s.call.has_intervals() ? p.queries : 1); n++)
+            s.valid[b].take(s.call.interval(b, n));
+    s.call.valid = s.valid.data();
+}
+
+// Places in a group's runs that lie in `range`.
+int64_t seen(const int32_t *offsets, const int32_t *runs, int32_t group, KeyRange range) {
     int64_t total = 0;
-    for (int32_t r = offsets[group]; r < offsets[group + 1]; r++) total += runs[2 * r + 1];
+    for (int32_t r = offsets[group]; r < offsets[group + 1]; r++) {
+        const int32_t start = std::max(runs[2 * r], range.start);
+        total += std::max(0, std::min(runs[2 * r] + runs[2 * r + 1], range.stop) - start);
+    }
     return total;
+}
+
+// The sorted keys that rows of a task may see, as far as the order of tokens tells.
+KeyRange reach(const Call &call, const Pattern &pattern, const Task &t) {
+    if (pattern.k_order || !call.has_intervals()) return {0, INT32_MAX};
+    KeyRange range{0, 0};
+    for (int32_t row = t.first; row < t.first + t.rows; row++)
+        range.take(call.interval(t.batch, pattern.q_order ? pattern.q_order[row] : row));
+    return range;
 }
 
 // Tasks of all heads, those with the most work first, so that no thread ends long after the others.
@@ -77,12 +100,17 @@ void cut_into_tasks(Prepared &s) {
     for (int32_t h = 0; h < p.heads; h++) {
         const Pattern &pattern = s.patterns[s.call.head_to_pattern[h]];
         for (int32_t g = 0; g < pattern.groups; g++) {
-            int64_t keys = seen(pattern.run_offsets, pattern.runs, g);
-            if (pattern.cells) keys += seen(pattern.far_offsets, pattern.far_runs, g);
+            const KeyRange all{0, INT32_MAX};
+            const int64_t cells =
+                pattern.cells ? seen(pattern.far_offsets, pattern.far_runs, g, all) : 0;
             const int32_t last = pattern.q_offsets[g + 1];
             for (int32_t row = pattern.q_offsets[g]; row < last; row += MAX_ROWS) {
                 const int32_t rows = std::min(MAX_ROWS, last - row);
-                for (int32_t b = 0; b < p.batch; b++) s.tasks.push_back({b, h, g, row, rows, keys, nullptr});
+                for (int32_t b = 0; b < p.batch; b++) {
+                    Task task{b, h, g, row, rows, cells, nullptr};
+                    task.keys += seen(pattern.run_offsets, pattern.runs, g, reach(s.call, pattern, task));
+                    s.tasks.push_back(task);
+                }
             }
         }
     }
@@ -124,7 +152,8 @@ void gather_mass(const Prepared &s) {
 double work(const Prepared &s) {
     double total = 0;
     for (const Task &t : s.tasks) total += static_cast<double>(t.keys) * t.rows;
-    return total * 2.0 * static_cast<double>(s.call.problem.channels);
+    const Problem &p = s.call.problem;
+    return total * static_cast<double>(p.channels + p.value_channels);
 }
 
 void find_key_norms(Prepared &s) {
@@ -142,9 +171,10 @@ void find_key_norms(Prepared &s) {
             auto &c = *static_cast<Context *>(raw);
             const int64_t head = i / c.chunks, first = i % c.chunks * NORM_CHUNK;
             const int64_t b = head / c.s.call.problem.kv_heads;
-            const int64_t last = std::min(first + NORM_CHUNK, c.s.call.valid_keys(b));
+            const KeyRange valid = c.s.call.valid[b];
             c.parts[i] = c.s.variant->key_norm(c.s.call, b, head % c.s.call.problem.kv_heads,
-                                               first, last);
+                                               std::max<int64_t>(first, valid.start),
+                                               std::min<int64_t>(first + NORM_CHUNK, valid.stop));
         },
         &context);
     s.norms.assign(static_cast<size_t>(p.batch * p.kv_heads), 0.f);
@@ -171,12 +201,13 @@ void pool_keys(Prepared &s) {
             const int64_t cells = s.patterns[entry].cells, kv_head = h / group;
             Pooled &pooled = s.pooled[(b * p.kv_heads + kv_head) * entries + entry];
             if (!cells || pooled.k) continue;
-            const size_t floats = static_cast<size_t>(cells) * (2 * p.channels + 2);
+            const size_t floats = static_cast<size_t>(cells) * (p.channels + p.value_channels + 3);
             s.buffers.push_back(allocate(floats * sizeof(float)));
             pooled.k = static_cast<float *>(s.buffers.back().get());
             pooled.v = pooled.k + cells * p.channels;
-            pooled.bias = pooled.v + cells * p.channels;
-            pooled.last = reinterpret_cast<int32_t *>(pooled.bias + cells);
+            pooled.bias = pooled.v + cells * p.value_channels;
+            pooled.first = reinterpret_cast<int32_t *>(pooled.bias + cells);
+            pooled.last = pooled.first + cells;
             for (int64_t c = 0; c < cells; c += POOL_CHUNK) items.push_back({b, kv_head, entry, c});
         }
     struct Context {
@@ -233,6 +264,7 @@ int64_t attend(const Problem &problem) {
     const auto table = (sizeof(Header) + s.call.header.entries * sizeof(Entry)) / 4;
     s.call.head_to_pattern = problem.index + table;
     if (problem.batch == 0 || problem.queries == 0) return OK;
+    find_valid_keys(s);
     cut_into_tasks(s);
     s.threads = work(s) < SMALL ? 1 : problem.threads;
     s.threads = std::max<int64_t>(1, std::min<int64_t>(s.threads, s.tasks.size()));
@@ -267,10 +299,9 @@ const char *sparse_dit_error(int64_t status) {
         case BAD_ABI: return "the library and the package are of different versions: reinstall";
         case BAD_DTYPE: return "dtype must be float32, bfloat16 or float16";
         case BAD_SHAPE:
-            return "head_dim must be a multiple of 8 up to 256, heads a multiple of the key heads, "
+            return "head_dim must be a multiple of 8 up to 512, heads a multiple of the key heads, "
                    "the scale finite and threads at least 1";
         case BAD_POINTER: return "a tensor that is needed is missing";
-        case BAD_KV_LEN: return "kv_len must lie between 0 and the number of keys";
         case BAD_VARIANT: return "the variant of the kernel does not run on this machine";
         case BAD_INDEX_HEADER: return "the index was packed for other heads or lengths";
         case BAD_INDEX_BOUNDS: return "the index is truncated: an array lies outside of it";

@@ -1,5 +1,6 @@
 // The functions of one variant. A file variant_*.cpp sets SPARSE_DIT_VARIANT (its namespace), includes the
-// intrinsics that it needs, and then this file.
+// intrinsics that it needs, and then this file. The .inc files are no headers: they are parts of this one, in
+// this order, inside its namespaces.
 
 #include "call.h"
 
@@ -7,15 +8,15 @@ namespace sparse_dit {
 namespace SPARSE_DIT_VARIANT {
 namespace {
 
-#include "vec.h"
-#include "rows.h"
-#include "tiles.h"
-#include "panel.h"
-#include "float_path.h"
+#include "vec.inc"
+#include "rows.inc"
+#include "tiles.inc"
+#include "panel.inc"
+#include "float_path.inc"
 #if defined(__AVX512BF16__)
-#include "bfloat16_path.h"
+#include "bfloat16_path.inc"
 #endif
-#include "attend.h"
+#include "attend.inc"
 
 template <class T>
 float largest_square(const Problem &p, int64_t batch, int64_t kv_head, int64_t first, int64_t last) {
@@ -47,33 +48,35 @@ template <class T>
 void pool_cells(const Call &call, int64_t batch, int64_t kv_head, const Pattern &pattern,
                 const Pooled &pooled, int64_t first, int64_t last) {
     const Problem &p = call.problem;
-    const int64_t d = p.channels, valid = call.valid_keys(batch);
+    const int64_t d = p.channels, e = p.value_channels;
+    const KeyRange valid = call.valid[batch];
     const T *k = static_cast<const T *>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
-    const T *v = k;
+    const T *v = nullptr;  // if only the mass is wanted
     if (p.v) v = static_cast<const T *>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head;
-    const Strides &v_strides = p.v ? p.v_strides : p.k_strides;
     float row[MAX_CHANNELS];
     for (int64_t cell = first; cell < last; cell++) {
-        float *mean_k = pooled.k + cell * d, *mean_v = pooled.v + cell * d;
-        for (int64_t c = 0; c < d; c++) mean_k[c] = mean_v[c] = 0;
+        float *mean_k = pooled.k + cell * d, *mean_v = pooled.v + cell * e;
+        __builtin_memset(mean_k, 0, static_cast<size_t>(d) * 4);
+        __builtin_memset(mean_v, 0, static_cast<size_t>(e) * 4);
         int64_t count = 0;
-        int32_t largest = -1;
+        int32_t smallest = INT32_MAX, largest = -1;
         for (int64_t at = pattern.cell_offsets[cell]; at < pattern.cell_offsets[cell + 1]; at++) {
             const int32_t token = pattern.k_order ? pattern.k_order[at] : static_cast<int32_t>(at);
-            if (token >= valid) continue;
+            if (token < valid.start || token >= valid.stop) continue;
             count++;
+            if (token < smallest) smallest = token;
             if (token > largest) largest = token;
             read_row(k + token * p.k_strides.token, p.k_strides.channel, d, row);
             for (int64_t c = 0; c < d; c++) mean_k[c] += row[c];
-            read_row(v + token * v_strides.token, v_strides.channel, d, row);
-            for (int64_t c = 0; c < d; c++) mean_v[c] += row[c];
+            if (!p.v) continue;
+            read_row(v + token * p.v_strides.token, p.v_strides.channel, e, row);
+            for (int64_t c = 0; c < e; c++) mean_v[c] += row[c];
         }
         const float factor = count ? 1.f / static_cast<float>(count) : 0.f;
-        for (int64_t c = 0; c < d; c++) {
-            mean_k[c] *= factor;
-            mean_v[c] *= factor;
-        }
+        for (int64_t c = 0; c < d; c++) mean_k[c] *= factor;
+        for (int64_t c = 0; c < e; c++) mean_v[c] *= factor;
         pooled.bias[cell] = count ? __builtin_log2f(static_cast<float>(count)) : 0.f;
+        pooled.first[cell] = smallest;
         pooled.last[cell] = largest;
     }
 }
