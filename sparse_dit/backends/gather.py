@@ -118,7 +118,8 @@ class _Call:
     def valid(self) -> Tensor:
         """The keys that some row may see, int64 `[2]`."""
         if self.rows is None:
-            return torch.tensor([0, self.entry.num_keys], device=self.entry.q_offsets.device)
+            whole = torch.tensor([0, self.entry.num_keys], device="cpu")
+            return whole.to(self.entry.q_offsets.device)
         return self.rows.valid(self.entry.num_keys, self.entry.num_queries)[0]
 
     @functools.cached_property
