@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from .cells import valid_cells
-from .entry import PatternIndex
+from .entry import PatternIndex, expand
 from .intervals import RowIntervals
 from .on_cpu import on_cpu
 
-CHUNK = (
-    1 << 15
-)  # pairs of a group and a cell that are compared at once, each for all rows of the group
+CHUNK = 1 << 15  # pairs of a group and a cell compared at once, each for all rows of the group
 
 
 @on_cpu
@@ -65,7 +63,7 @@ def _lists(entry: PatternIndex) -> _Lists:
         return _Lists(runs[:, 0], runs[:, 1], offsets, entry.num_keys)
     owner = torch.repeat_interleave(torch.arange(entry.num_groups), offsets.diff())
     owner = torch.repeat_interleave(owner, runs[:, 1])
-    tokens = entry.key_tokens[_places(runs)]
+    tokens = entry.key_tokens[expand(runs)]
     sorted_places = (owner * (entry.num_keys + 1) + tokens).sort().values
     sizes = torch.nn.functional.pad(entry.group_keys.cumsum(0), (1, 0))
     return _Lists(
@@ -73,19 +71,12 @@ def _lists(entry: PatternIndex) -> _Lists:
     )
 
 
-def _places(runs: Tensor) -> Tensor:
-    """The places in runs `[R, 2]` (start, length), in order."""
-    ends = runs[:, 1].cumsum(0)
-    shift = torch.repeat_interleave(runs[:, 0] - ends + runs[:, 1], runs[:, 1])
-    return torch.arange(len(shift)) + shift
-
-
 def _cells_seen(entry: PatternIndex, start: Tensor, stop: Tensor, valid: Tensor) -> int:
     """Pairs of a row and a pooled key whose valid tokens it may all see; bounds are those of sorted rows."""
     assert entry.far is not None, "only entries with a far field have cells"
     cells = valid_cells(entry, valid)
     groups = torch.repeat_interleave(torch.arange(entry.num_groups), entry.group_cells)
-    listed = _places(entry.far.runs.long())
+    listed = expand(entry.far.runs)
     begin, sizes = entry.q_offsets[:-1].long(), entry.q_offsets.diff().long()
     rank = torch.arange(int(sizes.max()))
     seen = 0

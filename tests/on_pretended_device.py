@@ -96,12 +96,12 @@ def test_what_flex_is_given(first, causal):
 
 
 def test_heads_with_nan_are_computed_dense():
-    index, inputs = made(TokenLayout.video(2, 4, 6), 0)
+    _, inputs = made(TokenLayout.video(2, 4, 6), 0)
     out = torch.zeros_like(inputs[0])
     out[0, 1, 3] = torch.nan
-    want = finite_or_dense(out.clone(), *inputs, index, None, None)
+    want = finite_or_dense(out.clone(), *inputs, None, None)
     there = [x.to(DEVICE) for x in (out, *inputs)]
-    got = finite_or_dense(*there, index.to(DEVICE), None, None)
+    got = finite_or_dense(*there, None, None)
     torch.testing.assert_close(got.cpu(), want)
 
 

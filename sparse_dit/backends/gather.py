@@ -22,6 +22,7 @@ from ..index import PatternIndex, SparseIndex
 from ..intervals import RowIntervals
 from .attended import Attended
 from .chunks import Chunk, chunks_of
+from .sorting import without_padding
 
 
 def unsupported(q: Tensor, index: SparseIndex) -> str | None:
@@ -45,6 +46,7 @@ def forward(
     mass_block: int | None,
 ) -> Attended:
     """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
+    k, v = (without_padding(x, rows, q.shape[2]) for x in (k, v))
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     wants_lse = return_lse or mass_block is not None
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if wants_lse else None
@@ -77,6 +79,7 @@ def block_mass(
     mass_block: int,
 ) -> Tensor:
     """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
+    k = without_padding(k, rows, q.shape[2])
     shape = (*q.shape[:2], index.max_groups, -(-k.shape[2] // mass_block))
     mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
     repeat = q.shape[1] // k.shape[1]
@@ -118,7 +121,8 @@ class _Call:
     def valid(self) -> Tensor:
         """The keys that some row may see, int64 `[2]`."""
         if self.rows is None:
-            return torch.tensor([0, self.entry.num_keys], device=self.entry.q_offsets.device)
+            whole = torch.tensor([0, self.entry.num_keys], device="cpu")
+            return whole.to(self.entry.q_offsets.device)
         return self.rows.valid(self.entry.num_keys, self.entry.num_queries)[0]
 
     @functools.cached_property
@@ -175,7 +179,6 @@ def _head(q: Tensor, k: Tensor, v: Tensor, call: _Call, into: _Into) -> None:
         q, k, v = (x[None, None] for x in (q, k, v))
         into.out.copy_(F.scaled_dot_product_attention(q, k, v, scale=call.scale)[0, 0])
         return
-    k, v = _without_padding(k, call), _without_padding(v, call)
     if entry.far is not None:
         means, values = _pooled(k, v, call)
         k, v = torch.cat([k, means]), torch.cat([v, values])
@@ -204,14 +207,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, call: _Call, into: _I
     else:
         out = _with_lse(queries, keys, values, bias, chunk, call, into)
     into.out.index_copy_(0, chunk.real_rows, out.view(-1, out.shape[-1])[chunk.real])
-
-
-def _without_padding(x: Tensor, call: _Call) -> Tensor:
-    """Keys or values `[M, D]` of one head, with 0 where no row may see them."""
-    if call.rows is None:
-        return x
-    tokens = torch.arange(len(x), device=x.device)
-    return x.masked_fill(((tokens < call.valid[0]) | (tokens >= call.valid[1]))[:, None], 0.0)
 
 
 def _by_row(
@@ -281,7 +276,6 @@ def _head_mass(
 ) -> None:
     """Mass of one head, `[G, blocks]`; pooled keys have none, so any key stands for them."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    k = _without_padding(k, call)
     for chunk in chunks_of(call.entry, on_cpu=q.device.type == "cpu"):
         rows, keys = chunk.rows.long(), chunk.keys.long().clamp_max(call.entry.num_keys - 1)
         logits = (q[rows].to(wide) @ k[keys].to(wide).transpose(-1, -2) * call.scale)[:, None]

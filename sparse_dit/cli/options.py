@@ -80,9 +80,15 @@ class Size:
 
         given = {name: value for name, value in vars(self).items() if value is not None}
         values = {**(known or {}), **given}
-        if missing := [f"--{name}" for name in ("height", "width") if name not in values]:
-            raise ValueError(f"give {' and '.join(missing)}: the size of what is generated")
+        check_size(values.get("height"), values.get("width"))
         return GenerationSettings.from_dict(values)
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """Raise ValueError unless both are known."""
+    sizes = {"--height": height, "--width": width}
+    if missing := [name for name, value in sizes.items() if value is None]:
+        raise ValueError(f"give {' and '.join(missing)}: the size of what is generated")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import typer
 
 from ..outputs import Outputs
 from ..tables import out, show_plan
-from .options import Dtype, Force, Frames, Height, Model, Steps, Text, Width, say
+from .options import Dtype, Force, Frames, Height, Model, Steps, Text, Width, check_size, say
 
 
 def plan(
@@ -45,8 +45,7 @@ def plan(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {value}")
-    if missing := [name for name in ("--height", "--width") if sizes[name] is None]:
-        raise ValueError(f"give {' and '.join(missing)}: the size of what is generated")
+    check_size(height, width)
     outputs = Outputs(replace=force, say=say)
     outputs.expect("--out", plan_file, ".json", beside=lambda path: [tensor_path(path)])
     check_model(model)
