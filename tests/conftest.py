@@ -5,7 +5,7 @@ import pytest
 from sparse_dit.backends.cpu import library
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.resources import shipped
-from tests.places import PLACES, Alone, in_process, in_thread
+from tests.helpers.places import PLACES, Alone, in_process, in_thread
 
 
 def pytest_generate_tests(metafunc):

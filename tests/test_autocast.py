@@ -8,7 +8,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
-from tests import tiny_image_models, tiny_pipelines, tiny_video_models
+from tests.helpers import tiny_image_models, tiny_pipelines, tiny_video_models
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Mismatch dtype between input and weight"

@@ -19,12 +19,12 @@ from sparse_dit.bench import flex, quick
 from sparse_dit.demo import run as demo
 from sparse_dit.layout import TokenLayout
 from sparse_dit.search.device_table import DeviceTable
-from tests.documents import ROOT, Shown, commands, pages, prose, words_of
-from tests.search_cases import stub_costs
-from tests.shortened import CODES, NOT_READ, READ, WORDS, among, filled, shorter
-from tests.test_bench import attend_in_blocks
-from tests.tiny_pipelines import wan
-from tests.typed import (
+from tests.bench.test_bench import attend_in_blocks
+from tests.helpers.documents import ROOT, Shown, commands, pages, prose, words_of
+from tests.helpers.search_cases import stub_costs
+from tests.helpers.shortened import CODES, NOT_READ, READ, WORDS, among, filled, shorter
+from tests.helpers.tiny_pipelines import wan
+from tests.helpers.typed import (
     USAGE,
     arguments,
     command_names,
@@ -213,11 +213,13 @@ def test_what_is_said_of_commands_here_is_of_some():
     every = [shown for page in pages() for shown in commands(page)]
     texts = {shown.text for shown in every}
     assert {"sparse-dit show plan.json", "sparse-dit doctor", "make demo"} <= texts
-    assert "TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py" in texts
+    assert (
+        "TRITON_INTERPRET=1 python -m pytest tests/gpu_without_gpu/triton_interpreted.py" in texts
+    )
     for table in (READ, NOT_READ):
         unused = [start for start in table if not any(among({start: ""}, one) for one in every)]
         assert not unused
-        for file in re.findall(r"tests/\w+\.py", " ".join(table.values())):
+        for file in re.findall(r"tests/[\w/]+\.py", " ".join(table.values())):
             assert (ROOT / file).is_file(), f"{file} is said to test a command"
     assert WORDS.keys() <= {word for shown in every for word in shown.words}
 

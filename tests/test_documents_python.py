@@ -14,10 +14,10 @@ import sparse_dit
 from sparse_dit.integrations.families import FAMILIES
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import Handle
-from tests.documents import ROOT, pages, prose, snippets
-from tests.eval_cases import WINDOW, uniform_plan
-from tests.search_cases import stub_costs
-from tests.tiny_pipelines import wan
+from tests.helpers.documents import ROOT, pages, prose, snippets
+from tests.helpers.eval_cases import WINDOW, uniform_plan
+from tests.helpers.search_cases import stub_costs
+from tests.helpers.tiny_pipelines import wan
 
 # what is written instead, so that it takes a second
 SMALLER = {
@@ -33,7 +33,9 @@ SMALLER = {
     r"video\(21, 30, 52": "video(3, 8, 8",
 }
 # not run, but its names are looked up
-PROCESSES = "enable_parallelism"  # tests/test_parallel.py runs that in several processes
+PROCESSES = (
+    "enable_parallelism"  # tests/integrations/test_parallel.py runs that in several processes
+)
 EVERY = [shown for page in pages() for shown in snippets(page)]
 
 

@@ -14,8 +14,8 @@ from sparse_dit.search import pricing, search_plan
 from sparse_dit.search.check import check_plan
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.tables import show_plan
-from tests.search_cases import accounts, stub_costs
-from tests.tiny_pipelines import ltx
+from tests.helpers.search_cases import accounts, stub_costs
+from tests.helpers.tiny_pipelines import ltx
 
 HEADS = {"transformer_blocks.0.attn1": (4, 8), "transformer_blocks.1.attn1": (2, 16)}
 SETTINGS = GenerationSettings(32, 32, 9, steps=4, guidance=1.0, max_sequence_length=16)

@@ -17,8 +17,8 @@ from sparse_dit.index import (
 from sparse_dit.layout import TokenLayout, tile_order
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.rounding import to_blocks
-from tests.cases import LAYOUTS, PATTERN_CASES
-from tests.kernel_cases import in_order
+from tests.helpers.cases import LAYOUTS, PATTERN_CASES
+from tests.helpers.kernel_cases import in_order
 
 
 def expected_masks(pattern, layout):

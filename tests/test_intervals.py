@@ -10,8 +10,8 @@ from sparse_dit.cells import valid_cells
 from sparse_dit.cut import slice_queries
 from sparse_dit.index import SparseIndex
 from sparse_dit.intervals import RowIntervals, causal_rows, valid_rows
-from tests.interval_cases import KEYS, QUERIES, bounds, every_entry, masks
-from tests.kernel_cases import assert_close, dense, in_order, one_head, qkv, truth_of
+from tests.helpers.interval_cases import KEYS, QUERIES, bounds, every_entry, masks
+from tests.helpers.kernel_cases import assert_close, dense, in_order, one_head, qkv, truth_of
 
 NO_KERNEL = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
 FAST = [pytest.param("cpu", marks=NO_KERNEL), "gather"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparse_dit.layout import Segment, TokenLayout, tile_order
-from tests.cases import LAYOUTS
+from tests.helpers.cases import LAYOUTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

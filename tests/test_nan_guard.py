@@ -13,9 +13,9 @@ from sparse_dit.integrations.parallel import Split, _Chunks
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patch import patch
 from sparse_dit.patterns import Pattern, Window
-from tests.kernel_cases import in_order, until
+from tests.helpers.kernel_cases import in_order, until
+from tests.helpers.tiny_pipelines import generate, wan
 from tests.test_patch import DENSE, NARROW, plan_for
-from tests.tiny_pipelines import generate, wan
 
 LAYOUT = TokenLayout.video(2, 4, 6)
 

@@ -23,7 +23,7 @@ from sparse_dit.runtime import (
     UNKNOWN_BRANCH,
     Runtime,
 )
-from tests.tiny_pipelines import BUILDERS, generate, wan
+from tests.helpers.tiny_pipelines import BUILDERS, generate, wan
 
 FAMILY = pytest.mark.parametrize("family", BUILDERS)
 DENSE = Pattern(Dense())

@@ -19,10 +19,10 @@ from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from sparse_dit.plan import ComponentPlan, HeadChoice, Stage
 from sparse_dit.reuse import Reuse, without
 from sparse_dit.runtime import Runtime
-from tests.test_combinations import TECHNIQUES
-from tests.test_combinations import fresh as fresh_pipeline
+from tests.helpers.tiny_pipelines import generate, wan
+from tests.integrations.test_combinations import TECHNIQUES
+from tests.integrations.test_combinations import fresh as fresh_pipeline
 from tests.test_patch import plan_for
-from tests.tiny_pipelines import generate, wan
 
 LAYOUT = TokenLayout.video(2, 4, 4, text_after=3)
 NEAR = Pattern(Window(frames=0, rows=1), (1, 2, 2), far=True)

@@ -8,7 +8,7 @@ import torch
 from sparse_dit.attention import BACKENDS, attend
 from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.rounding import BlockIndex, from_blocks, to_blocks
-from tests.cases import LAYOUTS, PATTERN_CASES
+from tests.helpers.cases import LAYOUTS, PATTERN_CASES
 
 
 def pack(mask):

@@ -38,12 +38,12 @@ from sparse_dit.search.local import improve
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.solve import evaluate
 from sparse_dit.search.statistics import discover, empty_statistics, score_all
-from tests import tiny_pipelines
-from tests.cases import PATTERN_CASES
-from tests.kernel_cases import in_order, qkv
-from tests.search_cases import stub_costs
-from tests.settings_cases import SETTINGS, clear_caches, default_device, differences, flat
-from tests.solver_cases import random_problem
+from tests.helpers import tiny_pipelines
+from tests.helpers.cases import PATTERN_CASES
+from tests.helpers.kernel_cases import in_order, qkv
+from tests.helpers.search_cases import stub_costs
+from tests.helpers.settings_cases import SETTINGS, clear_caches, default_device, differences, flat
+from tests.helpers.solver_cases import random_problem
 
 LAYOUT = TokenLayout.video(3, 5, 7, text_before=3, text_after=4)
 PADDED = valid_rows(torch.tensor([LAYOUT.seq_len, LAYOUT.seq_len - 9]), LAYOUT.seq_len)

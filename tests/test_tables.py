@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sparse_dit import tables
 from sparse_dit.index import pattern_index
-from tests.eval_cases import made_up_plan
+from tests.helpers.eval_cases import made_up_plan
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from sparse_dit.inputs import read_prompts
 from sparse_dit.plan import Plan
 from sparse_dit.search.device_table import DeviceTable
 from sparse_dit.texts import BOM
-from tests.plan_cases import small
+from tests.helpers.plan_cases import small
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Block sizes, warps and stages for each architecture: a table, so that no first call searches for them.
 
 Those of sm_90 were chosen by their times on an H200 (`docs/measurements/`), the others by what the kernels
-compile to (no spills, tensor cores, shared memory within bounds), as `tests/test_triton_compiled.py` checks.
+compile to (no spills, tensor cores, shared memory within bounds), as
+`tests/gpu_without_gpu/test_triton_compiled.py` checks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,252 @@
+"""The Triton kernels compiled for GPUs that aren't here, and what their machine code says.
+
+`python -m tests.gpu_without_gpu.triton_aot` compiles every architecture, head_dim, dtype and case (some minutes),
+prints what it finds, and ends with 1 if a kernel spills or misses tensor cores. With `--record` it writes the
+instructions of a step, which `test_triton_compiled.py` compares with, for the kernels of that test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_dit.backends.triton import kernel
+from sparse_dit.backends.triton.config import Config, configs_for
+from sparse_dit.backends.triton.launch import widths
+from tests.gpu_without_gpu.sass_flow import uninitialised
+
+RECORD = Path(__file__).parents[1] / "golden" / "triton_instructions.json"
+BIN = Path(nvidia.__file__).parent / "bin"
+# target -> name in the table of configurations, tensor-core instruction, shared memory of a block in bytes
+TARGETS = {
+    "sm_80": ("sm80", r"HMMA\.", 163 * 1024),
+    "sm_86": ("sm86", r"HMMA\.", 99 * 1024),
+    "sm_89": ("sm86", r"HMMA\.", 99 * 1024),
+    "sm_90": ("sm90", r"HGMMA\.", 227 * 1024),
+    "sm_100": ("sm100", r"UTC\w*MMA", 227 * 1024),
+    "sm_120": ("sm120", r"HMMA\.", 99 * 1024),
+    "gfx942": ("gfx9", r"v_mfma", 64 * 1024),
+    "gfx950": ("gfx9", r"v_mfma", 160 * 1024),
+}
+WIDE = r"LDGSTS\S*\.128"  # what head_dim 80 and 96 have beyond 64 may take half that
+PLAIN = {"MASK": 0, "HAS_FAR": False}
+FULL = {"MASK": 2, "HAS_FAR": True}
+POINTERS = {"Work": "i32", "Heads": "i64", "Slots": "i64", "CellFirst": "i32", "CellLast": "i32"}
+POINTERS |= {"RowStart": "i32", "RowStop": "i32"}
+POINTERS |= {"Lse": "fp32", "CellBias": "fp32", "Mass": "fp32"}
+TENSORS = ("Q", "K", "V", "Out", "PooledK", "PooledV")
+
+
+class Case(NamedTuple):
+    """One kernel to compile."""
+
+    target: str
+    head_dim: int
+    config: Config
+    flags: dict[str, int] = PLAIN
+    dtype: str = "bf16"
+
+    def __str__(self) -> str:
+        c = self.config
+        flags = "".join(name[0] + name[-1] for name, on in self.flags.items() if on) or "plain"
+        return (
+            f"{self.target} {self.dtype} d{self.head_dim} {c.block_m}x{c.block_n} "
+            f"w{c.warps} s{c.stages} {flags}"
+        )
+
+
+class Built(NamedTuple):
+    """What a compiled kernel is made of.
+
+    Args:
+        registers: Of a thread.
+        spilled: Bytes of stack, and loads and stores of it.
+        shared: Bytes of shared memory.
+        step: Instructions of one step.
+        tensor: Tensor-core instructions among them.
+        loads: Loads among them that move keys and values.
+        wide: Those of 16 bytes a thread; asynchronous on NVIDIA.
+        uninitialised: Uniform registers that may be read before they are written, see `sass_flow.py`.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    step: int
+    tensor: int
+    loads: int
+    wide: int
+    uninitialised: tuple[str, ...] = ()
+
+    def faults(self, case: Case) -> list[str]:
+        """What is wrong with it."""
+        limit = TARGETS[case.target][2]
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled}")
+        if not self.tensor:
+            found.append("no tensor core in the step")
+        if self.loads == 0 or self.wide < self.loads:
+            found.append(f"{self.wide} of {self.loads} loads are wide")
+        found += self.uninitialised
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, more than {limit}")
+        return found
+
+
+def compiled(case: Case) -> Built:
+    """Compile the attention kernel and read its code."""
+    constants = {
+        "D": case.head_dim,
+        **widths(case.config, case.head_dim),
+        "BLOCK_M": case.config.block_m,
+        "BLOCK_N": case.config.block_n,
+        **case.flags,
+    }
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.attend.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in TENSORS or name in POINTERS:
+            signature[name] = "*" + POINTERS.get(name, case.dtype)
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(kernel.attend, signature, constants, attributes)
+    amd = case.target.startswith("gfx")
+    target = (
+        GPUTarget("hip", case.target, 64) if amd else GPUTarget("cuda", int(case.target[3:]), 32)
+    )
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
+    built = triton.compile(source, target=target, options=options)
+    return _amd(built, case) if amd else _nvidia(built, case)
+
+
+def _nvidia(built, case: Case) -> Built:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = _said("cuobjdump", "-res-usage", file.name)
+        code = _said("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    body = _hot_loop(_instructions(code), TARGETS[case.target][1])
+    return Built(
+        registers,
+        stack + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        built.metadata.shared,
+        len(body),
+        _count(body, TARGETS[case.target][1]),
+        _count(body, r"LDGSTS"),
+        _count(body, WIDE if case.head_dim in (64, 128) else rf"{WIDE}|LDGSTS\S*\.64"),
+        tuple(uninitialised(code)),
+    )
+
+
+def _said(tool: str, *arguments: str) -> str:
+    done = subprocess.run([BIN / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _count(body: list[str], pattern: str) -> int:
+    return sum(bool(re.match(pattern, line)) for line in body)
+
+
+def _instructions(code: str) -> list[str]:
+    """Instructions and labels (`.L_x_1:`) of SASS, in order."""
+    found = []
+    for line in code.splitlines():
+        label = re.match(r"^(\.L_\w+):", line)
+        text = re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*)", line)
+        if label or text:
+            found.append(label[0] if label else text[1])
+    return found
+
+
+def _hot_loop(lines: list[str], tensor: str) -> list[str]:
+    """The body of the first loop with tensor-core instructions and no such loop inside it."""
+    label = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    loops = []
+    for i, line in enumerate(lines):
+        to = re.match(r"(?:BRA|s_cbranch)\S*\s.*?(\.?L\w+)", line)
+        if to and label.get(to[1], i) < i:
+            body = [x for x in lines[label[to[1]] : i + 1] if not x.endswith(":")]
+            if _count(body, tensor):
+                loops.append((label[to[1]], i, body))
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] < a[1] for b in loops)]
+    return min(inner)[2] if inner else []
+
+
+def _amd(built, case: Case) -> Built:
+    code = built.asm["amdgcn"]
+    number = {
+        name: int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    lines = [re.split(r"\s*;", line)[0].strip() for line in code.splitlines()]
+    lines = [x for x in lines if re.match(r"\.?L\w+:$", x) or re.match(r"[a-z]\w+(\s|$)", x)]
+    body = _hot_loop(lines, TARGETS[case.target][1])
+    whole = case.head_dim in (64, 128)
+    return Built(
+        number["vgpr_count"],
+        number["vgpr_spill_count"] + number["private_segment_fixed_size"],
+        built.metadata.shared,
+        len(body),
+        _count(body, TARGETS[case.target][1]),
+        _count(body, r"(buffer|global)_load_(dwordx4|dwordx2|ushort|short|b128)"),
+        _count(body, rf"(buffer|global)_load_(dwordx4|b128{'' if whole else '|dwordx2'})"),
+    )
+
+
+def tested() -> Iterator[Case]:
+    """What the tests compile: every target, the extremes of the table."""
+    for target, (name, *_) in TARGETS.items():
+        yield Case(target, 64, configs_for(name, 64)[1])
+        yield Case(target, 128, configs_for(name, 128)[0])
+        yield Case(target, 128, configs_for(name, 128)[1], FULL)
+
+
+def every() -> Iterator[Case]:
+    """All targets, head_dims, dtypes, configurations and cases."""
+    switches = [
+        dict(zip(PLAIN, on, strict=True)) for on in itertools.product((0, 1, 2), (False, True))
+    ]
+    for target, (name, *_) in TARGETS.items():
+        for dim, dtype, flags in itertools.product((64, 80, 96, 128), ("bf16", "fp16"), switches):
+            for config in dict.fromkeys(configs_for(name, dim)):
+                yield Case(target, dim, config, flags, dtype)
+
+
+def main(arguments: list[str]) -> int:
+    """Compile, print and record; 1 if anything is wrong."""
+    wanted = [x for x in arguments if x != "--record"]
+    recording = "--record" in arguments
+    wrong, steps = 0, {}
+    for case in tested() if recording else every():
+        if wanted and case.target not in wanted:
+            continue
+        built = compiled(case)
+        faults = built.faults(case)
+        wrong += bool(faults)
+        steps[str(case)] = built.step
+        print(case, built, "; ".join(faults), sep=" | ", flush=True)
+    if recording:
+        record = {"triton": triton.__version__, "instructions": steps}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{len(steps)} kernels, {wrong} with faults")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
