@@ -1,8 +1,9 @@
 """The Triton kernels compiled for GPUs that aren't here, and what their machine code says.
 
-`python -m tests.gpu_without_gpu.triton_aot` compiles every architecture, head_dim, dtype and case (some minutes),
-prints what it finds, and ends with 1 if a kernel spills or misses tensor cores. With `--record` it writes the
-instructions of a step, which `test_triton_compiled.py` compares with, for the kernels of that test.
+`python -m tests.gpu_without_gpu.triton_aot` compiles every architecture, head_dim, dtype and case
+(some minutes), prints what it finds, and ends with 1 if a kernel spills or misses tensor cores. With
+`--record` it writes the instructions of a step, which `test_triton_compiled.py` compares with, for the
+kernels of that test.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Triton kernels' PTX for sm_80, run in an emulator: cases, and a sweep that says what it found.
 
-`python -m tests.gpu_without_gpu.triton_emulated` runs every case for every dtype and head_dim, and `--mutations N`
-runs N random changes of the PTX too, of which the checks must catch most.
+`python -m tests.gpu_without_gpu.triton_emulated` runs every case for every dtype and head_dim, and
+`--mutations N` runs N random changes of the PTX too, of which the checks must catch most.
 """
 
 from __future__ import annotations
