@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .intervals import valid_rows
+from .intervals import RowIntervals, valid_rows
 from .layout import TokenLayout
 
 Branch = Literal["any", "cond", "uncond"]
@@ -56,17 +56,20 @@ class AttentionCall:
     Args:
         layer: Module path of the attention layer in its transformer.
         q, k, v: `[B, N, H, D]` after norms and rotary embedding; views, don't write to them.
+            k and v may have fewer heads, of which H is a multiple, and v may be of another width.
         attn_mask: The host's mask as it came, or None.
         kv_len: int64 `[B]` if the mask says no more than "the first kv_len keys are valid"; None
             if every key is valid.
         scale: Factor of the logits; None is `D ** -0.5`.
         context: The layout, noise level, branch, run and step of the forward.
         unsupported: Why only `stock` computes what the host asked for (dropout, a dense mask,
-            context parallelism, ...); None if attention over the first `kv_len` keys is all.
+            context parallelism, ...); None if attention over the keys that `intervals` names is all.
         stock: Computes exactly what the unpatched layer would: `[B, N, H, D]`.
         bias: float `[B, N]` whose outer product is added to an item's logits; None for nothing.
         split: How tokens and heads lie on several processes, if context parallelism is all that is
             unsupported; q, k, v then hold this process' tokens.
+        rows: What the mask says, or causal order, where it is more than `kv_len`: int32 `[B, N]`.
+        sinks: float `[H]`: a logit that takes part in each row's softmax without a key; None for none.
     """
 
     layer: str
@@ -81,13 +84,15 @@ class AttentionCall:
     stock: Callable[[], Tensor]
     bias: Tensor | None = None
     split: Split | None = None
+    rows: RowIntervals | None = None
+    sinks: Tensor | None = None
 
     @property
-    def row_stop(self) -> Tensor | None:
-        """The same as `kv_len`, as a kernel takes it: int32 `[B, N]` on the device of q, or None."""
+    def intervals(self) -> RowIntervals | None:
+        """The keys that each row may see: `[B, N]` on the device of q; None if each sees all."""
         if self.kv_len is None:
-            return None
-        return valid_rows(self.kv_len.to(self.q.device), self.q.shape[1]).stop
+            return self.rows
+        return valid_rows(self.kv_len.to(self.q.device), self.q.shape[1])
 
 
 Intercept = Callable[[AttentionCall], Tensor]

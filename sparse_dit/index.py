@@ -137,13 +137,20 @@ def build_index(
     return SparseIndex(entries, heads, rows)
 
 
+@functools.lru_cache(maxsize=256)
+@on_cpu
+def dense_index(num_heads: int, num_queries: int, num_keys: int) -> SparseIndex:
+    """Index of heads whose queries all see every key, on the CPU; the same object for the same numbers."""
+    return SparseIndex((_whole(num_queries, num_keys),), (0,) * num_heads)
+
+
 @functools.lru_cache(maxsize=1024)
 @on_cpu
 def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> PatternIndex:
     """Index of one pattern at one size; see `build_index`."""
     n = layout.seq_len
     if pattern.computed.is_dense or layout.num_grid == 0:
-        return _whole(n)
+        return _whole(n, n)
     order = tile_order(layout, pattern.tile)
     exact = seen_cells(pattern, order)
     cells = order.cell_offsets(pattern.cell)
@@ -175,11 +182,11 @@ def seen_cells(pattern: Pattern, order: TileOrder) -> Tensor:
     return seen
 
 
-def _whole(n: int) -> PatternIndex:
+def _whole(num_queries: int, num_keys: int) -> PatternIndex:
     """Dense: one group, one run."""
-    bounds = torch.tensor([0, n], dtype=torch.int32)
+    rows, run = (torch.tensor([0, n], dtype=torch.int32) for n in (num_queries, num_keys))
     one = torch.tensor([0, 1], dtype=torch.int32)
-    return PatternIndex(n, n, None, None, bounds, one, bounds[None], None)
+    return PatternIndex(num_queries, num_keys, None, None, rows, one, run[None], None)
 
 
 @dataclass(frozen=True, eq=False)

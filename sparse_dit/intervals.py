@@ -65,6 +65,17 @@ class RowIntervals:
         first = torch.minimum(torch.where(sees, start, num_keys).amin(-1), last)
         return torch.stack([first, last], -1)
 
+    def pairs(self, num_keys: int, num_queries: int) -> int:
+        """How many query-key pairs lie inside, over all items; it waits for their device once."""
+        key = ("pairs", num_keys, num_queries)
+        if key not in self.cache:
+            start, stop = self.bounds(num_keys, num_queries)
+            repeats = num_queries if self.uniform else 1
+            self.cache[key] = int((stop.long() - start.long()).sum()) * repeats
+        found = self.cache[key]
+        assert isinstance(found, int)
+        return found
+
     def to(self, device: torch.device | str) -> RowIntervals:
         """These on a device, made once for each."""
         device = torch.device(device)

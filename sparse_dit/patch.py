@@ -1,20 +1,26 @@
-"""`patch`: run a pipeline's attention as a plan says. `unpatch`: stock again, bit for bit."""
+"""`patch`: run a model's attention as a plan says. `unpatch`: stock again, bit for bit."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .account import Ran
 from .attention import BACKENDS
+from .exact import Exact
 from .plan import Plan, config_hash
-from .runtime import Ran, Runtime
+from .runtime import Runtime
 from .summary import Summary, summarise
 
 if TYPE_CHECKING:
     from .integrations import Attachment
+
+
+EXACT = "exact"  # in the place of a plan: what the mask lets through, without approximation
 
 
 def patch(
@@ -24,11 +30,13 @@ def patch(
     backend: str = "auto",
     nan_guard: bool = False,
 ) -> Handle:
-    """Make a pipeline's transformers run attention as the plan says.
+    """Make a pipeline's transformers, or a model of transformers, run attention as the plan says.
 
     Args:
-        pipe_or_transformer: A diffusers pipeline, or one of its transformers.
-        plan: A path, a folder, a built-in name, a hub id, or a `Plan`.
+        pipe_or_transformer: A diffusers pipeline or one of its transformers; a language model or VLM of
+            transformers, or a pipeline with one.
+        plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
+            order and sliding windows are skipped instead of masked, with equal results to rounding.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
             Each sparse call then reads its output once more and waits for the device.
@@ -42,7 +50,7 @@ def patch(
         TypeError: If there is no transformer, an attention layer can't be patched, or `plan` is no plan.
         NotImplementedError: If the transformer's class is not supported.
     """
-    from .integrations import attach, unpatched
+    from .integrations import unpatched
 
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
@@ -51,23 +59,35 @@ def patch(
     found = unpatched(pipe_or_transformer)
     if not isinstance(plan, Plan | str | os.PathLike):
         raise TypeError(
-            f"plan must be a path, a built-in name, a hub id or a Plan, got {type(plan).__name__}"
+            f"plan must be 'exact', a path, a built-in name, a hub id or a Plan, got {type(plan).__name__}"
         )
+    if plan == EXACT:
+        exact = {name: Exact(name, backend, nan_guard) for name in found}
+        return Handle(None, _attached(found, exact, pipe_or_transformer), exact)
     if not isinstance(plan, Plan):
         plan = Plan.from_pretrained(plan)
     targets = _targets(pipe_or_transformer, found, plan)
     for name, transformer in targets.items():
         check_fits(plan, name, transformer)
     runtimes = {name: Runtime(name, plan.components[name], backend, nan_guard) for name in targets}
+    return Handle(plan, _attached(targets, runtimes, pipe_or_transformer), runtimes)
+
+
+def _attached(
+    targets: Mapping[str, nn.Module], intercepts: Mapping[str, Runtime | Exact], pipe: Any
+) -> dict[str, Attachment]:
+    """Attach to all components, or to none."""
+    from .integrations import attach
+
     attachments: dict[str, Attachment] = {}
     try:
-        for name, transformer in targets.items():
-            attachments[name] = attach(transformer, runtimes[name], pipe_or_transformer)
+        for name, module in targets.items():
+            attachments[name] = attach(module, intercepts[name], pipe)
     except BaseException:
         for attachment in attachments.values():
             attachment.detach()
         raise
-    return Handle(plan, attachments, runtimes)
+    return attachments
 
 
 def unpatch(pipe_or_transformer: Any) -> None:
@@ -80,7 +100,7 @@ def unpatch(pipe_or_transformer: Any) -> None:
 
     for transformer in components(pipe_or_transformer).values():
         if attachment := attachment_of(transformer):
-            if isinstance(attachment.intercept, Runtime):
+            if isinstance(attachment.intercept, Runtime | Exact):
                 attachment.intercept.forget()
             attachment.detach()
 
@@ -88,12 +108,17 @@ def unpatch(pipe_or_transformer: Any) -> None:
 class Handle:
     """A patch in place: `summary()` says what ran, `remove()` restores the stock objects.
 
+    `plan` is the plan that it follows; None if attention is exact.
+
     As a context manager it removes the patch at the end of the block, and a removed one can't be entered
     again.
     """
 
     def __init__(
-        self, plan: Plan, attachments: dict[str, Attachment], runtimes: dict[str, Runtime]
+        self,
+        plan: Plan | None,
+        attachments: dict[str, Attachment],
+        runtimes: Mapping[str, Runtime | Exact],
     ) -> None:
         self.plan = plan
         self._attachments = attachments

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, OrderedDict, defaultdict
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .attention import backend_name, sparse_attention
+from .account import Account, Ran, Way
+from .attention import attend, backend_name, sparse_attention
 from .autocast import lowered
 from .call import AttentionCall, with_bias
 from .index import PatternIndex, SparseIndex, build_index
+from .intervals import RowIntervals
 from .layout import TokenLayout
 from .plan import ComponentPlan
 from .reuse import Reuse, without
-
-logger = logging.getLogger("sparse_dit")
 
 MAX_LAYOUTS = 8
 
@@ -31,35 +30,6 @@ UNKNOWN_BRANCH = (
     "each stage of the plan is for one guidance branch, and this forward computes both or names none "
     '(in a loop of your own: with transformer.cache_context("cond"))'
 )
-
-
-@dataclass(frozen=True)
-class Ran:
-    """How often one layer ran one way.
-
-    Args:
-        layer: The module path of the layer.
-        stage: Number of the plan's stage; None if none applied.
-        dense_because: Why stock attention ran; None if sparse attention did.
-        backend: Name of the backend that sparse attention ran on; None for stock attention.
-        calls: How many attention calls did.
-        computed: Query-key pairs that were computed (a pooled key counts as one).
-        pairs: Query-key pairs that dense attention would have computed.
-        tokens: Length of the sequence.
-    """
-
-    layer: str
-    stage: int | None
-    dense_because: str | None
-    backend: str | None
-    calls: int
-    computed: float
-    pairs: int
-    tokens: int
-
-
-_Way = tuple[str, int | None, str | None, str | None]  # the first four fields of Ran
-_Entry = tuple[_Way, int]  # and its tokens
 
 
 class Runtime:
@@ -77,10 +47,7 @@ class Runtime:
         self.nan_guard = nan_guard
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
-        self._calls: Counter[_Entry] = Counter()
-        self._computed: defaultdict[_Entry, float] = defaultdict(float)
-        self._pairs: Counter[_Entry] = Counter()
-        self._warned: set[str] = set()
+        self._account = Account(component, PLANNED)
         reuses = any(pattern.every > 1 for pattern in plan.distinct_patterns)
         self._reuse = Reuse() if reuses else None
 
@@ -110,22 +77,14 @@ class Runtime:
             heads = self.plan.layers[call.layer][stage]
             planned = all(head.pattern.computed.is_dense for head in heads)
             return self._dense(call, stage, ALL_DENSE if planned else ALL_SEEN)
-        q, k, v = lowered(call.q, call.k, call.v)
         if call.split is not None:
+            q, k, v = lowered(call.q, call.k, call.v)
             out, name = call.split.attend(q, k, v, index, call.scale, self.backend, self.nan_guard)
             self._count(call, (call.layer, stage, None, name), index.density)
             return out
-        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        if call.bias is not None:
-            q, k, v = with_bias(q, k, v, call.bias, scale)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        name = backend_name(q, index, self.backend)
-        out = sparse_attention(
-            q, k, v, index,
-            row_stop=call.row_stop, scale=scale, backend=name, nan_guard=self.nan_guard,
-        )  # fmt: skip
+        out, name = attend_call(call, index, self.backend, self.nan_guard)
         self._count(call, (call.layer, stage, None, name), index.density)
-        return out[..., : call.v.shape[-1]].transpose(1, 2)
+        return out
 
     def __reduce__(self):
         return Runtime, (self.component, self.plan, self.backend, self.nan_guard)
@@ -136,10 +95,7 @@ class Runtime:
     @property
     def ran(self) -> tuple[Ran, ...]:
         """The account, one entry for each layer, stage, way of running and length of the sequence."""
-        return tuple(
-            Ran(*way, calls, self._computed[way, tokens], self._pairs[way, tokens], tokens)
-            for (way, tokens), calls in self._calls.items()
-        )
+        return self._account.ran
 
     def _planned_dense(self, call: AttentionCall, stage: int | None) -> str | None:
         if call.layer not in self.plan.layers:
@@ -172,20 +128,15 @@ class Runtime:
         return None
 
     def _dense(self, call: AttentionCall, stage: int | None, reason: str) -> Tensor:
-        if reason not in PLANNED and reason not in self._warned:
-            self._warned.add(reason)
-            logger.warning("%s runs dense attention: %s", self.component, reason)
+        self._account.warn(reason)
         out = call.stock()
         self._count(call, (call.layer, stage, reason, None), 1.0)
         return out
 
-    def _count(self, call: AttentionCall, way: _Way, density: float) -> None:
+    def _count(self, call: AttentionCall, way: Way, density: float) -> None:
         tokens = _tokens(call)
         pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * tokens
-        key = (way, tokens)
-        self._calls[key] += 1
-        self._computed[key] += density * pairs
-        self._pairs[key] += pairs
+        self._account.count(way, tokens, pairs, density)
 
     def _index(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> SparseIndex:
         layout, device = call.context.layout, call.q.device
@@ -218,3 +169,33 @@ class Runtime:
 def _tokens(call: AttentionCall) -> int:
     """Tokens that attention runs over, on all processes."""
     return call.q.shape[1] if call.split is None else call.split.num_tokens
+
+
+def attend_call(
+    call: AttentionCall, index: SparseIndex, backend: str = "auto", nan_guard: bool = False
+) -> tuple[Tensor, str]:
+    """Attention of a call over what an index names, `[B, N, H, D]`, and the backend that computed it.
+
+    Args:
+        call: A call that `unsupported` and `split` say nothing of.
+        index: For its heads, queries and keys, on its device.
+        backend: `"auto"` or one that `sparse_attention` knows.
+        nan_guard: See `sparse_attention`; not for calls with sinks.
+    """
+    q, k, v = lowered(call.q, call.k, call.v)
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    if call.bias is not None:
+        q, k, v = with_bias(q, k, v, call.bias, scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    rows = call.intervals or RowIntervals()
+    limits = {"row_start": rows.start, "row_stop": rows.stop, "scale": scale}
+    width, sinks = v.shape[-1], call.sinks
+    name = backend_name(q, index, backend, lse=sinks is not None, value_width=width)
+    if sinks is None:
+        out = sparse_attention(q, k, v, index, backend=name, nan_guard=nan_guard, **limits)
+    else:
+        found = attend(q, k, v, index, backend=name, return_lse=True, **limits)
+        assert found.lse is not None, "it was asked for"
+        share = torch.sigmoid(found.lse - sinks.float()[:, None])
+        out = found.out * share[..., None].to(found.out.dtype)
+    return out[..., : call.v.shape[-1]].transpose(1, 2), name

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .account import Ran
 from .plan import Plan
-from .runtime import Ran
 
 SAME_SIZE = 0.05  # relative difference of lengths at which a forecast holds: text differs by prompt
 
@@ -42,7 +42,7 @@ class Summary:
     Args:
         density: Computed pairs / all pairs over every self-attention call of the patched
             transformers, the dense ones included; None if nothing ran.
-        planned_density: What the plan says.
+        planned_density: What the plan says; None without one.
         forecast: What the plan expects at the size that it was made at: speed-up, quality.
         sparse_calls, dense_calls: Attention calls in all.
         backends: Names of the backends that ran the sparse calls.
@@ -82,7 +82,9 @@ class Summary:
 
     def _notes(self) -> list[str]:
         ran = f"ran {self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
-        notes = [f"{ran}; density {_share(self.density)} (plan: {_share(self.planned_density)})"]
+        planned = self.planned_density
+        beside = "" if planned is None else f" (plan: {_share(planned)})"
+        notes = [f"{ran}; density {_share(self.density)}{beside}"]
         if self.backends:
             notes.append(f"sparse attention by the backend {' and '.join(self.backends)}")
         notes.extend(self._forecast_notes())
@@ -121,7 +123,7 @@ class Summary:
 
 
 def summarise(
-    plan: Plan,
+    plan: Plan | None,
     ran: Mapping[str, tuple[Ran, ...]],
     lost: Mapping[str, tuple[str, ...]],
     replaced: tuple[str, ...] = (),
@@ -129,22 +131,22 @@ def summarise(
     """The summary of what the runtimes of all transformers counted."""
     stages = []
     for name, records in ran.items():
-        names = [str(stage) for stage in plan.components[name].stages]
-        for number, text in [*enumerate(names), (None, "outside")]:
+        names = [str(stage) for stage in plan.components[name].stages] if plan else []
+        for number, text in [*enumerate(names), (None, "outside" if plan else "exact")]:
             part = [record for record in records if record.stage == number]
             if part or number is not None:
                 stages.append(_stage(name, text, part))
     records = [record for part in ran.values() for record in part]
     return Summary(
         density=_density(records),
-        planned_density=plan.density,
-        forecast=dict(plan.forecast or {}),
+        planned_density=plan.density if plan else None,
+        forecast=dict(plan.forecast) if plan else {},
         sparse_calls=sum(r.calls for r in records if r.dense_because is None),
         dense_calls=sum(r.calls for r in records if r.dense_because is not None),
         backends=tuple(sorted({r.backend for r in records if r.backend is not None})),
         stages=tuple(stages),
         lost=dict(lost),
-        made_at=tuple(sorted(_lengths(plan))),
+        made_at=tuple(sorted(_lengths(plan))) if plan else (),
         ran_at=tuple(sorted({record.tokens for record in records})),
         replaced=replaced,
     )

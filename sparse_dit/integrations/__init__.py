@@ -35,7 +35,10 @@ __all__ = [
 ]
 
 # top-level package of a model's class -> the module that knows it, imported when it is first needed
-HOSTS: dict[str, str] = {"diffusers": "sparse_dit.integrations.diffusers"}
+HOSTS: dict[str, str] = {
+    "diffusers": "sparse_dit.integrations.diffusers",
+    "transformers": "sparse_dit.integrations.transformers",
+}
 OTHERS = (
     "diffusers"  # host of classes that are of none: people's own, which `add_model` makes known
 )

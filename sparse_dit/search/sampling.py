@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..attention import sparse_attention
 from ..call import AttentionCall, StepContext, with_bias
 from ..index import SparseIndex
 from ..layout import TokenLayout
+from ..runtime import attend_call
 from .cells import CellSums, SampledRows, cell_table, sampled_rows
 from .nested import Cells
 
@@ -115,9 +115,7 @@ def sampled_heads(
 
 def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
     """Attention of a call over the index, `[B, N, H, D]`."""
-    q, k, v, scale = _by_head(call)
-    out = sparse_attention(q, k, v, index.to(q.device), row_stop=call.row_stop, scale=scale)
-    return out[..., : call.v.shape[-1]].transpose(1, 2)
+    return attend_call(call, index.to(call.q.device))[0]
 
 
 def exact_rows(call: AttentionCall, rows: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""Exact attention over what a call's mask lets through, and nothing else: no plan, no approximation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .account import Account, Ran
+from .call import AttentionCall
+from .index import SparseIndex, dense_index
+from .intervals import RowIntervals
+from .runtime import attend_call
+
+ALL_SEEN = "every query sees every key"
+ONE_QUERY = "one query"
+PLANNED = {ALL_SEEN, ONE_QUERY}
+
+
+class Exact:
+    """The intercept of `patch(model, "exact")`: stock attention's numbers to rounding, in less time.
+
+    Stock attention computes all pairs of queries and keys as soon as it is given a mask, and repeats the keys
+    that heads share. This computes the pairs inside the mask's row intervals.
+
+    Args:
+        component: Name of the component, for the account.
+        backend: `"auto"` or one that `sparse_attention` knows.
+        nan_guard: See `sparse_attention`.
+    """
+
+    def __init__(self, component: str, backend: str, nan_guard: bool = False) -> None:
+        self.component = component
+        self.backend = backend
+        self.nan_guard = nan_guard
+        self._account = Account(component, PLANNED)
+        self._moved: dict[tuple, SparseIndex] = {}
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Attention's output `[B, N, H, D]`."""
+        rows = call.intervals
+        pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * call.k.shape[1]
+        reason = self._stock_because(call, rows)
+        if reason is not None or rows is None:
+            self._account.warn(reason or ALL_SEEN)
+            out, density, name = call.stock(), 1.0, None
+        else:
+            out, name = attend_call(call, self._index(call), self.backend, self.nan_guard)
+            inside = rows.pairs(call.k.shape[1], call.q.shape[1]) * call.q.shape[2]
+            density = inside / max(pairs, 1)
+        way = (call.layer, None, reason, name)
+        self._account.count(way, call.k.shape[1], pairs, density)
+        return out
+
+    def forget(self) -> None:
+        """Nothing is kept from one call for another."""
+
+    def __reduce__(self):
+        return Exact, (self.component, self.backend, self.nan_guard)
+
+    @property
+    def ran(self) -> tuple[Ran, ...]:
+        """The account, one entry for each layer, way of running and length of the sequence."""
+        return self._account.ran
+
+    def _stock_because(self, call: AttentionCall, rows: RowIntervals | None) -> str | None:
+        if call.unsupported:
+            return f"the host asked for {call.unsupported}"
+        if rows is None:
+            return ALL_SEEN
+        if call.q.shape[1] == 1:
+            return ONE_QUERY
+        if call.sinks is not None and self.nan_guard:
+            return "attention sinks, which nan_guard doesn't know"
+        return None
+
+    def _index(self, call: AttentionCall) -> SparseIndex:
+        """Everything, on the device of the call; its row intervals say the rest."""
+        key = (call.q.shape[2], call.q.shape[1], call.k.shape[1])
+        if call.q.device.type == "cpu":
+            return dense_index(*key)
+        if (*key, call.q.device) not in self._moved:
+            self._moved[(*key, call.q.device)] = dense_index(*key).to(call.q.device)
+        return self._moved[(*key, call.q.device)]

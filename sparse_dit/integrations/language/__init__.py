@@ -1,0 +1,1 @@
+"""How models of transformers are attached to and run."""

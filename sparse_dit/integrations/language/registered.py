@@ -1,0 +1,238 @@
+"""The attention functions that are registered with transformers, one for each of its own that is replaced.
+
+A model's config names the function that its attention layers call. Layers with a `Seam` hand the call to what
+is attached to them, all others get what they would get anyway: so one name serves every model of the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...call import AttentionCall, Intercept, StepContext
+from ...intervals import RowIntervals, causal_rows
+from ..traced import attend_traced, handle_of
+from .masks import intervals_of
+
+# stock implementation -> our name for it; hosts take a name with "flash" in it for another kind
+NAMES = {"sdpa": "sparse_dit", "eager": "sparse_dit_eager"}
+SEAM = "_sparse_dit_seam"  # the attribute of an attention module
+
+# What changes the output and isn't in q, k, v, the mask, the scale or the sinks, with the value that changes
+# nothing: only the stock function computes the others.
+CHANGES: dict[str, Any] = {
+    "dropout": 0.0,
+    "softcap": None,
+    "position_bias": None,
+    "cache": None,
+    "cu_seq_lens_q": None,
+    "cu_seq_lens_k": None,
+    "head_mask": None,
+    "output_attentions": False,
+}
+# tensors among the arguments that say where tokens stand, which the mask says too
+HARMLESS = {"position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
+MASKS = 8  # readings kept of one forward: full and sliding layers have one each
+
+
+@dataclass(slots=True)
+class Tap:
+    """What the layers of one attached model share.
+
+    Args:
+        intercept: Gets every self-attention call; None once detached: layers run stock.
+        context: Where the last forward stood.
+        read: What the masks of the present forward say, by the mask's id and version, with a reference that
+            tells whether the mask is still that one.
+    """
+
+    intercept: Intercept | None
+    context: StepContext = field(default_factory=StepContext)
+    read: dict[tuple, tuple[weakref.ref[Tensor], RowIntervals | str | None]] = field(
+        default_factory=dict
+    )
+
+    def read_mask(self, mask: Tensor, num_queries: int, num_keys: int) -> RowIntervals | str | None:
+        """See `intervals_of`; read once a forward, not a layer."""
+        version = 0 if mask.is_inference() else mask._version
+        key = (id(mask), version, num_queries, num_keys)
+        found = self.read.get(key)
+        if found is None or found[0]() is not mask:
+            if len(self.read) >= MASKS:
+                self.read.clear()
+            found = (weakref.ref(mask), intervals_of(mask, num_queries, num_keys))
+            self.read[key] = found
+        return found[1]
+
+    def __reduce__(self):
+        return Tap, (self.intercept, self.context)
+
+
+class Seam:
+    """One attention module's entry to the tap. Compiled code knows it by its `handle`; a copy has its own.
+
+    Args:
+        layer: Module path of the layer in its model.
+        tap: What the model's layers share.
+        module: The attention module.
+        stock: Name of the stock implementation in whose place this runs.
+    """
+
+    def __init__(self, layer: str, tap: Tap, module: nn.Module, stock: str) -> None:
+        self.layer = layer
+        self.tap = tap
+        self.module = module
+        self.stock = stock
+        self.handle = handle_of(self)
+
+    def __reduce__(self):
+        return Seam, (self.layer, self.tap, self.module, self.stock)
+
+    def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """What the operator in a compiled graph computes, `[B, H, N, D]`; see `integrations.traced`."""
+        q, k, v = args
+        given = {"dropout": kwargs["dropout_p"], "scaling": kwargs["scale"]}
+        given["is_causal"] = kwargs["is_causal"]
+        return self.call(q, k, v, kwargs["attn_mask"], given)[0].transpose(1, 2)
+
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one call, `[B, N, H, D]`, and what stock returned beside it.
+
+        Args:
+            q, k, v: `[B, H, N, D]`, `[B, num_kv_heads, M, D]` twice.
+            mask: What the mask function made.
+            given: The other arguments of the host.
+        """
+        beside: list[Tensor | None] = [None]
+
+        def stock() -> Tensor:
+            out, beside[0] = _stock(self.stock, self.module, q, k, v, mask, given)
+            return out
+
+        if self.tap.intercept is None:
+            return stock(), beside[0]
+        unsupported = _unsupported(given, (q, k, v))
+        rows = None
+        if unsupported is None:
+            found = self._rows(mask, given, q.shape[0], q.shape[2], k.shape[2])
+            rows, unsupported = (None, found) if isinstance(found, str) else (found, None)
+        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+        scale, context = given.get("scaling"), self.tap.context
+        call = AttentionCall(
+            self.layer, q_, k_, v_, mask, None, scale, context, unsupported, stock,
+            rows=rows, sinks=given.get("s_aux"),
+        )  # fmt: skip
+        out = self.tap.intercept(call)
+        return out, beside[0]
+
+    def _rows(
+        self, mask: Tensor | None, given: dict[str, Any], batch: int, n: int, m: int
+    ) -> RowIntervals | str | None:
+        """The keys that each row sees, by the stock function's own rules; why they aren't intervals."""
+        if mask is None:
+            # without a mask causal order counts from the first key: a static cache is empty at its end
+            if not causal(self.stock, self.module, given, n):
+                return None
+            rows = causal_rows(n, m)
+            return (
+                RowIntervals(stop=rows.stop[None].expand(batch, -1))
+                if rows.stop is not None
+                else None
+            )
+        found = self.tap.read_mask(mask, n, m)
+        if not isinstance(found, RowIntervals) or found.start is None or found.stop is None:
+            return found
+        if found.start.shape[0] == batch:
+            return found
+        return RowIntervals(found.start.expand(batch, -1), found.stop.expand(batch, -1))
+
+
+def causal(stock: str, module: nn.Module, given: dict[str, Any], num_queries: int) -> bool:
+    """Whether the stock function masks what comes later, where it is given no mask."""
+    if stock == "eager":  # it does what the mask says alone
+        return False
+    said = given.get("is_causal")
+    return num_queries > 1 and bool(getattr(module, "is_causal", True) if said is None else said)
+
+
+def register() -> None:
+    """Make our names known to transformers; twice is harmless."""
+    for stock, name in NAMES.items():
+        AttentionInterface.register(name, _function(stock))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[stock])
+
+
+@functools.cache
+def _function(stock: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    # hosts name these five, and some pass the mask by its name
+    def attention(module, query, key, value, attention_mask=None, **given):
+        seam = getattr(module, SEAM, None)
+        if seam is None:
+            return _stock(stock, module, query, key, value, attention_mask, given)
+        if not torch.compiler.is_compiling():
+            return seam.call(query, key, value, attention_mask, given)
+        if not _traceable(given):
+            return untraced(seam, query, key, value, attention_mask, given)
+        options = {
+            "attn_mask": attention_mask,
+            "dropout_p": given.get("dropout") or 0.0,
+            "is_causal": causal(stock, module, given, query.shape[2]),
+            "scale": given.get("scaling"),
+        }
+        out = attend_traced(seam.handle, query, key, value, options, heads_first=True)
+        return out.transpose(1, 2), None
+
+    attention.__name__ = NAMES[stock]
+    return attention
+
+
+def _untraced(seam: Seam, *args: Any) -> tuple[Tensor, Tensor | None]:
+    return seam.call(*args)
+
+
+# a compiled model breaks its graph here, if the host asks for what the operator can't hand on
+untraced: Any = torch.compiler.disable(_untraced)
+
+
+def _traceable(given: dict[str, Any]) -> bool:
+    known = given.get("s_aux") is None
+    return known and all(_same(given.get(n, same), same) for n, same in CHANGES.items())
+
+
+def _stock(
+    name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """What the unpatched layer would compute."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function(module, q, k, v, mask, **given)
+
+
+def _unsupported(given: dict[str, Any], tensors: tuple[Tensor, ...]) -> str | None:
+    """What only the stock function computes, in words."""
+    for name, value in given.items():
+        if name in CHANGES and not _same(value, CHANGES[name]):
+            shown = f" ({value})" if isinstance(value, int | float) else ""
+            return f"{name}{shown}"
+        unknown = isinstance(value, Tensor) and name not in HARMLESS and name != "s_aux"
+        if unknown and name not in CHANGES:
+            return f"the argument {name}, which sparse_dit doesn't know"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "gradients"
+    return None
+
+
+def _same(value: Any, same: Any) -> bool:
+    return value is None or (not isinstance(value, Tensor) and value == same)
