@@ -13,6 +13,7 @@ from .intervals import RowIntervals, valid_rows
 from .layout import TokenLayout
 
 Branch = Literal["any", "cond", "uncond"]
+Phase = Literal["any", "prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class StepContext:
     Args:
         layout: The sequence of self-attention; None if the forward's arguments don't tell it.
         sigma: Noise level of the forward, timestep / num_train_timesteps, in [0, 1]; None before
-            the first forward. The largest one where tokens or batch items differ.
+            the first forward. The largest one where tokens or batch items differ. 1 in a language model.
         branch: Half of classifier-free guidance; "any" if both are in the batch, or unknown.
         run: Counts generations from 0. Its pipeline's scheduler tells where one starts; where no pipeline is
             known, it does when the noise level rises or starts anew.
@@ -30,6 +31,7 @@ class StepContext:
         condition: Number of the tensor object that the forward is conditioned on, never given twice: another
             number may be another generation. None if there is none. It doesn't count in comparisons.
             One object gets another number where it can't be told whether another generation has begun.
+        phase: Of a language model: `"decode"` for one query, else `"prefill"`. `"any"` for other models.
     """
 
     layout: TokenLayout | None = None
@@ -38,6 +40,7 @@ class StepContext:
     run: int = -1
     step: int = -1
     condition: int | None = field(default=None, compare=False)
+    phase: Phase = "any"
 
 
 class Split(Protocol):

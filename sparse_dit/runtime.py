@@ -53,7 +53,8 @@ class Runtime:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Attention's output `[B, N, H, D]`."""
-        stage = self.plan.stage(call.context.sigma, call.context.branch)
+        context = call.context
+        stage = self.plan.stage(context.sigma, context.branch, context.phase)
         reason = self._planned_dense(call, stage) or self._forced_dense(call)
         if reason or stage is None:
             return self._dense(call, stage, reason or NOT_COVERED)
@@ -102,9 +103,9 @@ class Runtime:
             return NOT_NAMED
         if stage is not None:
             return None
-        sigma, branch = call.context.sigma, call.context.branch
+        sigma, branch, phase = call.context.sigma, call.context.branch, call.context.phase
         named = branch != "any" or all(
-            self.plan.stage(sigma, b) is None for b in ("cond", "uncond")
+            self.plan.stage(sigma, b, phase) is None for b in ("cond", "uncond")
         )
         return NOT_COVERED if named else UNKNOWN_BRANCH
 
@@ -151,8 +152,7 @@ class Runtime:
         if key not in indices and skipped:
             indices[key] = without(self._index(call, stage, ()), skipped)
         if key not in indices:
-            patterns = self.plan.patterns(call.layer, call.context.sigma, call.context.branch)
-            assert patterns is not None, "else this call runs dense"
+            patterns = [head.pattern for head in self.plan.layers[call.layer][stage]]
             indices[key] = self._on(build_index(patterns, layout), device)
         return indices[key]
 

@@ -56,10 +56,11 @@ class Stage:
             if (got := getattr(self, name)) not in known:
                 raise PlanError(f"a stage's {name} must be one of {known}, got {short(got)}")
 
-    def covers(self, progress: float, branch: str) -> bool:
+    def covers(self, progress: float, branch: str, phase: str = "any") -> bool:
         """Whether this stage applies. An `"any"` query is answered by `"any"` stages alone."""
         above = progress > self.progress_min or progress == self.progress_min == 0
-        return above and progress <= self.progress_max and self.branch in ("any", branch)
+        named = self.branch in ("any", branch) and self.phase in ("any", phase)
+        return above and progress <= self.progress_max and named
 
     def overlaps(self, other: Stage) -> bool:
         """Whether both could apply to one call."""
@@ -163,7 +164,7 @@ class ComponentPlan:
         object.__setattr__(self, "heads", {layer: self.heads[layer] for layer in self.layers})
 
     def patterns(
-        self, layer: str, progress: float | None, branch: str = "any"
+        self, layer: str, progress: float | None, branch: str = "any", phase: str = "any"
     ) -> tuple[Pattern, ...] | None:
         """One pattern a head for a call of `layer`, or None where stock attention must run.
 
@@ -172,21 +173,23 @@ class ComponentPlan:
             progress: Progress of the call, for a diffusion model its sigma; None if it isn't known (no
                 stage applies then).
             branch: `"cond"`, `"uncond"`, or `"any"` where both are in one batch.
+            phase: `"prefill"` or `"decode"` of a language model.
 
         Returns:
             A pattern for each of the layer's heads; the same tuple for every call in a stage.
         """
         heads = self._heads.get(layer)
-        stage = self.stage(progress, branch)
+        stage = self.stage(progress, branch, phase)
         return None if heads is None or stage is None else heads[stage]
 
-    def stage(self, progress: float | None, branch: str = "any") -> int | None:
+    def stage(self, progress: float | None, branch: str = "any", phase: str = "any") -> int | None:
         """Number of the stage that applies, or None."""
         if branch not in BRANCHES:
             raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
         if progress is None:
             return None
-        return next((i for i, s in enumerate(self.stages) if s.covers(progress, branch)), None)
+        stages = enumerate(self.stages)
+        return next((i for i, s in stages if s.covers(progress, branch, phase)), None)
 
     @property
     def total_heads(self) -> int:

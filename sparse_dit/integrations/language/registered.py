@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...call import AttentionCall, Intercept, StepContext
 from ...intervals import RowIntervals, causal_rows
+from ...layout import TokenLayout
 from ..traced import attend_traced, handle_of
 from .masks import intervals_of
 
@@ -126,37 +127,48 @@ class Seam:
         unsupported = _unsupported(given, (q, k, v))
         rows = None
         if unsupported is None:
-            found = self._rows(mask, given, q.shape[0], q.shape[2], k.shape[2])
+            found = self._rows(mask, given, q, k.shape[2])
             rows, unsupported = (None, found) if isinstance(found, str) else (found, None)
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-        scale, context = given.get("scaling"), self.tap.context
+        if mask is None and rows is not None:  # a static cache is empty behind the queries
+            k_, v_ = k_[:, : q.shape[2]], v_[:, : q.shape[2]]
+        self.tap.context = context = _context(q.shape[2], k_.shape[1])
         call = AttentionCall(
-            self.layer, q_, k_, v_, mask, None, scale, context, unsupported, stock,
+            self.layer, q_, k_, v_, mask, None, given.get("scaling"), context, unsupported, stock,
             rows=rows, sinks=given.get("s_aux"),
         )  # fmt: skip
         out = self.tap.intercept(call)
         return out, beside[0]
 
     def _rows(
-        self, mask: Tensor | None, given: dict[str, Any], batch: int, n: int, m: int
+        self, mask: Tensor | None, given: dict[str, Any], q: Tensor, num_keys: int
     ) -> RowIntervals | str | None:
         """The keys that each row sees, by the stock function's own rules; why they aren't intervals."""
-        if mask is None:
-            # without a mask causal order counts from the first key: a static cache is empty at its end
-            if not causal(self.stock, self.module, given, n):
+        batch, num_queries = q.shape[0], q.shape[2]
+        if mask is None:  # then causal order counts from the first key
+            if not causal(self.stock, self.module, given, num_queries):
                 return None
-            rows = causal_rows(n, m)
-            return (
-                RowIntervals(stop=rows.stop[None].expand(batch, -1))
-                if rows.stop is not None
-                else None
-            )
-        found = self.tap.read_mask(mask, n, m)
+            return _causal_items(batch, num_queries)
+        found = self.tap.read_mask(mask, num_queries, num_keys)
         if not isinstance(found, RowIntervals) or found.start is None or found.stop is None:
             return found
         if found.start.shape[0] == batch:
             return found
         return RowIntervals(found.start.expand(batch, -1), found.stop.expand(batch, -1))
+
+
+@functools.lru_cache(maxsize=256)
+def _context(n: int, m: int) -> StepContext:
+    """Where a call of n queries and m keys stands: the last n of a plain sequence."""
+    return StepContext(TokenLayout.sequence(m), 1.0, phase="decode" if n == 1 else "prefill")
+
+
+@functools.lru_cache(maxsize=64)
+def _causal_items(batch: int, n: int) -> RowIntervals:
+    """Causal order of each batch item, the same object for the same numbers."""
+    stop = causal_rows(n, n).stop
+    assert stop is not None, "causal order ends somewhere"
+    return RowIntervals(stop=stop.expand(batch, -1))
 
 
 def causal(stock: str, module: nn.Module, given: dict[str, Any], num_queries: int) -> bool:
