@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 NO_MEMORY = 13  # of enum Status in csrc/abi.h
 VARIANT_VARIABLE = "SPARSE_DIT_CPU_VARIANT"  # for tests: the variant to run instead of the best
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -28,6 +28,17 @@ PROBLEM_FIELDS = """
     mass_block mass_groups threads variant scale
 """
 PACK_PROBLEM = struct.Struct("=9q10Qq20q4qd").pack
+
+# the same for structs SumsProblem, ChoiceProblem and RunsProblem
+SUMS_FIELDS = """
+    abi_version dtype batch heads kv_heads queries keys channels sampled listed
+    q k rows start stop head_list columns diagonals q_strides k_strides threads variant scale
+"""
+PACK_SUMS = struct.Struct("=10q8Q8q2qd").pack
+CHOICE_FIELDS = "abi_version heads candidates scores costs forced budget chosen threads"
+PACK_CHOICE = struct.Struct("=3q3QqQq").pack
+RUNS_FIELDS = "abi_version heads queries keys chosen offsets runs threads"
+PACK_RUNS = struct.Struct("=4q3Qq").pack
 
 
 class Library:
@@ -57,7 +68,10 @@ class Library:
             raise ImportError(
                 f"{file} has interface {version}, but this package needs {ABI_VERSION}; reinstall it"
             )
-        self._attend = _function(dll.sparse_dit_attend, ctypes.c_int64, ctypes.c_char_p)
+        self._attend, self._sums, self._choose, self._lay_runs = (
+            _function(getattr(dll, f"sparse_dit_{name}"), ctypes.c_int64, ctypes.c_char_p)
+            for name in ("attend", "sums", "choose", "lay_runs")
+        )
         self._error = _function(dll.sparse_dit_error, ctypes.c_char_p, ctypes.c_int64)
         self._multiply_adds = _function(
             dll.sparse_dit_multiply_adds, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
@@ -106,7 +120,21 @@ class Library:
             ValueError: If the library refuses it, with its reason.
             MemoryError: If it got no memory for its buffers.
         """
-        status = self._attend(problem)
+        self._check(self._attend(problem))
+
+    def sums(self, problem: bytes) -> None:
+        """Run a packed `SumsProblem`; as `attend`."""
+        self._check(self._sums(problem))
+
+    def choose(self, problem: bytes) -> None:
+        """Run a packed `ChoiceProblem`; as `attend`."""
+        self._check(self._choose(problem))
+
+    def lay_runs(self, problem: bytes) -> None:
+        """Run a packed `RunsProblem`; as `attend`."""
+        self._check(self._lay_runs(problem))
+
+    def _check(self, status: int) -> None:
         if status:
             error = MemoryError if status == NO_MEMORY else ValueError
             raise error(self._error(status).decode())

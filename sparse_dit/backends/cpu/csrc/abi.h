@@ -8,7 +8,7 @@
 
 namespace sparse_dit {
 
-constexpr int64_t ABI_VERSION = 2;
+constexpr int64_t ABI_VERSION = 3;
 
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -59,6 +59,49 @@ struct Entry {
     int32_t far_offsets, far_runs, num_far_runs;  // [G + 1], [F, 2]
 };
 
+// Sums of the probabilities of sampled rows, under causal order: of each key, and of each diagonal bin, 64 offsets
+// from a row's own key, `row + keys - queries`. R sampled rows of each batch item, L listed heads.
+constexpr int64_t DIAGONAL = 64;
+
+struct SumsProblem {
+    int64_t abi_version;
+    int64_t dtype;
+    int64_t batch, heads, kv_heads, queries, keys, channels;
+    int64_t sampled, listed;
+    const void *q, *k;             // [B, H, N, D], [B, H_kv, M, D]
+    const int32_t *rows;           // [B, R] contiguous, as the next two: the row; it sees keys from start
+    const int32_t *start, *stop;   // to stop, none after its own
+    const int32_t *head_list;      // [L], ascending
+    float *columns, *diagonals;    // [B, L, M], [B, L, ceil(M / DIAGONAL)] contiguous
+    Strides q_strides, k_strides;
+    int64_t threads;
+    int64_t variant;
+    double scale;
+};
+
+// The best of C candidates for each head, in the order of their scores, for as long as their costs' sum is within
+// the budget. Forced ones come first, and are taken at any cost.
+struct ChoiceProblem {
+    int64_t abi_version;
+    int64_t heads, candidates;
+    const float *scores;    // [H, C], no NaN
+    const int64_t *costs;   // [C], 0 or more
+    const uint8_t *forced;  // [C], 0 or 1
+    int64_t budget;
+    uint8_t *chosen;        // [H, C]
+    int64_t threads;
+};
+
+// Key runs of groups of 64 rows that see some columns and some diagonal bins, for each head.
+struct RunsProblem {
+    int64_t abi_version;
+    int64_t heads, queries, keys;
+    const uint8_t *chosen;  // [H, M + ceil(M / DIAGONAL)], columns first
+    int32_t *offsets;       // [H, G + 1]; written if `runs` is null, read otherwise
+    int32_t *runs;          // [R, 2], one head's after another's; or null
+    int64_t threads;
+};
+
 enum Status : int64_t {
     OK = 0,
     BAD_ABI,
@@ -74,6 +117,9 @@ enum Status : int64_t {
     BAD_INDEX_FAR,
     BAD_MASS,
     NO_MEMORY,
+    BAD_SAMPLE,
+    BAD_CHOICE,
+    BAD_SIZE,
 };
 
 }  // namespace sparse_dit
@@ -83,6 +129,10 @@ extern "C" {
 int64_t sparse_dit_abi();
 // 0, or a Status
 int64_t sparse_dit_attend(const sparse_dit::Problem *problem);
+// The same for estimates: sums, a choice by them, and the runs of what was chosen.
+int64_t sparse_dit_sums(const sparse_dit::SumsProblem *problem);
+int64_t sparse_dit_choose(const sparse_dit::ChoiceProblem *problem);
+int64_t sparse_dit_lay_runs(const sparse_dit::RunsProblem *problem);
 // What a Status means, in English.
 const char *sparse_dit_error(int64_t status);
 // Names of the compiled variants, best first, separated by spaces.

@@ -75,6 +75,17 @@ struct Call {
     }
 };
 
+// Sampled rows of the listed heads of one key head, that one thread sums up.
+struct SumsTask {
+    int64_t batch, kv_head;
+    const int32_t *heads;       // [num_heads]
+    int64_t num_heads;
+    int64_t first, count;       // sampled rows
+    float *columns, *diagonals;  // [num_heads, padded keys], [num_heads, bins], zeroed
+};
+
+constexpr int64_t SUMS_TILE = 64;  // keys; columns are padded to whole tiles
+
 // One compiled form of the kernel.
 struct Variant {
     const char *name;
@@ -87,12 +98,18 @@ struct Variant {
     void (*pool)(const Call &call, int64_t batch, int64_t kv_head, const Pattern &pattern,
                  const Pooled &pooled, int64_t first, int64_t last);
     void (*attend)(const Call &call, const Task &task, void *scratch);
+    // Memory that sums of so many rows (sampled ones of all heads) need, and the sums.
+    int64_t (*sums_scratch)(const SumsProblem &problem, int64_t rows);
+    void (*sums)(const SumsProblem &problem, const SumsTask &task, void *scratch);
     // Multiply-adds on registers alone, as fast as this machine has them; how many operations that were.
     int64_t (*multiply_adds)(int64_t turns);
 };
 
 // Compiled variants, best first, up to one whose name is null.
 extern const Variant *const VARIANTS[];
+
+// The variant at a place in the list, or, for -1, the best that runs here; null if it doesn't run.
+const Variant *choose_variant(int64_t wanted);
 
 // A Status; fills `patterns` with one entry for each of the header's.
 int64_t check_problem(const Problem &problem);

@@ -244,18 +244,11 @@ void run_tasks(Prepared &s) {
     if (s.out_of_memory) throw std::bad_alloc();
 }
 
-const Variant *choose(int64_t wanted) {
-    int64_t place = 0;
-    for (const Variant *const *v = VARIANTS; *v; v++, place++)
-        if ((wanted < 0 || wanted == place) && (*v)->runs()) return *v;
-    return nullptr;
-}
-
 int64_t attend(const Problem &problem) {
     Prepared s;
     if (const int64_t status = check_problem(problem)) return status;
     if (const int64_t status = check_index(problem, &s.call.header)) return status;
-    s.variant = choose(problem.variant);
+    s.variant = choose_variant(problem.variant);
     if (!s.variant) return BAD_VARIANT;
     s.call.problem = problem;
     for (int64_t e = 0; e < s.call.header.entries; e++)
@@ -277,6 +270,14 @@ int64_t attend(const Problem &problem) {
 }
 
 }  // namespace
+
+const Variant *choose_variant(int64_t wanted) {
+    int64_t place = 0;
+    for (const Variant *const *v = VARIANTS; *v; v++, place++)
+        if ((wanted < 0 || wanted == place) && (*v)->runs()) return *v;
+    return nullptr;
+}
+
 }  // namespace sparse_dit
 
 using sparse_dit::VARIANTS;
@@ -311,6 +312,9 @@ const char *sparse_dit_error(int64_t status) {
         case BAD_INDEX_FAR: return "the far field of the index does not fit its keys";
         case BAD_MASS: return "block mass needs a block size, and room for the largest group count";
         case NO_MEMORY: return "not enough memory for the kernel's buffers";
+        case BAD_SAMPLE: return "sampled rows, their keys or their heads lie outside of the call";
+        case BAD_CHOICE: return "costs must be 0 or more, and scores no NaN";
+        case BAD_SIZE: return "runs of these sizes don't fit into 32 bits, or there are more queries than keys";
         default: return "unknown status";
     }
 }
@@ -333,6 +337,6 @@ int64_t sparse_dit_runs(int64_t variant) {
 }
 
 int64_t sparse_dit_multiply_adds(int64_t variant, int64_t turns) {
-    const auto *chosen = sparse_dit::choose(variant);
+    const auto *chosen = sparse_dit::choose_variant(variant);
     return chosen ? chosen->multiply_adds(turns) : 0;
 }

@@ -17,6 +17,7 @@ namespace {
 #include "bfloat16_path.inc"
 #endif
 #include "attend.inc"
+#include "sums.inc"
 
 template <class T>
 float largest_square(const Problem &p, int64_t batch, int64_t kv_head, int64_t first, int64_t last) {
@@ -118,6 +119,18 @@ void attend(const Call &call, const Task &task, void *scratch) {
 #endif
         case FLOAT16: return attend_task<FloatPath<Float16>>(call, task, scratch);
         default: return attend_task<FloatPath<float>>(call, task, scratch);
+    }
+}
+
+int64_t sums_scratch(const SumsProblem &problem, int64_t rows) {
+    return SumsWorkspace::lay_out(problem, rows, nullptr, nullptr);
+}
+
+void sums(const SumsProblem &problem, const SumsTask &task, void *scratch) {
+    switch (problem.dtype) {
+        case BFLOAT16: return run_sums<BFloat16>(problem, task, scratch);
+        case FLOAT16: return run_sums<Float16>(problem, task, scratch);
+        default: return run_sums<float>(problem, task, scratch);
     }
 }
 

@@ -12,5 +12,5 @@ const Variant AVX2 = {"avx2",
                                  __builtin_cpu_supports("f16c");
                       },
                       avx2::scratch_bytes, avx2::key_norm, avx2::pool, avx2::attend,
-                      avx2::multiply_adds};
+                      avx2::sums_scratch, avx2::sums, avx2::multiply_adds};
 }  // namespace sparse_dit

@@ -15,5 +15,5 @@ const Variant AVX512 = {"avx512",
                                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
                         },
                         avx512::scratch_bytes, avx512::key_norm, avx512::pool, avx512::attend,
-                        avx512::multiply_adds};
+                        avx512::sums_scratch, avx512::sums, avx512::multiply_adds};
 }  // namespace sparse_dit

@@ -16,5 +16,5 @@ const Variant AVX512_BF16 = {
                __builtin_cpu_supports("f16c");
     },
     avx512_bf16::scratch_bytes, avx512_bf16::key_norm, avx512_bf16::pool, avx512_bf16::attend,
-    avx512_bf16::multiply_adds};
+    avx512_bf16::sums_scratch, avx512_bf16::sums, avx512_bf16::multiply_adds};
 }  // namespace sparse_dit

@@ -1,0 +1,80 @@
+"""Which columns and diagonal bins are chosen: those with the most probability for what they cost.
+
+Letters in shapes: L heads, M keys, C bins of 64 offsets. A choice is bool `[L, M + C]`, columns first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import estimates, library
+from .rows import BIN, CallRows
+from .shapes import Budget, Share
+
+BIN_KEYS = 80  # a bin costs a group of 64 rows 128 keys, 64 of them beside another bin
+
+
+def choose(
+    columns: Tensor,
+    diagonals: Tensor,
+    call: CallRows,
+    budget: Budget | Share,
+    *,
+    sinks: int,
+    local: int,
+) -> Tensor:
+    """Columns and bins of each head within a budget, or with a share of the probability.
+
+    Args:
+        columns, diagonals: float32 `[L, M]` and `[L, C]`: probability per row that sees the column or bin,
+            so that the gain and the cost of a column are both in proportion to the rows that see it.
+        call: All rows.
+        budget: How much is chosen.
+        sinks, local: Keys that are always chosen: the first, and those behind each row.
+    """
+    seen, pairs = call.column_rows.sum(0), call.diagonal_pairs.sum(0)
+    scores = torch.cat([columns, diagonals / BIN_KEYS], 1)
+    costs = torch.cat([seen, pairs * BIN_KEYS // BIN])
+    forced = torch.cat([call.sinks(sinks), torch.arange(len(pairs)) < max(1, -(-local // BIN))])
+    allowed = call.budget(budget.keys(call.num_keys))
+    chosen = within(scores, costs, forced, allowed)
+    if isinstance(budget, Share):
+        chosen |= torch.cat(
+            [
+                fewest(columns, columns * seen, budget.gamma),
+                fewest(diagonals, diagonals * pairs, budget.gamma),
+            ],
+            1,
+        )
+    return chosen
+
+
+def within(scores: Tensor, costs: Tensor, forced: Tensor, budget: int) -> Tensor:
+    """The best candidates, in the order of scores, as long as the sum of their costs is within the budget.
+
+    Args:
+        scores: float32 `[L, K]`, no NaN; of equal ones the first is better.
+        costs: int64 `[K]`.
+        forced: Bool `[K]`: chosen before all others, at any cost.
+        budget: The largest sum of costs.
+    """
+    if library.LIBRARY is not None:
+        return estimates.choose(scores, costs, forced, budget)
+    return within_by_torch(scores, costs, forced, budget)
+
+
+def within_by_torch(scores: Tensor, costs: Tensor, forced: Tensor, budget: int) -> Tensor:
+    """`within` by PyTorch, where the kernel's library is missing."""
+    order = scores.masked_fill(forced, torch.inf).argsort(dim=1, descending=True, stable=True)
+    taken = costs[order].cumsum(1) <= budget
+    return torch.zeros_like(taken).scatter_(1, order, taken) | forced
+
+
+def fewest(scores: Tensor, mass: Tensor, gamma: float) -> Tensor:
+    """The fewest candidates, in the order of scores, with a share `gamma` of all mass; bool, as `scores`."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    before = mass.double().gather(1, order).cumsum(1).roll(1, 1)
+    total = before[:, :1].clone()
+    before[:, 0] = 0
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, before < gamma * total)

@@ -1,0 +1,112 @@
+"""What a head of a causal language model may be estimated as, and how many keys it may cost.
+
+Ideas: MInference (https://arxiv.org/abs/2407.02490) for the shapes, FlexPrefill (2502.20766) for the share,
+MoA (2406.14909) for budgets that grow with the length.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ..patterns.dense import Dense
+from ..patterns.fields import CONFIG, MAX_EXTENT, Count, Distance
+
+Keys = Annotated[float, Field(strict=True, ge=-MAX_EXTENT, le=MAX_EXTENT)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Sampled = Annotated[int, Field(strict=True, ge=1, le=1 << 14)]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Budget:
+    """About how many keys a row computes: `alpha + beta * length`, from `least` to `most`.
+
+    A row that sees fewer keys computes them all. So of a causal prefill `beta` alone is a density of
+    `2 * beta - beta ** 2`. With fewer than about 256 keys a row, facts in the middle of a text are lost.
+
+    Args:
+        alpha, beta: Keys, and keys for each key of the call.
+        least, most: Bounds of the result; `most` is None for no bound.
+    """
+
+    alpha: Keys = 0.0
+    beta: Fraction = 0.125
+    least: Count = 256
+    most: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.most is not None and self.most < self.least:
+            raise ValueError(f"most must be at least least, got {self.most} and {self.least}")
+
+    def keys(self, length: int) -> int:
+        """Keys a row in a call of `length` keys."""
+        wanted = max(self.least, int(self.alpha + self.beta * length))
+        return wanted if self.most is None else min(wanted, self.most)
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Share:
+    """The fewest keys with a share of the probability, as each prompt needs them; FlexPrefill's rule.
+
+    Args:
+        gamma: The share, of columns and of diagonals apart.
+        least: A row computes at least about so many keys.
+    """
+
+    gamma: Fraction = 0.9
+    least: Count = 256
+
+    def keys(self, length: int) -> int:
+        """The least number of keys a row, at any length."""
+        return self.least
+
+
+@dataclass(frozen=True, config=CONFIG)
+class VerticalSlash:
+    """The columns and the diagonals, 64 offsets each, that hold the most of some sampled rows' probability.
+
+    Args:
+        rows: Which rows are sampled: the last ones, rows spread over the sequence, or both.
+        sampled: How many, of each kind.
+        budget: How much is chosen.
+        sinks: So many first keys are always chosen.
+        local: So are the keys at most about so far back.
+    """
+
+    rows: Literal["last", "spread", "both"] = "both"
+    sampled: Sampled = 64
+    budget: Budget | Share = Budget()
+    sinks: Distance = 64
+    local: Count = 64
+
+
+@dataclass(frozen=True, config=CONFIG)
+class PooledBlocks:
+    """For every 64 rows the blocks of 64 keys whose mean key suits the rows' mean query the most.
+
+    Args:
+        budget: How much is chosen: blocks for so many keys, or those with a share of the estimate.
+        sinks, local: As for `VerticalSlash`, in whole blocks.
+    """
+
+    budget: Budget | Share = Budget()
+    sinks: Distance = 64
+    local: Count = 64
+
+
+@dataclass(frozen=True, config=CONFIG)
+class SinkWindow:
+    """The first keys and those just before a row: the A-shape, of StreamingLLM. Nothing is estimated.
+
+    Args:
+        sinks: How many first keys.
+        budget: How many keys a row, the sinks among them.
+    """
+
+    sinks: Distance = 64
+    budget: Budget = Budget()
+
+
+Shape = VerticalSlash | PooledBlocks | SinkWindow | Dense
