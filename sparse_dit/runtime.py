@@ -12,6 +12,7 @@ from .account import Account, Ran, Way
 from .attention import attend, backend_name, sparse_attention
 from .autocast import lowered
 from .call import AttentionCall, with_bias
+from .estimate import estimated_index
 from .index import PatternIndex, SparseIndex, build_index
 from .intervals import RowIntervals
 from .layout import TokenLayout
@@ -25,7 +26,9 @@ NOT_NAMED = "layer not in the plan"
 NOT_COVERED = "noise level or branch not in the plan"
 ALL_DENSE = "every head dense in the plan"
 ALL_SEEN = "at this size the plan's patterns cover everything"
-PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE, ALL_SEEN}
+LEAST_QUERIES = 16  # of a language model: below, there is nothing to gain
+FEW_QUERIES = f"fewer than {LEAST_QUERIES} queries"
+PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE, ALL_SEEN, FEW_QUERIES}
 UNKNOWN_BRANCH = (
     "each stage of the plan is for one guidance branch, and this forward computes both or names none "
     '(in a loop of your own: with transformer.cache_context("cond"))'
@@ -73,7 +76,8 @@ class Runtime:
 
     def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
         """Attention as the plan says for the stage, `[B, N, H, D]`; the heads `skipped` aren't computed."""
-        index = self._index(call, stage, skipped)
+        estimated = self._is_estimated(call.layer, stage)
+        index = self._estimate(call, stage) if estimated else self._index(call, stage, skipped)
         if index.is_dense:
             heads = self.plan.layers[call.layer][stage]
             planned = all(head.pattern.computed.is_dense for head in heads)
@@ -86,6 +90,17 @@ class Runtime:
         out, name = attend_call(call, index, self.backend, self.nan_guard)
         self._count(call, (call.layer, stage, None, name), index.density)
         return out
+
+    def _is_estimated(self, layer: str, stage: int) -> bool:
+        return any(head.pattern.is_estimated for head in self.plan.layers[layer][stage])
+
+    def _estimate(self, call: AttentionCall, stage: int) -> SparseIndex:
+        """What the call's own queries and keys say that is worth computing."""
+        q, k = lowered(call.q, call.k)
+        shapes = [head.pattern.shape for head in self.plan.layers[call.layer][stage]]
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        rows = None if call.attn_mask is None else call.rows
+        return estimated_index(q, k, shapes, scale=call.scale, rows=rows)
 
     def __reduce__(self):
         return Runtime, (self.component, self.plan, self.backend, self.nan_guard)
@@ -122,6 +137,10 @@ class Runtime:
         num_heads, _ = self.plan.heads[call.layer]
         if call.q.shape[2] != num_heads:
             return f"{call.q.shape[2]} heads in this process, but the plan has {num_heads}"
+        if call.q.shape[1] < LEAST_QUERIES and call.context.phase != "any":
+            return FEW_QUERIES
+        if call.rows is None and call.context.phase != "any":
+            return "a language model's plan is for causal order, and this call has none"
         if tokens < least:
             return f"{tokens} tokens are below the break-even of {least}"
         if most is not None and tokens > most:
@@ -137,6 +156,8 @@ class Runtime:
     def _count(self, call: AttentionCall, way: Way, density: float) -> None:
         tokens = _tokens(call)
         pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * tokens
+        if call.rows is not None:
+            pairs = call.rows.pairs(call.k.shape[1], call.q.shape[1]) * call.q.shape[2]
         self._account.count(way, tokens, pairs, density)
 
     def _index(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> SparseIndex:
@@ -168,7 +189,7 @@ class Runtime:
 
 def _tokens(call: AttentionCall) -> int:
     """Tokens that attention runs over, on all processes."""
-    return call.q.shape[1] if call.split is None else call.split.num_tokens
+    return call.k.shape[1] if call.split is None else call.split.num_tokens
 
 
 def attend_call(

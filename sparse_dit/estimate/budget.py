@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import estimates, library
+from ..patterns.estimated import Budget, Share
 from .rows import BIN, CallRows
-from .shapes import Budget, Share
 
 BIN_KEYS = 80  # a bin costs a group of 64 rows 128 keys, 64 of them beside another bin
 

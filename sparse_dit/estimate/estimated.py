@@ -13,11 +13,11 @@ from ..index import SparseIndex
 from ..intervals import RowIntervals, causal_rows
 from ..on_cpu import on_cpu
 from ..patterns.dense import Dense
+from ..patterns.estimated import PooledBlocks, Shape, SinkWindow, VerticalSlash
 from .budget import choose
 from .pooled import pooled_entries
 from .rows import BIN, CallRows, call_rows, sample_rows
 from .runs import dense_entry, slash_entries
-from .shapes import PooledBlocks, Shape, SinkWindow, VerticalSlash
 from .sums import sampled_sums
 
 

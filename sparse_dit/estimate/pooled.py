@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..entry import PatternIndex
 from ..index import runs_of
+from ..patterns.estimated import PooledBlocks, Share
 from .rows import BIN, CallRows
 from .runs import GROUP, entries_of, group_bounds
-from .shapes import PooledBlocks, Share
 
 
 def pooled_entries(
@@ -75,7 +75,9 @@ def _visible(call: CallRows) -> Tensor:
     """Which blocks hold a key that a row of each group sees, as far as intervals tell: bool `[B, G, K]`."""
     rows, pad = call.start.shape[1], -call.start.shape[1] % GROUP
     none = call.start >= call.stop
-    start = torch.nn.functional.pad(call.start.masked_fill(none, call.num_keys), (0, pad), value=call.num_keys)
+    start = torch.nn.functional.pad(
+        call.start.masked_fill(none, call.num_keys), (0, pad), value=call.num_keys
+    )
     stop = torch.nn.functional.pad(call.stop.masked_fill(none, 0), (0, pad))
     assert rows + pad == start.shape[1]
     start, stop = (x.unflatten(1, (-1, GROUP)) for x in (start, stop))

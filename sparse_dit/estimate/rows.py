@@ -98,9 +98,7 @@ def _causal(num_queries: int, num_keys: int) -> CallRows:
     return CallRows(rows, torch.zeros_like(rows), stop[None], offset, num_keys)
 
 
-def sample_rows(
-    call: CallRows, kind: Literal["last", "spread", "both"], sampled: int
-) -> CallRows:
+def sample_rows(call: CallRows, kind: Literal["last", "spread", "both"], sampled: int) -> CallRows:
     """Some rows of a call: of those that see their own key, which rows of padding don't.
 
     Items with fewer such rows than others get rows that see nothing.

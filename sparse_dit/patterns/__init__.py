@@ -8,7 +8,8 @@ adds how tokens are ordered and grouped and what stands for the rest. To add one
 from ..curve import Curve
 from .blocks import Blocks
 from .dense import Dense
-from .pattern import PATTERNS, Pattern
+from .estimated import Budget, PooledBlocks, Share, SinkWindow, VerticalSlash
+from .pattern import ESTIMATED, GEOMETRY, PATTERNS, Pattern
 from .skip import Skip
 from .stencil import Stencil
 from .stripe import Stripe
@@ -18,16 +19,23 @@ from .vertical import Vertical
 from .window import Window
 
 __all__ = [
+    "ESTIMATED",
+    "GEOMETRY",
     "PATTERNS",
     "Blocks",
+    "Budget",
     "Curve",
     "Dense",
     "Pattern",
+    "PooledBlocks",
+    "Share",
+    "SinkWindow",
     "Skip",
     "SlidingTile",
     "Stencil",
     "Stripe",
     "Union",
     "Vertical",
+    "VerticalSlash",
     "Window",
 ]

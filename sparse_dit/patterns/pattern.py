@@ -14,6 +14,7 @@ from ..curve import Curve
 from ..layout import Tile
 from .blocks import Blocks
 from .dense import Dense
+from .estimated import PooledBlocks, SinkWindow, VerticalSlash
 from .fields import CONFIG, Count, Distance, Flag
 from .skip import Skip
 from .stencil import Stencil
@@ -23,7 +24,7 @@ from .union import Union
 from .vertical import Vertical
 from .window import Window
 
-PATTERNS: dict[str, Any] = {
+GEOMETRY: dict[str, Any] = {  # what is seen follows from where tokens lie
     "dense": Dense,
     "skip": Skip,
     "window": Window,
@@ -34,6 +35,12 @@ PATTERNS: dict[str, Any] = {
     "blocks": Blocks,
     "union": Union,
 }
+ESTIMATED: dict[str, Any] = {  # what is seen is found anew in each call, for causal language models
+    "sink_window": SinkWindow,
+    "vertical_slash": VerticalSlash,
+    "pooled_blocks": PooledBlocks,
+}
+PATTERNS = GEOMETRY | ESTIMATED
 NAMES = {shape: name for name, shape in PATTERNS.items()}
 
 Axis = Annotated[int, Field(strict=True, ge=1, le=1 << 16)] | None
@@ -57,6 +64,7 @@ class _Frame:
 _FRAME = TypeAdapter(_Frame)
 _CURVE = TypeAdapter(Curve)
 _FIELDS = tuple(field.name for field in dataclasses.fields(_Frame))
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(_Frame)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +113,8 @@ class Pattern:
         _checked(_FRAME, frame, self.name)
         if self.pool is not None and not self.far:
             raise ValueError(f"{self.name}: pool must be left out without far, got {self.pool}")
+        if self.is_estimated:
+            _alone({k: v for k, v in frame.items() if v != _DEFAULTS[k]}, self.name)
 
     @property
     def name(self) -> str:
@@ -122,6 +132,11 @@ class Pattern:
         return isinstance(self.shape, Dense) and self.every == 1
 
     @property
+    def is_estimated(self) -> bool:
+        """Whether what is seen is found anew in each call; see `sparse_dit.estimate`."""
+        return self.name in ESTIMATED
+
+    @property
     def computed(self) -> Pattern:
         """What is computed at the steps at which it is."""
         return self if self.every == 1 else dataclasses.replace(self, every=1)
@@ -129,6 +144,8 @@ class Pattern:
     @property
     def version(self) -> int:
         """The first version of the plan format that can say this."""
+        if self.is_estimated:
+            return 3
         reaches = any(isinstance(s, Stencil) and s.reach is not None for s in self.shapes)
         later = isinstance(self.tile, Curve) or self.every > 1 or self.pool is not None or reaches
         return 2 if later else 1
@@ -183,8 +200,13 @@ class Pattern:
                 extra[name] = len(extra[name])
         extra.pop("mask", None)
         tile = tile_text(self.tile)
-        words = [self.name, tile] if not self.is_dense else [self.name]
+        words = [self.name] if self.is_dense or self.is_estimated else [self.name, tile]
         return " ".join(words + [f"{k}={v}".replace(" ", "") for k, v in extra.items()])
+
+
+def _alone(given: dict[str, Any], name: str) -> None:
+    if given:
+        raise ValueError(f"{name}: takes none of a grid's parameters, got {sorted(given)}")
 
 
 def tile_text(tile: Tile) -> str:
@@ -215,6 +237,8 @@ def _shape_to_dict(shape: Any) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _listed(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 

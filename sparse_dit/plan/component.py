@@ -160,6 +160,8 @@ class ComponentPlan:
             _count(f'heads."{layer}": num_heads', num_heads, schema.MAX_HEADS)
             _count(f'heads."{layer}": head_dim', head_dim, schema.MAX_HEAD_DIM)
             check_layer(f'layers."{layer}"', stages, len(self.stages), num_heads)
+            for number, heads in enumerate(stages):
+                _check_alike(f'layers."{layer}"[{number}]', [head.pattern for head in heads])
             self._heads[layer] = tuple(tuple(head.pattern for head in heads) for heads in stages)
         object.__setattr__(self, "heads", {layer: self.heads[layer] for layer in self.layers})
 
@@ -246,6 +248,16 @@ def check_layer(place: str, stages: Collection[Sized], num_stages: int, num_head
     for i, heads in enumerate(stages):
         if len(heads) != num_heads:
             raise PlanError(f"{place}[{i}]: must have {num_heads} heads, got {len(heads)}")
+
+
+def _check_alike(place: str, patterns: list[Pattern]) -> None:
+    """Raise PlanError if some heads follow a geometry and others are estimated."""
+    sparse = [pattern for pattern in patterns if not pattern.is_dense]
+    if len({pattern.is_estimated for pattern in sparse}) > 1:
+        names = sorted({pattern.name for pattern in sparse})
+        raise PlanError(
+            f"{place}: heads must all be estimated or dense, or none of them estimated, got {names}"
+        )
 
 
 def matches(name: str, value: Any, form: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -33,12 +33,28 @@ STORAGE = frozenset(
         "transformers_version",
     }
 )
+# what a language model's configuration says of its use
+USE = frozenset(
+    {
+        "architectures",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+        "id2label",
+        "label2id",
+    }
+)
 # places and types of memory, which are no architecture under any name
 _MEMORY = (torch.dtype, torch.device)
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
+def config_hash(config: Any) -> str:
     """SHA-256 of a model's architecture, the same for the same model in any process.
+
+    Args:
+        config: A mapping, or a configuration of transformers, of which only what differs from the defaults
+            of its class counts, so that new defaults don't matter.
 
     Keys that start with "_" (where it came from, who wrote it), keys that say how weights are stored or
     were loaded (`STORAGE`, and whatever holds a torch dtype or device), and keys whose value is None (what a
@@ -48,16 +64,28 @@ def config_hash(config: Mapping[str, Any]) -> str:
     Raises:
         PlanError: If a value is neither a number, text, nor made of them.
     """
-    return sha256(
-        {
-            str(key): _plain(value, ("config", str(key)))
-            for key, value in config.items()
-            if not str(key).startswith("_")
-            and key not in STORAGE
-            and value is not None
-            and not isinstance(value, _MEMORY)
-        }
-    )
+    if hasattr(config, "to_diff_dict"):
+        return sha256(_architecture(config.to_diff_dict(), STORAGE | USE))
+    return sha256(_kept(config, STORAGE))
+
+
+def _kept(config: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
+    return {
+        str(key): _plain(value, ("config", str(key)))
+        for key, value in config.items()
+        if not str(key).startswith("_")
+        and key not in without
+        and value is not None
+        and not isinstance(value, _MEMORY)
+    }
+
+
+def _architecture(config: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
+    """The same of a configuration whose parts (of text, of vision) are configurations too."""
+    return {
+        key: _architecture(value, without) if isinstance(value, Mapping) else value
+        for key, value in _kept(config, without).items()
+    }
 
 
 def sha256(document: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from . import codec, hub, storage
-from .component import DIFFUSION, ComponentPlan, matches
+from .component import ComponentPlan, matches
 from .document import parse, place, plain, render
 from .errors import PlanError, short
 from .identity import sha256
@@ -242,11 +242,6 @@ class Plan:
                 "use a plan made for this pipeline"
             )
         part = self.components[component]
-        if part.kind != DIFFUSION:
-            raise PlanError(
-                f"{component}: the plan must be for a {DIFFUSION}, got one for a {part.kind}, which this "
-                "version of sparse_dit can't patch; use a plan made for this model"
-            )
         facts: list[tuple[str, Any, Any, str]] = [("class", part.model_class, model_class, "")]
         for layer, planned in part.heads.items():
             sizes = zip(_HEADS, planned, heads.get(layer, planned), strict=True)

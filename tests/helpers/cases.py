@@ -1,4 +1,4 @@
-"""Patterns and layouts that the tests of the core run over; the tables can't fall behind PATTERNS."""
+"""Patterns and layouts that the tests of the core run over; the tables can't fall behind GEOMETRY."""
 
 from __future__ import annotations
 

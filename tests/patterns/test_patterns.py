@@ -6,21 +6,21 @@ import torch
 
 from sparse_dit.index import seen_cells
 from sparse_dit.layout import Boxes, TokenLayout, tile_order
-from sparse_dit.patterns import PATTERNS, Blocks, Pattern, Stencil, Stripe, Union, Vertical, Window
+from sparse_dit.patterns import GEOMETRY, Blocks, Pattern, Stencil, Stripe, Union, Vertical, Window
 from tests.helpers.cases import PATTERN_CASES, SHAPES
 
 GRIDS = [TokenLayout.video(*grid) for grid in ((4, 4, 4), (3, 5, 7), (1, 6, 5), (1, 1, 70))]
 
 
 def test_every_pattern_has_a_test_case():
-    assert SHAPES.keys() == PATTERNS.keys()
+    assert SHAPES.keys() == GEOMETRY.keys()
 
 
 def sees(name, shape, q, k, order):
     """Token by token, straight from the papers' definitions."""
     grid, tile = order.grid, order.tile
     if name == "union":
-        names = {v: n for n, v in PATTERNS.items()}
+        names = {v: n for n, v in GEOMETRY.items()}
         return any(sees(names[type(s)], s, q, k, order) for s in shape.of)
     if name in ("dense", "skip"):
         return name == "dense"

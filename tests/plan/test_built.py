@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_dit.patterns import Pattern, Stencil
+from sparse_dit.patterns import (
+    Budget,
+    Pattern,
+    PooledBlocks,
+    Share,
+    SinkWindow,
+    Stencil,
+    VerticalSlash,
+    Window,
+)
 from sparse_dit.plan import (
     HeadChoice,
     Plan,
@@ -205,12 +214,6 @@ def test_each_layer_is_held_against_its_own_heads():
         plan.check_model("transformer", **(FACTS | {"heads": {**heads, "b": (1, 24)}}))
 
 
-def test_a_plan_for_a_language_model_is_refused():
-    plan = small(components={"transformer": component(kind="language_model")})
-    with pytest.raises(PlanError, match="got one for a language_model, which this version of"):
-        plan.check_model("transformer", **FACTS)
-
-
 def test_stages_of_two_phases_may_overlap_and_of_one_may_not():
     prefill, decode = (Stage(1.0, 0.0, phase=phase) for phase in ("prefill", "decode"))
     heads = component().layers[FIRST]
@@ -287,3 +290,34 @@ def test_config_hash_of_a_shipped_plans_model_is_what_it_was():
     plan = Plan.from_pretrained("tiny-wan").components["transformer"]
     config = json.loads((shipped("tiny_wan") / "transformer" / "config.json").read_text())
     assert config_hash(config) == plan.config_hash
+
+
+def test_a_layer_is_estimated_as_a_whole_or_not_at_all():
+    found, near = Pattern(VerticalSlash()), Pattern(Window(frames=1))
+    layers = {FIRST: ((HeadChoice(found), HeadChoice(DENSE)), (HeadChoice(near), HeadChoice(DENSE)))}
+    component(layers=layers)
+    layers[FIRST] = ((HeadChoice(found), HeadChoice(near)), layers[FIRST][1])
+    with pytest.raises(PlanError, match=r"got \['vertical_slash', 'window'\]"):
+        component(layers=layers)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SinkWindow(sinks=4, budget=Budget(alpha=-3.0, beta=0.5, least=16, most=4096)),
+        VerticalSlash(rows="last", sampled=32, budget=Share(0.95, 128), sinks=0, local=512),
+        VerticalSlash(budget=Share()),
+        PooledBlocks(),
+    ],
+)
+def test_what_is_estimated_is_written_and_read(shape):
+    pattern = Pattern(shape)
+    assert Pattern.from_dict(json.loads(json.dumps(pattern.to_dict()))) == pattern
+    assert pattern.is_estimated and pattern.version == 3
+
+
+def test_what_is_estimated_has_no_tiles():
+    with pytest.raises(ValueError, match=r"sink_window: takes none of a grid's parameters, got \['far'\]"):
+        Pattern(SinkWindow(), far=True)
+    with pytest.raises(ValueError, match="most must be at least least, got 8 and 256"):
+        Budget(most=8)

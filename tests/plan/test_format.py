@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparse_dit.layout import Segment, TokenLayout
-from sparse_dit.patterns import PATTERNS, Curve, Dense, Pattern, Skip, Stencil, Vertical, Window
+from sparse_dit.patterns import GEOMETRY, PATTERNS, Curve, Dense, Pattern, Skip, Stencil, Vertical, Window
 from sparse_dit.plan import Plan
 from sparse_dit.plan.document import render
 from sparse_dit.resources import shipped
@@ -20,7 +20,7 @@ from tests.helpers.plan_cases import FINGERPRINT, GOLDEN, GOLDEN_2, GOLDEN_3, be
 
 def test_golden_file_holds_every_pattern():
     plan = Plan.load(GOLDEN)
-    assert {p.name for p in plan.components["transformer"].distinct_patterns} == PATTERNS.keys()
+    assert {p.name for p in plan.components["transformer"].distinct_patterns} == GEOMETRY.keys()
 
 
 def test_the_golden_file_of_version_3_loads_and_saves_to_the_same_bytes(tmp_path):

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..patterns.dense import Dense
-from ..patterns.fields import CONFIG, MAX_EXTENT, Count, Distance
+from .dense import Dense
+from .fields import CONFIG, MAX_EXTENT, Count, Distance
 
 Keys = Annotated[float, Field(strict=True, ge=-MAX_EXTENT, le=MAX_EXTENT)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
