@@ -41,10 +41,13 @@ class CallRows:
     num_keys: int
     cache: dict[object, Tensor | CallRows] = field(default_factory=dict, init=False, repr=False)
 
-    @functools.cached_property
-    def column_rows(self) -> Tensor:
-        """int64 `[B, M]`: how many rows see each key."""
-        return _holding(self.start, self.stop, self.num_keys)
+    def column_rows(self, local: int = 0) -> Tensor:
+        """int64 `[B, M]`: how many rows see each key, at least `local` keys back of their own."""
+        if (found := self.cache.get(("columns", local))) is None:
+            stop = torch.minimum(self.stop, self.rows + self.offset + 1 - local)
+            found = self.cache[("columns", local)] = _holding(self.start, stop, self.num_keys)
+        assert isinstance(found, Tensor)
+        return found
 
     @functools.cached_property
     def diagonal_pairs(self) -> Tensor:

@@ -118,7 +118,7 @@ def test_a_share_takes_what_a_prompt_needs():
     columns[1, ::2] = 0.002
     few, many = choose(columns, diagonals, call, Share(0.9, least=1), sinks=0, local=1)
     assert few.nonzero()[:, 0].tolist() == [100, 101, 102, n, n + 3]
-    assert many[:n:2].sum() > 200
+    assert many[:n:2].sum() > 150
 
 
 def test_budgets_grow_with_the_length():

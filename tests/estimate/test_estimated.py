@@ -95,7 +95,7 @@ def test_a_needle_and_a_diagonal_are_found(rows, budget, way):
     late = torch.arange(300, 700)
     assert seen[:2, late, 77].all()
     assert seen[2:, late, late - 200].all()
-    assert seen.double().mean() < 0.3
+    assert seen.double().mean() < 0.9 * 0.5, "of all pairs, of which causal order has a half"
 
 
 def test_blocks_find_a_needle(way):

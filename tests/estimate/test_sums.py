@@ -21,7 +21,7 @@ def padded(n, m):
     return RowIntervals(start=start.maximum((own >= 50) * torch.tensor([[50], [0]])).int())
 
 
-def expected(q, k, sample, heads):
+def expected(q, k, sample, heads, local):
     """Columns and diagonals of the sampled rows, by their definition."""
     full = [x.long().expand(len(q), -1) for x in (sample.rows, sample.start, sample.stop)]
     index = full[0][:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
@@ -31,7 +31,7 @@ def expected(q, k, sample, heads):
         torch.where((offset // 64 == b)[:, None], p, 0).sum((2, 3))
         for b in range(-(-k.shape[2] // 64))
     ]
-    return p.sum(2), torch.stack(bins, -1)
+    return torch.where((offset < local)[:, None], 0, p).sum(2), torch.stack(bins, -1)
 
 
 @pytest.mark.parametrize("kind", ["last", "spread", "both"])
@@ -40,10 +40,10 @@ def test_sums_are_those_of_a_plain_softmax(n, m, kind):
     for batch, rows in ((1, None), (2, None), (2, padded(n, m))):
         q, k = tensors(n, m, batch=batch)
         sample = sample_rows(call_rows(n, m, rows), kind, 24)
-        for heads in (range(4), [1, 2], [3]):
-            want = expected(q, k, sample, list(heads))
-            sums = sampled_sums(q, k, sample, scale=SCALE, heads=heads)
-            by_torch = sums_by_torch(q, k, sample, SCALE, list(heads))
+        for heads, local in ((range(4), 0), ([1, 2], 64), ([3], 30)):
+            want = expected(q, k, sample, list(heads), local)
+            sums = sampled_sums(q, k, sample, scale=SCALE, heads=heads, local=local)
+            by_torch = sums_by_torch(q, k, sample, SCALE, list(heads), local)
             for found in ((sums.columns, sums.diagonals), by_torch):
                 torch.testing.assert_close(found[0].double(), want[0], rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(found[1].double(), want[1], rtol=1e-4, atol=1e-5)
