@@ -15,6 +15,11 @@ from .rows import BIN, CallRows
 BIN_KEYS = 80  # a bin costs a group of 64 rows 128 keys, 64 of them beside another bin
 
 
+def local_bins(local: int) -> int:
+    """How many bins hold the keys at most about `local` back; a row's own is in the first."""
+    return max(1, -(-local // BIN))
+
+
 def choose(
     columns: Tensor,
     diagonals: Tensor,
@@ -28,15 +33,17 @@ def choose(
 
     Args:
         columns, diagonals: float32 `[L, M]` and `[L, C]`: probability per row that sees the column or bin,
-            so that the gain and the cost of a column are both in proportion to the rows that see it.
+            so that the gain and the cost of a column are both in proportion to the rows that see it; of
+            columns without the bins that are chosen anyway.
         call: All rows.
         budget: How much is chosen.
         sinks, local: Keys that are always chosen: the first, and those behind each row.
     """
-    seen, pairs = call.column_rows.sum(0), call.diagonal_pairs.sum(0)
+    bins = local_bins(local)
+    seen, pairs = call.column_rows(bins * BIN).sum(0), call.diagonal_pairs.sum(0)
     scores = torch.cat([columns, diagonals / BIN_KEYS], 1)
     costs = torch.cat([seen, pairs * BIN_KEYS // BIN])
-    forced = torch.cat([call.sinks(sinks), torch.arange(len(pairs)) < max(1, -(-local // BIN))])
+    forced = torch.cat([call.sinks(sinks), torch.arange(len(pairs)) < bins])
     allowed = call.budget(budget.keys(call.num_keys))
     chosen = within(scores, costs, forced, allowed)
     if isinstance(budget, Share):

@@ -14,11 +14,11 @@ from ..intervals import RowIntervals, causal_rows
 from ..on_cpu import on_cpu
 from ..patterns.dense import Dense
 from ..patterns.estimated import PooledBlocks, Shape, SinkWindow, VerticalSlash
-from .budget import choose
+from .budget import choose, local_bins
 from .pooled import pooled_entries
 from .rows import BIN, CallRows, call_rows, sample_rows
 from .runs import dense_entry, slash_entries
-from .sums import sampled_sums
+from .sums import SampledSums, sampled_sums
 
 
 @on_cpu
@@ -83,9 +83,13 @@ def _by_shape(
         elif isinstance(shape, PooledBlocks):
             made.append((heads, pooled_entries(q, k, call, heads, shape, scale)))
         else:
-            sampled.setdefault((shape.rows, shape.sampled), []).append((shape, heads))
-    for (kind, count), wanted in sampled.items():
-        made += _vertical_slash(q, k, call, sample_rows(call, kind, count), wanted, scale)
+            key = (shape.rows, shape.sampled, local_bins(shape.local) * BIN)
+            sampled.setdefault(key, []).append((shape, heads))
+    for (kind, count, local), wanted in sampled.items():
+        sample = sample_rows(call, kind, count)
+        heads = sorted(head for _, of in wanted for head in of)
+        sums = sampled_sums(q, k, sample, scale=scale, heads=heads, local=local)
+        made.append(_vertical_slash(sums, call, wanted, heads))
     return made
 
 
@@ -95,24 +99,21 @@ def is_dense(shape: VerticalSlash | PooledBlocks | SinkWindow, num_keys: int) ->
 
 
 def _vertical_slash(
-    q: Tensor,
-    k: Tensor,
+    sums: SampledSums,
     call: CallRows,
-    sample: CallRows,
     wanted: list[tuple[VerticalSlash, list[int]]],
-    scale: float,
-) -> list[tuple[list[int], list[PatternIndex]]]:
-    """Heads of shapes that sample the same rows: their sums are made at once, and so are their runs."""
-    heads = sorted(head for _, of in wanted for head in of)
-    columns, diagonals = sampled_sums(q, k, sample, scale=scale, heads=heads).means_of_all()
+    heads: list[int],
+) -> tuple[list[int], list[PatternIndex]]:
+    """Heads of shapes that need the same sums, and an entry for each."""
+    columns, diagonals = sums.means_of_all()
     parts = []
     for shape, of in wanted:
         at = slice(None) if of == heads else [heads.index(head) for head in of]
         sizes = {"sinks": shape.sinks, "local": shape.local}
         parts.append(choose(columns[at], diagonals[at], call, shape.budget, **sizes))
-    heads = [head for _, of in wanted for head in of]
     chosen = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return [(heads, slash_entries(chosen, q.shape[2], call.num_keys))]
+    size = call.rows.shape[1], call.num_keys
+    return [head for _, of in wanted for head in of], slash_entries(chosen, *size)
 
 
 def _sink_window(shape: SinkWindow, call: CallRows) -> PatternIndex:

@@ -7,7 +7,7 @@ Letters in shapes: B batch (1 if all items are alike), N rows, M keys, R sampled
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -29,6 +29,9 @@ class CallRows:
             it sees none.
         offset: M - N: a row's own key comes so far after its number.
         num_keys: M.
+
+    Attributes:
+        cache: What was made of them, so that a model's layers make it once for a call.
     """
 
     rows: Tensor
@@ -36,11 +39,15 @@ class CallRows:
     stop: Tensor
     offset: int
     num_keys: int
+    cache: dict[object, Tensor | CallRows] = field(default_factory=dict, init=False, repr=False)
 
-    @functools.cached_property
-    def column_rows(self) -> Tensor:
-        """int64 `[B, M]`: how many rows see each key."""
-        return _holding(self.start, self.stop, self.num_keys)
+    def column_rows(self, local: int = 0) -> Tensor:
+        """int64 `[B, M]`: how many rows see each key, at least `local` keys back of their own."""
+        if (found := self.cache.get(("columns", local))) is None:
+            stop = torch.minimum(self.stop, self.rows + self.offset + 1 - local)
+            found = self.cache[("columns", local)] = _holding(self.start, stop, self.num_keys)
+        assert isinstance(found, Tensor)
+        return found
 
     @functools.cached_property
     def diagonal_pairs(self) -> Tensor:
@@ -59,6 +66,12 @@ class CallRows:
 
         A sequence begins where more than `count` rows' keys do, so that a sliding window begins none.
         """
+        if (found := self.cache.get(("sinks", count))) is None:
+            found = self.cache[("sinks", count)] = self._sinks(count)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _sinks(self, count: int) -> Tensor:
         found = torch.zeros(self.num_keys, dtype=torch.bool)
         for start, stop in zip(self.start, self.stop, strict=True):
             first, rows = start[stop > start].unique(return_counts=True)
@@ -79,13 +92,24 @@ def _holding(first: Tensor, last: Tensor, size: int) -> Tensor:
 
 
 def call_rows(num_queries: int, num_keys: int, rows: RowIntervals | None) -> CallRows:
-    """All rows of a causal call whose own intervals are `rows`; one item if there are none."""
-    causal = _causal(num_queries, num_keys)
+    """All rows of a causal call whose own intervals are `rows`; one item if there are none.
+
+    The same object for the same `rows` object, or for the same numbers.
+    """
     if rows is None or (rows.start is None and rows.stop is None):
-        return causal
-    start, stop = rows.to("cpu").meet(RowIntervals(stop=causal.stop)).bounds(num_keys, num_queries)
-    shape = start.shape
-    return CallRows(causal.rows.expand(shape), start, stop, causal.offset, num_keys)
+        return _causal(num_queries, num_keys)
+    key = ("rows of a causal call", num_queries, num_keys)
+    if (found := rows.cache.get(key)) is None:
+        found = rows.cache[key] = _met(num_queries, num_keys, rows)
+    assert isinstance(found, CallRows)
+    return found
+
+
+def _met(num_queries: int, num_keys: int, rows: RowIntervals) -> CallRows:
+    causal = _causal(num_queries, num_keys)
+    both = RowIntervals(rows.start, rows.stop).to("cpu").meet(RowIntervals(stop=causal.stop))
+    start, stop = (x.contiguous() for x in both.bounds(num_keys, num_queries))
+    return CallRows(causal.rows.expand(start.shape), start, stop, causal.offset, num_keys)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,8 +127,15 @@ def sample_rows(call: CallRows, kind: Literal["last", "spread", "both"], sampled
 
     Items with fewer such rows than others get rows that see nothing.
     """
+    if (found := call.cache.get((kind, sampled))) is None:
+        found = call.cache[(kind, sampled)] = _sampled(call, kind, sampled)
+    assert isinstance(found, CallRows)
+    return found
+
+
+def _sampled(call: CallRows, kind: str, sampled: int) -> CallRows:
     parts = [_sample(item, kind, sampled) for item in _sound_rows(call)]
-    most = max(1, *map(len, parts))
+    most = max([1, *map(len, parts)])
     rows = torch.stack([torch.nn.functional.pad(part, (0, most - len(part))) for part in parts])
     real = torch.arange(most) < torch.tensor([[len(part)] for part in parts])
     start, stop = (x.gather(1, rows) * real for x in (call.start, call.stop))

@@ -21,14 +21,17 @@ class SampledSums:
     """Sums over sampled rows.
 
     Args:
-        columns: float32 `[B, L, M]`: the probability that the rows give each key.
+        columns: float32 `[B, L, M]`: the probability that the rows give each key, at least `local` keys back.
         diagonals: float32 `[B, L, C]`: what they give to keys 0 to 63 back of their own, 64 to 127, ...
         sample: The rows.
+        local: Keys less far back of a row's own count for no column: where a diagonal is chosen anyway, a
+            sampled row's neighbours would pass for columns.
     """
 
     columns: Tensor
     diagonals: Tensor
     sample: CallRows
+    local: int = 0
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The same per row that sees the column, `[B, L, M]`, and per row that has the bin, `[B, L, C]`.
@@ -46,7 +49,8 @@ class SampledSums:
     def _counts(self) -> tuple[Tensor, Tensor]:
         """How many rows see each column and have each bin: `[B, M]` and `[B, C]`."""
         shape = (len(self.columns), -1)
-        return self.sample.column_rows.expand(shape), self.sample.diagonal_pairs.expand(shape) / BIN
+        seen, pairs = self.sample.column_rows(self.local), self.sample.diagonal_pairs
+        return seen.expand(shape), pairs.expand(shape) / BIN
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -54,7 +58,13 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def sampled_sums(
-    q: Tensor, k: Tensor, sample: CallRows, *, scale: float, heads: Sequence[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    sample: CallRows,
+    *,
+    scale: float,
+    heads: Sequence[int] | None = None,
+    local: int = 0,
 ) -> SampledSums:
     """Sums of one layer.
 
@@ -66,18 +76,19 @@ def sampled_sums(
         sample: Which rows, of one batch item or of B; see `sample_rows`.
         scale: Factor of the logits.
         heads: Which heads, ascending; None for all.
+        local: See `SampledSums`.
     """
     heads = range(q.shape[1]) if heads is None else heads
     if q.is_cpu and estimates.takes(q):
         columns, diagonals = estimates.sums(
-            q, k, sample.rows, sample.start, sample.stop, heads=heads, scale=scale
+            q, k, sample.rows, sample.start, sample.stop, heads=heads, scale=scale, local=local
         )
-        return SampledSums(columns, diagonals, sample)
-    return SampledSums(*sums_by_torch(q, k, sample, scale, heads), sample)
+        return SampledSums(columns, diagonals, sample, local)
+    return SampledSums(*sums_by_torch(q, k, sample, scale, heads, local), sample, local)
 
 
 def sums_by_torch(
-    q: Tensor, k: Tensor, sample: CallRows, scale: float, heads: Sequence[int]
+    q: Tensor, k: Tensor, sample: CallRows, scale: float, heads: Sequence[int], local: int = 0
 ) -> tuple[Tensor, Tensor]:
     """`columns` and `diagonals` by PyTorch, where the kernel's library doesn't take the tensors."""
     batch, group = q.shape[0], q.shape[1] // k.shape[1]
@@ -95,7 +106,7 @@ def sums_by_torch(
         logits = part @ k[:, head // group].transpose(1, 2).to(_wide(k)) * scale
         p = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
         p = torch.where(p.isfinite().all(-1, keepdim=True), p, 0)
-        columns.append(p.sum(1))
+        columns.append(p.masked_fill(offsets < local, 0).sum(1))
         into = p.new_zeros(batch, -(-sample.num_keys // BIN))
         diagonals.append(into.scatter_add_(1, bins.flatten(1), p.flatten(1)))
     return torch.stack(columns, 1).float().cpu(), torch.stack(diagonals, 1).float().cpu()

@@ -33,6 +33,7 @@ def sums(
     *,
     heads: Sequence[int],
     scale: float,
+    local: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """float32 `[B, L, M]` and `[B, L, C]`: what sampled rows give to each key and each bin of offsets.
 
@@ -41,6 +42,7 @@ def sums(
         rows, start, stop: int32 `[B, R]`, or `[1, R]` for all items: the rows, and the keys that they see.
         heads: Which heads, ascending.
         scale: Factor of the logits.
+        local: Keys less far back of a row's own count for no column.
 
     Raises:
         ValueError: If the library refuses it.
@@ -68,6 +70,7 @@ def sums(
             channels,
             rows.shape[1],
             len(listed),
+            min(local, keys),
             *(x.data_ptr() for x in (q, k, rows, start, stop, listed, columns, diagonals)),
             *q.stride(),
             *k.stride(),

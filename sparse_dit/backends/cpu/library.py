@@ -31,10 +31,10 @@ PACK_PROBLEM = struct.Struct("=9q10Qq20q4qd").pack
 
 # the same for structs SumsProblem, ChoiceProblem and RunsProblem
 SUMS_FIELDS = """
-    abi_version dtype batch heads kv_heads queries keys channels sampled listed
+    abi_version dtype batch heads kv_heads queries keys channels sampled listed local
     q k rows start stop head_list columns diagonals q_strides k_strides threads variant scale
 """
-PACK_SUMS = struct.Struct("=10q8Q8q2qd").pack
+PACK_SUMS = struct.Struct("=11q8Q8q2qd").pack
 CHOICE_FIELDS = "abi_version heads candidates scores costs forced budget chosen threads"
 PACK_CHOICE = struct.Struct("=3q3QqQq").pack
 RUNS_FIELDS = "abi_version heads queries keys chosen offsets runs threads"

@@ -68,6 +68,7 @@ struct SumsProblem {
     int64_t dtype;
     int64_t batch, heads, kv_heads, queries, keys, channels;
     int64_t sampled, listed;
+    int64_t local;                 // offsets below count for no column
     const void *q, *k;             // [B, H, N, D], [B, H_kv, M, D]
     const int32_t *rows;           // [B, R] contiguous, as the next two: the row; it sees keys from start
     const int32_t *start, *stop;   // to stop, none after its own

@@ -42,7 +42,9 @@ int64_t check_sums(const SumsProblem &p) {
         !std::isfinite(p.scale))
         return BAD_SHAPE;
     if (p.queries < 1 || p.queries > p.keys || p.keys > MAX_TOKENS) return BAD_SIZE;
-    if (p.sampled < 1 || p.sampled > MAX_SAMPLED || p.listed < 1 || p.listed > p.heads) return BAD_SAMPLE;
+    if (p.sampled < 1 || p.sampled > MAX_SAMPLED || p.listed < 1 || p.listed > p.heads ||
+        p.local < 0 || p.local > p.keys)
+        return BAD_SAMPLE;
     if (p.batch && !(p.q && p.k && p.rows && p.start && p.stop && p.head_list && p.columns && p.diagonals))
         return BAD_POINTER;
     return p.batch ? check_sample(p) : OK;
