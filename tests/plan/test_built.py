@@ -294,7 +294,9 @@ def test_config_hash_of_a_shipped_plans_model_is_what_it_was():
 
 def test_a_layer_is_estimated_as_a_whole_or_not_at_all():
     found, near = Pattern(VerticalSlash()), Pattern(Window(frames=1))
-    layers = {FIRST: ((HeadChoice(found), HeadChoice(DENSE)), (HeadChoice(near), HeadChoice(DENSE)))}
+    layers = {
+        FIRST: ((HeadChoice(found), HeadChoice(DENSE)), (HeadChoice(near), HeadChoice(DENSE)))
+    }
     component(layers=layers)
     layers[FIRST] = ((HeadChoice(found), HeadChoice(near)), layers[FIRST][1])
     with pytest.raises(PlanError, match=r"got \['vertical_slash', 'window'\]"):
@@ -317,7 +319,9 @@ def test_what_is_estimated_is_written_and_read(shape):
 
 
 def test_what_is_estimated_has_no_tiles():
-    with pytest.raises(ValueError, match=r"sink_window: takes none of a grid's parameters, got \['far'\]"):
+    with pytest.raises(
+        ValueError, match=r"sink_window: takes none of a grid's parameters, got \['far'\]"
+    ):
         Pattern(SinkWindow(), far=True)
     with pytest.raises(ValueError, match="most must be at least least, got 8 and 256"):
         Budget(most=8)

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from sparse_dit.layout import Segment, TokenLayout
-from sparse_dit.patterns import GEOMETRY, PATTERNS, Curve, Dense, Pattern, Skip, Stencil, Vertical, Window
+from sparse_dit.patterns import (
+    GEOMETRY,
+    PATTERNS,
+    Curve,
+    Dense,
+    Pattern,
+    Skip,
+    Stencil,
+    Vertical,
+    Window,
+)
 from sparse_dit.plan import Plan
 from sparse_dit.plan.document import render
 from sparse_dit.resources import shipped

@@ -1,4 +1,4 @@
-"""What people do with a patched model of transformers: all ways to generate, compile, copies, threads, files."""
+"""What people do with a patched model of transformers: generate, compile, copy, save, in threads."""
 
 import copy
 import json
@@ -293,7 +293,7 @@ def test_text_generation_pipelines_are_patched_as_models_are():
 
 @pytest.mark.parametrize("thing", [transformers.LlamaForCausalLM, transformers.LlamaConfig()])
 def test_what_is_no_model_is_named(thing):
-    with pytest.raises(TypeError, match="LlamaForCausalLM is a class|LlamaConfig is no model"):
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM is a class|LlamaConfig is no model"):
         sparse_dit.patch(thing, "exact")
 
 
