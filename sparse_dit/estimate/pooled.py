@@ -1,7 +1,7 @@
-"""Blocks of keys by how mean keys suit mean queries: MInference's block-sparse, FlexPrefill's query-aware heads.
+"""Blocks of keys whose means suit mean queries: MInference's block-sparse, FlexPrefill's query-aware heads.
 
-Letters in shapes: B batch, H heads, L listed heads, N query tokens, M key tokens, D channels, G groups of 64 rows, K
-blocks of 64 keys.
+Letters in shapes: B batch, H heads, L listed heads, N query tokens, M key tokens, D channels, G groups of 64 rows,
+K blocks of 64 keys.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _visible(call: CallRows) -> Tensor:
     """Which blocks hold a key that a row of each group sees, as far as intervals tell: bool `[B, G, K]`."""
     rows, pad = call.start.shape[1], -call.start.shape[1] % GROUP
     none = call.start >= call.stop
-    start = torch.nn.functional.pad(call.start.masked_fill(none, call.num_keys), (0, pad), value=call.num_keys)
+    start = torch.nn.functional.pad(
+        call.start.masked_fill(none, call.num_keys), (0, pad), value=call.num_keys
+    )
     stop = torch.nn.functional.pad(call.stop.masked_fill(none, 0), (0, pad))
     assert rows + pad == start.shape[1]
     start, stop = (x.unflatten(1, (-1, GROUP)) for x in (start, stop))

@@ -1,6 +1,6 @@
 """What the rows of a causal call see, and how often keys and offsets are seen.
 
-The rows are the last N of M tokens. A row's own key is `row + M - N`, an offset how far back of it a key lies.
+The rows are the last N of M tokens. A row's own key is `row + M - N`, an offset how far back a key lies.
 Letters in shapes: B batch (1 if all items are alike), N rows, M keys, R sampled rows, C bins of 64 offsets.
 """
 
@@ -122,9 +122,7 @@ def _causal(num_queries: int, num_keys: int) -> CallRows:
     return CallRows(rows, torch.zeros_like(rows), stop[None], offset, num_keys)
 
 
-def sample_rows(
-    call: CallRows, kind: Literal["last", "spread", "both"], sampled: int
-) -> CallRows:
+def sample_rows(call: CallRows, kind: Literal["last", "spread", "both"], sampled: int) -> CallRows:
     """Some rows of a call: of those that see their own key, which rows of padding don't.
 
     Items with fewer such rows than others get rows that see nothing.

@@ -33,7 +33,9 @@ def covers(index: SparseIndex) -> Tensor:
         entry = index.entries[place]
         for g in range(entry.num_groups):
             rows = slice(int(entry.q_offsets[g]), int(entry.q_offsets[g + 1]))
-            for start, length in entry.runs[entry.run_offsets[g] : entry.run_offsets[g + 1]].tolist():
+            for start, length in entry.runs[
+                entry.run_offsets[g] : entry.run_offsets[g + 1]
+            ].tolist():
                 seen[head, rows, start : start + length] = True
     assert index.rows is not None and index.rows.stop is not None
     return seen & (torch.arange(index.num_keys) < index.rows.stop[:, None])

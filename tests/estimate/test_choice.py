@@ -23,7 +23,9 @@ def choices(n, m):
     odds = torch.tensor([0, 0.02, 0.1, 0.5, 0.9, 1])
     columns = torch.rand(6, m, generator=generator) < odds[:, None]
     columns[2] = columns[2].roll(1) | columns[2] | columns[2].roll(2)
-    slashes = torch.rand(6, bins, generator=generator) < torch.tensor([0, 0.5, 0.2, 0.7, 0, 1])[:, None]
+    slashes = (
+        torch.rand(6, bins, generator=generator) < torch.tensor([0, 0.5, 0.2, 0.7, 0, 1])[:, None]
+    )
     return torch.cat([columns, slashes], 1)
 
 
@@ -39,9 +41,13 @@ def test_runs_are_columns_and_diagonals_up_to_the_last_row(n, m):
         want = columns.expand(n, m).clone()
         for b in slashes.nonzero():
             want |= (key >= first - 64 * b - 64) & (key < first - 64 * b + 64)
-            assert bool((want | (key > own) | ((own - key) // 64 != b))[:, :].all()), "all of the bin"
+            assert bool((want | (key > own) | ((own - key) // 64 != b))[:, :].all()), (
+                "all of the bin"
+            )
         assert torch.equal(seen[head], want & (key <= own))
-        for start, stop in zip(entries[head].run_offsets, entries[head].run_offsets[1:], strict=False):
+        for start, stop in zip(
+            entries[head].run_offsets, entries[head].run_offsets[1:], strict=False
+        ):
             runs = entries[head].runs[start:stop]
             assert (runs[1:, 0] > runs[:-1].sum(1)).all(), "sorted, and not touching"
             assert (runs[:, 1] > 0).all()
@@ -50,7 +56,9 @@ def test_runs_are_columns_and_diagonals_up_to_the_last_row(n, m):
 @needs_library
 @pytest.mark.parametrize("n, m", SIZES)
 def test_the_library_lays_the_runs_that_torch_does(n, m):
-    for a, b in zip(estimates.lay_runs(choices(n, m), n, m), runs_by_torch(choices(n, m), n, m), strict=True):
+    for a, b in zip(
+        estimates.lay_runs(choices(n, m), n, m), runs_by_torch(choices(n, m), n, m), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -102,7 +110,10 @@ def test_a_budget_is_about_so_many_keys_a_row():
     n = 1024
     call, keys = call_rows(n, n, None), 300
     generator = torch.Generator().manual_seed(0)
-    columns, diagonals = torch.rand(2, n, generator=generator), torch.rand(2, 16, generator=generator)
+    columns, diagonals = (
+        torch.rand(2, n, generator=generator),
+        torch.rand(2, 16, generator=generator),
+    )
     chosen = choose(columns, diagonals * 20, call, Budget(beta=0, alpha=keys), sinks=10, local=65)
     assert chosen[:, :10].all() and chosen[:, n : n + 2].all()
     index = SparseIndex(tuple(slash_entries(chosen, n, n)), (0, 1), causal_rows(n, n, 0))

@@ -53,7 +53,10 @@ def test_sums_are_those_of_a_plain_softmax(n, m, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes_and_strides_and_variants(dtype, monkeypatch):
     q, k = (x.to(dtype) for x in tensors(150, 210, heads=6, kv_heads=2, dim=40))
-    q, k = q[..., ::2].contiguous()[..., :16], k.transpose(2, 3).contiguous().transpose(2, 3)[..., :16]
+    q, k = (
+        q[..., ::2].contiguous()[..., :16],
+        k.transpose(2, 3).contiguous().transpose(2, 3)[..., :16],
+    )
     sample = sample_rows(call_rows(150, 210, None), "both", 40)
     want = sums_by_torch(q, k, sample, SCALE, range(6))
     for name in library.LIBRARY.runnable:
@@ -69,7 +72,9 @@ def test_means_are_per_row_that_sees_it():
     call = call_rows(130, 130, None)
     columns, diagonals = sampled_sums(q, k, call, scale=SCALE).means()
     p = probabilities(q, k, SCALE, call.start, call.stop)[0]
-    torch.testing.assert_close(columns[0, :, 7].double(), p[:, 7:, 7].mean(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        columns[0, :, 7].double(), p[:, 7:, 7].mean(-1), rtol=1e-4, atol=1e-6
+    )
     offset = torch.arange(130)[:, None] - torch.arange(130)
     second = (offset >= 64) & (offset < 128)
     want = (p * second).sum((1, 2)) / (second.sum() / 64)
