@@ -55,10 +55,9 @@ def estimated_index(
     if rows is not None:
         rows.check((q.shape[0], num_queries))
     call = call_rows(num_queries, num_keys, rows)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    factor = float(q.shape[-1] ** -0.5) if scale is None else scale
     entries, places = [], [0] * len(shapes)
-    for heads, made in _by_shape(q, k, shapes, call, scale):
+    for heads, made in _by_shape(q, k, shapes, call, factor):
         alike = len(made) == 1
         for i, head in enumerate(heads):
             places[head] = len(entries) + (0 if alike else i)

@@ -1,7 +1,7 @@
 """How much of sampled rows' probability each column and each diagonal holds.
 
-Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows, C
-bins of 64 offsets.
+Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows,
+C bins of 64 offsets.
 """
 
 from __future__ import annotations

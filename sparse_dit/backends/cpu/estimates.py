@@ -1,8 +1,8 @@
 """Estimates in the kernel's library: sums over sampled rows, a choice by them, and key runs.
 
 They check what the library can't see; the callers are `sparse_dit/estimate/`.
-Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows, C
-bins of 64 offsets, G groups of 64 rows.
+Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows,
+C bins of 64 offsets, G groups of 64 rows.
 """
 
 from __future__ import annotations
