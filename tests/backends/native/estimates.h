@@ -106,10 +106,12 @@ inline void check_choice(Random &random) {
             for (int64_t j = 0; j < stop; j++) {
                 want[j] = chosen[h * all + j];
                 for (int64_t b = 0; b < bins; b++)
-                    if (chosen[h * all + m + b] && j >= own - 64 * b - 64 && j < own - 64 * b + 64) want[j] = true;
+                    if (chosen[h * all + m + b] && j >= own - 64 * b - 64 && j < own - 64 * b + 64)
+                        want[j] = true;
             }
             int64_t end = -1;
-            for (int32_t i = offsets[h * (groups + 1) + g]; i < offsets[h * (groups + 1) + g + 1]; i++, run += 2) {
+            const int32_t *at = &offsets[h * (groups + 1) + g];
+            for (int32_t i = at[0]; i < at[1]; i++, run += 2) {
                 if (run[0] <= end || run[1] < 1) fail("runs that touch");
                 end = run[0] + run[1];
                 for (int64_t j = run[0]; j < end; j++) seen.at(static_cast<size_t>(j)) = true;
