@@ -33,8 +33,8 @@ def estimated_index(
 ) -> SparseIndex:
     """An index for a causal prefill, or a chunk of one, whose rows are the last N of M tokens.
 
-    Each row sees its own key at least. One index serves all batch items: what the rows of all of them need. Prompts
-    that differ get better ones by a call for each.
+    Each row sees its own key at least. One index serves all batch items: what the rows of all of them need.
+    Prompts that differ get better ones by a call for each.
 
     Args:
         q: `[B, H, N, D]`, any strides; N at most M.
@@ -55,9 +55,9 @@ def estimated_index(
     if rows is not None:
         rows.check((q.shape[0], num_queries))
     call = call_rows(num_queries, num_keys, rows)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(q.shape[-1] ** -0.5) if scale is None else scale
     entries, places = [], [0] * len(shapes)
-    for heads, made in _by_shape(q, k, shapes, call, scale):
+    for heads, made in _by_shape(q, k, shapes, call, factor):
         alike = len(made) == 1
         for i, head in enumerate(heads):
             places[head] = len(entries) + (0 if alike else i)
@@ -152,5 +152,6 @@ def _check(q: Tensor, k: Tensor, shapes: Sequence[Shape]) -> None:
         raise ValueError(f"shapes must be one for each of {q.shape[1]} heads, got {len(shapes)}")
     if q.dtype != k.dtype or q.device != k.device:
         raise ValueError(
-            f"q and k must share a dtype and a device, got {q.dtype} on {q.device} and {k.dtype} on {k.device}"
+            "q and k must share a dtype and a device, got "
+            f"{q.dtype} on {q.device} and {k.dtype} on {k.device}"
         )

@@ -1,7 +1,7 @@
-"""Blocks of keys by how mean keys suit mean queries: MInference's block-sparse, FlexPrefill's query-aware heads.
+"""Blocks of keys whose means suit mean queries: MInference's block-sparse, FlexPrefill's query-aware heads.
 
-Letters in shapes: B batch, H heads, L listed heads, N query tokens, M key tokens, D channels, G groups of 64 rows, K
-blocks of 64 keys.
+Letters in shapes: B batch, H heads, L listed heads, N query tokens, M key tokens, D channels, G groups of 64
+rows, K blocks of 64 keys.
 """
 
 from __future__ import annotations

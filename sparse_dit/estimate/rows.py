@@ -1,6 +1,6 @@
 """What the rows of a causal call see, and how often keys and offsets are seen.
 
-The rows are the last N of M tokens. A row's own key is `row + M - N`, an offset how far back of it a key lies.
+The rows are the last N of M tokens. A row's own key is `row + M - N`, an offset how far back a key lies.
 Letters in shapes: B batch (1 if all items are alike), N rows, M keys, R sampled rows, C bins of 64 offsets.
 """
 

@@ -1,7 +1,7 @@
 """How much of sampled rows' probability each column and each diagonal holds.
 
-Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows, C bins
-of 64 offsets.
+Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows,
+C bins of 64 offsets.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def sampled_sums(
 ) -> SampledSums:
     """Sums of one layer.
 
-    Rows whose probabilities aren't finite, because of a NaN or Inf in their logits, count as rows without any.
+    Rows whose probabilities aren't finite, for a NaN or Inf in their logits, count as rows without any.
 
     Args:
         q: `[B, H, N, D]`, any strides.

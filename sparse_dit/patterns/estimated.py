@@ -69,16 +69,16 @@ class VerticalSlash:
 
     Args:
         rows: Which rows are sampled: the last ones, rows spread over the sequence, or both.
-        sampled: How many, of each kind.
+        sampled: How many, of each kind. Each costs a row of a dense pass.
         budget: How much is chosen.
-        sinks: So many first keys are always chosen.
+        sinks: So many first keys are always chosen; others are where their probability earns it.
         local: So are the keys at most about so far back.
     """
 
     rows: Literal["last", "spread", "both"] = "both"
-    sampled: Sampled = 64
+    sampled: Sampled = 48
     budget: Budget | Share = Budget()
-    sinks: Distance = 64
+    sinks: Distance = 16
     local: Count = 64
 
 
@@ -92,7 +92,7 @@ class PooledBlocks:
     """
 
     budget: Budget | Share = Budget()
-    sinks: Distance = 64
+    sinks: Distance = 16
     local: Count = 64
 
 

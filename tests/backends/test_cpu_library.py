@@ -109,19 +109,29 @@ def test_python_and_the_header_say_the_same():
     statuses = header.split("enum Status")[1].split("{")[1].split("}")[0].split(",")
     names = [status.split("=")[0].strip() for status in statuses if status.strip()]
     assert names.index("NO_MEMORY") == library.NO_MEMORY
-    body = header.split("struct Problem {")[1].split("};")[0]
+    for struct_name, said, pack, extra in (
+        ("Problem", library.PROBLEM_FIELDS, library.PACK_PROBLEM, 4 * 3 + 2 * 1),
+        ("SumsProblem", library.SUMS_FIELDS, library.PACK_SUMS, 2 * 3),
+        ("ChoiceProblem", library.CHOICE_FIELDS, library.PACK_CHOICE, 0),
+        ("RunsProblem", library.RUNS_FIELDS, library.PACK_RUNS, 0),
+    ):
+        fields = fields_of(header, struct_name)
+        assert fields == said.split()
+        words = len(fields) + extra  # strides are of 4 words, those of bounds of 2
+        assert len(pack(*[0] * words)) == 8 * words == struct.calcsize(f"{words}q")
+
+
+def fields_of(header, name):
+    """Names of a struct's fields."""
+    body = header.split(f"struct {name} {{")[1].split("};")[0]
     body = "".join(line.partition("//")[0] for line in body.splitlines()).replace("*", " ")
-    fields = [
-        name
+    types = ("const", "void", "float", "int32", "int64", "uint8", "double")
+    return [
+        word
         for declaration in body.split(";")
-        for name in declaration.replace(",", " ").split()
-        if name.removesuffix("_t") not in ("const", "void", "float", "int32", "int64", "double")
-        and not name.endswith("Strides")
+        for word in declaration.replace(",", " ").split()
+        if word.removesuffix("_t") not in types and not word.endswith("Strides")
     ]
-    assert fields == library.PROBLEM_FIELDS.split()
-    tensors, bounds = 4, 2  # whose strides are of 4 and of 2 words
-    words = len(fields) + 3 * tensors + bounds
-    assert len(library.PACK_PROBLEM(*[0] * words)) == 8 * words == struct.calcsize(f"{words}q")
 
 
 @needs_library

@@ -42,7 +42,7 @@ def way(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(library, "LIBRARY", None)
     elif library.LIBRARY is None:
-        pytest.skip(library.PROBLEM)
+        pytest.skip(str(library.PROBLEM))
 
 
 @pytest.mark.parametrize("n, m", SIZES)
@@ -125,7 +125,7 @@ def test_heads_of_one_shape_are_as_if_alone(way):
 
 def test_the_library_and_torch_agree(monkeypatch):
     if library.LIBRARY is None:
-        pytest.skip(library.PROBLEM)
+        pytest.skip(str(library.PROBLEM))
     q, k = tensors(500, 600)
     shapes = [SHAPES[name] for name in ("last", "both", "blocks", "share")]
     one = covers(estimated_index(q, k, shapes))

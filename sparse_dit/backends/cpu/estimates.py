@@ -1,8 +1,8 @@
 """Estimates in the kernel's library: sums over sampled rows, a choice by them, and key runs.
 
 They check what the library can't see; the callers are `sparse_dit/estimate/`.
-Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows, C bins
-of 64 offsets, G groups of 64 rows.
+Letters in shapes: B batch, H heads, N query tokens, M key tokens, D channels, L listed heads, R sampled rows,
+C bins of 64 offsets, G groups of 64 rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ BIN = GROUP = 64
 
 def takes(q: Tensor) -> bool:
     """Whether the library is there and takes such queries."""
-    return library.LIBRARY is not None and q.dtype in DTYPES and q.shape[-1] % 8 == 0 < q.shape[-1] <= 512
+    return (
+        library.LIBRARY is not None
+        and q.dtype in DTYPES
+        and q.shape[-1] % 8 == 0 < q.shape[-1] <= 512
+    )
 
 
 def sums(
@@ -50,7 +54,9 @@ def sums(
     batch, num_heads, queries, channels = q.shape
     _, kv_heads, keys, _ = k.shape
     if not q.dtype == k.dtype or not k.is_cpu or k.shape[0] != batch or k.shape[3] != channels:
-        raise ValueError(f"q and k must fit together, got {q.dtype} {list(q.shape)} and {k.dtype} {list(k.shape)}")
+        raise ValueError(
+            f"q and k must fit together, got {q.dtype} {list(q.shape)} and {k.dtype} {list(k.shape)}"
+        )
     rows, start, stop = (
         x.expand(batch, -1).to(torch.int32).contiguous() for x in (rows, start, stop)
     )
@@ -86,13 +92,22 @@ def choose(scores: Tensor, costs: Tensor, forced: Tensor, budget: int) -> Tensor
     """Bool as `scores`, float32 `[L, K]`; see `sparse_dit.estimate.budget.within`."""
     scores, costs, forced = scores.float().contiguous(), costs.contiguous(), forced.contiguous()
     shape = (scores.shape[1],)
-    if costs.dtype != torch.int64 or forced.dtype != torch.bool or not costs.shape == forced.shape == shape:
+    if (
+        costs.dtype != torch.int64
+        or forced.dtype != torch.bool
+        or not costs.shape == forced.shape == shape
+    ):
         raise ValueError(f"costs must be int64 and forced bool, of shape {shape}")
     chosen = torch.empty(scores.shape, dtype=torch.bool)
     pointers = (x.data_ptr() for x in (scores, costs, forced))
     _library().choose(
         PACK_CHOICE(
-            ABI_VERSION, *scores.shape, *pointers, budget, chosen.data_ptr(), torch.get_num_threads()
+            ABI_VERSION,
+            *scores.shape,
+            *pointers,
+            budget,
+            chosen.data_ptr(),
+            torch.get_num_threads(),
         )
     )
     return chosen
@@ -103,7 +118,9 @@ def lay_runs(chosen: Tensor, num_queries: int, num_keys: int) -> tuple[Tensor, T
     chosen = chosen.contiguous()
     heads, candidates = chosen.shape
     if chosen.dtype != torch.bool or candidates != num_keys + -(-num_keys // BIN):
-        raise ValueError(f"chosen must be bool, columns and bins of {num_keys} keys, got {candidates}")
+        raise ValueError(
+            f"chosen must be bool, columns and bins of {num_keys} keys, got {candidates}"
+        )
     offsets = torch.empty(heads, -(-num_queries // GROUP) + 1, dtype=torch.int32)
 
     def lay(runs: int) -> None:

@@ -1,5 +1,5 @@
-// Random problems through the C interface, checked against sums in double; then broken indices and
-// calls, which must return a status. Built with sanitizers or for another processor by
+// Random problems and estimates through the C interface, checked against sums in double; then broken indices
+// and calls, which must return a status. Built with sanitizers or for another processor by
 // test_cpu_kernel_native.py.
 //
 // driver PROBLEMS BROKEN [SEED]: that many problems, and broken calls of each, on every variant.
@@ -10,7 +10,7 @@
 #include <sstream>
 #include <string>
 
-#include "expected.h"
+#include "estimates.h"
 
 namespace driver {
 namespace {
@@ -127,6 +127,8 @@ void run_variant(int64_t variant, const std::string &name, int64_t problems, int
         if (broken) break_call(p);
         call_with_any_bits(c, p);
         call_with_any_intervals(c, p);
+        check_sums(c.random, variant);
+        check_choice(c.random);
     }
 }
 

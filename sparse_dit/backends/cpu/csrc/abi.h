@@ -59,8 +59,8 @@ struct Entry {
     int32_t far_offsets, far_runs, num_far_runs;  // [G + 1], [F, 2]
 };
 
-// Sums of the probabilities of sampled rows, under causal order: of each key, and of each diagonal bin, 64 offsets
-// from a row's own key, `row + keys - queries`. R sampled rows of each batch item, L listed heads.
+// Sums of the probabilities of sampled rows, under causal order: of each key, and of each diagonal bin, 64
+// offsets from a row's own key, `row + keys - queries`. R sampled rows of each batch item, L listed heads.
 constexpr int64_t DIAGONAL = 64;
 
 struct SumsProblem {
@@ -80,8 +80,8 @@ struct SumsProblem {
     double scale;
 };
 
-// The best of C candidates for each head, in the order of their scores, for as long as their costs' sum is within
-// the budget. Forced ones come first, and are taken at any cost.
+// The best of C candidates for each head, in the order of their scores, for as long as their costs' sum is
+// within the budget. Forced ones come first, and are taken at any cost.
 struct ChoiceProblem {
     int64_t abi_version;
     int64_t heads, candidates;

@@ -100,7 +100,8 @@ int64_t choose(const ChoiceProblem &p) {
     if (p.heads < 0 || p.candidates < 0 || p.candidates > MAX_TOKENS || p.threads < 1) return BAD_SIZE;
     if (!(p.scores && p.costs && p.forced && p.chosen)) return BAD_POINTER;
     for (int64_t i = 0; i < p.candidates; i++)
-        if (p.costs[i] < 0 || p.costs[i] > INT64_MAX / (p.candidates + 1) || p.forced[i] > 1) return BAD_CHOICE;
+        if (p.costs[i] < 0 || p.costs[i] > INT64_MAX / (p.candidates + 1) || p.forced[i] > 1)
+            return BAD_CHOICE;
     for (int64_t i = 0; i < p.heads * p.candidates; i++)
         if (p.scores[i] != p.scores[i]) return BAD_CHOICE;
     return for_all_heads(p, choose_for_head);
@@ -143,8 +144,8 @@ struct Writer {
     }
 };
 
-// One group's runs up to key `stop`, from those of columns and, relative to the group's first key, of bins. Columns
-// between two bins are taken as they are, so that the work is that of copying.
+// One group's runs up to key `stop`, from those of columns and, relative to the group's first key, of bins.
+// Columns between two bins are taken as they are, so that the work is that of copying.
 int64_t merge(const std::vector<Run> &columns, const std::vector<Run> &bins, int64_t own, int64_t stop,
               int32_t *to) {
     Writer writer{to};

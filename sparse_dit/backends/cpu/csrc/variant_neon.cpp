@@ -7,5 +7,6 @@
 namespace sparse_dit {
 extern const Variant NEON;
 const Variant NEON = {"neon",          [] { return true; }, neon::scratch_bytes,
-                      neon::key_norm, neon::pool,          neon::attend, neon::sums_scratch, neon::sums, neon::multiply_adds};
+                      neon::key_norm, neon::pool,          neon::attend,
+                      neon::sums_scratch, neon::sums, neon::multiply_adds};
 }  // namespace sparse_dit

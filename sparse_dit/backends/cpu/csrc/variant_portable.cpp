@@ -12,5 +12,6 @@ namespace sparse_dit {
 extern const Variant PORTABLE;
 const Variant PORTABLE = {"portable", [] { return true; },
                           portable::scratch_bytes, portable::key_norm,
-                          portable::pool, portable::attend, portable::sums_scratch, portable::sums, portable::multiply_adds};
+                          portable::pool, portable::attend,
+                          portable::sums_scratch, portable::sums, portable::multiply_adds};
 }  // namespace sparse_dit
