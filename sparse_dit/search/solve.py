@@ -48,6 +48,8 @@ class Problem:
         stages: The stages of noise levels, of one transformer after the other.
         other_seconds: What a generation takes outside of attention.
         components: For each stage the name of the transformer that it is of; empty if that doesn't matter.
+        measured: float64 `[U, K]`, the damage of each candidate alone, where it was measured one by one and
+            isn't `error` times `importance`.
     """
 
     units: list[tuple[int, str, int]]
@@ -62,11 +64,15 @@ class Problem:
     stages: tuple[Stage, ...]
     other_seconds: float
     components: tuple[str, ...] = ()
+    measured: Tensor | None = None
 
     @functools.cached_property
     def damage(self) -> Tensor:
-        """The expected mean squared change of the video by each candidate alone, float64 `[U, K]`."""
-        return self.error * self.importance[:, None]
+        """The expected change of the output by each candidate alone, float64 `[U, K]`.
+
+        Of a video the mean squared change of its pixels, of a language model's prediction the divergence.
+        """
+        return self.error * self.importance[:, None] if self.measured is None else self.measured
 
     @property
     def dense_seconds(self) -> float:

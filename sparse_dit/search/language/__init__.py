@@ -1,0 +1,1 @@
+"""The search of plans for the prefill of causal language models."""

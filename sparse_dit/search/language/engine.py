@@ -1,0 +1,327 @@
+"""`search_language_model`: score patterns on texts, measure costs, solve, verify on other texts."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...integrations import attached, heads_of, unpatched
+from ...integrations.language.reading import Passkey, Read, Text, finds, passkeys, read
+from ...layout import TokenLayout
+from ...on_cpu import on_cpu
+from ...patch import patch
+from ...plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
+from ...timing import Pairs, Taken, timing_of
+from ...version import VERSION
+from ..local import improve
+from ..solve import Choice, Problem, cheapest, evaluate, least_damage, runner_up
+from ..tune import Clock
+from .breakeven import break_even
+from .candidates import candidates
+from .options import LanguageOptions
+from .scores import COMPONENT, Costs, LayerScores, Scorer, influences, sampled_rows
+
+PREFILL = Stage(1.0, 0.0, phase="prefill")
+MARGIN = 0.9  # of a limit that is aimed at after it was missed
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """What a plan does on the held-out texts, beside dense attention.
+
+    Attributes:
+        kl: Mean divergence in nats a token.
+        ppl_increase: Mean relative increase of perplexity.
+        pairs: The times of the dense and of the sparse readings.
+        found: How many passkeys were found with the plan, of those found dense.
+    """
+
+    kl: float
+    ppl_increase: float
+    pairs: Pairs
+    found: int
+
+
+@dataclass(eq=False)
+class _Search:
+    """A search that is under way."""
+
+    model: Any
+    options: LanguageOptions
+    texts: list[Text]
+    held_out: list[Text]
+    clock: Clock
+    layers: dict[str, LayerScores] = field(default_factory=dict)
+    passkeys: list[Passkey] = field(default_factory=list)
+    dense: list[Read] = field(default_factory=list)
+
+
+@on_cpu
+def search_language_model(
+    model: Any, texts: Sequence[str | Tensor], *, tokenizer: Any = None, **asked: Any
+) -> Plan:
+    """Find a plan for the prefill of a causal language model of transformers.
+
+    The model is left as it was, whatever happens.
+
+    Args:
+        model: The model, not patched.
+        texts: Texts, or their tokens int64 `[N]`. The last of several is held out to verify on, unless
+            `held_out` is given.
+        tokenizer: Turns texts into tokens and makes passkey questions; None if all texts are tokens.
+        asked: Each field of `LanguageOptions` is a keyword.
+
+    Raises:
+        ValueError: If there is no text, one is too short, the model is patched, or a number is out of range.
+        TypeError: If the model is none of transformers.
+        NotImplementedError: If no layer of it attends in plain causal order.
+    """
+    options = LanguageOptions(**asked)
+    unpatched(model)
+    given, held = options.split(texts)
+    run = _Search(
+        model,
+        options,
+        [options.text(text, tokenizer) for text in given],
+        [options.text(text, tokenizer) for text in held],
+        Clock(model.device),
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        return _searched(run, tokenizer)
+    finally:
+        model.train(was_training)
+
+
+def _searched(run: _Search, tokenizer: Any) -> Plan:
+    options, clock = run.options, run.clock
+    patterns = candidates()
+    costs = _scored(run, patterns)
+    clock.lap("score")
+    options.say(f"dense readings of {len(run.held_out)} held-out texts")
+    run.dense = [read(run.model, text) for text in run.held_out]
+    if tokenizer is not None and options.passkey_depths:
+        tokens = run.held_out[0].ids.shape[1]
+        asked = passkeys(tokenizer, tokens, options.passkey_depths)
+        run.passkeys = [passkey for passkey in asked if finds(run.model, passkey)]
+    clock.lap("references")
+    seconds = sum(found.taken.seconds for found in run.dense) / len(run.dense)
+    task = problem_of(run.model, run.layers, patterns, costs, seconds)
+    choice, verified = _tuned(run, task)
+    clock.lap("verify")
+    least = break_even(
+        costs.call, [task.candidates[u][p] for u, p in enumerate(choice.pick.tolist())]
+    )
+    clock.lap("break-even")
+    plan = _plan(run, task, choice)
+    (name, part), *_ = plan.components.items()
+    part = replace(part, valid_tokens=(least, None))
+    return replace(
+        plan,
+        components={name: part},
+        provenance=_provenance(run, costs),
+        measured=_measured(run, verified),
+    )
+
+
+def _scored(run: _Search, patterns: Sequence[Any]) -> Costs:
+    """Fill `run.layers`, and time attention in the middle layer."""
+    options, costs = run.options, None
+    names = list(heads_of(run.model))
+    for number, text in enumerate(run.texts):
+        n = text.ids.shape[1]
+        options.say(
+            f"scoring {len(patterns)} patterns on text {number + 1}/{len(run.texts)}, {n} tokens"
+        )
+        rows = sampled_rows(n, options.rows, seed=number)
+        ids = text.ids.to(run.model.device)
+        grads = influences(run.model, ids, rows, options.draws, seed=number)
+        middle = None if costs else names[len(names) // 2]
+        scorer = Scorer(patterns, rows, grads, run.layers, middle)
+        with torch.no_grad(), attached(run.model, {COMPONENT: scorer}):
+            run.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        costs = scorer.costs or costs
+    if not run.layers or costs is None:
+        raise NotImplementedError(
+            f"no plan can be found for {type(run.model).__name__}: its middle layer doesn't attend in plain "
+            'causal order; sparse_dit.patch(model, "exact") skips what its masks hide'
+        )
+    return costs
+
+
+def problem_of(
+    model: Any,
+    layers: dict[str, LayerScores],
+    patterns: Sequence[Any],
+    costs: Costs,
+    dense_seconds: float,
+) -> Problem:
+    """What each pattern costs and spoils in each head of the scored layers.
+
+    Args:
+        model: The model.
+        layers: The scores, by layer.
+        patterns: The K patterns, dense first.
+        costs: What attention of one layer costs; all are alike.
+        dense_seconds: What a whole dense reading takes.
+    """
+    units = [(0, layer, head) for layer, s in layers.items() for head in range(len(s.norm))]
+
+    def table(values: Callable[[LayerScores], Tensor]) -> Tensor:
+        return torch.cat([values(scores) for scores in layers.values()])
+
+    count = len(units)
+    damage = table(lambda s: s.damage / s.texts)
+    stock = torch.full((count,), costs.stock, dtype=torch.float64)
+    every = sum(heads for heads, _ in heads_of(model).values())
+    return Problem(
+        units,
+        [patterns] * count,
+        importance=damage.amax(1),
+        seconds=torch.tensor(costs.sparse, dtype=torch.float64).expand(count, -1),
+        stock_seconds=stock,
+        error=table(lambda s: s.error / s.norm[:, None].clamp_min(1e-20)),
+        density=table(lambda s: s.density / s.texts),
+        recall=torch.ones(count, len(patterns), dtype=torch.float64),
+        weight=torch.full((count,), 1 / every, dtype=torch.float64),
+        stages=(PREFILL,),
+        other_seconds=max(0.0, dense_seconds - stock.sum().item()),
+        components=(COMPONENT,),
+        measured=damage,
+    )
+
+
+def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:
+    """The choice that keeps what was asked for on the held-out texts, and what it does there."""
+    options = run.options
+    if options.target_speedup is not None:
+        choice = least_damage(task, options.target_speedup)
+        if choice is None:
+            most = evaluate(task, task.seconds.argmin(1)).speedup
+            raise ValueError(
+                f"target_speedup must be at most {most:.2f} for this model at this length (attention is "
+                f"{task.stock_seconds.sum() / task.dense_seconds:.0%} of it), got {options.target_speedup:g}"
+            )
+        limit = task.dense_seconds / options.target_speedup
+        choice = improve(task, choice, seconds=limit)
+        return choice, _verified(run, task, choice)
+    allowed, best = options.allowed_kl, None
+    for _ in range(options.rounds):
+        choice = _within(task, allowed)
+        verified = _verified(run, task, choice)
+        over = options.excess(verified.kl, verified.ppl_increase)
+        lost = len(run.passkeys) - verified.found
+        if over <= 1 and not lost:
+            if best is None or choice.speedup > best[0].speedup:
+                best = choice, verified
+            if over > MARGIN / 2:
+                break
+            allowed *= min(4.0, MARGIN / max(over, 0.05))
+        else:
+            allowed = choice.damage * min(MARGIN / over if over > 1 else 1.0, 0.5 if lost else 1.0)
+            if best is not None and best[0].damage >= allowed:
+                break
+    if best is None:
+        options.say("no plan keeps what was asked for; this one is all dense")
+        choice = evaluate(task, torch.zeros(len(task.units), dtype=torch.int64))
+        best = choice, _verified(run, task, choice)
+    return best
+
+
+def _within(task: Problem, damage: float) -> Choice:
+    """The fastest choice with at most so much forecast damage."""
+    start = cheapest(task, lambda choice: choice.damage <= damage)
+    return improve(task, start, damage=max(damage, start.damage))
+
+
+def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
+    with patch(run.model, _plan(run, task, choice), backend=run.options.backend):
+        sparse = [read(run.model, text) for text in run.held_out]
+        found = sum(finds(run.model, passkey) for passkey in run.passkeys)
+    rows = list(zip(sparse, run.dense, run.held_out, strict=True))
+    kl = sum(mine.divergence(dense) for mine, dense, _ in rows) / len(rows)
+    more = sum(mine.perplexity_increase(dense, text) for mine, dense, text in rows) / len(rows)
+    taken: list[list[Taken]] = [[one.taken for one in side] for side in (run.dense, sparse)]
+    verified = Verified(kl, more, Pairs(*taken), found)
+    passed = f", {found}/{len(run.passkeys)} passkeys" if run.passkeys else ""
+    run.options.say(
+        f"density {choice.density:.1%}: {verified.pairs.speedup:.2f}x (forecast {choice.speedup:.2f}x), KL "
+        f"{kl:.4f} (forecast {choice.damage:.4f}), perplexity {more:+.1%}{passed}"
+    )
+    return verified
+
+
+def _plan(run: _Search, task: Problem, choice: Choice) -> Plan:
+    heads = heads_of(run.model)
+    second = runner_up(task, choice)
+    layers: dict[str, list[HeadChoice]] = {}
+    for number, (_, layer, _) in enumerate(task.units):
+        pick, other = int(choice.pick[number]), int(second[number])
+        patterns, error = task.candidates[number], task.error[number].sqrt()
+        layers.setdefault(layer, []).append(
+            HeadChoice(
+                patterns[pick],
+                round(error[pick].item(), 6),
+                patterns[other] if other >= 0 else None,
+                round(error[other].item(), 6) if other >= 0 else None,
+            )
+        )
+    part = ComponentPlan(
+        type(run.model).__name__,
+        config_hash(run.model.config),
+        {layer: heads[layer] for layer in layers},
+        TokenLayout.sequence(max(text.ids.shape[1] for text in run.texts)),
+        (PREFILL,),
+        {layer: (tuple(found),) for layer, found in layers.items()},
+        kind="language_model",
+    )
+    forecast = {
+        "speedup": round(choice.speedup, 4),
+        "kl": round(choice.damage, 6),
+        "seconds": round(choice.seconds, 4),
+        "dense_seconds": round(task.dense_seconds, 4),
+    }
+    share = len(task.units) / sum(count for count, _ in heads.values())  # other layers are dense
+    density = choice.density * share + 1 - share
+    return Plan("", {COMPONENT: part}, round(density, 6), forecast=forecast)
+
+
+def _measured(run: _Search, verified: Verified) -> dict[str, Any]:
+    found = {"passkeys": f"{verified.found}/{len(run.passkeys)}"} if run.passkeys else {}
+    return {
+        "kl": round(verified.kl, 6),
+        "ppl_increase": round(verified.ppl_increase, 6),
+        "speedup": round(verified.pairs.speedup, 4),
+        **timing_of(verified.pairs),
+        **found,
+        "held_out_texts": len(run.held_out),
+        "met": run.options.met(verified.kl, verified.ppl_increase, verified.pairs.speedup)
+        and verified.found == len(run.passkeys),
+    }
+
+
+def _provenance(run: _Search, costs: Costs) -> dict[str, Any]:
+    options = run.options
+    return {
+        "sparse_dit": VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "device": str(run.model.device),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "objective": options.objective,
+        "calibration_tokens": [text.ids.shape[1] for text in run.texts],
+        "held_out_tokens": [text.ids.shape[1] for text in run.held_out],
+        "rows": options.rows,
+        "draws": options.draws,
+        "stock_seconds": costs.stock,
+        "search_seconds": {phase: round(value, 3) for phase, value in run.clock.laps.items()},
+    }

@@ -1,0 +1,258 @@
+"""How far each pattern moves each head's output on a text, and how much that changes what the model says.
+
+Of some rows, spread over the text, exact attention is computed and what a pattern would compute in its place.
+The change of the output, times the gradient of the log-likelihood of tokens drawn from the model itself, is a
+change of that likelihood; the half of its mean square is the divergence of what is said (Fisher's
+information), to second order and with rows taken one by one.
+
+Letters in shapes: N tokens, R sampled rows, S drawn texts, H heads, D channels, K patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...call import AttentionCall
+from ...entry import PatternIndex
+from ...estimate import estimated_index
+from ...integrations import attached
+from ...intervals import RowIntervals, causal_rows
+from ...patterns import Pattern
+from ...runtime import attend_call
+from ...timing import timed
+
+COMPONENT = "model"
+REPEATS = 3
+
+
+@dataclass(eq=False)
+class LayerScores:
+    """Sums over the sampled rows of all texts.
+
+    Attributes:
+        error: float64 `[H, K]`, squared changes of the head's output.
+        norm: float64 `[H]`, squared exact outputs.
+        damage: float64 `[H, K]`, expected divergence in nats a token, summed over texts.
+        density: float64 `[H, K]`, computed pairs over those of causal order, summed over texts.
+        texts: How many texts.
+    """
+
+    error: Tensor
+    norm: Tensor
+    damage: Tensor
+    density: Tensor
+    texts: int = 0
+
+    @staticmethod
+    def empty(heads: int, patterns: int) -> LayerScores:
+        """Nothing yet."""
+        error, damage, density = (torch.zeros(heads, patterns).double() for _ in range(3))
+        return LayerScores(error, torch.zeros(heads).double(), damage, density)
+
+
+@dataclass(eq=False)
+class Costs:
+    """Seconds of one attention call of a layer, for each head.
+
+    Args:
+        stock: What the host's own attention takes.
+        sparse: For each pattern what a head takes in a layer whose heads all have it, estimate included.
+        call: The call that was timed: its tensors serve to find the break-even.
+    """
+
+    stock: float
+    sparse: list[float]
+    call: AttentionCall = field(repr=False)
+
+
+def sampled_rows(tokens: int, rows: int, seed: int) -> Tensor:
+    """Row numbers, one at random from each of `rows` equal parts, int64 `[R]`; all if there are no more."""
+    if tokens <= rows:
+        return torch.arange(tokens)
+    drawn = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((torch.arange(rows) + drawn) * tokens / rows).long()
+
+
+def influences(model: Any, ids: Tensor, rows: Tensor, draws: int, seed: int) -> dict[str, Tensor]:
+    """Gradients of drawn texts' log-likelihoods by heads' outputs: `[S, R, H, D]` for each layer.
+
+    Args:
+        model: The model, not attached.
+        ids: int64 `[1, N]`.
+        rows: int64 `[R]`.
+        draws: S, how many texts are drawn.
+        seed: Of the draws.
+    """
+    taps: dict[str, Tensor] = {}
+
+    def tapped(call: AttentionCall) -> Tensor:
+        out = call.stock()
+        taps[call.layer] = tap = torch.zeros_like(out, requires_grad=True)
+        return out + tap
+
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    drawn = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {}
+    try:
+        with torch.enable_grad(), attached(model, {COMPONENT: tapped}):
+            said = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            for draw in range(draws):
+                tokens = torch.multinomial(said.detach().exp().cpu(), 1, generator=drawn)
+                likelihood = said.gather(1, tokens.to(said.device)).sum()
+                grads = torch.autograd.grad(
+                    likelihood, list(taps.values()), retain_graph=draw + 1 < draws
+                )
+                for layer, grad in zip(taps, grads, strict=True):
+                    found.setdefault(layer, []).append(grad[0, rows].float().cpu())
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+    return {layer: torch.stack(grads) for layer, grads in found.items()}
+
+
+class Scorer:
+    """The intercept that adds a text's scores; it runs stock attention.
+
+    Args:
+        patterns: The K candidates, dense first.
+        rows: int64 `[R]`, the sampled rows of the text.
+        grads: The text's influences.
+        timed_layer: The layer whose calls are timed; None for none.
+    """
+
+    def __init__(
+        self,
+        patterns: Sequence[Pattern],
+        rows: Tensor,
+        grads: dict[str, Tensor],
+        layers: dict[str, LayerScores],
+        timed_layer: str | None,
+    ) -> None:
+        self.patterns, self.rows, self.grads, self.layers = patterns, rows, grads, layers
+        self.timed_layer = timed_layer
+        self.costs: Costs | None = None
+
+    @torch.no_grad()
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Stock attention's output."""
+        if is_whole(call):
+            self._score(call)
+            if call.layer == self.timed_layer:
+                self.costs = costs_of(call, self.patterns)
+        return call.stock()
+
+    def _score(self, call: AttentionCall) -> None:
+        heads, count = call.q.shape[2], len(self.patterns)
+        scores = self.layers.setdefault(call.layer, LayerScores.empty(heads, count))
+        scores.texts += 1
+        q, k, v = (x[0].float().cpu().transpose(0, 1) for x in (call.q, call.k, call.v))
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        indices = [_index(call, [pattern] * heads) for pattern in self.patterns[1:]]
+        seen = [{entry: seen_by(entry, self.rows) for entry in index.entries} for index in indices]
+        causal = torch.arange(k.shape[1]) <= self.rows[:, None]
+        grads, shared = self.grads[call.layer], heads // k.shape[0]
+        scores.density[:, 0] += 1
+        for head in range(heads):
+            logits = (q[head, self.rows] @ k[head // shared].T) * scale
+            p, values = logits.masked_fill(~causal, -torch.inf).softmax(-1), v[head // shared]
+            exact = p @ values
+            scores.norm[head] += exact.square().sum()
+            for number, (index, found) in enumerate(zip(indices, seen, strict=True), 1):
+                kept = p * found[index.entries[index.head_to_pattern[head]]]
+                change = (kept @ values) / kept.sum(-1, keepdim=True).clamp_min(1e-20) - exact
+                told = (grads[:, :, head] * change).sum(-1).square().sum(1).mean()
+                scores.error[head, number] += change.square().sum()
+                scores.damage[head, number] += 0.5 * told / len(self.rows)
+                scores.density[head, number] += index.head_density[head]
+
+
+def is_whole(call: AttentionCall) -> bool:
+    """Whether a call is a whole text in plain causal order, so that a pattern may be chosen for it.
+
+    Layers with a sliding window are not: what they see is little already.
+    """
+    if call.unsupported or call.rows is None or call.sinks is not None:
+        return False
+    n = call.q.shape[1]
+    start, stop = call.rows.bounds(n, n)
+    return (
+        n == call.k.shape[1]
+        and not bool(start.any())
+        and bool((stop[0] == torch.arange(1, n + 1)).all())
+    )
+
+
+def seen_by(entry: PatternIndex, rows: Tensor) -> Tensor:
+    """Which keys each of some rows sees of an entry in place, whatever its intervals, bool `[R, M]`."""
+    groups = torch.searchsorted(entry.q_offsets.long(), rows, right=True) - 1
+    first, last = entry.run_offsets[groups].long(), entry.run_offsets[groups + 1].long()
+    counts = last - first
+    row = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    place = torch.arange(len(row)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    start, length = entry.runs[first[row] + place].long().unbind(1)
+    edges = torch.zeros(len(rows), entry.num_keys + 1, dtype=torch.int32)
+    one = torch.ones_like(row, dtype=torch.int32)
+    edges.index_put_((row, start), one, accumulate=True)
+    edges.index_put_((row, start + length), -one, accumulate=True)
+    return edges.cumsum(1)[:, :-1] > 0
+
+
+def costs_of(call: AttentionCall, patterns: Sequence[Pattern]) -> Costs:
+    """Time a call's stock attention, and each pattern for all of its heads; the fastest of three in turn.
+
+    Args:
+        call: A whole call.
+        patterns: What is timed, dense first.
+    """
+    heads, device = call.q.shape[2], call.q.device
+    kept = _detached(call)
+    runs = [call.stock, *(lambda p=p: _run(kept, [p] * heads) for p in patterns)]
+    best = [float("inf")] * len(runs)
+    for _ in range(REPEATS):
+        for place, run in enumerate(runs):
+            best[place] = min(best[place], timed(run, device))
+    return Costs(best[0] / heads, [seconds / heads for seconds in best[1:]], kept)
+
+
+def _detached(call: AttentionCall) -> AttentionCall:
+    """The call's tensors alone, in plain causal order; of its host nothing is kept."""
+    q, k, v = (x.detach().clone() for x in (call.q, call.k, call.v))
+    return _causal_call(call, q, k, v)
+
+
+def _index(call: AttentionCall, patterns: Sequence[Pattern]) -> Any:
+    q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
+    return estimated_index(q, k, [pattern.shape for pattern in patterns], scale=call.scale)
+
+
+def _run(call: AttentionCall, patterns: Sequence[Pattern]) -> None:
+    attend_call(call, _index(call, patterns))
+
+
+def shortened(call: AttentionCall, tokens: int) -> AttentionCall:
+    """The call over its first tokens."""
+    return _causal_call(call, *(x[:, :tokens] for x in (call.q, call.k, call.v)))
+
+
+def _causal_call(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> AttentionCall:
+    def stock() -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(
+            *heads_first, is_causal=True, scale=call.scale, enable_gqa=q.shape[2] != k.shape[2]
+        )
+        return out.transpose(1, 2)
+
+    stop = causal_rows(q.shape[1], q.shape[1]).stop
+    assert stop is not None, "causal order ends somewhere"
+    rows = RowIntervals(stop=stop.expand(q.shape[0], -1))
+    return AttentionCall(
+        call.layer, q, k, v, None, None, call.scale, call.context, None, stock, rows=rows
+    )
