@@ -152,6 +152,14 @@ def test_a_window_that_needs_no_estimate_is_made_once():
     assert one.entries[0] is two.entries[0] and one.head_to_pattern == (0, 0, 0, 0)
 
 
+def test_it_is_made_on_the_cpu_whatever_the_default_device():
+    q, k = tensors(210, 210, heads=8)
+    shapes = [shape for name, shape in SHAPES.items() if name != "dense"]
+    with torch.device("meta"):
+        there = estimated_index(q, k, shapes)
+    assert torch.equal(covers(there), covers(estimated_index(q, k, shapes)))
+
+
 def test_nan_does_not_stop_an_estimate(way):
     q, k = tensors(300, 300)
     k[:, :, 10] = torch.nan

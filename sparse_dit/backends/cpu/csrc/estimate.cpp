@@ -57,6 +57,7 @@ struct Sums {
     std::vector<int64_t> places;  // in the list of heads, of each task's first
     std::vector<float> parts;     // columns and diagonals of all tasks
     int64_t part = 0, rows = 0;   // floats of one head's; most rows of a task
+    std::atomic<size_t> next{0};
     std::atomic<bool> out_of_memory{false};
 };
 
@@ -113,25 +114,26 @@ struct Free {
     void operator()(void *p) const { std::free(p); }
 };
 
+// What each thread does: one scratch for all of its tasks, as fresh pages take time.
+void run_tasks(void *raw) {
+    auto &s = *static_cast<Sums *>(raw);
+    void *memory = nullptr;
+    const auto bytes = static_cast<size_t>(s.variant->sums_scratch(s.problem, s.rows));
+    if (posix_memalign(&memory, CACHE_LINE, bytes)) {
+        s.out_of_memory = true;
+        return;
+    }
+    const std::unique_ptr<void, Free> scratch(memory);
+    for (size_t i; (i = s.next.fetch_add(1)) < s.tasks.size();)
+        s.variant->sums(s.problem, s.tasks[i], scratch.get());
+}
+
 int64_t sums(const SumsProblem &problem) {
     if (const int64_t status = check_sums(problem)) return status;
     Sums s{problem, choose_variant(problem.variant), {}, {}, {}};
     if (!s.variant) return BAD_VARIANT;
     cut_into_tasks(s);
-    run_items(
-        problem.threads, static_cast<int64_t>(s.tasks.size()),
-        [](void *raw, int64_t i) {
-            auto &s = *static_cast<Sums *>(raw);
-            void *memory = nullptr;
-            const auto bytes = static_cast<size_t>(s.variant->sums_scratch(s.problem, s.rows));
-            if (posix_memalign(&memory, CACHE_LINE, bytes)) {
-                s.out_of_memory = true;
-                return;
-            }
-            const std::unique_ptr<void, Free> scratch(memory);
-            s.variant->sums(s.problem, s.tasks[i], scratch.get());
-        },
-        &s);
+    run_parallel(std::min(problem.threads, static_cast<int64_t>(s.tasks.size())), run_tasks, &s);
     if (s.out_of_memory) return NO_MEMORY;
     gather(s);
     return OK;
