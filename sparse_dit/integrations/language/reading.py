@@ -1,4 +1,4 @@
-"""What a language model says of a text that it reads: log-probabilities at some places, and how long it takes."""
+"""What a language model says of a text that it reads, at some places, and how long that takes."""
 
 from __future__ import annotations
 

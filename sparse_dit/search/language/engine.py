@@ -26,9 +26,11 @@ from ..tune import Clock
 from .breakeven import break_even
 from .candidates import candidates
 from .options import LanguageOptions
-from .scores import COMPONENT, Costs, LayerScores, Scorer, influences, sampled_rows
+from .scores import COMPONENT, Costs, Item, LayerScores, Scorer, influences
 
 PREFILL = Stage(1.0, 0.0, phase="prefill")
+ASKED_AT = (0.35, 0.65)  # depths of the questions that patterns are scored on; others verify
+QUESTIONS = 0.1  # what an answer's divergence counts, beside a text's
 MARGIN = 0.9  # of a limit that is aimed at after it was missed
 
 
@@ -104,7 +106,7 @@ def search_language_model(
 def _searched(run: _Search, tokenizer: Any) -> Plan:
     options, clock = run.options, run.clock
     patterns = candidates()
-    costs = _scored(run, patterns)
+    costs = _scored(run, patterns, tokenizer)
     clock.lap("score")
     options.say(f"dense readings of {len(run.held_out)} held-out texts")
     run.dense = [read(run.model, text) for text in run.held_out]
@@ -132,20 +134,32 @@ def _searched(run: _Search, tokenizer: Any) -> Plan:
     )
 
 
-def _scored(run: _Search, patterns: Sequence[Any]) -> Costs:
+def _items(run: _Search, tokenizer: Any) -> list[Item]:
+    """The texts, and questions for what is hidden in others."""
+    options, count = run.options, len(run.texts)
+    items = [
+        Item.of_text(text.ids, options.rows, 2 * number, 1 / count)
+        for number, text in enumerate(run.texts)
+    ]
+    if tokenizer is not None and options.passkey_depths:
+        tokens = run.texts[0].ids.shape[1]
+        asked = passkeys(tokenizer, tokens, ASKED_AT, seed=1)
+        items += [Item.of_passkey(p, options.rows, 1, QUESTIONS / len(asked)) for p in asked]
+    return items
+
+
+def _scored(run: _Search, patterns: Sequence[Any], tokenizer: Any) -> Costs:
     """Fill `run.layers`, and time attention in the middle layer."""
     options, costs = run.options, None
     names = list(heads_of(run.model))
-    for number, text in enumerate(run.texts):
-        n = text.ids.shape[1]
-        options.say(
-            f"scoring {len(patterns)} patterns on text {number + 1}/{len(run.texts)}, {n} tokens"
-        )
-        rows = sampled_rows(n, options.rows, seed=number)
-        ids = text.ids.to(run.model.device)
-        grads = influences(run.model, ids, rows, options.draws, seed=number)
+    items = _items(run, tokenizer)
+    for number, item in enumerate(items):
+        what = f"text {number + 1}/{len(items)}, {item.ids.shape[1]} tokens"
+        options.say(f"scoring {len(patterns)} patterns on {what}")
+        grads = influences(run.model, item, options.draws, seed=number)
         middle = None if costs else names[len(names) // 2]
-        scorer = Scorer(patterns, rows, grads, run.layers, middle)
+        scorer = Scorer(patterns, item, grads, run.layers, middle)
+        ids = item.ids.to(run.model.device)
         with torch.no_grad(), attached(run.model, {COMPONENT: scorer}):
             run.model(input_ids=ids, use_cache=False, logits_to_keep=1)
         costs = scorer.costs or costs
@@ -179,7 +193,7 @@ def problem_of(
         return torch.cat([values(scores) for scores in layers.values()])
 
     count = len(units)
-    damage = table(lambda s: s.damage / s.texts)
+    damage = table(lambda s: s.damage)
     stock = torch.full((count,), costs.stock, dtype=torch.float64)
     every = sum(heads for heads, _ in heads_of(model).values())
     return Problem(

@@ -5,7 +5,10 @@ The change of the output, times the gradient of the log-likelihood of tokens dra
 change of that likelihood; the half of its mean square is the divergence of what is said (Fisher's
 information), to second order and with rows taken one by one.
 
-Letters in shapes: N tokens, R sampled rows, S drawn texts, H heads, D channels, K patterns.
+A text may also be a question: then only what is said of the answer counts. Patterns that spoil a text little
+may still lose a fact in its middle.
+
+Letters in shapes: N tokens, R sampled rows, P places, S drawn texts, H heads, D channels, K patterns.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from ...call import AttentionCall
 from ...entry import PatternIndex
 from ...estimate import estimated_index
 from ...integrations import attached
+from ...integrations.language.reading import Passkey
 from ...intervals import RowIntervals, causal_rows
 from ...patterns import Pattern
 from ...runtime import attend_call
@@ -29,6 +33,8 @@ from ...timing import timed
 
 COMPONENT = "model"
 REPEATS = 3
+PLACES = 512  # of a text at which tokens are drawn
+ASKING = 32  # last rows of a question, which ask and answer
 
 
 @dataclass(eq=False)
@@ -38,7 +44,7 @@ class LayerScores:
     Attributes:
         error: float64 `[H, K]`, squared changes of the head's output.
         norm: float64 `[H]`, squared exact outputs.
-        damage: float64 `[H, K]`, expected divergence in nats a token, summed over texts.
+        damage: float64 `[H, K]`, expected divergence in nats a token, by the shares of the texts.
         density: float64 `[H, K]`, computed pairs over those of causal order, summed over texts.
         texts: How many texts.
     """
@@ -71,6 +77,45 @@ class Costs:
     call: AttentionCall = field(repr=False)
 
 
+@dataclass(frozen=True, eq=False)
+class Item:
+    """What patterns are scored on.
+
+    Args:
+        ids: int64 `[1, N]`.
+        rows: int64 `[R]`, the rows whose outputs are computed.
+        weights: float32 `[R]`, how many rows each stands for.
+        places: int64 `[P]`, where tokens are drawn.
+        share: Of the item in the damage of all.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    weights: Tensor
+    places: Tensor
+    share: float
+
+    @staticmethod
+    def of_text(ids: Tensor, rows: int, seed: int, share: float) -> Item:
+        """A text, of which everything counts."""
+        tokens = ids.shape[1]
+        picked = sampled_rows(tokens, rows, seed)
+        weights = torch.full((len(picked),), tokens / len(picked))
+        return Item(ids, picked, weights, sampled_rows(tokens, PLACES, seed + 1), share)
+
+    @staticmethod
+    def of_passkey(passkey: Passkey, rows: int, seed: int, share: float) -> Item:
+        """A question, of which the answer counts; the rows that ask and answer are all sampled."""
+        tokens = passkey.ids.shape[1]
+        before = tokens - min(ASKING, tokens // 2)
+        picked = sampled_rows(before, rows, seed)
+        weights = torch.full((len(picked),), before / len(picked))
+        last = torch.arange(before, tokens)
+        places = torch.arange(tokens - passkey.answer - 1, tokens - 1)
+        rows_, weights = torch.cat([picked, last]), torch.cat([weights, torch.ones(len(last))])
+        return Item(passkey.ids, rows_, weights, places, share)
+
+
 def sampled_rows(tokens: int, rows: int, seed: int) -> Tensor:
     """Row numbers, one at random from each of `rows` equal parts, int64 `[R]`; all if there are no more."""
     if tokens <= rows:
@@ -79,16 +124,16 @@ def sampled_rows(tokens: int, rows: int, seed: int) -> Tensor:
     return ((torch.arange(rows) + drawn) * tokens / rows).long()
 
 
-def influences(model: Any, ids: Tensor, rows: Tensor, draws: int, seed: int) -> dict[str, Tensor]:
-    """Gradients of drawn texts' log-likelihoods by heads' outputs: `[S, R, H, D]` for each layer.
+def influences(model: Any, item: Item, draws: int, seed: int) -> dict[str, Tensor]:
+    """Gradients of drawn tokens' log-likelihoods by heads' outputs: `[S, R, H, D]` for each layer.
 
     Args:
         model: The model, not attached.
-        ids: int64 `[1, N]`.
-        rows: int64 `[R]`.
-        draws: S, how many texts are drawn.
+        item: Where tokens are drawn, and by which rows' outputs.
+        draws: S, how often they are drawn.
         seed: Of the draws.
     """
+    ids, places = item.ids.to(model.device), item.places.to(model.device)
     taps: dict[str, Tensor] = {}
 
     def tapped(call: AttentionCall) -> Tensor:
@@ -103,7 +148,8 @@ def influences(model: Any, ids: Tensor, rows: Tensor, draws: int, seed: int) -> 
     found: dict[str, list[Tensor]] = {}
     try:
         with torch.enable_grad(), attached(model, {COMPONENT: tapped}):
-            said = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=places).logits[0]
+            said = logits.float().log_softmax(-1)
             for draw in range(draws):
                 tokens = torch.multinomial(said.detach().exp().cpu(), 1, generator=drawn)
                 likelihood = said.gather(1, tokens.to(said.device)).sum()
@@ -111,7 +157,7 @@ def influences(model: Any, ids: Tensor, rows: Tensor, draws: int, seed: int) -> 
                     likelihood, list(taps.values()), retain_graph=draw + 1 < draws
                 )
                 for layer, grad in zip(taps, grads, strict=True):
-                    found.setdefault(layer, []).append(grad[0, rows].float().cpu())
+                    found.setdefault(layer, []).append(grad[0, item.rows].float().cpu())
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
@@ -123,20 +169,21 @@ class Scorer:
 
     Args:
         patterns: The K candidates, dense first.
-        rows: int64 `[R]`, the sampled rows of the text.
-        grads: The text's influences.
+        item: The text.
+        grads: Its influences.
+        layers: The scores that are added to.
         timed_layer: The layer whose calls are timed; None for none.
     """
 
     def __init__(
         self,
         patterns: Sequence[Pattern],
-        rows: Tensor,
+        item: Item,
         grads: dict[str, Tensor],
         layers: dict[str, LayerScores],
         timed_layer: str | None,
     ) -> None:
-        self.patterns, self.rows, self.grads, self.layers = patterns, rows, grads, layers
+        self.patterns, self.item, self.grads, self.layers = patterns, item, grads, layers
         self.timed_layer = timed_layer
         self.costs: Costs | None = None
 
@@ -153,24 +200,25 @@ class Scorer:
         heads, count = call.q.shape[2], len(self.patterns)
         scores = self.layers.setdefault(call.layer, LayerScores.empty(heads, count))
         scores.texts += 1
+        rows, item = self.item.rows, self.item
         q, k, v = (x[0].float().cpu().transpose(0, 1) for x in (call.q, call.k, call.v))
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         indices = [_index(call, [pattern] * heads) for pattern in self.patterns[1:]]
-        seen = [{entry: seen_by(entry, self.rows) for entry in index.entries} for index in indices]
-        causal = torch.arange(k.shape[1]) <= self.rows[:, None]
+        seen = [{entry: seen_by(entry, rows) for entry in index.entries} for index in indices]
+        causal = torch.arange(k.shape[1]) <= rows[:, None]
         grads, shared = self.grads[call.layer], heads // k.shape[0]
         scores.density[:, 0] += 1
         for head in range(heads):
-            logits = (q[head, self.rows] @ k[head // shared].T) * scale
+            logits = (q[head, rows] @ k[head // shared].T) * scale
             p, values = logits.masked_fill(~causal, -torch.inf).softmax(-1), v[head // shared]
             exact = p @ values
             scores.norm[head] += exact.square().sum()
             for number, (index, found) in enumerate(zip(indices, seen, strict=True), 1):
                 kept = p * found[index.entries[index.head_to_pattern[head]]]
                 change = (kept @ values) / kept.sum(-1, keepdim=True).clamp_min(1e-20) - exact
-                told = (grads[:, :, head] * change).sum(-1).square().sum(1).mean()
+                told = ((grads[:, :, head] * change).sum(-1).square() @ item.weights).mean()
                 scores.error[head, number] += change.square().sum()
-                scores.damage[head, number] += 0.5 * told / len(self.rows)
+                scores.damage[head, number] += 0.5 * item.share * told / len(item.places)
                 scores.density[head, number] += index.head_density[head]
 
 
@@ -244,9 +292,10 @@ def shortened(call: AttentionCall, tokens: int) -> AttentionCall:
 
 def _causal_call(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> AttentionCall:
     def stock() -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+        shared = q.shape[2] != k.shape[2]
         out = scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=call.scale, enable_gqa=q.shape[2] != k.shape[2]
+            q_, k_, v_, is_causal=True, scale=call.scale, enable_gqa=shared
         )
         return out.transpose(1, 2)
 
