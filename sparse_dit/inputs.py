@@ -12,6 +12,7 @@ from .integrations import host_named
 from .texts import lines_of, read_text, unfit
 
 MAX_PROMPT_FILE = 1 << 20  # bytes
+MAX_TEXT_FILE = 1 << 24
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -49,6 +50,18 @@ def _lines(file: Path) -> list[str]:
     if not found:
         raise ValueError(f"prompt file {file} holds no prompt: write one a line")
     return found
+
+
+def read_texts(files: list[Path]) -> list[str]:
+    """The texts of files, whole.
+
+    Raises:
+        ValueError: If one isn't text, or is larger than 16 MB.
+    """
+    try:
+        return [read_text(file, MAX_TEXT_FILE) for file in files]
+    except ValueError as error:
+        raise ValueError(f"text file {error}") from None
 
 
 def check_model(name: str) -> None:

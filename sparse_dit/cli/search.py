@@ -1,4 +1,4 @@
-"""`sparse-dit search`: find a plan for a pipeline."""
+"""`sparse-dit search`: find a plan for a pipeline or a language model."""
 
 from __future__ import annotations
 
@@ -40,6 +40,26 @@ class Wanted:
     ] = None
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The options of a search for a language model, by the names of `LanguageOptions`."""
+
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of text to calibrate a language model on; repeatable."),
+    ] = None
+    held_out_text: Annotated[
+        list[Path] | None, typer.Option(help="File of text to verify it on; repeatable.")
+    ] = None
+    max_kl: Annotated[
+        float | None, typer.Option(help="Most divergence of a language model, in nats a token.")
+    ] = None
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(help="Most relative increase of its perplexity: 0.03 is 3 %.")
+    ] = None
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 4096
+
+
 @with_options
 def search(
     model: Model,
@@ -51,13 +71,17 @@ def search(
     ] = None,
     size: Size,
     wanted: Wanted,
+    texts: Texts,
     place: Place,
     force: Force = False,
 ) -> int:
     """Find a plan for a pipeline. One of --target-speedup, --max-error, --min-psnr is the dial.
 
+    With --text it is for a language model; its dials are --target-speedup, --max-kl, --max-ppl-increase.
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
+    if texts.text:
+        return _search_text(model, texts, wanted, place, plan_file, force)
     from ..inputs import check_model, described, load_pipeline
     from ..search import search_plan as find
     from ..search.objective import shortfall
@@ -94,6 +118,39 @@ def search(
     if missed:
         say(missed)
     return outputs.code or int(bool(missed))
+
+
+def _search_text(
+    model: str, texts: Texts, wanted: Wanted, place: Place, plan_file: Path, force: bool
+) -> int:
+    """Find a plan for a language model, and write and show it."""
+    from ..inputs import read_texts
+    from ..integrations.language.loading import check_language_model, load_language_model
+    from ..search.language import search_language_model
+    from ..search.language.options import LanguageOptions
+
+    calibration, held_out = read_texts(texts.text or []), read_texts(texts.held_out_text or [])
+    asked: dict[str, Any] = {
+        "held_out": held_out or None,
+        "target_speedup": wanted.target_speedup,
+        "max_kl": texts.max_kl,
+        "max_ppl_increase": texts.max_ppl_increase,
+        "tokens": texts.tokens,
+        "report": say,
+    }
+    LanguageOptions(**asked).split(calibration)
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect("--out", plan_file, ".json")
+    check_language_model(model)
+    loaded, tokenizer = load_language_model(model, place.device, place.dtype)
+    plan = search_language_model(loaded, calibration, tokenizer=tokenizer, **asked)
+    lies = outputs.write(plan_file, lambda path: plan.save(path, overwrite=force))
+    show_plan(plan)
+    out.print(f"wrote {lies}", soft_wrap=True)
+    met = plan.measured["met"]
+    if not met:
+        say("the plan misses what was asked for; see measured in it")
+    return outputs.code or int(not met)
 
 
 def _beside(plan_file: Path) -> tuple[Path, Path]:

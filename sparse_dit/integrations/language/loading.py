@@ -1,0 +1,49 @@
+"""Language models and VLMs from a folder or the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def check_language_model(name: str) -> None:
+    """Raise ValueError unless the name is a model's folder or could be one on the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} has no config.json: it must be a model of transformers")
+    elif folder.exists():
+        raise ValueError(f"{name} is a file: give the folder of a model of transformers")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"no folder {name}: give a model's folder or hub id")
+
+
+def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    """A causal language model, or a VLM, and its tokenizer.
+
+    Args:
+        name: A folder or hub id.
+        device: Where it computes.
+        dtype: Name of a torch dtype; float32 if None.
+
+    Raises:
+        ValueError: If it can't be read.
+    """
+    kind = getattr(torch, dtype or "float32")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        seeing = type(config) in transformers.AutoModelForImageTextToText._model_mapping
+        auto = (
+            transformers.AutoModelForImageTextToText
+            if seeing
+            else transformers.AutoModelForCausalLM
+        )
+        model = auto.from_pretrained(name, dtype=kind, attn_implementation="sdpa")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{name} can't be read: {error}") from None
+    return model.to(device).eval(), tokenizer
