@@ -29,6 +29,7 @@ __all__ = [
     "heads_of",
     "host_named",
     "host_of",
+    "library_of",
     "self_attention_layers",
     "unpatched",
     "workload",
@@ -49,12 +50,17 @@ def host_named(name: str) -> Host:
     return cast(Host, importlib.import_module(HOSTS[name]))
 
 
-def host_of(model: Any) -> Host:
-    """The host of a model or pipeline, by the package of its class or of one that this derives from."""
+def library_of(model: Any) -> str:
+    """The library of a model or pipeline, by the package of its class or of one that this derives from."""
     if isinstance(model, nn.Module):
         model = getattr(model, "_orig_mod", model)  # where torch.compile keeps the module itself
     packages = (cls.__module__.partition(".")[0] for cls in type(model).__mro__)
-    return host_named(next((name for name in packages if name in HOSTS), OTHERS))
+    return next((name for name in packages if name in HOSTS), OTHERS)
+
+
+def host_of(model: Any) -> Host:
+    """The host of a model or pipeline."""
+    return host_named(library_of(model))
 
 
 def components(model: Any) -> dict[str, nn.Module]:

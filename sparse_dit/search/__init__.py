@@ -1,7 +1,7 @@
 """The offline stage: profile, score, cost, solve, verify.
 
 The package is what `sparse_dit.search` names, and it can be called: `sparse_dit.search(pipe, prompts)` is
-`sparse_dit.search.search(pipe, prompts)`, and `sparse_dit.search(model, texts, tokenizer=...)` of a language model
+`sparse_dit.search.search(pipe, prompts)`, and of a language model `sparse_dit.search(model, texts, tokenizer=...)` is
 `sparse_dit.search.language.search_language_model`.
 """
 
@@ -12,7 +12,7 @@ import sys
 import types
 from typing import Any
 
-from ..integrations import HOSTS, host_of
+from ..integrations import library_of
 from .engine import Searched, plan_of, search, search_plan
 from .objective import Objective
 
@@ -22,7 +22,7 @@ __signature__ = inspect.signature(search)  # what `inspect.signature` shows of t
 
 class _Search(types.ModuleType):
     def __call__(self, model: Any, *args: Any, **options: Any) -> Any:
-        if host_of(model).__name__ != HOSTS["transformers"]:
+        if library_of(model) != "transformers":
             return search(model, *args, **options)
         from .language import search_language_model
 
