@@ -1,8 +1,8 @@
 """The offline stage: profile, score, cost, solve, verify.
 
 The package is what `sparse_dit.search` names, and it can be called: `sparse_dit.search(pipe, prompts)` is
-`sparse_dit.search.search(pipe, prompts)`, and of a language model `sparse_dit.search(model, texts, tokenizer=...)` is
-`sparse_dit.search.language.search_language_model`.
+`sparse_dit.search.search(pipe, prompts)`, or for a model of transformers
+`sparse_dit.search.language.search_language_model(model, texts)`.
 """
 
 from __future__ import annotations

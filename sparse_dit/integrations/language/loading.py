@@ -36,12 +36,9 @@ def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any,
     kind = getattr(torch, dtype or "float32")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        seeing = type(config) in transformers.AutoModelForImageTextToText._model_mapping
-        auto = (
-            transformers.AutoModelForImageTextToText
-            if seeing
-            else transformers.AutoModelForCausalLM
-        )
+        auto: Any = transformers.AutoModelForCausalLM
+        if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+            auto = transformers.AutoModelForImageTextToText
         model = auto.from_pretrained(name, dtype=kind, attn_implementation="sdpa")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, KeyError) as error:

@@ -259,13 +259,14 @@ def _within(task: Problem, damage: float) -> Choice:
 def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
     with patch(run.model, _plan(run, task, choice), backend=run.options.backend):
         sparse = [read(run.model, text) for text in run.held_out]
-        found = sum(finds(run.model, passkey) for passkey in run.passkeys)
-    rows = list(zip(sparse, run.dense, run.held_out, strict=True))
-    kl = sum(mine.divergence(dense) for mine, dense, _ in rows) / len(rows)
-    more = sum(mine.perplexity_increase(dense, text) for mine, dense, text in rows) / len(rows)
+        rows = list(zip(sparse, run.dense, run.held_out, strict=True))
+        kl = sum(mine.divergence(dense) for mine, dense, _ in rows) / len(rows)
+        more = sum(mine.perplexity_increase(dense, text) for mine, dense, text in rows) / len(rows)
+        kept = run.options.keeps(kl, more)  # else there is no need to ask
+        found = sum(finds(run.model, passkey) for passkey in run.passkeys if kept)
     taken: list[list[Taken]] = [[one.taken for one in side] for side in (run.dense, sparse)]
     verified = Verified(kl, more, Pairs(*taken), found)
-    passed = f", {found}/{len(run.passkeys)} passkeys" if run.passkeys else ""
+    passed = f", {found}/{len(run.passkeys)} passkeys" if run.passkeys and kept else ""
     run.options.say(
         f"density {choice.density:.1%}: {verified.pairs.speedup:.2f}x (forecast {choice.speedup:.2f}x), KL "
         f"{kl:.4f} (forecast {choice.damage:.4f}), perplexity {more:+.1%}{passed}"

@@ -206,6 +206,7 @@ class Scorer:
         indices = [_index(call, [pattern] * heads) for pattern in self.patterns[1:]]
         seen = [{entry: seen_by(entry, rows) for entry in index.entries} for index in indices]
         causal = torch.arange(k.shape[1]) <= rows[:, None]
+        pairs = causal.float().sum(1) @ item.weights
         grads, shared = self.grads[call.layer], heads // k.shape[0]
         scores.density[:, 0] += 1
         for head in range(heads):
@@ -214,12 +215,13 @@ class Scorer:
             exact = p @ values
             scores.norm[head] += exact.square().sum()
             for number, (index, found) in enumerate(zip(indices, seen, strict=True), 1):
-                kept = p * found[index.entries[index.head_to_pattern[head]]]
+                sees = found[index.entries[index.head_to_pattern[head]]] & causal
+                kept = p * sees
                 change = (kept @ values) / kept.sum(-1, keepdim=True).clamp_min(1e-20) - exact
                 told = ((grads[:, :, head] * change).sum(-1).square() @ item.weights).mean()
                 scores.error[head, number] += change.square().sum()
                 scores.damage[head, number] += 0.5 * item.share * told / len(item.places)
-                scores.density[head, number] += index.head_density[head]
+                scores.density[head, number] += (sees.float().sum(1) @ item.weights) / pairs
 
 
 def is_whole(call: AttentionCall) -> bool:
