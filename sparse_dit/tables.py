@@ -110,7 +110,11 @@ class _Densities:
 
         key = (pattern, layout)
         if key not in self._known:
-            computed = 1.0 if pattern.computed.is_dense else pattern_index(*key).density
+            computed = 1.0
+            if pattern.is_estimated:
+                computed = pattern.shape.budget.density(layout.seq_len)
+            elif not pattern.computed.is_dense:
+                computed = pattern_index(*key).density
             self._known[key] = computed / pattern.every  # over a long stage
         return self._known[key]
 

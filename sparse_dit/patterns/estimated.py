@@ -40,6 +40,10 @@ class Budget:
         if self.most is not None and self.most < self.least:
             raise ValueError(f"most must be at least least, got {self.most} and {self.least}")
 
+    def density(self, length: int) -> float:
+        """Computed pairs over those of causal order in a prefill of `length` tokens, about."""
+        return _density(self.keys(length), length)
+
     def keys(self, length: int) -> int:
         """Keys a row in a call of `length` keys."""
         wanted = max(self.least, int(self.alpha + self.beta * length))
@@ -58,9 +62,18 @@ class Share:
     gamma: Fraction = 0.9
     least: Count = 256
 
+    def density(self, length: int) -> float:
+        """The least computed pairs over those of causal order; the prompt decides."""
+        return _density(self.least, length)
+
     def keys(self, length: int) -> int:
         """The least number of keys a row, at any length."""
         return self.least
+
+
+def _density(keys: int, length: int) -> float:
+    share = min(1.0, keys / max(1, length))
+    return share * (2 - share)
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -301,3 +301,12 @@ VISION_MODELS: dict[str, Callable[[], Made]] = {
     "mistral3": _mistral3,
     "paligemma": _paligemma,
 }
+
+
+def tokenizer() -> Any:
+    """A tokenizer whose tokens are the ASCII characters, for vocabularies of 128."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({chr(n): n for n in range(128)}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return T.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")

@@ -230,6 +230,8 @@ def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:
     allowed, best = options.allowed_kl, None
     for _ in range(options.rounds):
         choice = _within(task, allowed)
+        if best is not None and torch.equal(choice.pick, best[0].pick):
+            break  # the fastest there is
         verified = _verified(run, task, choice)
         over = options.excess(verified.kl, verified.ppl_increase)
         lost = len(run.passkeys) - verified.found

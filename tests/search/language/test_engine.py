@@ -1,0 +1,138 @@
+"""The whole search of a plan for a language model, by Python and by the command."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+import sparse_dit
+from sparse_dit import cli
+from sparse_dit.plan import Plan
+from sparse_dit.search.language import engine
+from sparse_dit.search.language.options import LanguageOptions
+from tests.helpers.language_plans import DENSE, NEAR, SLASH
+from tests.helpers.tiny_language_models import TEXT, logits, text, tokenizer
+
+transformers.logging.set_verbosity_error()
+FEW = (DENSE, NEAR, SLASH)
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch):
+    monkeypatch.setattr(engine, "candidates", lambda: FEW)
+
+
+@pytest.fixture
+def tiny():
+    model, inputs = text("llama", batch=2, length=400)
+    return model, list(inputs["input_ids"])
+
+
+def test_a_plan_is_found_that_keeps_the_divergence(tiny):
+    model, texts = tiny
+    said = []
+    want = logits(model, {"input_ids": texts[0][None]})
+    plan = sparse_dit.search(model, texts, max_kl=0.05, rows=16, report=said.append)
+    assert torch.equal(logits(model, {"input_ids": texts[0][None]}), want), "left as it was"
+    assert plan.measured["met"] and plan.measured["kl"] <= 0.05
+    assert plan.density < 1 and {head.pattern for head in heads_in(plan)} <= set(FEW)
+    assert plan.provenance["objective"] == {"max_kl": 0.05}
+    assert plan.provenance["calibration_tokens"] == [400]
+    assert any("density" in line for line in said)
+    with sparse_dit.patch(model, plan) as handle:
+        logits(model, {"input_ids": texts[1][None]})
+    assert handle.summary().density == pytest.approx(plan.density, rel=0.2)
+
+
+def heads_in(plan):
+    return [head for heads in plan.components["model"].layers.values() for head in heads[0]]
+
+
+def test_a_stricter_limit_gives_a_denser_plan(tiny):
+    model, texts = tiny
+    found = [sparse_dit.search(model, texts, max_kl=kl, rows=16) for kl in (1e-5, 0.5)]
+    assert found[0].density > found[1].density
+    assert found[0].measured["kl"] <= 1e-5
+
+
+def test_a_speed_up_that_attention_cannot_give_is_an_error(tiny):
+    model, texts = tiny
+    with pytest.raises(ValueError, match=r"target_speedup must be at most [\d.]+ for this model"):
+        sparse_dit.search(model, texts, target_speedup=50.0, rows=16)
+
+
+def test_layers_with_a_window_are_left_out():
+    model, inputs = text("gemma3", batch=2, length=400)
+    plan = sparse_dit.search(model, list(inputs["input_ids"]), max_kl=0.05, rows=16)
+    assert list(plan.components["model"].layers) == ["model.layers.1.self_attn"]
+
+
+def test_a_model_without_causal_order_is_an_error():
+    model, inputs = text("llama both ways", batch=2, length=400)
+    with pytest.raises(NotImplementedError, match="doesn't attend in plain causal order"):
+        sparse_dit.search(model, list(inputs["input_ids"]), max_kl=0.05)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "give one of target_speedup, max_kl, max_ppl_increase, got none"),
+        ({"max_kl": 0.1, "target_speedup": 2.0}, "got target_speedup and max_kl"),
+        ({"max_kl": 0.0}, "max_kl must be a number above 0, got 0.0"),
+        ({"target_speedup": 1.0}, "target_speedup must be a number above 1, got 1.0"),
+        ({"max_kl": 0.1, "tokens": 100}, "tokens must be a whole number >= 256, got 100"),
+        ({"max_kl": 0.1, "rows": 0}, "rows must be a whole number >= 1, got 0"),
+        ({"max_kl": 0.1, "passkey_depths": (1.5,)}, "passkey_depths must be from 0 to 1"),
+    ],
+)
+def test_options_out_of_range(asked, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageOptions(**asked)
+
+
+def test_texts_that_do_not_do(tiny):
+    model, texts = tiny
+    with pytest.raises(ValueError, match="give two texts or more, or held_out ones, got 1"):
+        sparse_dit.search(model, texts[:1], max_kl=0.1)
+    with pytest.raises(TypeError, match="must be lists of texts"):
+        sparse_dit.search(model, "a text", max_kl=0.1)
+    with pytest.raises(ValueError, match="a text must have at least 256 tokens, got 9"):
+        sparse_dit.search(model, [texts[0], texts[1][:9]], max_kl=0.1)
+    with pytest.raises(ValueError, match="a tokenizer must be given"):
+        sparse_dit.search(model, ["a text", "another"], max_kl=0.1)
+    with (
+        sparse_dit.patch(model, "exact"),
+        pytest.raises(ValueError, match="the pipeline is patched"),
+    ):
+        sparse_dit.search(model, texts, max_kl=0.1)
+
+
+def test_the_command_writes_a_plan(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).save_pretrained(
+        tmp_path / "model"
+    )
+    tokenizer().save_pretrained(tmp_path / "model")
+    drawn = torch.randint(32, 127, (2, 400), generator=torch.Generator().manual_seed(1)).tolist()
+    for name, codes in zip(("first.txt", "second.txt"), drawn, strict=True):
+        (tmp_path / name).write_text("".join(map(chr, codes)))
+    monkeypatch.chdir(tmp_path)
+    typed = [
+        "search",
+        "model",
+        "--text",
+        "first.txt",
+        "--held-out-text",
+        "second.txt",
+        "--max-kl",
+        "0.05",
+    ]
+    assert cli.run(typed) == 0
+    plan = Plan.load("plan.json")
+    assert plan.components["model"].kind == "language_model" and plan.measured["met"]
+    assert "wrote plan.json" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 3
+    assert cli.run(typed) == 2, "it is there already"
+    assert cli.run(["search", "nowhere", "--text", "first.txt", "--max-kl", "1", "--force"]) == 2
+    assert "give two texts or more" in capsys.readouterr().err
