@@ -23,6 +23,7 @@ from tests.bench.test_bench import attend_in_blocks
 from tests.helpers.documents import ROOT, Shown, commands, pages, prose, words_of
 from tests.helpers.search_cases import stub_costs
 from tests.helpers.shortened import CODES, NOT_READ, READ, WORDS, among, filled, shorter
+from tests.helpers.tiny_language_models import save_language_model
 from tests.helpers.tiny_pipelines import wan
 from tests.helpers.typed import (
     USAGE,
@@ -37,6 +38,7 @@ from tests.helpers.typed import (
     without_ellipses,
 )
 
+GIVEN = ("lora.safetensors", "language-model", "book.txt", "other.txt")
 PROMPTS = "a cat plays the piano\na dog runs\na boat at dawn\n"
 MAP = "docs/reference/files.md"
 FOREIGN = {"--nproc-per-node", "--inplace"}  # options of torchrun and setuptools
@@ -56,6 +58,7 @@ class Desk:
         layers = peft.get_peft_model_state_dict(pipe.transformer)
         name = "lora.safetensors"
         pipe.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=name)
+        save_language_model(folder)
 
     def at(self, page: str) -> Path:
         """The folder of a page."""
@@ -63,7 +66,8 @@ class Desk:
         if not folder.exists():
             folder.mkdir()
             (folder / "model").symlink_to(self.folder / "model")
-            (folder / "lora.safetensors").symlink_to(self.folder / "lora.safetensors")
+            for name in GIVEN:
+                (folder / name).symlink_to(self.folder / name)
             (folder / "prompts.txt").write_text(PROMPTS)
         return folder
 

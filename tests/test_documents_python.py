@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import transformers
 
 import sparse_dit
 from sparse_dit.integrations.families import FAMILIES
@@ -17,6 +18,7 @@ from sparse_dit.patch import Handle
 from tests.helpers.documents import ROOT, pages, prose, snippets
 from tests.helpers.eval_cases import WINDOW, uniform_plan
 from tests.helpers.search_cases import stub_costs
+from tests.helpers.tiny_language_models import save_language_model
 from tests.helpers.tiny_pipelines import wan
 
 # what is written instead, so that it takes a second
@@ -31,6 +33,8 @@ SMALLER = {
     r"num_inference_steps=\d+": "num_inference_steps=1",
     r'"demos/tiny_wan/model"': repr(str(ROOT / "demos" / "tiny_wan" / "model")),
     r"video\(21, 30, 52": "video(3, 8, 8",
+    r'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"language-model"',
+    r"max_kl=0\.03": "max_kl=0.03, rows=4, passkey_depths=()",
 }
 # not run, but its names are looked up
 PROCESSES = (
@@ -72,6 +76,9 @@ def test_python_runs_as_it_is_shown(shown, searched, unknown_model, tmp_path, mo
     for known, smaller in SMALLER.items():
         text = re.sub(known, lambda _, smaller=smaller: smaller, text)
     (tmp_path / "plan.json").write_bytes(plan.read_bytes())
+    given = {}
+    if shown.page == "docs/language-models.md":
+        given = language(tmp_path)
     stub_costs(monkeypatch)
     monkeypatch.chdir(tmp_path)
     if "add_model" in text:
@@ -80,12 +87,20 @@ def test_python_runs_as_it_is_shown(shown, searched, unknown_model, tmp_path, mo
     if "plan.save(" in text:
         Path("plan.json").unlink()
     q, k, v = torch.randn(3, 1, 2, 192, 24)
-    given = {"pipe": pipe, "SMALL": call, "num_heads": 2, "q": q, "k": k, "v": v}
+    given |= {"pipe": pipe, "SMALL": call, "num_heads": 2, "q": q, "k": k, "v": v}
     if any("import sparse_dit" in before.text for before in EVERY[: EVERY.index(shown)]
            if before.page == shown.page):  # fmt: skip
         given["sparse_dit"] = sparse_dit
     exec(compile(text, shown.page, "exec"), {**given, "MyTransformer3DModel": MyTransformer3DModel})
     sparse_dit.unpatch(pipe)
+
+
+def language(folder):
+    """A language model in a folder and in memory, and texts for it."""
+    folder = save_language_model(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    return {"model": model, "tokenizer": words, "inputs": words("A prompt", return_tensors="pt")}
 
 
 def test_python_in_sentences_names_what_exists():

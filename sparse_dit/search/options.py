@@ -162,21 +162,21 @@ class SearchOptions:
             check_writable(Path(self.profile), option("profile"))
 
 
-Search = Callable[[Any, Prompts, SearchOptions], R]
-
-
 def by_keywords(
-    options: Callable[P, SearchOptions],
-) -> Callable[[Search[R]], Callable[Concatenate[Any, Prompts, P], R]]:
+    options: Callable[P, Any],
+) -> Callable[[Callable[[Any, Any, Any], R]], Callable[Concatenate[Any, Sequence[Any], P], R]]:
     """A decorator by which a search takes each field of its options as a keyword.
 
     Args:
-        options: `SearchOptions`; its fields are what the decorated function's signature then shows.
+        options: The class of the third argument; its fields are what the decorated function's signature then
+            shows.
     """
 
-    def decorate(search: Search[R]) -> Callable[Concatenate[Any, Prompts, P], R]:
+    def decorate(
+        search: Callable[[Any, Any, Any], R],
+    ) -> Callable[Concatenate[Any, Sequence[Any], P], R]:
         @functools.wraps(search)
-        def taking(pipe: Any, prompts: Prompts, *args: P.args, **kwargs: P.kwargs) -> R:
+        def taking(pipe: Any, prompts: Sequence[Any], *args: P.args, **kwargs: P.kwargs) -> R:
             return search(pipe, prompts, options(*args, **kwargs))
 
         hints = {**get_type_hints(options), **get_type_hints(search)}

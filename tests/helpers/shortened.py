@@ -19,6 +19,7 @@ VALUES: dict[tuple[str, ...], dict[str, str]] = {
 WORDS = {
     "MODEL_FOLDER": "model",
     "MODEL": "model",
+    "LANGUAGE_MODEL": "language-model",
     "FILE": "lora.safetensors",
     "SECONDS": "95",
     "32768": "128",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -310,3 +311,15 @@ def tokenizer() -> Any:
     made = Tokenizer(models.WordLevel({chr(n): n for n in range(128)}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return T.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+
+
+def save_language_model(folder: Path) -> Path:
+    """A llama with its tokenizer in `folder / "language-model"`, and two texts beside it."""
+    torch.manual_seed(0)
+    model = T.LlamaForCausalLM(T.LlamaConfig(**TEXT))
+    model.save_pretrained(folder / "language-model")
+    tokenizer().save_pretrained(folder / "language-model")
+    drawn = torch.randint(32, 127, (2, 400), generator=torch.Generator().manual_seed(1)).tolist()
+    for name, codes in zip(("book.txt", "other.txt"), drawn, strict=True):
+        (folder / name).write_text("".join(map(chr, codes)))
+    return folder / "language-model"

@@ -21,6 +21,7 @@ from ...plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from ...timing import Pairs, Taken, timing_of
 from ...version import VERSION
 from ..local import improve
+from ..options import by_keywords
 from ..solve import Choice, Problem, cheapest, evaluate, least_damage, runner_up
 from ..tune import Clock
 from .breakeven import break_even
@@ -65,9 +66,10 @@ class _Search:
     dense: list[Read] = field(default_factory=list)
 
 
+@by_keywords(LanguageOptions)
 @on_cpu
 def search_language_model(
-    model: Any, texts: Sequence[str | Tensor], *, tokenizer: Any = None, **asked: Any
+    model: Any, texts: Sequence[str | Tensor], options: LanguageOptions
 ) -> Plan:
     """Find a plan for the prefill of a causal language model of transformers.
 
@@ -77,42 +79,40 @@ def search_language_model(
         model: The model, not patched.
         texts: Texts, or their tokens int64 `[N]`. The last of several is held out to verify on, unless
             `held_out` is given.
-        tokenizer: Turns texts into tokens and makes passkey questions; None if all texts are tokens.
-        asked: Each field of `LanguageOptions` is a keyword.
+        options: What is asked for: each field of `LanguageOptions` is a keyword.
 
     Raises:
         ValueError: If there is no text, one is too short, the model is patched, or a number is out of range.
         TypeError: If the model is none of transformers.
         NotImplementedError: If no layer of it attends in plain causal order.
     """
-    options = LanguageOptions(**asked)
     unpatched(model)
     given, held = options.split(texts)
     run = _Search(
         model,
         options,
-        [options.text(text, tokenizer) for text in given],
-        [options.text(text, tokenizer) for text in held],
+        [options.text(text) for text in given],
+        [options.text(text) for text in held],
         Clock(model.device),
     )
     was_training = model.training
     model.eval()
     try:
-        return _searched(run, tokenizer)
+        return _searched(run)
     finally:
         model.train(was_training)
 
 
-def _searched(run: _Search, tokenizer: Any) -> Plan:
+def _searched(run: _Search) -> Plan:
     options, clock = run.options, run.clock
     patterns = candidates()
-    costs = _scored(run, patterns, tokenizer)
+    costs = _scored(run, patterns)
     clock.lap("score")
     options.say(f"dense readings of {len(run.held_out)} held-out texts")
     run.dense = [read(run.model, text) for text in run.held_out]
-    if tokenizer is not None and options.passkey_depths:
+    if options.tokenizer is not None and options.passkey_depths:
         tokens = run.held_out[0].ids.shape[1]
-        asked = passkeys(tokenizer, tokens, options.passkey_depths)
+        asked = passkeys(options.tokenizer, tokens, options.passkey_depths)
         run.passkeys = [passkey for passkey in asked if finds(run.model, passkey)]
     clock.lap("references")
     seconds = sum(found.taken.seconds for found in run.dense) / len(run.dense)
@@ -134,25 +134,25 @@ def _searched(run: _Search, tokenizer: Any) -> Plan:
     )
 
 
-def _items(run: _Search, tokenizer: Any) -> list[Item]:
+def _items(run: _Search) -> list[Item]:
     """The texts, and questions for what is hidden in others."""
     options, count = run.options, len(run.texts)
     items = [
         Item.of_text(text.ids, options.rows, 2 * number, 1 / count)
         for number, text in enumerate(run.texts)
     ]
-    if tokenizer is not None and options.passkey_depths:
+    if options.tokenizer is not None and options.passkey_depths:
         tokens = run.texts[0].ids.shape[1]
-        asked = passkeys(tokenizer, tokens, ASKED_AT, seed=1)
+        asked = passkeys(options.tokenizer, tokens, ASKED_AT, seed=1)
         items += [Item.of_passkey(p, options.rows, 1, QUESTIONS / len(asked)) for p in asked]
     return items
 
 
-def _scored(run: _Search, patterns: Sequence[Any], tokenizer: Any) -> Costs:
+def _scored(run: _Search, patterns: Sequence[Any]) -> Costs:
     """Fill `run.layers`, and time attention in the middle layer."""
     options, costs = run.options, None
     names = list(heads_of(run.model))
-    items = _items(run, tokenizer)
+    items = _items(run)
     for number, item in enumerate(items):
         what = f"text {number + 1}/{len(items)}, {item.ids.shape[1]} tokens"
         options.say(f"scoring {len(patterns)} patterns on {what}")

@@ -23,6 +23,7 @@ class LanguageOptions:
     """What is asked for, beside the model and its texts.
 
     Args:
+        tokenizer: Turns texts into tokens and makes passkey questions; None if all texts are tokens.
         held_out: Texts for verification; the last of several calibration texts if None.
         target_speedup: Of a whole prefill, with the least divergence.
         max_kl: The greatest divergence from dense attention in nats a token, as fast as possible.
@@ -39,6 +40,7 @@ class LanguageOptions:
         ValueError: If a number is out of range, or no or several dials are set.
     """
 
+    tokenizer: Any = None
     held_out: Sequence[str | Tensor] | None = None
     target_speedup: float | None = None
     max_kl: float | None = None
@@ -125,16 +127,16 @@ class LanguageOptions:
             raise ValueError("searching needs a text to calibrate on and one to verify on")
         return given, held
 
-    def text(self, text: str | Tensor, tokenizer: Any) -> Text:
+    def text(self, text: str | Tensor) -> Text:
         """A text as tokens, cut to `tokens`.
 
         Raises:
             ValueError: If it is too short, or there is no tokenizer for it.
         """
         if isinstance(text, str):
-            if tokenizer is None:
+            if self.tokenizer is None:
                 raise ValueError("a tokenizer must be given where texts aren't tokens")
-            text = torch.tensor(tokenizer(text).input_ids)
+            text = torch.tensor(self.tokenizer(text).input_ids)
         ids = text.reshape(1, -1)[:, : self.tokens]
         if ids.shape[1] < LEAST_TOKENS:
             raise ValueError(f"a text must have at least {LEAST_TOKENS} tokens, got {ids.shape[1]}")

@@ -12,7 +12,7 @@ from sparse_dit.plan import Plan
 from sparse_dit.search.language import engine
 from sparse_dit.search.language.options import LanguageOptions
 from tests.helpers.language_plans import DENSE, NEAR, SLASH
-from tests.helpers.tiny_language_models import TEXT, logits, text, tokenizer
+from tests.helpers.tiny_language_models import logits, save_language_model, text
 
 transformers.logging.set_verbosity_error()
 FEW = (DENSE, NEAR, SLASH)
@@ -109,30 +109,15 @@ def test_texts_that_do_not_do(tiny):
 
 
 def test_the_command_writes_a_plan(tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).save_pretrained(
-        tmp_path / "model"
-    )
-    tokenizer().save_pretrained(tmp_path / "model")
-    drawn = torch.randint(32, 127, (2, 400), generator=torch.Generator().manual_seed(1)).tolist()
-    for name, codes in zip(("first.txt", "second.txt"), drawn, strict=True):
-        (tmp_path / name).write_text("".join(map(chr, codes)))
+    save_language_model(tmp_path)
     monkeypatch.chdir(tmp_path)
-    typed = [
-        "search",
-        "model",
-        "--text",
-        "first.txt",
-        "--held-out-text",
-        "second.txt",
-        "--max-kl",
-        "0.05",
-    ]
+    files = ["--text", "book.txt", "--held-out-text", "other.txt"]
+    typed = ["search", "language-model", *files, "--max-kl", "0.05"]
     assert cli.run(typed) == 0
     plan = Plan.load("plan.json")
     assert plan.components["model"].kind == "language_model" and plan.measured["met"]
     assert "wrote plan.json" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["version"] == 3
     assert cli.run(typed) == 2, "it is there already"
-    assert cli.run(["search", "nowhere", "--text", "first.txt", "--max-kl", "1", "--force"]) == 2
+    assert cli.run(["search", "nowhere", "--text", "book.txt", "--max-kl", "1", "--force"]) == 2
     assert "give two texts or more" in capsys.readouterr().err
