@@ -64,6 +64,28 @@ def read_texts(files: list[Path]) -> list[str]:
         raise ValueError(f"text file {error}") from None
 
 
+def check_language_model(name: str) -> None:
+    """Raise ValueError unless the name is a language model's folder or could be one on the hub."""
+    host: Any = host_named("transformers")
+    host.check(name)
+
+
+def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    """A language model or VLM, and its tokenizer.
+
+    Args:
+        name: A folder or hub id.
+        device, dtype: As `load_pipeline` takes them.
+
+    Raises:
+        ValueError: It can't be read, or the device or dtype isn't known here.
+    """
+    kind = _usable(device, dtype)
+    host: Any = host_named("transformers")
+    model, tokenizer = host.load(name, kind)
+    return model.to(device), tokenizer
+
+
 def check_model(name: str) -> None:
     """Raise ValueError unless the name is a pipeline's folder or could be one on the hub."""
     folder = Path(name)
@@ -118,6 +140,11 @@ def load_pipeline(name: str, device: str, dtype: str | None, *, weights: bool = 
 def _checked(name: str, device: str, dtype: str | None) -> torch.dtype:
     """The dtype that is asked for, or what suits the device, once a model can be read so."""
     check_model(name)
+    return _usable(device, dtype)
+
+
+def _usable(device: str, dtype: str | None) -> torch.dtype:
+    """The dtype that is asked for, or what suits the device, if both are known here."""
     check_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

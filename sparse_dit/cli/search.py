@@ -124,8 +124,7 @@ def _search_text(
     model: str, texts: Texts, wanted: Wanted, place: Place, plan_file: Path, force: bool
 ) -> int:
     """Find a plan for a language model, and write and show it."""
-    from ..inputs import read_texts
-    from ..integrations.language.loading import check_language_model, load_language_model
+    from ..inputs import check_language_model, load_language_model, read_texts
     from ..search.language import search_language_model
     from ..search.language.options import LanguageOptions
 

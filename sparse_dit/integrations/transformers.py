@@ -8,12 +8,15 @@ from .language.attachment import (
     output_projection,
     self_attention_layers,
 )
+from .language.loading import check, load
 
 __all__ = [
     "attach",
     "attachment_of",
+    "check",
     "components",
     "heads_of",
+    "load",
     "output_projection",
     "self_attention_layers",
 ]

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 
-def check_language_model(name: str) -> None:
+def check(name: str) -> None:
     """Raise ValueError unless the name is a model's folder or could be one on the hub."""
     folder = Path(name)
     if folder.is_dir():
@@ -22,25 +22,23 @@ def check_language_model(name: str) -> None:
         raise ValueError(f"no folder {name}: give a model's folder or hub id")
 
 
-def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A causal language model, or a VLM, and its tokenizer.
 
     Args:
         name: A folder or hub id.
-        device: Where it computes.
-        dtype: Name of a torch dtype; float32 if None.
+        dtype: Of its weights.
 
     Raises:
         ValueError: If it can't be read.
     """
-    kind = getattr(torch, dtype or "float32")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         auto: Any = transformers.AutoModelForCausalLM
         if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
             auto = transformers.AutoModelForImageTextToText
-        model = auto.from_pretrained(name, dtype=kind, attn_implementation="sdpa")
+        model = auto.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, KeyError) as error:
         raise ValueError(f"{name} can't be read: {error}") from None
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer

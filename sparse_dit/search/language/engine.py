@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...integrations import attached, heads_of, unpatched
-from ...integrations.language.reading import Passkey, Read, Text, finds, passkeys, read
 from ...layout import TokenLayout
 from ...on_cpu import on_cpu
 from ...patch import patch
@@ -27,6 +26,7 @@ from ..tune import Clock
 from .breakeven import break_even
 from .candidates import candidates
 from .options import LanguageOptions
+from .reading import Passkey, Read, Text, finds, passkeys, read
 from .scores import COMPONENT, Costs, Item, LayerScores, Scorer, influences
 
 PREFILL = Stage(1.0, 0.0, phase="prefill")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...integrations.language.reading import Text
 from ...words import option
+from .reading import Text
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LEAST_TOKENS = 256  # of a text: below there is nothing to leave out

@@ -25,11 +25,11 @@ from ...call import AttentionCall
 from ...entry import PatternIndex
 from ...estimate import estimated_index
 from ...integrations import attached
-from ...integrations.language.reading import Passkey
 from ...intervals import RowIntervals, causal_rows
 from ...patterns import Pattern
 from ...runtime import attend_call
 from ...timing import timed
+from .reading import Passkey
 
 COMPONENT = "model"
 REPEATS = 3

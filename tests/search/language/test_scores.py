@@ -6,9 +6,9 @@ import torch
 from sparse_dit.backends.reference import token_mask
 from sparse_dit.estimate import estimated_index
 from sparse_dit.integrations import attached
-from sparse_dit.integrations.language.reading import Passkey, Text, passkeys, read
 from sparse_dit.runtime import attend_call
 from sparse_dit.search.language import scores
+from sparse_dit.search.language.reading import Passkey, Text, passkeys, read
 from sparse_dit.search.language.scores import Item, Scorer, influences, sampled_rows, seen_by
 from tests.helpers.language_plans import DENSE, NEAR, SLASH
 from tests.helpers.tiny_language_models import logits, text, tokenizer
