@@ -20,7 +20,12 @@ ENCODER = {
 }  # fmt: skip
 LAYERS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 IMAGE, VIDEO, START, END = 110, 111, 112, 113
 TOKENS = {
     "image_token_id": IMAGE, "video_token_id": VIDEO,
@@ -121,7 +126,14 @@ def _qwen_video(ids: Tensor, frames: int = 3, height: int = 4, width: int = 6) -
 
 
 def _qwen2_vl() -> Made:
-    sight = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    sight = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+        "mlp_ratio": 2,
+    }
     config = T.Qwen2VLConfig(text_config=_qwen_text(), vision_config=sight, **TOKENS)
     ids = tokens((None, 5), (START, 1), (VIDEO, 18), (END, 1), (None, 7))
     return T.Qwen2VLForConditionalGeneration(config).eval(), _qwen_video(ids)

@@ -46,7 +46,9 @@ def test_a_watcher_changes_nothing_and_leaves_nothing(made):
     attachment.detach()
     calls.clear()
     assert torch.equal(logits(model, inputs), want) and not calls
-    assert {path: part.config._attn_implementation for path, part in attached_parts(model)} == before
+    assert {
+        path: part.config._attn_implementation for path, part in attached_parts(model)
+    } == before
     assert torch.equal(logits(twin, inputs), want) and calls, "a copy has the watcher of its own"
 
 
