@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparse_dit import cli, resources
-from sparse_dit.demo.run import CALIBRATION, HELD_OUT, QUICK
+from sparse_dit.demo.run import CALIBRATION, HELD_OUT
+from sparse_dit.demo.run import QUICK as DEMO
 from sparse_dit.eval import frontier as frontier_module
 from sparse_dit.eval.baselines import (
     METHODS,
@@ -24,6 +25,8 @@ from sparse_dit.search import search_plan
 from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
 from tests.helpers.search_cases import stub_costs
+
+QUICK = replace(DEMO, steps=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -214,7 +217,7 @@ def test_the_density_of_a_plan_counts_at_the_size_it_is_used_at(searched):
 def test_the_command_prints_and_plots(known, short_model, tmp_path, monkeypatch, capsys):
     """Of its own model, here cut short."""
     monkeypatch.setattr(resources, "shipped", lambda name: short_model)
-    size = ["--height", "96", "--width", "96", "--steps", "6", "--held-out", HELD_OUT[0].prompt]
+    size = ["--height", "96", "--width", "96", "--steps", "3", "--held-out", HELD_OUT[0].prompt]
     files = ["--json", f"{tmp_path}/f.json", "--plot", f"{tmp_path}/f.png"]
     some = ["--density", "0.4", "--method", "searched", "--method", "two classes"]
     assert cli.run(["eval", "frontier", *size, *files, *some]) == 0
