@@ -7,6 +7,40 @@ from sparse_dit.inputs import load_pipeline
 from sparse_dit.resources import shipped
 from tests.helpers.places import PLACES, Alone, in_process, in_thread
 
+SLOW = (  # files of a minute or so; the worker that got one of them last would end alone
+    "gpu_without_gpu/test_triton.py",
+    "backends/test_flex.py",
+    "backends/test_cpu_kernel_native.py",
+    "search/test_shares.py",
+    "eval/test_frontier.py",
+    "test_documents.py",
+    "backends/test_cpu_kernel_fuzz.py",
+    "integrations/test_diffusers_suites.py",
+    "integrations/test_quantised.py",
+    "bench/test_gpu_benchmark.py",
+    "gpu_without_gpu/test_pretended_device.py",
+    "integrations/test_together.py",
+    "search/test_models.py",
+    "search/test_two.py",
+    "search/test_engine.py",
+    "test_imports.py",
+    "test_tiny_wan.py",
+    "bench/test_bench.py",
+    "eval/test_report_plan.py",
+    "eval/test_report.py",
+    "cli/test_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files come first: `--no-loadscope-reorder` hands files out in this order."""
+    places = {name: place for place, name in enumerate(SLOW)}
+
+    def place(item):
+        return places.get(item.nodeid.partition("::")[0].removeprefix("tests/"), len(SLOW))
+
+    items.sort(key=place)
+
 
 def pytest_generate_tests(metafunc):
     if metafunc.definition.get_closest_marker("fresh"):

@@ -101,12 +101,13 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
+def desk(tmp_path_factory, short_model):
     """All that takes long made short: sizes that no option sets, prices, compilers."""
     with pytest.MonkeyPatch.context() as patched:
         stub_costs(patched)
         small = replace(demo.SETTINGS, height=32, width=32, num_frames=5, steps=1)
         patched.setattr(demo, "QUICK", small)
+        patched.setattr(demo, "shipped", lambda name: short_model)
         patched.setattr(demo, "DRAWN_CLIPS", 1)
         patched.setattr(doctor, "TIMED", TokenLayout.video(4, 8, 8))
         patched.setattr(quick, "TOKENS", TokenLayout.video(2, 16, 16))

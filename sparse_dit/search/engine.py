@@ -114,9 +114,9 @@ def search(pipe: Any, prompts: Sequence[str | Case], options: SearchOptions) -> 
 def _searched(pipe: Any, prompts: Sequence[str | Case], options: SearchOptions) -> Searched:
     work, say = workload(pipe, options.settings), options.say
     calibration, held = options.split(prompts)
-    options.check(pipe, calibration[0])
     if options.target_device is not None and options.target_device.table.caveat:
         say(options.target_device.table.caveat)
+    options.check(pipe, calibration[0])
     clock = Clock(work.device)
     say(f"profiling {len(calibration)} prompts at {options.profiled.steps} noise levels")
     profiled = profile_pipeline(

@@ -1,14 +1,14 @@
 """Our plans against the published methods: every rule, and the command as a person runs it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sparse_dit.demo.run import CALIBRATION, HELD_OUT, QUICK
+from sparse_dit import cli, resources
+from sparse_dit.demo.run import CALIBRATION, HELD_OUT
+from sparse_dit.demo.run import QUICK as DEMO
 from sparse_dit.eval import frontier as frontier_module
 from sparse_dit.eval.baselines import (
     METHODS,
@@ -24,6 +24,17 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.search import search_plan
 from sparse_dit.search.seen import density
 from sparse_dit.search.solve import evaluate
+from tests.helpers.search_cases import stub_costs
+
+QUICK = replace(DEMO, steps=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def costs():
+    """Prices that aren't measured: what is compared here is quality."""
+    with pytest.MonkeyPatch.context() as patched:
+        stub_costs(patched)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +214,15 @@ def test_the_density_of_a_plan_counts_at_the_size_it_is_used_at(searched):
     assert 0.25 < total / len(part.layers) <= 0.301
 
 
-def test_the_command_prints_and_plots(tmp_path):
-    command = [sys.executable, "-m", "sparse_dit.cli", "eval", "frontier"]
-    size = ["--height", "64", "--width", "64", "--num-frames", "7", "--steps", "4"]
-    files = ["--json", tmp_path / "f.json", "--plot", tmp_path / "f.png"]
+def test_the_command_prints_and_plots(known, short_model, tmp_path, monkeypatch, capsys):
+    """Of its own model, here cut short."""
+    monkeypatch.setattr(resources, "shipped", lambda name: short_model)
+    size = ["--height", "96", "--width", "96", "--steps", "3", "--held-out", HELD_OUT[0].prompt]
+    files = ["--json", f"{tmp_path}/f.json", "--plot", f"{tmp_path}/f.png"]
     some = ["--density", "0.4", "--method", "searched", "--method", "two classes"]
-    done = subprocess.run([*command, *size, *files, *some], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "two classes" in done.stdout and "flat image" in done.stdout
+    assert cli.run(["eval", "frontier", *size, *files, *some]) == 0
+    said = capsys.readouterr().out
+    assert "two classes" in said and "flat image" in said
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [row["source"] for row in rows] == [SOURCES["searched"], SOURCES["two classes"]]
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")

@@ -284,7 +284,7 @@ def test_figures_leave_out_what_is_not_finite_and_escape_names():
 
 def test_matplotlib_is_left_alone():
     code = (
-        "import matplotlib; matplotlib.use('svg'); from tests.helpers.eval_cases import made_up_report; "
+        "import matplotlib; matplotlib.use('svg'); "
         "from sparse_dit.eval.figures import drift_curve, to_svg; "
         "to_svg(drift_curve({'a': [0.0, 1.0]}), 'a', 'b'); print(matplotlib.get_backend())"
     )

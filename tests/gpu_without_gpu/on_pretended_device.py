@@ -120,9 +120,9 @@ def test_a_whole_search(monkeypatch, short_model):
     monkeypatch.setattr(Stopwatch, "seconds", 1e-3)  # this device has no events
     stub_costs(monkeypatch)
     pipe = load_pipeline(short_model, "cpu", "float32").to(DEVICE)
-    settings = GenerationSettings(64, 64, 9, steps=2, guidance=3.0)
+    settings = GenerationSettings(64, 64, 9, steps=1, guidance=3.0)
     prompts, held_out = ["a blue square moves right slowly"], ["a red circle moves left slowly"]
-    options = {"held_out": held_out, "profile_steps": 2, "rows": 8, "max_error": 0.4}
+    options = {"held_out": held_out, "profile_steps": 1, "rows": 8, "max_error": 0.4}
     plan = search_plan(pipe, prompts, settings=settings, **options).plan
     assert 0 < plan.density < 1 and plan.measured["psnr_db"] > 10
     assert next(pipe.transformer.parameters()).device == DEVICE

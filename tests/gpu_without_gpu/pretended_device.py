@@ -7,12 +7,12 @@ this is imported, for good: only a process of its own should (`test_pretended_de
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("pretended")
@@ -64,7 +64,7 @@ class PretendedDevice(TorchDispatchMode):
 
 
 def _run(op: Any, args: tuple, kwargs: dict) -> Any:
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = [*_tensors(args), *_tensors(kwargs)]
     there = any(isinstance(x, Pretended) for x in given)
     strange = any(not isinstance(x, Pretended) and x.dim() > 0 for x in given)
     if there and strange and op._schema.name not in MAY_MIX:
@@ -72,13 +72,28 @@ def _run(op: Any, args: tuple, kwargs: dict) -> Any:
     if kwargs.get("device") is not None:
         there = torch.device(kwargs["device"]).type == DEVICE.type
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    plain_args, plain_kwargs = tree_map(_inner, (args, kwargs))
-    out = op(*plain_args, **plain_kwargs)
+    out = op(*_each(_inner, args), **_each(_inner, kwargs))
     same = {id(_inner(x)): x for x in given}  # what was written in place comes back as itself
-    return tree_map(
-        lambda x: same.get(id(x), Pretended(x) if there else x) if isinstance(x, Tensor) else x, out
-    )
+    return _each(lambda x: same.get(id(x), Pretended(x) if there else x), out)
 
 
-def _inner(x: Any) -> Any:
+def _inner(x: Tensor) -> Tensor:
     return x.inner if isinstance(x, Pretended) else x
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """Those in lists, tuples and dicts; PyTorch's own functions for it take most of the time here."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple | dict):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(part)
+
+
+def _each(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """The same with every tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {name: _each(change, part) for name, part in x.items()}
+    return type(x)([_each(change, part) for part in x]) if isinstance(x, list | tuple) else x

@@ -50,11 +50,11 @@ def bounds(mask: Tensor) -> dict[str, Tensor]:
     }
 
 
-def every_entry(n: int = QUERIES, m: int = KEYS) -> SparseIndex:
+def every_entry(n: int = QUERIES, m: int = KEYS, group: int = 16) -> SparseIndex:
     """Dense, columns, keys in another order, and cells in place and in another order."""
     generator = torch.Generator().manual_seed(0)
     q_order, k_order = (torch.randperm(size, generator=generator) for size in (n, m))
-    groups = split(n, 16)
+    groups = split(n, group)
     keys = [range(group % 3, m, 2 + group % 2) for group in range(len(groups))]
     cells = [7, 8, 20, 20, 45, 61, 62, 90, m]
     far = {"cells": cells, "pooled": [range(group % 3, 8) for group in range(len(groups))]}
