@@ -3,7 +3,7 @@
 Of some rows, spread over the text, exact attention is computed and what a pattern would compute in its place.
 The change of the output, times the gradient of the log-likelihood of tokens drawn from the model itself, is a
 change of that likelihood; the half of its mean square is the divergence of what is said (Fisher's
-information), to second order and with rows taken one by one.
+information), to second order and with rows taken one by one; see `_told`.
 
 A text may also be a question: then only what is said of the answer counts. Patterns that spoil a text little
 may still lose a fact in its middle.
@@ -218,10 +218,26 @@ class Scorer:
                 sees = found[index.entries[index.head_to_pattern[head]]] & causal
                 kept = p * sees
                 change = (kept @ values) / kept.sum(-1, keepdim=True).clamp_min(1e-20) - exact
-                told = ((grads[:, :, head] * change).sum(-1).square() @ item.weights).mean()
+                told = _told(grads[:, :, head], change, item.weights)
                 scores.error[head, number] += change.square().sum()
                 scores.damage[head, number] += 0.5 * item.share * told / len(item.places)
                 scores.density[head, number] += (sees.float().sum(1) @ item.weights) / pairs
+
+
+def _told(grads: Tensor, change: Tensor, weights: Tensor) -> Tensor:
+    """Expected square of the change of a likelihood, of all rows together.
+
+    It is the mean of two estimates: along the change, which is noisy where few tokens are drawn, so that of
+    many patterns the luckiest would be taken; and in any direction, which knows but the size of both.
+
+    Args:
+        grads: `[S, R, D]`.
+        change: `[R, D]`.
+        weights: `[R]`.
+    """
+    along = (grads * change).sum(-1).square().mean(0)
+    anyhow = grads.square().sum(-1).mean(0) * change.square().mean(-1)
+    return (along + anyhow) @ weights / 2
 
 
 def is_whole(call: AttentionCall) -> bool:

@@ -72,7 +72,8 @@ def test_errors_are_those_of_the_kernel(llama):
             change = attend_call(call, index)[0][0] - exact
             error = change.square().sum((0, 2)).double()
             torch.testing.assert_close(found[name].error[:, number], error, rtol=1e-3, atol=1e-8)
-            damage = 0.5 * change.sum(-1).square().sum(0).double() / len(item.places)
+            along, anyhow = change.sum(-1).square().sum(0), change.square().sum((0, 2))
+            damage = 0.25 * (along + anyhow).double() / len(item.places)
             torch.testing.assert_close(found[name].damage[:, number], damage, rtol=1e-3, atol=1e-8)
             torch.testing.assert_close(
                 found[name].density[:, number], index.head_density, rtol=1e-4, atol=0
