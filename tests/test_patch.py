@@ -490,7 +490,11 @@ def test_other_wrong_arguments_are_errors():
         patch("pipe", plan)
     with pytest.raises(TypeError, match=r"plan must be .exact., a path, a built-in name.*got dict"):
         patch(pipe, {})  # pyright: ignore[reportArgumentType]
-    for component in (pipe.vae, pipe.text_encoder, pipe.transformer.blocks[0]):
+    with pytest.raises(
+        PlanError, match="class must be WanTransformer3DModel as in the plan, got UMT5"
+    ):
+        patch(pipe.text_encoder, plan)
+    for component in (pipe.vae, pipe.transformer.blocks[0]):
         with pytest.raises(
             NotImplementedError, match=rf"^{type(component).__name__} is not supported; `sparse-dit"
         ):
