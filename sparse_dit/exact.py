@@ -6,9 +6,9 @@ from torch import Tensor
 
 from .account import Account, Ran
 from .call import AttentionCall
-from .index import SparseIndex, dense_index
+from .index import dense_index
 from .intervals import RowIntervals
-from .runtime import attend_call
+from .runtime import UNGUARDED, attend_call
 
 ALL_SEEN = "every query sees every key"
 ONE_QUERY = "one query"
@@ -32,7 +32,6 @@ class Exact:
         self.backend = backend
         self.nan_guard = nan_guard
         self._account = Account(component, PLANNED)
-        self._moved: dict[tuple, SparseIndex] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Attention's output `[B, N, H, D]`."""
@@ -43,7 +42,9 @@ class Exact:
             self._account.warn(reason or ALL_SEEN)
             out, density, name = call.stock(), 1.0, None
         else:
-            out, name = attend_call(call, self._index(call), self.backend, self.nan_guard)
+            sizes = call.q.shape[2], call.q.shape[1], call.k.shape[1]
+            index = dense_index(*sizes, call.q.device)  # the row intervals say the rest
+            out, name = attend_call(call, index, self.backend, self.nan_guard)
             inside = rows.pairs(call.k.shape[1], call.q.shape[1]) * call.q.shape[2]
             if call.attn_mask is None:  # stock leaves out what comes later, too
                 pairs = inside
@@ -71,14 +72,5 @@ class Exact:
         if call.q.shape[1] == 1:
             return ONE_QUERY
         if call.sinks is not None and self.nan_guard:
-            return "attention sinks, which nan_guard doesn't know"
+            return UNGUARDED
         return None
-
-    def _index(self, call: AttentionCall) -> SparseIndex:
-        """Everything, on the device of the call; its row intervals say the rest."""
-        key = (call.q.shape[2], call.q.shape[1], call.k.shape[1])
-        if call.q.device.type == "cpu":
-            return dense_index(*key)
-        if (*key, call.q.device) not in self._moved:
-            self._moved[(*key, call.q.device)] = dense_index(*key).to(call.q.device)
-        return self._moved[(*key, call.q.device)]

@@ -139,9 +139,20 @@ def build_index(
 
 @functools.lru_cache(maxsize=256)
 @on_cpu
-def dense_index(num_heads: int, num_queries: int, num_keys: int) -> SparseIndex:
-    """Index of heads whose queries all see every key, on the CPU; the same object for the same numbers."""
-    return SparseIndex((_whole(num_queries, num_keys),), (0,) * num_heads)
+def dense_index(
+    num_heads: int, num_queries: int, num_keys: int, device: torch.device
+) -> SparseIndex:
+    """Index of heads whose queries all see every key; the same object for the same arguments."""
+    return SparseIndex((dense_entry(num_queries, num_keys),), (0,) * num_heads).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def dense_entry(num_queries: int, num_keys: int) -> PatternIndex:
+    """Every query sees every key: one group, one run, on the CPU; the same object for the same numbers."""
+    rows, run = (torch.tensor([0, n], dtype=torch.int32) for n in (num_queries, num_keys))
+    one = torch.tensor([0, 1], dtype=torch.int32)
+    return PatternIndex(num_queries, num_keys, None, None, rows, one, run[None], None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,7 +161,7 @@ def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> Pat
     """Index of one pattern at one size; see `build_index`."""
     n = layout.seq_len
     if pattern.computed.is_dense or layout.num_grid == 0:
-        return _whole(n, n)
+        return dense_entry(n, n)
     order = tile_order(layout, pattern.tile)
     exact = seen_cells(pattern, order)
     cells = order.cell_offsets(pattern.cell)
@@ -180,13 +191,6 @@ def seen_cells(pattern: Pattern, order: TileOrder) -> Tensor:
     if pattern.sink_frames and not isinstance(pattern.shape, Skip):
         seen = seen | (cells.lo[:, 0] < pattern.sink_frames)
     return seen
-
-
-def _whole(num_queries: int, num_keys: int) -> PatternIndex:
-    """Dense: one group, one run."""
-    rows, run = (torch.tensor([0, n], dtype=torch.int32) for n in (num_queries, num_keys))
-    one = torch.tensor([0, 1], dtype=torch.int32)
-    return PatternIndex(num_queries, num_keys, None, None, rows, one, run[None], None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,8 +66,7 @@ def read_texts(files: list[Path]) -> list[str]:
 
 def check_language_model(name: str) -> None:
     """Raise ValueError unless the name is a language model's folder or could be one on the hub."""
-    host: Any = host_named("transformers")
-    host.check(name)
+    _check_named(name, "config.json", "a transformers model")
 
 
 def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
@@ -88,14 +87,19 @@ def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any,
 
 def check_model(name: str) -> None:
     """Raise ValueError unless the name is a pipeline's folder or could be one on the hub."""
+    _check_named(name, "model_index.json", "a diffusers pipeline")
+
+
+def _check_named(name: str, file: str, what: str) -> None:
+    """Raise ValueError unless there is a folder of this name with such a file, or a hub could know it."""
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{name} has no model_index.json: it must be a diffusers pipeline")
+        if not (folder / file).is_file():
+            raise ValueError(f"{name} has no {file}: it must be {what}")
     elif folder.exists():
-        raise ValueError(f"{name} is a file: give the folder of a diffusers pipeline")
+        raise ValueError(f"{name} is a file: give the folder of {what}")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise ValueError(f"no folder {name}: give a diffusers pipeline's folder or hub id")
+        raise ValueError(f"no folder {name}: give {what}'s folder or hub id")
 
 
 def described(name: str, device: str, dtype: str | None) -> Any | None:

@@ -111,6 +111,14 @@ def causal_rows(num_queries: int, num_keys: int, offset: int = 0) -> RowInterval
     return RowIntervals(stop=stop.clamp(0, num_keys).int())
 
 
+@functools.lru_cache(maxsize=64)
+def causal_items(batch: int, tokens: int) -> RowIntervals:
+    """Causal order of each item of a batch, `[B, N]`; the same object for the same numbers."""
+    stop = causal_rows(tokens, tokens).stop
+    assert stop is not None, "causal order ends somewhere"
+    return RowIntervals(stop=stop.expand(batch, -1))
+
+
 def valid_rows(lengths: Tensor, num_queries: int) -> RowIntervals:
     """Padding at the end: every row of batch item b sees keys before `lengths[b]`.
 

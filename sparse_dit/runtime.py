@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ NOT_COVERED = "noise level or branch not in the plan"
 ALL_DENSE = "every head dense in the plan"
 ALL_SEEN = "at this size the plan's patterns cover everything"
 LEAST_QUERIES = 16  # of a language model: below, there is nothing to gain
+UNGUARDED = "attention sinks, which nan_guard doesn't know"
 FEW_QUERIES = f"fewer than {LEAST_QUERIES} queries"
 PLANNED = {NOT_NAMED, NOT_COVERED, ALL_DENSE, ALL_SEEN, FEW_QUERIES}
 UNKNOWN_BRANCH = (
@@ -51,6 +53,12 @@ class Runtime:
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
         self._account = Account(component, PLANNED)
+        self._shapes = {  # of the heads of each layer and stage that is estimated
+            (layer, stage): [head.pattern.shape for head in heads]
+            for layer, stages in plan.layers.items()
+            for stage, heads in enumerate(stages)
+            if any(head.pattern.is_estimated for head in heads)
+        }
         reuses = any(pattern.every > 1 for pattern in plan.distinct_patterns)
         self._reuse = Reuse() if reuses else None
 
@@ -76,28 +84,23 @@ class Runtime:
 
     def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
         """Attention as the plan says for the stage, `[B, N, H, D]`; the heads `skipped` aren't computed."""
-        estimated = self._is_estimated(call.layer, stage)
-        index = self._estimate(call, stage) if estimated else self._index(call, stage, skipped)
+        shapes = self._shapes.get((call.layer, stage))
+        index = self._estimate(call, shapes) if shapes else self._index(call, stage, skipped)
         if index.is_dense:
             heads = self.plan.layers[call.layer][stage]
             planned = all(head.pattern.computed.is_dense for head in heads)
             return self._dense(call, stage, ALL_DENSE if planned else ALL_SEEN)
-        if call.split is not None:
+        if call.split is None:
+            out, name = attend_call(call, index, self.backend, self.nan_guard)
+        else:
             q, k, v = lowered(call.q, call.k, call.v)
             out, name = call.split.attend(q, k, v, index, call.scale, self.backend, self.nan_guard)
-            self._count(call, (call.layer, stage, None, name), index.density)
-            return out
-        out, name = attend_call(call, index, self.backend, self.nan_guard)
         self._count(call, (call.layer, stage, None, name), index.density)
         return out
 
-    def _is_estimated(self, layer: str, stage: int) -> bool:
-        return any(head.pattern.is_estimated for head in self.plan.layers[layer][stage])
-
-    def _estimate(self, call: AttentionCall, stage: int) -> SparseIndex:
-        """What the call's own queries and keys say that is worth computing."""
+    def _estimate(self, call: AttentionCall, shapes: list[Any]) -> SparseIndex:
+        """What the call's own queries and keys say that is worth computing, by the shape of each head."""
         q, k = lowered(call.q, call.k)
-        shapes = [head.pattern.shape for head in self.plan.layers[call.layer][stage]]
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         rows = None if call.attn_mask is None else call.rows
         return estimated_index(q, k, shapes, scale=call.scale, rows=rows)

@@ -80,8 +80,8 @@ def within_by_torch(scores: Tensor, costs: Tensor, forced: Tensor, budget: int) 
 
 def fewest(scores: Tensor, mass: Tensor, gamma: float) -> Tensor:
     """The fewest candidates, in the order of scores, with a share `gamma` of all mass; bool, as `scores`."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    before = mass.double().gather(1, order).cumsum(1).roll(1, 1)
-    total = before[:, :1].clone()
-    before[:, 0] = 0
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, before < gamma * total)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    before = mass.double().gather(-1, order).cumsum(-1).roll(1, -1)
+    total = before[..., :1].clone()
+    before[..., 0] = 0
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, before < gamma * total)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..entry import PatternIndex
-from ..index import SparseIndex
+from ..index import SparseIndex, dense_entry
 from ..intervals import RowIntervals, causal_rows
 from ..on_cpu import on_cpu
 from ..patterns.dense import Dense
@@ -17,7 +17,7 @@ from ..patterns.estimated import PooledBlocks, Shape, SinkWindow, VerticalSlash
 from .budget import choose, local_bins
 from .pooled import pooled_entries
 from .rows import BIN, CallRows, call_rows, sample_rows
-from .runs import dense_entry, slash_entries
+from .runs import slash_entries
 from .sums import SampledSums, sampled_sums
 
 

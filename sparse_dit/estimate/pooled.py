@@ -14,6 +14,7 @@ from torch import Tensor
 from ..entry import PatternIndex
 from ..index import runs_of
 from ..patterns.estimated import PooledBlocks, Share
+from .budget import fewest
 from .rows import BIN, CallRows
 from .runs import GROUP, entries_of, group_bounds
 
@@ -38,7 +39,7 @@ def pooled_entries(
     wanted = torch.full((len(seen),), -(-shape.budget.keys(call.num_keys) // BIN))
     chosen = _best(p, forced, wanted) & (seen | forced)
     if isinstance(shape.budget, Share):
-        chosen |= _with_share(p, shape.budget.gamma)
+        chosen |= fewest(p, p, shape.budget.gamma)
     return _entries(chosen, q.shape[2], call.num_keys)
 
 
@@ -99,15 +100,6 @@ def _best(p: Tensor, forced: Tensor, wanted: Tensor) -> Tensor:
     order = p.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.arange(p.shape[-1]) < wanted[:, None]
     return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, order, rank.expand(p.shape)) | forced
-
-
-def _with_share(p: Tensor, gamma: float) -> Tensor:
-    """The fewest blocks of each group whose `p` adds up to `gamma` of them all."""
-    value, order = p.sort(dim=-1, descending=True, stable=True)
-    before = value.cumsum(-1) - value
-    return torch.zeros_like(p, dtype=torch.bool).scatter_(
-        -1, order, before < gamma * value.sum(-1, keepdim=True)
-    )
 
 
 def _entries(chosen: Tensor, num_queries: int, num_keys: int) -> list[PatternIndex]:

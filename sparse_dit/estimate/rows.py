@@ -13,10 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..backends.cpu.estimates import BIN
 from ..intervals import RowIntervals, causal_rows
 from ..on_cpu import on_cpu
-
-BIN = 64
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import estimates, library
+from ..backends.cpu.estimates import BIN, GROUP
 from ..entry import PatternIndex
 from ..index import runs_of
 from ..on_cpu import on_cpu
-from .rows import BIN
-
-GROUP = 64
 
 
 def slash_entries(chosen: Tensor, num_queries: int, num_keys: int) -> list[PatternIndex]:
@@ -51,16 +49,6 @@ def group_bounds(num_queries: int) -> Tensor:
     """int32 `[G + 1]`: groups of 64 rows, the last one shorter."""
     groups = -(-num_queries // GROUP)
     return (torch.arange(groups + 1) * GROUP).clamp_max(num_queries).int()
-
-
-@functools.lru_cache(maxsize=64)
-@on_cpu
-def dense_entry(num_queries: int, num_keys: int) -> PatternIndex:
-    """Every row sees every key."""
-    rows, run = torch.tensor([0, num_queries]), torch.tensor([[0, num_keys]])
-    return PatternIndex(
-        num_queries, num_keys, None, None, rows.int(), torch.tensor([0, 1]).int(), run.int()
-    )
 
 
 @on_cpu

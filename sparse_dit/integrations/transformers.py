@@ -5,18 +5,15 @@ from .language.attachment import (
     attachment_of,
     components,
     heads_of,
-    output_projection,
     self_attention_layers,
 )
-from .language.loading import check, load
+from .language.loading import load
 
 __all__ = [
     "attach",
     "attachment_of",
-    "check",
     "components",
     "heads_of",
     "load",
-    "output_projection",
     "self_attention_layers",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..plan import ComponentPlan, HeadChoice, Plan, Stage
@@ -37,7 +37,7 @@ def first_plan(
             part.heads,
             part.known_layout,
             levels_of(task, name),
-            layers_of(name, part, task, choice),
+            layers_of(name, part.layers, task, choice),
         )
         for name, part in parts.items()
     }
@@ -71,18 +71,18 @@ def stage_shares(task: Problem) -> dict[str, list[float]]:
     }
 
 
-def layers_of(name: str, part: ComponentProfile, task: Problem, choice: Choice) -> Layers:
+def layers_of(name: str, layers: Iterable[str], task: Problem, choice: Choice) -> Layers:
     """The choice of every head of a transformer, by layer and stage, with its error and the runner-up.
 
     Args:
         name: The transformer's component name.
-        part: Its profile.
+        layers: Module paths of those of its layers that have units, in the plan's order.
         task: The problem of all transformers together.
         choice: The candidate of each unit of that problem.
     """
     second = runner_up(task, choice)
     rows: dict[str, list[list[HeadChoice]]] = {
-        layer: [[] for _ in task.stages_of(name)] for layer in part.layers
+        layer: [[] for _ in task.stages_of(name)] for layer in layers
     }
     for number in task.units_of(name).tolist():
         stage, layer, _ = task.units[number]

@@ -67,7 +67,7 @@ def plan_of(searched: Searched, choice: Choice) -> Plan:
         name: replace(
             plan.components[name],
             stages=levels_of(task, name),
-            layers=layers_of(name, part, task, choice),
+            layers=layers_of(name, part.layers, task, choice),
         )
         for name, part in searched.profile.components.items()
     }

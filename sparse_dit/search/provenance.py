@@ -50,9 +50,7 @@ def provenance(
         for name, part in session.sensitivity.items()
     }
     return {
-        "sparse_dit": VERSION,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **made_with(*LIBRARIES),
         "device": one_or_named({name: table.device for name, table in tables}),
         "machine": platform.machine(),
         "threads": one_or_named({name: table.threads for name, table in tables}),
@@ -65,6 +63,15 @@ def provenance(
         "errors_behind_projection": True,
         "sensitivity": one_or_named(sensitivity),
         "search_seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+    }
+
+
+def made_with(*libraries: str) -> dict[str, Any]:
+    """When a plan was made, and by which versions, for its provenance."""
+    return {
+        "sparse_dit": VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
 
 

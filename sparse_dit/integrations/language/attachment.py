@@ -59,15 +59,6 @@ def heads_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {path: _heads(module) for path, module in self_attention_layers(model).items()}
 
 
-def output_projection(layer: nn.Module) -> nn.Module | None:
-    """A layer's output projection, by the names that transformers' models give it; None if there is none."""
-    for name in ("o_proj", "out_proj", "dense", "Wo"):
-        found = getattr(layer, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    return None
-
-
 def attach(model: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachment:
     """Send every self-attention call of a model to `intercept`; see `integrations.attach`."""
     (found,) = components(model).values()
@@ -97,14 +88,13 @@ class Attachment:
         self._tap = Tap(intercept)
         self.layers: dict[str, Any] = self_attention_layers(model)
         configs = {id(m.config): m.config for m in self.layers.values()}
-        self._configs = list(configs.values())
-        self._stock = [_stock_name(config, model) for config in self._configs]
+        self._configs = [(config, _stock_name(config, model)) for config in configs.values()]
         self._lost: set[str] = set()
         register()
-        names = {id(c): stock for c, stock in zip(self._configs, self._stock, strict=True)}
         for path, module in self.layers.items():
-            setattr(module, SEAM, Seam(path, self._tap, module, names[id(module.config)]))
-        for config, stock in zip(self._configs, self._stock, strict=True):
+            stock = _stock_name(module.config, model)
+            setattr(module, SEAM, Seam(path, self._tap, module, stock))
+        for config, stock in self._configs:
             config._attn_implementation_internal = NAMES[stock]
         self._hook = model.register_forward_pre_hook(self._before_forward)
         setattr(model, self.KEY, self)
@@ -139,7 +129,7 @@ class Attachment:
         if self._tap.intercept is None:
             return
         self._lost = set(self.lost)
-        for config, stock in zip(self._configs, self._stock, strict=True):
+        for config, stock in self._configs:
             if config._attn_implementation == NAMES[stock]:
                 config._attn_implementation_internal = stock
         for module in self.layers.values():

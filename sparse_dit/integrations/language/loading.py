@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-
-
-def check(name: str) -> None:
-    """Raise ValueError unless the name is a model's folder or could be one on the hub."""
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{name} has no config.json: it must be a model of transformers")
-    elif folder.exists():
-        raise ValueError(f"{name} is a file: give the folder of a model of transformers")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise ValueError(f"no folder {name}: give a model's folder or hub id")
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:

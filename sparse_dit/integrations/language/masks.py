@@ -40,7 +40,7 @@ def intervals_of(mask: Tensor, num_queries: int, num_keys: int) -> RowIntervals 
         start, count = _first(seen), seen.sum(-1, dtype=torch.int32)
         starts.append(start)
         counts.append(count)
-        whole.append(_no_holes(seen, start, count))
+        whole.append(_no_holes(seen))
     start, count = torch.cat(starts, 1), torch.cat(counts, 1)
     facts = torch.stack([torch.stack(whole).all(), (count == num_keys).all()]).tolist()
     if not facts[0]:
@@ -53,7 +53,7 @@ def _first(seen: Tensor) -> Tensor:
     return seen.to(torch.uint8).argmax(-1).int()
 
 
-def _no_holes(seen: Tensor, start: Tensor, count: Tensor) -> Tensor:
-    """Whether each row's keys are those from `start` on, `count` of them."""
+def _no_holes(seen: Tensor) -> Tensor:
+    """Whether each row's keys are one interval."""
     rises = (seen[..., 1:] & ~seen[..., :-1]).sum(-1, dtype=torch.int32)
     return (rises + seen[..., 0] <= 1).all()

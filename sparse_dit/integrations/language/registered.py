@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...call import AttentionCall, Intercept, StepContext
-from ...intervals import RowIntervals, causal_rows
+from ...intervals import RowIntervals, causal_items
 from ...layout import TokenLayout
 from ..traced import attend_traced, handle_of
 from .masks import intervals_of
@@ -148,7 +148,7 @@ class Seam:
         if mask is None:  # then causal order counts from the first key
             if not causal(self.stock, self.module, given, num_queries):
                 return None
-            return _causal_items(batch, num_queries)
+            return causal_items(batch, num_queries)
         found = self.tap.read_mask(mask, num_queries, num_keys)
         if not isinstance(found, RowIntervals) or found.start is None or found.stop is None:
             return found
@@ -161,14 +161,6 @@ class Seam:
 def _context(n: int, m: int) -> StepContext:
     """Where a call of n queries and m keys stands: the last n of a plain sequence."""
     return StepContext(TokenLayout.sequence(m), 1.0, phase="decode" if n == 1 else "prefill")
-
-
-@functools.lru_cache(maxsize=64)
-def _causal_items(batch: int, n: int) -> RowIntervals:
-    """Causal order of each batch item, the same object for the same numbers."""
-    stop = causal_rows(n, n).stop
-    assert stop is not None, "causal order ends somewhere"
-    return RowIntervals(stop=stop.expand(batch, -1))
 
 
 def causal(stock: str, module: nn.Module, given: dict[str, Any], num_queries: int) -> bool:

@@ -27,7 +27,7 @@ def break_even(call: AttentionCall, chosen: Sequence[Pattern]) -> int:
     shares = Counter(pattern for pattern in chosen if not pattern.is_dense)
     if not shares:
         return 0
-    tokens = best = call.q.shape[1]
+    best = call.q.shape[1]
     for part in PARTS:
         if (tokens := call.q.shape[1] // part) < LEAST:
             break

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +14,13 @@ from ...integrations import attached, heads_of, unpatched
 from ...layout import TokenLayout
 from ...on_cpu import on_cpu
 from ...patch import patch
-from ...plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
+from ...plan import ComponentPlan, Plan, Stage, config_hash
 from ...timing import Pairs, Taken, timing_of
-from ...version import VERSION
+from ..assemble import layers_of
 from ..local import improve
 from ..options import by_keywords
-from ..solve import Choice, Problem, cheapest, evaluate, least_damage, runner_up
+from ..provenance import made_with
+from ..solve import Choice, Problem, cheapest, evaluate, least_damage
 from ..tune import Clock
 from .breakeven import break_even
 from .candidates import candidates
@@ -278,26 +277,14 @@ def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
 
 def _plan(run: _Search, task: Problem, choice: Choice) -> Plan:
     heads = heads_of(run.model)
-    second = runner_up(task, choice)
-    layers: dict[str, list[HeadChoice]] = {}
-    for number, (_, layer, _) in enumerate(task.units):
-        pick, other = int(choice.pick[number]), int(second[number])
-        patterns, error = task.candidates[number], task.error[number].sqrt()
-        layers.setdefault(layer, []).append(
-            HeadChoice(
-                patterns[pick],
-                round(error[pick].item(), 6),
-                patterns[other] if other >= 0 else None,
-                round(error[other].item(), 6) if other >= 0 else None,
-            )
-        )
+    layers = layers_of(COMPONENT, run.layers, task, choice)
     part = ComponentPlan(
         type(run.model).__name__,
         config_hash(run.model.config),
         {layer: heads[layer] for layer in layers},
         TokenLayout.sequence(max(text.ids.shape[1] for text in run.texts)),
         (PREFILL,),
-        {layer: (tuple(found),) for layer, found in layers.items()},
+        layers,
         kind="language_model",
     )
     forecast = {
@@ -328,9 +315,7 @@ def _measured(run: _Search, verified: Verified) -> dict[str, Any]:
 def _provenance(run: _Search, costs: Costs) -> dict[str, Any]:
     options = run.options
     return {
-        "sparse_dit": VERSION,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        **made_with("torch", "transformers"),
         "device": str(run.model.device),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),

@@ -25,7 +25,7 @@ from ...call import AttentionCall
 from ...entry import PatternIndex
 from ...estimate import estimated_index
 from ...integrations import attached
-from ...intervals import RowIntervals, causal_rows
+from ...intervals import causal_items
 from ...patterns import Pattern
 from ...runtime import attend_call
 from ...timing import timed
@@ -317,9 +317,7 @@ def _causal_call(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Attent
         )
         return out.transpose(1, 2)
 
-    stop = causal_rows(q.shape[1], q.shape[1]).stop
-    assert stop is not None, "causal order ends somewhere"
-    rows = RowIntervals(stop=stop.expand(q.shape[0], -1))
+    rows = causal_items(q.shape[0], q.shape[1])
     return AttentionCall(
         call.layer, q, k, v, None, None, call.scale, call.context, None, stock, rows=rows
     )
