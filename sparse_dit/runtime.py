@@ -144,6 +144,8 @@ class Runtime:
             return FEW_QUERIES
         if call.rows is None and call.context.phase != "any":
             return "a language model's plan is for causal order, and this call has none"
+        if call.sinks is not None and self.nan_guard:
+            return UNGUARDED
         if tokens < least:
             return f"{tokens} tokens are below the break-even of {least}"
         if most is not None and tokens > most:

@@ -164,3 +164,12 @@ def test_what_a_model_is_doesnt_hang_on_how_it_is_kept(tmp_path):
     assert config_hash(again.config) == config_hash(model.config)
     again.config.rms_norm_eps = 0.1
     assert config_hash(again.config) != config_hash(model.config)
+
+
+def test_sinks_under_the_nan_guard_run_stock(caplog):
+    model, inputs = long("gpt_oss")
+    want = logits(model, inputs)
+    with sparse_dit.patch(model, plan_for(model, NEAR), nan_guard=True) as handle:
+        assert torch.equal(logits(model, inputs), want)
+    assert handle.summary().sparse_calls == 0
+    assert "attention sinks, which nan_guard doesn't know" in caplog.text
