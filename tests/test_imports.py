@@ -88,6 +88,11 @@ OF_DIFFUSERS = {
 OF_ONE_HOST = {"models.py": "integrations.families", "bench/seam.py": "integrations.idle"}
 
 
+def test_a_file_has_one_subject_and_fits_on_a_few_screens():
+    long = {name: len(file.read_text().splitlines()) for name, file in _modules().items()}
+    assert not {name: lines for name, lines in long.items() if lines > 350}
+
+
 def test_only_hosts_know_their_libraries():
     package = Path(sparse_dit.__file__).parent
     for file in package.rglob("*.py"):

@@ -104,7 +104,7 @@ def sums():
     discover(statistics, cells, LAYOUT, tile)
     listed = [pattern for pattern in fixed(LAYOUT) if pattern.tile == tile]
     found = [statistics, score_all(sampled, Candidates([WINDOW, *listed]), LAYOUT)]
-    found.append(improve(TASK, evaluate(TASK, torch.zeros(8, dtype=torch.int64)), damage=0.05))
+    found.append(improve(TASK, evaluate(TASK, torch.zeros(8, dtype=torch.int64)), loss=0.05))
     return flat(found)
 
 

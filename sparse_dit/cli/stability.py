@@ -105,7 +105,7 @@ def _show(rows: list[StabilityRow], density: float) -> None:
     )  # fmt: skip
     for row in rows:
         shares = [f"{s:.0%}" for s in (row.same_pattern, row.same_kind, row.near_density)]
-        errors = [f"{row.expected_error:.4f}", f"{row.held_out_error:.4f}", f"{row.damage:.2f}x"]
+        errors = [f"{row.expected_error:.4f}", f"{row.held_out_error:.4f}", f"{row.loss:.2f}x"]
         table.add_row(str(row.prompts), *shares, *errors, decibels(row.psnr_db))
     out.print(table)
     out.print(

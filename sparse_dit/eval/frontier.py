@@ -26,7 +26,7 @@ from .baselines import (
     METHODS,
     SOURCES,
     BaselineScores,
-    least_damage_at_density,
+    least_loss_at_density,
     plan_at,
     score_baselines,
 )
@@ -210,7 +210,7 @@ class _Plans:
         """A method's plan at a density; None if it has none there."""
         if method == TRANSFERRED:
             assert self.transferred is not None, "it was asked for"
-            return least_damage_at_density(self.transferred, target, self.layout)
+            return least_loss_at_density(self.transferred, target, self.layout)
         return plan_at(method, self.searched, self.scores, target)
 
     def source(self, method: str) -> str:

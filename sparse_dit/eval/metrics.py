@@ -6,13 +6,15 @@ Videos are `[T, H, W, 3]`, floats in 0..1, NumPy arrays or tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 
 Video = np.ndarray | torch.Tensor
+SSIM_SIDE = 11  # pixels, of its window
 
 
 def psnr(a: Video, b: Video) -> float:
@@ -39,7 +41,7 @@ def ssim(a: Video, b: Video) -> float:
         ValueError: If the shapes differ, it is not a float video, or a frame is under 11 x 11 pixels.
     """
     a, b = _same_shape(a, b)
-    if min(a.shape[1:3]) < 11:
+    if min(a.shape[1:3]) < SSIM_SIDE:
         raise ValueError(f"SSIM needs frames of at least 11 x 11 pixels, got {a.shape[1:3]}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return math.nan
@@ -56,6 +58,25 @@ def ssim(a: Video, b: Video) -> float:
         for x, y in zip(a, b, strict=True)
     ]
     return float(np.mean(frames))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measure of how close a sparse video is to the dense one, in the report beside PSNR.
+
+    Args:
+        label: The table's head.
+        measure: Called with the sparse and the dense video.
+        least_side: Pixels that frames must have in height and width.
+    """
+
+    label: str
+    measure: Callable[[Video, Video], float]
+    least_side: int = 1
+
+
+# by their names in report.json; one that is added here is measured, written and shown
+METRICS = {"ssim": Metric("SSIM", ssim, SSIM_SIDE)}
 
 
 def flat_psnr(video: Video) -> float:

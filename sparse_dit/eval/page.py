@@ -21,6 +21,7 @@ from .figures import (
     quality_over_speed,
     to_svg,
 )
+from .metrics import METRICS
 from .pictures import attention_image, data_uri, mask_image
 from .report import Report
 from .sizes import other_size
@@ -60,6 +61,7 @@ def render_page(
     return environment.get_template("report.html.j2").render(
         report=report,
         quality=report.quality,
+        metrics=METRICS,
         findings=findings,
         limits=limits,
         clips=_clips(report, videos),

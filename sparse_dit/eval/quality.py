@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..search.verify import stock
 from ..summary import Summary
 from ..timing import Pairs, Taken
-from .metrics import drift, flat_psnr, mean_db, nonfinite, psnr, ssim
+from .metrics import METRICS, drift, flat_psnr, mean_db, nonfinite, psnr
 from .runs import Recorded, noise_floor_video, record
 
 Progress = Callable[[str], None]
@@ -34,7 +34,7 @@ class CaseQuality:
         psnr_db: Sparse against dense; inf if equal, NaN if either has one.
         psnr_flat_db: The dense video against its own mean colour.
         psnr_noise_floor_db: Dense against dense (`NOISE_FLOOR`); None if not measured for this case.
-        ssim: Structural similarity; None if frames are under 11 x 11 pixels.
+        metrics: What each of `METRICS` says; None where a video is too small for it.
         drift: Relative distance of the latents after each step.
         nonfinite_dense, nonfinite_sparse: NaN and infinite values in the videos.
     """
@@ -47,7 +47,7 @@ class CaseQuality:
     psnr_db: float
     psnr_flat_db: float
     psnr_noise_floor_db: float | None
-    ssim: float | None
+    metrics: dict[str, float | None]
     drift: list[float]
     nonfinite_dense: int
     nonfinite_sparse: int
@@ -136,10 +136,19 @@ class Quality:
         return mean_db(values) if values else None
 
     @property
+    def metrics(self) -> dict[str, float | None]:
+        """Mean over cases of each metric; None if frames are too small for it."""
+        names = self.cases[0].metrics
+        values = {name: [case.metrics[name] for case in self.cases] for name in names}
+        return {
+            name: None if None in found else float(np.mean(np.array(found, float)))
+            for name, found in values.items()
+        }
+
+    @property
     def ssim(self) -> float | None:
         """Mean over cases; None if frames are too small."""
-        values = [case.ssim for case in self.cases]
-        return None if None in values else float(np.mean(np.array(values, float)))
+        return self.metrics["ssim"]
 
     @property
     def drift(self) -> list[float]:
@@ -253,7 +262,6 @@ class _Runs:
 
 
 def _compare(dense: Recorded, sparse: Recorded, floor: float | None) -> CaseQuality:
-    big_enough = min(dense.video.shape[1:3]) >= 11
     return CaseQuality(
         case=dense.case,
         dense_seconds=dense.taken.seconds,
@@ -263,7 +271,12 @@ def _compare(dense: Recorded, sparse: Recorded, floor: float | None) -> CaseQual
         psnr_db=psnr(sparse.video, dense.video),
         psnr_flat_db=flat_psnr(dense.video),
         psnr_noise_floor_db=floor,
-        ssim=ssim(sparse.video, dense.video) if big_enough else None,
+        metrics={
+            name: metric.measure(sparse.video, dense.video)
+            if min(dense.video.shape[1:3]) >= metric.least_side
+            else None
+            for name, metric in METRICS.items()
+        },
         drift=drift(sparse.latents, dense.latents),
         nonfinite_dense=nonfinite(dense.video),
         nonfinite_sparse=nonfinite(sparse.video),

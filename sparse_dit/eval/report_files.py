@@ -97,7 +97,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "psnr_min_db": quality.psnr_min_db,
         "psnr_flat_db": quality.psnr_flat_db,
         "psnr_noise_floor_db": quality.psnr_noise_floor_db,
-        "ssim": quality.ssim,
+        **quality.metrics,
         "psnr_uniform_db": by_name["uniform"].psnr_db if "uniform" in by_name else None,
         "psnr_random_db": by_name["random"].psnr_db if "random" in by_name else None,
         "search_seconds": report.search_seconds,

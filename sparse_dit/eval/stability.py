@@ -25,7 +25,7 @@ from ..search.objective import PSNR
 from ..search.profile import ComponentProfile
 from ..search.profiling import profile_pipeline
 from ..search.sensitivity import Sensitivity, sensitivity
-from ..search.solve import Choice, Problem, joined, least_damage, problem, stages_of
+from ..search.solve import Choice, Problem, joined, least_loss, problem, stages_of
 from ..search.verify import dense_reference, verify
 from ..words import option
 from .baselines.scores import score_patterns
@@ -146,7 +146,7 @@ def _solve_all(
 def _solved(
     pipe: Any, name: str, part: ComponentProfile, weights: Sensitivity, density: float
 ) -> _Solved:
-    """The plan of least damage with at most that density."""
+    """The plan of least loss with at most that density."""
     stages = stages_of(part.sigmas)
     total = len(stages) * part.total_heads
     line = ((1e-6, 1e-6), (1.0, 1.0))
@@ -155,7 +155,7 @@ def _solved(
     costs = dict.fromkeys(part.head_sizes, table)
     task = problem(part, stages, weights, costs, [1] * len(stages), total + rest)
     task = joined({name: task}, {name: 1.0}, total + rest)
-    choice = least_damage(task, (1 + _REST) / (density + _REST))
+    choice = least_loss(task, (1 + _REST) / (density + _REST))
     if choice is None:
         least = (task.density.amin(1) * task.weight).sum().item()
         raise ValueError(
@@ -184,7 +184,7 @@ def _held_out_errors(
 def _row(count: int, solved: Sequence[_Solved], number: int, errors: Tensor) -> StabilityRow:
     mine, most = solved[number], solved[-1]
     weight = most.problem.importance
-    damage = (errors * weight[:, None]).sum(0)
+    loss = (errors * weight[:, None]).sum(0)
     pairs = list(zip(mine.patterns, most.patterns, strict=True))
     density = [
         one.problem.density.gather(1, one.choice.pick[:, None])[:, 0].clamp_min(1e-6)
@@ -195,8 +195,8 @@ def _row(count: int, solved: Sequence[_Solved], number: int, errors: Tensor) -> 
         prompts=count,
         density=round(mine.choice.density, 5),
         expected_error=round(mine.choice.error, 6),
-        held_out_error=round(math.sqrt((damage[number] / weight.sum()).item()), 6),
-        damage=round((damage[number] / damage[-1].clamp_min(1e-30)).item(), 4),
+        held_out_error=round(math.sqrt((loss[number] / weight.sum()).item()), 6),
+        loss=round((loss[number] / loss[-1].clamp_min(1e-30)).item(), 4),
         same_pattern=round(sum(a == b for a, b in pairs) / len(pairs), 4),
         same_kind=round(sum(_kind(a) == _kind(b) for a, b in pairs) / len(pairs), 4),
         near_density=round(near.double().mean().item(), 4),

@@ -15,7 +15,7 @@ from ..texts import read_text
 from ..whole_file import write_text
 from ..words import option
 
-FORMAT = "sparse_dit stability 1"
+FORMAT = "sparse_dit stability 2"
 COUNTS = (1, 2, 4)
 
 
@@ -99,7 +99,7 @@ class StabilityRow:
         density: Its mean density over heads and noise levels.
         expected_error: The relative error of its heads by its own profile; see `Choice.error`.
         held_out_error: The same, measured on the held-out prompts: root of the mean square over them.
-        damage: Forecast mean squared change of held-out videos, before a run corrects it; in units of
+        loss: Forecast mean squared change of held-out videos, before a run corrects it; in units of
             that of the plan from the most prompts.
         same_pattern: Share of the heads that have the very pattern of the plan from the most prompts.
         same_kind: Share whose pattern is of the same shape and token order, with the far field or not.
@@ -111,7 +111,7 @@ class StabilityRow:
     density: float
     expected_error: float
     held_out_error: float
-    damage: float
+    loss: float
     same_pattern: float
     same_kind: float
     near_density: float

@@ -51,13 +51,13 @@ class Workload(Protocol):
         model: The pipeline or model.
         settings: The size and the way; two workloads of a model with equal settings are equal.
         device: Where it computes.
-        damage: The metric of `difference` in which errors of attention add up, the larger the worse: the mean
+        loss: The metric of `difference` in which errors of attention add up, the larger the worse: the mean
             squared change of pixels, or the divergence of distributions.
         quality: The metric by which people judge; plans note it. It may be the same.
         has_larger: Whether there may be greater distances between tokens than at this size; see `larger`.
     """
 
-    damage: ClassVar[str]
+    loss: ClassVar[str]
     quality: ClassVar[str]
 
     @property
@@ -92,9 +92,9 @@ class Workload(Protocol):
         ...
 
     def difference(self, output: Any, reference: Any) -> dict[str, float]:
-        """How far an output is from the dense one of the same case, by metric: `damage`, `quality`.
+        """How far an output is from the dense one of the same case, by metric: `loss`, `quality`.
 
-        The damage of an output to itself is finite if the output is, and only then.
+        The loss of an output to itself is finite if the output is, and only then.
         """
         ...
 

@@ -42,7 +42,7 @@ class Generation:
 
     model: Any
     settings: GenerationSettings
-    damage: ClassVar[str] = "mse"
+    loss: ClassVar[str] = "mse"
     quality: ClassVar[str] = "psnr_db"
 
     @property

@@ -1,6 +1,6 @@
 """All that a problem can give, not one answer: a MAP-Elites archive over density, error and latency.
 
-Each bin keeps its best choice. It is filled by sweeps over the price of damage (in seconds and in
+Each bin keeps its best choice. It is filled by sweeps over the price of loss (in seconds and in
 density), by local search at each latency, and by mutations of what is there. MAP-Elites: Mouret and
 Clune, https://arxiv.org/abs/1504.04909.
 """
@@ -23,7 +23,7 @@ LATENCY_BIN = 0.025  # of the dense seconds
 ERROR_BIN = 0.1  # decades
 PRICES = 80
 MUTATIONS = 400
-_DECADES = (-4.0, 8.0)  # of prices, in dense generations for the largest damage of a head
+_DECADES = (-4.0, 8.0)  # of prices, in dense generations for the largest loss of a head
 _SHARE = 0.03  # of units that a mutation changes at random
 
 Cell = tuple[int, int, int]
@@ -50,7 +50,7 @@ class Archive:
         return density, error, latency
 
     def add(self, choice: Choice) -> bool:
-        """Whether the choice became its bin's elite: the least damage times seconds.
+        """Whether the choice became its bin's elite: the least loss times seconds.
 
         What takes longer than dense never does.
         """
@@ -68,19 +68,19 @@ class Archive:
     def front(self) -> list[Choice]:
         """Choices that nothing else here beats, by rising speed-up.
 
-        They are the choice of least damage in each bin of latency and in each bin of density, and the fastest
-        one of all. Of these a choice is left out if another is no worse in damage, seconds and density.
+        They are the choice of least loss in each bin of latency and in each bin of density, and the fastest
+        one of all. Of these a choice is left out if another is no worse in loss, seconds and density.
         """
         best: dict[tuple[str, int], Choice] = {}
         if self.fastest is not None:
             best["fastest", 0] = self.fastest
         for (density, _, latency), choice in self.elites.items():
             for key in (("density", density), ("latency", latency)):
-                if key not in best or choice.damage < best[key].damage:
+                if key not in best or choice.loss < best[key].loss:
                     best[key] = choice
         found = {id(choice): choice for choice in best.values()}.values()
         kept = [c for c in found if not any(_beats(other, c) for other in found)]
-        return sorted(kept, key=lambda choice: (choice.speedup, -choice.damage))
+        return sorted(kept, key=lambda choice: (choice.speedup, -choice.loss))
 
 
 def explore(
@@ -151,7 +151,7 @@ def _swept(problem: Problem) -> Iterable[Choice]:
     """Points of the hull in seconds and in density, from fast to dense."""
     low, high = _DECADES
     for seen in (problem, _in_density(problem)):
-        unit = seen.dense_seconds / max(seen.damage.max().item(), 1e-300)
+        unit = seen.dense_seconds / max(seen.loss.max().item(), 1e-300)
         for number in range(PRICES):
             price = unit * 10 ** (low + (high - low) * number / (PRICES - 1))
             yield evaluate(problem, at_coupled_price(seen, price).pick)
@@ -164,7 +164,7 @@ def _polish(archive: Archive, seen: Problem) -> None:
         limit = number * LATENCY_BIN * seen.dense_seconds
         within = [choice for choice in elites if choice.seconds <= limit]
         if within:
-            start = min(within, key=lambda choice: choice.damage)
+            start = min(within, key=lambda choice: choice.loss)
             found = improve(seen, start, seconds=limit)
             archive.add(evaluate(archive.problem, found.pick))
 
@@ -206,10 +206,10 @@ def _elite(archive: Archive, generator: torch.Generator) -> Choice:
 
 
 def _rank(choice: Choice) -> tuple[float, float]:
-    return choice.damage * choice.seconds, choice.seconds
+    return choice.loss * choice.seconds, choice.seconds
 
 
 def _beats(one: Choice, two: Choice) -> bool:
     """Whether it is as good in all, and better in something."""
-    a, b = ((c.damage, c.seconds, c.density) for c in (one, two))
+    a, b = ((c.loss, c.seconds, c.density) for c in (one, two))
     return a != b and all(x <= y for x, y in zip(a, b, strict=True))

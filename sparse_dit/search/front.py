@@ -91,10 +91,10 @@ def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | No
         config_hash: The hash of the model, see `model_hash`.
         found: The choice that the search made.
         psnr_db: The measured PSNR of `found`; that of the others is forecast from it, as the squared error
-            of the video is in proportion to the damage.
+            of the video is in proportion to the loss.
     """
     choices = [*explore(task, [found]).front(), found]
-    choices.sort(key=lambda choice: (choice.speedup, -choice.damage))
+    choices.sort(key=lambda choice: (choice.speedup, -choice.loss))
     numbers: dict[Pattern, int] = {}
     points: list[Point] = []
     for choice in choices:
@@ -120,11 +120,11 @@ def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | No
 
 def _psnr(choice: Choice, found: Choice, psnr_db: float | None) -> float | None:
     """Forecast in dB; None if nothing was measured that tells."""
-    if psnr_db is None or found.damage <= 0:
+    if psnr_db is None or found.loss <= 0:
         return None
-    if choice.damage <= 0:
+    if choice.loss <= 0:
         return MOST_PSNR
-    decibels = psnr_db - 10 * math.log10(choice.damage / found.damage)
+    decibels = psnr_db - 10 * math.log10(choice.loss / found.loss)
     return round(min(MOST_PSNR, decibels), 2)
 
 

@@ -2,7 +2,7 @@
 
 The Lagrangian of `solve` stops at points of the convex hull and prices a dense head always as one beside
 sparse heads. Here a layer may also run stock attention as a whole, what a limit leaves over is spent,
-and pairs of heads exchange damage for seconds.
+and pairs of heads exchange loss for seconds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _PAIRS = 8  # the most promising exchanges that are tried a step
 
 
 def improve(
-    problem: Problem, choice: Choice, *, seconds: float | None = None, damage: float | None = None
+    problem: Problem, choice: Choice, *, seconds: float | None = None, loss: float | None = None
 ) -> Choice:
-    """A choice with less damage within so many seconds, or a faster one within a damage.
+    """A choice with less loss within so many seconds, or a faster one within a loss.
 
     Never worse than its start. The same arguments give the same choice.
 
@@ -31,17 +31,17 @@ def improve(
         problem: The units, with what each of their candidates costs and spoils.
         choice: The choice to start from; the limit must hold for it.
         seconds: The most seconds that a generation may take.
-        damage: The most damage that the choice may do; give one of both limits.
+        loss: The largest loss that the choice may have; give one of both limits.
 
     Raises:
         ValueError: If not one limit is given, or the start is beyond it.
     """
-    if seconds is not None and damage is None:
-        goal = _Goal("damage", "seconds", seconds)
-    elif damage is not None and seconds is None:
-        goal = _Goal("seconds", "damage", damage)
+    if seconds is not None and loss is None:
+        goal = _Goal("loss", "seconds", seconds)
+    elif loss is not None and seconds is None:
+        goal = _Goal("seconds", "loss", loss)
     else:
-        raise ValueError("give one of seconds and damage, as the limit")
+        raise ValueError("give one of seconds and loss, as the limit")
     limit = goal.limit
     if goal.spent(choice) > limit:
         raise ValueError(
@@ -54,11 +54,11 @@ def improve(
 
 
 def at_coupled_price(problem: Problem, price: float) -> Choice:
-    """Least `seconds + price * damage`, whole layers of dense heads at stock seconds included.
+    """Least `seconds + price * loss`, whole layers of dense heads at stock seconds included.
 
     Args:
         problem: The units, with what each of their candidates costs and spoils.
-        price: Seconds for a unit of damage.
+        price: Seconds for a unit of loss.
     """
     return evaluate(problem, _coupled(problem, price))
 
@@ -81,8 +81,8 @@ class _Goal:
 
 def _bisected(problem: Problem, goal: _Goal) -> tuple[float, Choice | None]:
     """The price at which the limit is just kept, with its choice; None if no price keeps it."""
-    low, high, best = -12.0, 12.0, None  # log10 of seconds per damage, both relative
-    unit = problem.dense_seconds / max(problem.damage.max().item(), 1e-300)
+    low, high, best = -12.0, 12.0, None  # log10 of seconds per loss, both relative
+    unit = problem.dense_seconds / max(problem.loss.max().item(), 1e-300)
     for _ in range(40):
         middle = (low + high) / 2
         choice = at_coupled_price(problem, unit * 10**middle)
@@ -100,16 +100,16 @@ def _coupled(problem: Problem, price: float) -> Tensor:
     """Picks of `at_coupled_price`, int64 `[U]`."""
     sparse = _sparse_layers(problem, price)
     layer = problem.layer_of
-    value = problem.seconds + price * problem.damage
+    value = problem.seconds + price * problem.loss
     gain = value.gather(1, sparse[:, None])[:, 0]
-    gain -= problem.stock_seconds + price * problem.damage[:, 0]
+    gain -= problem.stock_seconds + price * problem.loss[:, 0]
     total = _by_layer(problem, gain)
     return torch.where(total[layer] < 0, sparse, 0)
 
 
 def _sparse_layers(problem: Problem, price: float) -> Tensor:
     """The best picks at a price if each layer must have a sparse head, int64 `[U]`."""
-    value = problem.seconds + price * problem.damage
+    value = problem.seconds + price * problem.loss
     if value.shape[1] == 1:
         return torch.zeros(len(value), dtype=torch.int64)
     best, pick = value.min(1)
@@ -144,7 +144,7 @@ class _Search:
         self.targets = [dense, *around]
         self.stock = _by_layer(problem, problem.stock_seconds)
         totals = [self._layer_totals(target) for target in self.targets]
-        self.target_seconds, self.target_damage = map(torch.stack, zip(*totals, strict=True))
+        self.target_seconds, self.target_loss = map(torch.stack, zip(*totals, strict=True))
 
     def descend(self, choice: Choice) -> Choice:
         """Moves and exchanges until none helps."""
@@ -163,14 +163,14 @@ class _Search:
         return choice
 
     def _layer_totals(self, pick: Tensor) -> tuple[Tensor, Tensor]:
-        """Seconds and damage of each layer."""
+        """Seconds and loss of each layer."""
         problem = self.problem
-        seconds, damage = (
+        seconds, loss = (
             _by_layer(problem, values.gather(1, pick[:, None])[:, 0])
-            for values in (problem.seconds, problem.damage)
+            for values in (problem.seconds, problem.loss)
         )
         sparse = _by_layer(problem, (pick > 0).double()) > 0
-        return torch.where(sparse, seconds, self.stock), damage
+        return torch.where(sparse, seconds, self.stock), loss
 
     def _deltas(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """What each move changes, in what is wanted and in what is limited; exact for one move."""
@@ -180,16 +180,16 @@ class _Search:
         others = _by_layer(problem, mine)[layer] - mine
         sparse = (pick > 0).double()
         lonely = (_by_layer(problem, sparse)[layer] - sparse) == 0  # no other head is sparse
-        now_seconds, now_damage = self._layer_totals(pick)
+        now_seconds, now_loss = self._layer_totals(pick)
         after = others[unit] + problem.seconds[unit, self.candidate]
         stock = lonely[unit] & (self.candidate == 0)
         after = torch.where(stock, self.stock[layer[unit]], after)
-        damage = problem.damage[unit, self.candidate] - problem.damage[unit, pick[unit]]
+        loss = problem.loss[unit, self.candidate] - problem.loss[unit, pick[unit]]
         seconds = torch.cat(
             [after - now_seconds[layer[unit]], (self.target_seconds - now_seconds).flatten()]
         )
-        damage = torch.cat([damage, (self.target_damage - now_damage).flatten()])
-        return (damage, seconds) if self.goal.wanted == "damage" else (seconds, damage)
+        loss = torch.cat([loss, (self.target_loss - now_loss).flatten()])
+        return (loss, seconds) if self.goal.wanted == "loss" else (seconds, loss)
 
     def _single(
         self, choice: Choice, wanted: Tensor, limited: Tensor, slack: float

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..plan import Plan
 from ..words import option
 from .local import improve
-from .solve import Choice, Problem, at_price, cheapest, least_damage
+from .solve import Choice, Problem, at_price, cheapest, least_loss
 
 PSNR = "psnr_db"  # the metric that `min_psnr` is about, which the model's host must measure
 _ABOVE = {"target_speedup": 1.0, "max_error": 0.0, "min_psnr": 0.0}
@@ -20,7 +20,7 @@ class Objective:
     """What is asked for; exactly one is set.
 
     Args:
-        target_speedup: Forecast speed-up of the whole generation, with the least damage.
+        target_speedup: Forecast speed-up of the whole generation, with the least loss.
         max_error: Largest root-mean-square relative error of head outputs (weighted by how much they
             matter), as fast as possible.
         min_psnr: Least PSNR in dB against the dense video on held-out cases, as fast as possible.
@@ -54,18 +54,18 @@ class Objective:
         """The one that is set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def choose(self, problem: Problem, damage: float) -> Choice:
+    def choose(self, problem: Problem, loss: float) -> Choice:
         """The best choice of the problem.
 
         Args:
             problem: The units, with what each of their candidates costs and spoils.
-            damage: Largest damage, for `min_psnr`; the caller knows what it means in dB.
+            loss: Largest loss, for `min_psnr`; the caller knows what it means in dB.
 
         Raises:
             ValueError: If the speed-up is out of reach.
         """
         if self.target_speedup is not None:
-            choice = least_damage(problem, self.target_speedup)
+            choice = least_loss(problem, self.target_speedup)
             if choice is None:
                 fastest = at_price(problem, 0.0)
                 raise ValueError(
@@ -75,10 +75,8 @@ class Objective:
             seconds = max(choice.seconds, problem.dense_seconds / self.target_speedup)
             return improve(problem, choice, seconds=seconds)
         if (limit := self.max_error) is not None:
-            damage = limit**2 * problem.importance.sum().item()
-        return improve(
-            problem, cheapest(problem, lambda choice: choice.damage <= damage), damage=damage
-        )
+            loss = limit**2 * problem.importance.sum().item()
+        return improve(problem, cheapest(problem, lambda choice: choice.loss <= loss), loss=loss)
 
 
 def shortfall(plan: Plan) -> str | None:

@@ -109,8 +109,8 @@ def evidence(
 ) -> dict[str, Any]:
     """How far off a choice and its forecast may be, and which heads depend on the prompt; JSON-ready.
 
-    `row_error` is one standard error of the forecast damage that comes from sampling rows, relative to it.
-    `gap` is the share of the damage that a better choice of the same candidates, as fast, could save at most;
+    `row_error` is one standard error of the forecast loss that comes from sampling rows, relative to it.
+    `gap` is the share of the loss that a better choice of the same candidates, as fast, could save at most;
     None if the problem is too large to prove it. `prompt_dependent` lists for each transformer and layer the
     `[stage, head]` whose important tiles or columns depend on the prompt.
 
@@ -119,12 +119,12 @@ def evidence(
         problem: The problem that was made of all of them.
         choice: The candidate of each unit of that problem.
     """
-    bar = damage_error(parts, problem, choice.pick)
+    bar = loss_error(parts, problem, choice.pick)
     gap = None
     if len(problem.units) <= CERTIFIED_UNITS:
         gap = certify(problem, choice, time_limit=CERTIFY_SECONDS).gap
     return {
-        "row_error": round(bar / choice.damage, 4) if choice.damage > 0 else 0.0,
+        "row_error": round(bar / choice.loss, 4) if choice.loss > 0 else 0.0,
         "gap": None if gap is None else round(gap, 6),
         "prompt_dependent": {
             name: _dependent(name, part, problem, choice) for name, part in parts.items()
@@ -147,8 +147,8 @@ def _dependent(
     return result
 
 
-def damage_error(parts: Mapping[str, ComponentProfile], problem: Problem, pick: Tensor) -> float:
-    """One standard error of a choice's forecast damage, in the damage's unit, from row sampling alone.
+def loss_error(parts: Mapping[str, ComponentProfile], problem: Problem, pick: Tensor) -> float:
+    """One standard error of a choice's forecast loss, in the loss's unit, from row sampling alone.
 
     Heads of a layer are scored on the same rows, so their errors are added up as if they went together;
     layers and noise levels have rows of their own, and are added in squares. The bar is wide rather than

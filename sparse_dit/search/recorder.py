@@ -236,13 +236,13 @@ class _LargerProfile:
         profile: The component's profile at the calibrated size; it says which layers and token orders.
         rows: How many query rows of each call are sampled.
         seed: The seed by which rows are sampled.
-        behind: For each layer name what the heads' values are multiplied by, see `projections`.
+        projection: For each layer name what the heads' values are multiplied by, see `projections`.
     """
 
     def __init__(
-        self, profile: ComponentProfile, rows: int, seed: int, behind: Mapping[str, Tensor]
+        self, profile: ComponentProfile, rows: int, seed: int, projection: Mapping[str, Tensor]
     ) -> None:
-        self.profile, self.rows, self.behind = profile, rows, behind
+        self.profile, self.rows, self.projection = profile, rows, projection
         self.generator = torch.Generator().manual_seed(seed)
         self.tiles = tilings(profile.known_layout)
         self.found: dict[str, list[HeadStatistics]] = {}
@@ -259,7 +259,7 @@ class _LargerProfile:
         self.found[call.layer] = heads = empty_heads(
             layout, self.tiles, self.profile.heads[call.layer][0]
         )
-        behind = self.behind.get(call.layer)
+        projection = self.projection.get(call.layer)
 
         def add(head: int, cells: Cells, sums: CellSums) -> None:
             if cells[0] == self.tiles[0]:  # the output is the same in all orders
@@ -267,7 +267,7 @@ class _LargerProfile:
             discover(heads[head][cells[0]], sums, layout, cells[0])
 
         for item in items_of(call, layout):
-            each_sum(item, rows, behind, [(tile, None) for tile in self.tiles], layout, add)
+            each_sum(item, rows, projection, [(tile, None) for tile in self.tiles], layout, add)
 
     def keep(self, profile: ComponentProfile) -> None:
         """Add the sums over offsets to the statistics of a profile, at all its noise levels."""

@@ -65,12 +65,12 @@ class Item:
     valid: int
     scale: float
 
-    def sampled(self, head: int, rows: Tensor, behind: Tensor | None) -> SampledRows:
+    def sampled(self, head: int, rows: Tensor, projection: Tensor | None) -> SampledRows:
         """The exact attention of sampled rows; see `sampled_heads`."""
         shared = head // (self.q.shape[1] // self.k.shape[1])
         values = self.v[:, shared]
-        if behind is not None:
-            values = values.float() @ behind[head]
+        if projection is not None:
+            values = values.float() @ projection[head]
         return sampled_rows(
             self.q[:, head], self.k[:, shared], values, rows, self.scale, self.valid
         )
@@ -94,7 +94,7 @@ def sampled_heads(
     call: AttentionCall,
     layout: TokenLayout,
     rows: Tensor,
-    behind: Tensor | None,
+    projection: Tensor | None,
     heads: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, SampledRows]]:
     """The exact attention of sampled rows for each batch item and head: `(head, rows)`.
@@ -105,12 +105,12 @@ def sampled_heads(
         call: The attention call.
         layout: The token layout of its sequence.
         rows: int64 `[R]`, sampled tokens.
-        behind: `[H, D, D]` that values are multiplied by, see `projections`; None for heads' own outputs.
+        projection: `[H, D, D]` that values are multiplied by, see `projections`; None for heads' own outputs.
         heads: The numbers of the heads to sample; None for all.
     """
     for item in items_of(call, layout):
         for head in range(item.q.shape[1]) if heads is None else heads:
-            yield head, item.sampled(head, rows, behind)
+            yield head, item.sampled(head, rows, projection)
 
 
 def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
@@ -184,7 +184,7 @@ def parallel_map(work: Callable[[int], object], count: int) -> None:
 def each_sum(
     item: Item,
     rows: Tensor,
-    behind: Tensor | None,
+    projection: Tensor | None,
     wanted: Sequence[Cells],
     layout: TokenLayout,
     use: Callable[[int, Cells, CellSums], object],
@@ -196,7 +196,7 @@ def each_sum(
     Args:
         item: The batch item, with q, k and v of all heads.
         rows: The sampled query tokens, int64 `[R]`.
-        behind: What each head's values are multiplied by, see `Item.sampled`; None for nothing.
+        projection: What each head's values are multiplied by, see `Item.sampled`; None for nothing.
         wanted: The kinds of cells that attention is summed by, a token order and a pooling each.
         layout: The token layout of the item.
         use: What is done with the sums. It may only write to what belongs to that head and these cells.
@@ -204,7 +204,7 @@ def each_sum(
     count, together = item.q.shape[1], torch.get_num_threads()
     for first in range(0, count, together):
         heads = range(first, min(count, first + together))
-        sampled = [item.sampled(head, rows, behind) for head in heads]
+        sampled = [item.sampled(head, rows, projection) for head in heads]
 
         def one(number: int, first: int = first, sampled: list = sampled) -> None:
             head, place = divmod(number, len(wanted))

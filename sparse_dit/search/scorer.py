@@ -163,5 +163,5 @@ def plan_scorer(
             return None
         return (stage, call.layer), [[pattern] for pattern in patterns]
 
-    behind = bool(plan.provenance.get("errors_behind_projection"))
-    return PatternScorer(ask, projections(transformer) if behind else {}, rows, seed)
+    projected = bool(plan.provenance.get("errors_behind_projection"))
+    return PatternScorer(ask, projections(transformer) if projected else {}, rows, seed)

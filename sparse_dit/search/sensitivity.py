@@ -74,7 +74,7 @@ class Sensitivity:
     """How much an error moves the output.
 
     Args:
-        stages: For each noise level the change of the output (in `Workload.damage`) for a squared relative
+        stages: For each noise level the change of the output (in `Workload.loss`) for a squared relative
             error of 1 in every head.
         layers: For each layer its share in that; sums to 1.
     """
@@ -191,7 +191,7 @@ def _prober(
             output, _ = work.run(case)
         if not intercept.errors:
             return None
-        change = work.difference(output, clean.output)[work.damage]
+        change = work.difference(output, clean.output)[work.loss]
         return change / max(float(np.mean(intercept.errors)), 1e-12)
 
     return probe

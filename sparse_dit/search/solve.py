@@ -1,9 +1,9 @@
-"""Choose one candidate for every head at every noise level: least damage for the time, or vice versa.
+"""Choose one candidate for every head at every noise level: least loss for the time, or vice versa.
 
-A multiple-choice knapsack. With a price on damage each head chooses on its own (Lagrangian), and the
+A multiple-choice knapsack. With a price on loss each head chooses on its own (Lagrangian), and the
 price is found by bisection; solutions lie on the convex hull of the exact front.
 
-The transformers of a pipeline make one problem: damage is the change of the finished video, whichever of them
+The transformers of a pipeline make one problem: loss is the change of the finished video, whichever of them
 the error is in, and seconds are those of the whole generation.
 """
 
@@ -48,7 +48,7 @@ class Problem:
         stages: The stages of noise levels, of one transformer after the other.
         other_seconds: What a generation takes outside of attention.
         components: For each stage the name of the transformer that it is of; empty if that doesn't matter.
-        measured: float64 `[U, K]`, the damage of each candidate alone, where it was measured one by one and
+        measured: float64 `[U, K]`, the loss of each candidate alone, where it was measured one by one and
             isn't `error` times `importance`.
     """
 
@@ -67,7 +67,7 @@ class Problem:
     measured: Tensor | None = None
 
     @functools.cached_property
-    def damage(self) -> Tensor:
+    def loss(self) -> Tensor:
         """The expected change of the output by each candidate alone, float64 `[U, K]`.
 
         Of a video the mean squared change of its pixels, of a language model's prediction the divergence.
@@ -108,7 +108,7 @@ class Choice:
 
     Args:
         pick: The number of each unit's candidate, int64 `[U]`.
-        damage: The expected mean squared change of the video, before a verified run corrects it.
+        loss: The expected mean squared change of the video, before a verified run corrects it.
         seconds: What a generation takes with it.
         speedup: The seconds of a dense generation over `seconds`.
         error: Root of the importance-weighted mean of the squared relative errors of heads.
@@ -116,7 +116,7 @@ class Choice:
     """
 
     pick: Tensor
-    damage: float
+    loss: float
     seconds: float
     speedup: float
     error: float
@@ -190,19 +190,19 @@ def evaluate(problem: Problem, pick: Tensor) -> Choice:
     def of(values: Tensor) -> Tensor:
         return values.gather(1, pick[:, None])[:, 0]
 
-    damage = of(problem.damage).sum().item()
+    loss = of(problem.loss).sum().item()
     sparse = torch.zeros(len(pick), dtype=torch.bool)  # for each layer, whether a head of it is
     sparse[problem.layer_of[pick > 0]] = True
     attention = torch.where(sparse[problem.layer_of], of(problem.seconds), problem.stock_seconds)
     seconds = problem.other_seconds + attention.sum().item()
-    error = math.sqrt(damage / max(problem.importance.sum().item(), 1e-30))
+    error = math.sqrt(loss / max(problem.importance.sum().item(), 1e-30))
     dens = (of(problem.density) * problem.weight).sum().item() / problem.weight.sum().item()
-    return Choice(pick, damage, seconds, problem.dense_seconds / seconds, error, dens)
+    return Choice(pick, loss, seconds, problem.dense_seconds / seconds, error, dens)
 
 
 def at_price(problem: Problem, price: float) -> Choice:
-    """Every unit takes the candidate of least `seconds + price * damage`."""
-    return evaluate(problem, (problem.seconds + price * problem.damage).argmin(1))
+    """Every unit takes the candidate of least `seconds + price * loss`."""
+    return evaluate(problem, (problem.seconds + price * problem.loss).argmin(1))
 
 
 def cheapest(problem: Problem, good: Callable[[Choice], bool]) -> Choice:
@@ -210,9 +210,9 @@ def cheapest(problem: Problem, good: Callable[[Choice], bool]) -> Choice:
 
     Args:
         problem: The units, with what each of their candidates costs and spoils.
-        good: Must hold for all choices with less damage than one it holds for.
+        good: Must hold for all choices with less loss than one it holds for.
     """
-    low, high = -6.0, 12.0  # log10 of seconds per damage
+    low, high = -6.0, 12.0  # log10 of seconds per loss
     best = evaluate(problem, torch.zeros(len(problem.units), dtype=torch.int64))
     for _ in range(40):
         middle = (low + high) / 2
@@ -224,8 +224,8 @@ def cheapest(problem: Problem, good: Callable[[Choice], bool]) -> Choice:
     return best
 
 
-def least_damage(problem: Problem, speedup: float) -> Choice | None:
-    """The choice of least damage on the hull that reaches the speed-up; None if none does."""
+def least_loss(problem: Problem, speedup: float) -> Choice | None:
+    """The choice of least loss on the hull that reaches the speed-up; None if none does."""
     low, high, best = -6.0, 12.0, None
     for _ in range(40):
         middle = (low + high) / 2
@@ -238,13 +238,13 @@ def least_damage(problem: Problem, speedup: float) -> Choice | None:
 
 
 def runner_up(problem: Problem, choice: Choice) -> Tensor:
-    """For each unit the candidate of least damage among the others that cost no more, int64 `[U]`."""
+    """For each unit the candidate of least loss among the others that cost no more, int64 `[U]`."""
     chosen = choice.pick[:, None]
     cost = problem.seconds.gather(1, chosen)
-    damage = problem.damage.masked_fill(problem.seconds > cost * 1.0001, torch.inf)
-    damage = damage.scatter(1, chosen, torch.inf)
-    second = damage.argmin(1)
-    return torch.where(damage.gather(1, second[:, None])[:, 0].isinf(), -1, second)
+    loss = problem.loss.masked_fill(problem.seconds > cost * 1.0001, torch.inf)
+    loss = loss.scatter(1, chosen, torch.inf)
+    second = loss.argmin(1)
+    return torch.where(loss.gather(1, second[:, None])[:, 0].isinf(), -1, second)
 
 
 def pair_shares(

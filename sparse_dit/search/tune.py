@@ -21,7 +21,7 @@ from .solve import Choice, Problem
 from .verify import Reference, Verified, verify
 
 MARGIN_DB = 1.5  # how far above the wanted PSNR plans are made, as other prompts give less
-# Measured over forecast damage, before a round has measured it: the geometric mean over three prompts of
+# Measured over forecast loss, before a round has measured it: the geometric mean over three prompts of
 # the embedded model at 4,608 tokens and 12 steps, which range from 4 to 22 at density 0.3. Only a whole run
 # of the prompt tells it.
 FIRST_SCALE = 7.5
@@ -80,9 +80,9 @@ class Session:
         plan = first_plan(type(self.work.model).__name__, parts, self.problem, choice, self.tables)
         return replace(plan, provenance={"stage_shares": stage_shares(self.problem)})
 
-    def choose(self, damage: float) -> Choice:
-        """What answers the objective, at a largest damage if it asks for a PSNR."""
-        return self.options.objective.choose(self.problem, damage)
+    def choose(self, loss: float) -> Choice:
+        """What answers the objective, at a largest loss if it asks for a PSNR."""
+        return self.options.objective.choose(self.problem, loss)
 
 
 def tune(
@@ -103,7 +103,7 @@ def tune(
         ValueError: If the objective is out of reach, or the sparse output holds NaN or Inf.
     """
     wanted, say = session.options.min_psnr, session.options.say
-    scale, floor = FIRST_SCALE, 0.0  # measured over forecast damage; dB to aim at
+    scale, floor = FIRST_SCALE, 0.0  # measured over forecast loss; dB to aim at
     best: tuple[Choice, Plan, Verified] | None = None  # the fastest that is good
     closest: tuple[Choice, Plan, Verified] | None = None  # of the highest PSNR, if none is
     for number in range(MAX_ROUNDS):
@@ -125,9 +125,9 @@ def tune(
             closest = last
         if good and (best is None or choice.seconds < best[0].seconds):
             best = last
-        if choice.damage == 0:
+        if choice.loss == 0:
             break
-        scale = max(verified.difference[session.work.damage] / choice.damage, 1e-12)
+        scale = max(verified.difference[session.work.loss] / choice.loss, 1e-12)
         spent = clock.elapsed + verified.sparse_seconds > budget
         if best and (spent or verified.difference[PSNR] <= wanted + RELAX_DB):
             break

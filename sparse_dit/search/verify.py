@@ -97,7 +97,7 @@ def dense_reference(
 
 def check_stock(work: Workload, case: Case, output: Any) -> None:
     """Raise ValueError if what came out without any plan holds NaN or Inf."""
-    if not math.isfinite(work.difference(output, output)[work.damage]):
+    if not math.isfinite(work.difference(output, output)[work.loss]):
         raise ValueError(
             f"the stock model gives NaN or Inf for {case.prompt!r}: it is broken at this size or dtype"
         )
@@ -143,7 +143,7 @@ def verify(
         sparse_calls += handle.summary().sparse_calls
         sparse.append(taken)
         found.append(work.difference(output, reference.output))
-        if not math.isfinite(found[-1][work.damage]):
+        if not math.isfinite(found[-1][work.loss]):
             raise ValueError(f"the plan gives NaN or Inf on {reference.case.prompt!r}")
     pairs = Pairs([reference.taken for reference in references], sparse) if sparse_calls else None
     return Verified(

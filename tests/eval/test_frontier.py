@@ -13,7 +13,7 @@ from sparse_dit.eval import frontier as frontier_module
 from sparse_dit.eval.baselines import (
     METHODS,
     SOURCES,
-    least_damage_at_density,
+    least_loss_at_density,
     plan_at,
     score_baselines,
 )
@@ -96,10 +96,10 @@ def test_plans_stay_below_the_density(searched, scores, method, target):
     assert plan.density == pytest.approx(total, abs=1e-4)
 
 
-def test_ours_forecasts_less_damage_than_any_choice_by_lot(searched, scores):
+def test_ours_forecasts_less_loss_than_any_choice_by_lot(searched, scores):
     from sparse_dit.eval.baselines.uniform import random_choice
 
-    ours = least_damage_at_density(searched, 0.3).forecast["error"]
+    ours = least_loss_at_density(searched, 0.3).forecast["error"]
     for seed in range(5):
         choice = random_choice(searched.problem, 0.3, seed)
         assert ours < choice.error
@@ -109,9 +109,9 @@ def test_what_the_hull_leaves_of_a_density_is_spent(searched):
     task, better = searched.problem, []
     work = task.density * task.weight[:, None]
     prices = 10 ** torch.arange(-12, 12, 0.1, dtype=torch.float64)
-    hull = [evaluate(task, (work + price * task.damage).argmin(1)) for price in prices]
+    hull = [evaluate(task, (work + price * task.loss).argmin(1)) for price in prices]
     for target in (0.15, 0.3, 0.5):
-        plan = least_damage_at_density(searched, target)
+        plan = least_loss_at_density(searched, target)
         least = min(choice.error for choice in hull if choice.density <= target)
         assert plan.density <= target + 1e-6
         assert plan.forecast["error"] <= least + 1e-6
@@ -204,7 +204,7 @@ def test_a_plan_of_another_size_is_measured_unchanged(short_pipe, known, tmp_pat
 
 def test_the_density_of_a_plan_counts_at_the_size_it_is_used_at(searched):
     layout = TokenLayout.video(8, 16, 16)
-    plan = least_damage_at_density(searched, 0.3, layout)
+    plan = least_loss_at_density(searched, 0.3, layout)
     part = plan.components["transformer"]
     shares = plan.provenance["stage_shares"]["transformer"]
     total = 0.0

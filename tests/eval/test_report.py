@@ -17,6 +17,7 @@ import torch
 from sparse_dit.entry import expand
 from sparse_dit.eval.atlas import stage_atlas
 from sparse_dit.eval.figures import Point, quality_over_speed, to_svg
+from sparse_dit.eval.metrics import METRICS, Metric, relative_error
 from sparse_dit.eval.pictures import attention_image, mask_image, mask_map
 from sparse_dit.eval.report import Report
 from sparse_dit.eval.report_files import FILES, to_json, write_report
@@ -96,7 +97,9 @@ def test_nothing_measured_is_said(tmp_path):
     quality = made_up_quality(
         forecast_speedup=None,
         interleaved=False,
-        cases=[replace(made_up_quality().cases[0], psnr_noise_floor_db=None, ssim=None)],
+        cases=[
+            replace(made_up_quality().cases[0], psnr_noise_floor_db=None, metrics={"ssim": None})
+        ],
     )
     report = Report("bare", made_up_plan(), quality)
     write_report(tmp_path / "bare", report)
@@ -108,6 +111,16 @@ def test_nothing_measured_is_said(tmp_path):
         assert absent in said
     assert "noise floor was not measured" in said and "not in turn" in said
     assert not (tmp_path / "bare" / "atlas.png").exists()
+
+
+def test_a_metric_that_is_added_in_its_one_place_is_written_and_shown(monkeypatch, tmp_path):
+    """Adding one touches metrics.py and the page of docs that lists what report.json has."""
+    monkeypatch.setitem(METRICS, "distance", Metric("relative distance", relative_error))
+    cases = [replace(c, metrics={"ssim": 0.9, "distance": 0.125}) for c in made_up_quality().cases]
+    write_report(tmp_path / "out", made_up_report(quality=made_up_quality(cases=cases)))
+    assert strict_json((tmp_path / "out" / "report.json").read_text())["distance"] == 0.125
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "relative distance" in page and page.count("0.125") == len(cases) + 1
 
 
 def test_unwelcome_findings_are_said():

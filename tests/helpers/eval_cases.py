@@ -86,7 +86,7 @@ def made_up_quality(**changes: Any) -> Quality:
             psnr_db=33.5 + i,
             psnr_flat_db=14.0,
             psnr_noise_floor_db=71.0 if i == 0 else None,
-            ssim=0.95,
+            metrics={"ssim": 0.95},
             drift=[0.01, 0.02, 0.05, 0.06],
             nonfinite_dense=0,
             nonfinite_sparse=0,

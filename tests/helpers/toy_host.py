@@ -113,7 +113,7 @@ def output_projection(layer: Attention) -> nn.Module:
 class Refining:
     model: Toy
     settings: GenerationSettings
-    damage: ClassVar[str] = "kl"
+    loss: ClassVar[str] = "kl"
     quality: ClassVar[str] = "kl"
     device: torch.device = CPU
     has_larger: bool = False

@@ -303,7 +303,7 @@ def test_bad_file_is_refused_in_one_line(case, tmp_path):
     assert_refused(str(caught.value), words, "plan.json: ")
 
 
-def test_many_random_damages_never_escape_as_another_error():
+def test_many_random_losses_never_escape_as_another_error():
     rng = random.Random(0)
     tensors = Plan.load(GOLDEN).tensors()
     for _ in range(400):

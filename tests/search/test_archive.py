@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparse_dit.search.archive import DENSITY_BIN, LATENCY_BIN, Archive, explore
-from sparse_dit.search.exact import exact_least_damage
+from sparse_dit.search.exact import exact_least_loss
 from sparse_dit.search.local import improve
-from sparse_dit.search.solve import at_price, evaluate, least_damage
+from sparse_dit.search.solve import at_price, evaluate, least_loss
 from tests.helpers.solver_cases import all_choices, random_problem
 
 
@@ -25,8 +25,8 @@ def archive(task):
 def test_a_bin_keeps_the_better_of_two(task):
     archive = Archive(task)
     one = at_price(task, 3.0)
-    worse = dataclasses.replace(one, damage=one.damage * 1.001)
-    far = dataclasses.replace(one, density=one.density + DENSITY_BIN, damage=one.damage * 2)
+    worse = dataclasses.replace(one, loss=one.loss * 1.001)
+    far = dataclasses.replace(one, density=one.density + DENSITY_BIN, loss=one.loss * 2)
     assert archive.add(worse) and archive.add(one)
     assert not archive.add(worse) and not archive.add(one)
     assert list(archive.elites.values()) == [one]
@@ -42,8 +42,8 @@ def test_every_elite_is_what_it_says_and_lies_in_its_bin(task, archive):
     assert len(archive.elites) > 60
     for cell, elite in archive.elites.items():
         again = evaluate(task, elite.pick)
-        assert (again.damage, again.seconds, again.density) == (
-            elite.damage,
+        assert (again.loss, again.seconds, again.density) == (
+            elite.loss,
             elite.seconds,
             elite.density,
         )
@@ -52,14 +52,14 @@ def test_every_elite_is_what_it_says_and_lies_in_its_bin(task, archive):
 
 def test_the_front_goes_from_dense_to_the_fastest_and_nothing_in_it_is_beaten(task, archive):
     front = archive.front()
-    assert front[0].damage == 0 and front[0].density == 1
+    assert front[0].loss == 0 and front[0].density == 1
     assert front[-1].speedup == pytest.approx(at_price(task, 0.0).speedup, rel=1e-3)
     assert [c.speedup for c in front] == sorted(c.speedup for c in front)
     assert len(front) > 15
     for a in front:
         for b in front:
             if a is not b:
-                assert a.damage > b.damage or a.seconds > b.seconds or a.density > b.density
+                assert a.loss > b.loss or a.seconds > b.seconds or a.density > b.density
 
 
 def test_its_points_are_near_the_exact_front(task, archive):
@@ -67,14 +67,14 @@ def test_its_points_are_near_the_exact_front(task, archive):
     fastest = {}
     for cell, elite in archive.elites.items():
         known = fastest.get(cell[2])
-        if elite.damage > 0 and (known is None or elite.damage < known.damage):
+        if elite.loss > 0 and (known is None or elite.loss < known.loss):
             fastest[cell[2]] = elite
     excess, alone = [], []
     for elite in fastest.values():
         speedup = elite.speedup * (1 - 1e-9)
-        best = exact_least_damage(task, speedup).choice.damage
-        excess.append(elite.damage / best - 1)
-        alone.append(least_damage(task, speedup).damage / best - 1)
+        best = exact_least_loss(task, speedup).choice.loss
+        excess.append(elite.loss / best - 1)
+        alone.append(least_loss(task, speedup).loss / best - 1)
     assert sum(excess) / len(excess) < 0.01 and max(excess) < 0.05
     assert sum(alone) > 2 * sum(excess)
 
@@ -84,17 +84,15 @@ def test_at_a_density_it_is_no_worse_than_a_sweep_of_prices(task, archive):
     for step in range(-20, 60, 5):
         point = at_price(task, 10 ** (step / 10))
         if point.density < 0.8:  # near dense the front leaves out what is slower than dense
-            near = [c.damage for c in front if c.density <= point.density + DENSITY_BIN]
-            assert min(near) <= point.damage * 1.01
+            near = [c.loss for c in front if c.density <= point.density + DENSITY_BIN]
+            assert min(near) <= point.loss * 1.01
 
 
 def test_tiny_problems_are_covered_whole():
     small = random_problem(1, 2, 2, 4, seed=2)
     front, every = explore(small).front(), list(all_choices(small))
     for choice in front:
-        better = [
-            c for c in every if c.damage < 0.9 * choice.damage and c.seconds <= choice.seconds
-        ]
+        better = [c for c in every if c.loss < 0.9 * choice.loss and c.seconds <= choice.seconds]
         better = [c for c in better if c.density <= choice.density]
         assert not better
 
@@ -104,7 +102,7 @@ def test_mutations_only_add(task):
     assert len(more.elites) > len(without.elites)
     for cell, elite in without.elites.items():
         other = more.elites[cell]
-        assert other.damage * other.seconds <= elite.damage * elite.seconds
+        assert other.loss * other.seconds <= elite.loss * elite.seconds
 
 
 def test_a_seed_gives_the_same_archive(task, archive):
@@ -115,11 +113,11 @@ def test_a_seed_gives_the_same_archive(task, archive):
 
 
 def test_what_is_known_is_kept_or_beaten(task):
-    start = least_damage(task, 1.5)
+    start = least_loss(task, 1.5)
     known = improve(task, start, seconds=start.seconds)
     archive = explore(task, [known], mutations=0)
     elite = archive.elites[archive.cell(known)]
-    assert elite.damage * elite.seconds <= known.damage * known.seconds
+    assert elite.loss * elite.seconds <= known.loss * known.seconds
 
 
 def test_a_problem_without_a_sparse_candidate_has_one_point():

@@ -13,7 +13,7 @@ from sparse_dit.search.cost import CostTable
 from sparse_dit.search.local import improve
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.sensitivity import Sensitivity
-from sparse_dit.search.solve import joined, least_damage, problem, stages_of
+from sparse_dit.search.solve import joined, least_loss, problem, stages_of
 from tests.helpers.plan_cases import before_3
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -34,7 +34,7 @@ def _chosen():
     task = joined({NAME: task}, {NAME: 1.0}, total)
     result = {}
     for speedup in SPEEDUPS:
-        hull = least_damage(task, speedup)
+        hull = least_loss(task, speedup)
         choice = improve(task, hull, seconds=total / speedup)
         plan = first_plan("WanPipeline", {NAME: part}, task, choice, {NAME: costs})
         plan = replace(plan, cost={}, forecast={})

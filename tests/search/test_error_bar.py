@@ -13,7 +13,7 @@ from sparse_dit.search.candidates import DENSE
 from sparse_dit.search.cells import sample_rows, sampled_rows
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.profile import ComponentProfile
-from sparse_dit.search.provenance import damage_error
+from sparse_dit.search.provenance import loss_error
 from sparse_dit.search.solve import Problem, evaluate
 from sparse_dit.search.statistics import score_all
 
@@ -66,31 +66,31 @@ def _problem(part):
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_the_bar_is_as_wide_as_forecasts_scatter(rows):
-    heads, damages, bars = _heads(), [], []
+    heads, losses, bars = _heads(), [], []
     for seed in range(60):
         part = _profile(heads, rows, seed)
         task = _problem(part)
-        damages.append(evaluate(task, PICK).damage)
-        bars.append(damage_error({"model": part}, task, PICK))
-    scatter = statistics.stdev(damages)
+        losses.append(evaluate(task, PICK).loss)
+        bars.append(loss_error({"model": part}, task, PICK))
+    scatter = statistics.stdev(losses)
     assert 0.7 * scatter < statistics.mean(bars) < 2 * scatter
 
 
 def test_the_bar_shrinks_with_the_root_of_the_rows_and_is_zero_for_dense():
     heads = _heads()
     few, many = (_profile(heads, rows, 0) for rows in (16, 256))
-    ratio = damage_error({"model": few}, _problem(few), PICK) / damage_error(
+    ratio = loss_error({"model": few}, _problem(few), PICK) / loss_error(
         {"model": many}, _problem(many), PICK
     )
     assert ratio == pytest.approx(math.sqrt(16), rel=0.4)
-    assert damage_error({"model": few}, _problem(few), torch.zeros_like(PICK)) == 0
+    assert loss_error({"model": few}, _problem(few), torch.zeros_like(PICK)) == 0
 
 
 def test_what_is_not_in_the_profile_is_refused():
     part = _profile(_heads(), 16, 0)
     task = _problem(part)
     with pytest.raises(ValueError, match="3 candidates, got number 3"):
-        damage_error({"model": part}, task, torch.tensor([3, 0, 0, 0]))
+        loss_error({"model": part}, task, torch.tensor([3, 0, 0, 0]))
     del part.scores[0, "b"]
     with pytest.raises(ValueError, match="b at noise level 0 isn't in the profile"):
-        damage_error({"model": part}, task, PICK)
+        loss_error({"model": part}, task, PICK)

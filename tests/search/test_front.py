@@ -93,7 +93,7 @@ def test_what_no_point_has_is_said(searched, plan_file):
 
 
 def test_psnr_is_forecast_from_what_was_measured(searched):
-    assert searched.choice.damage > 0
+    assert searched.choice.loss > 0
     front = front_of(searched.problem, "0" * 64, searched.choice, psnr_db=30.0)
     own = [p for p in front.points if p.error == round(searched.choice.error, 6)]
     assert own[0].psnr == pytest.approx(30.0, abs=0.05) and front.points[0].psnr == 100

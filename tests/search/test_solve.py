@@ -22,7 +22,7 @@ from sparse_dit.search.solve import (
     at_price,
     cheapest,
     evaluate,
-    least_damage,
+    least_loss,
     problem,
     runner_up,
     stages_of,
@@ -76,35 +76,35 @@ def test_no_choice_beats_the_hull(seed):
     every = list(_all_choices(task))
     for price in (0.0, 0.1, 1.0, 3.0, 100.0):
         best = at_price(task, price)
-        least = min(c.seconds + price * c.damage for c in every)
-        assert best.seconds + price * best.damage == pytest.approx(least)
-        dominated = [c for c in every if c.seconds < best.seconds and c.damage < best.damage]
+        least = min(c.seconds + price * c.loss for c in every)
+        assert best.seconds + price * best.loss == pytest.approx(least)
+        dominated = [c for c in every if c.seconds < best.seconds and c.loss < best.loss]
         assert not dominated
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_looser_damage_is_never_slower(seed):
+def test_a_looser_loss_is_never_slower(seed):
     task, previous = _problem(units=8, seed=seed), float("inf")
     for limit in (0.0, 0.05, 0.2, 0.5, 1.0, 10.0):
-        choice = cheapest(task, lambda c, limit=limit: c.damage <= limit)
-        assert choice.damage <= limit and choice.seconds <= previous
+        choice = cheapest(task, lambda c, limit=limit: c.loss <= limit)
+        assert choice.loss <= limit and choice.seconds <= previous
         previous = choice.seconds
     assert choice.seconds == pytest.approx(at_price(task, 0).seconds)
     assert cheapest(task, lambda c: False).pick.eq(0).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_least_damage_reaches_the_speedup_and_is_on_the_hull(seed):
+def test_least_loss_reaches_the_speedup_and_is_on_the_hull(seed):
     task = _problem(seed=seed)
     every = list(_all_choices(task))
     fastest, previous = at_price(task, 0.0).speedup, -1.0
     for share in (0.1, 0.5, 0.9, 0.999):
         wanted = 1 + (fastest - 1) * share
-        choice = least_damage(task, wanted)
-        assert choice.speedup >= wanted and choice.damage >= previous
-        previous = choice.damage
-        assert not [c for c in every if c.speedup > choice.speedup and c.damage < choice.damage]
-    assert least_damage(task, fastest * 1.01) is None
+        choice = least_loss(task, wanted)
+        assert choice.speedup >= wanted and choice.loss >= previous
+        previous = choice.loss
+        assert not [c for c in every if c.speedup > choice.speedup and c.loss < choice.loss]
+    assert least_loss(task, fastest * 1.01) is None
 
 
 def test_out_of_reach_is_said_in_one_line():
@@ -120,8 +120,8 @@ def test_all_is_dense_where_sparse_is_slower():
     task = _problem()
     slow = dataclasses.replace(task, seconds=torch.ones_like(task.seconds) * 2)
     slow.seconds[:, 0] = 1
-    for objective, damage in ((Objective(max_error=10), 0.0), (Objective(min_psnr=1), 1e9)):
-        choice = objective.choose(slow, damage)
+    for objective, loss in ((Objective(max_error=10), 0.0), (Objective(min_psnr=1), 1e9)):
+        choice = objective.choose(slow, loss)
         assert choice.pick.eq(0).all() and choice.speedup == 1 and choice.density == 1
     with pytest.raises(ValueError, match=r"out of reach on this device.*1\.00x"):
         Objective(target_speedup=1.1).choose(slow, 0.0)
@@ -144,7 +144,7 @@ def test_runner_up_is_the_best_of_the_others_that_cost_no_more():
     for unit, second in enumerate(runner_up(task, choice).tolist()):
         pick = choice.pick[unit]
         others = [
-            (task.damage[unit, c].item(), c)
+            (task.loss[unit, c].item(), c)
             for c in range(4)
             if c != pick and task.seconds[unit, c] <= task.seconds[unit, pick] * 1.0001
         ]
@@ -316,13 +316,13 @@ def test_a_wrong_dial_is_refused(dial):
 
 
 @pytest.mark.parametrize("speedup", [1.1, 1.5, 2.0, 3.0])
-def test_a_chosen_speedup_is_kept_with_no_more_damage_than_on_the_hull(speedup):
+def test_a_chosen_speedup_is_kept_with_no_more_loss_than_on_the_hull(speedup):
     task = _problem(units=24, seed=3)
-    hull = least_damage(task, speedup)
+    hull = least_loss(task, speedup)
     if hull is None:
         pytest.skip("out of reach")
     choice = Objective(target_speedup=speedup).choose(task, 0.0)
-    assert choice.speedup >= speedup * (1 - 1e-9) and choice.damage <= hull.damage
+    assert choice.speedup >= speedup * (1 - 1e-9) and choice.loss <= hull.loss
 
 
 def test_a_chosen_error_is_kept_and_no_slower_than_on_the_hull():

@@ -43,7 +43,7 @@ def test_every_count_has_a_row(done):
     _, (one, two), _ = done
     assert (one.prompts, two.prompts) == (1, 2)
     assert one.density <= 0.4 and two.density <= 0.4
-    assert (two.same_pattern, two.same_kind, two.near_density, two.damage) == (1, 1, 1, 1)
+    assert (two.same_pattern, two.same_kind, two.near_density, two.loss) == (1, 1, 1, 1)
     assert one.same_pattern <= one.same_kind <= 1
     assert all(0 < row.held_out_error < 2 and row.psnr_db > 5 for row in (one, two))
 
@@ -55,7 +55,7 @@ def test_the_pipeline_is_left_as_it_was(pipe, done):
 def test_the_file_and_the_profiles_say_the_same(done):
     request, rows, _ = done
     data = json.loads(request.file.read_text())
-    assert [row["damage"] for row in data["rows"]] == [row.damage for row in rows]
+    assert [row["loss"] for row in data["rows"]] == [row.loss for row in rows]
     assert data["conditions"]["held_out"] == [["a boat on a lake", 9]]
     for count in request.counts:
         profile = read_profile(request.profiles / f"{count}-prompts.safetensors")
@@ -119,7 +119,7 @@ def test_a_stopped_run_goes_on(pipe, done, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             stability(pipe, request, lambda _: None)
     kept = json.loads(request.file.read_text())["rows"]
-    assert [row["psnr_db"] for row in kept] == [None, None] and kept[0]["damage"] == rows[0].damage
+    assert [row["psnr_db"] for row in kept] == [None, None] and kept[0]["loss"] == rows[0].loss
     with monkeypatch.context() as patch:
         patch.setattr(module, "score_patterns", stopped)
         assert stability(pipe, request, lambda _: None) == rows
@@ -163,7 +163,7 @@ def test_requests_that_mean_nothing(tmp_path, changes, message):
 
 
 def test_a_density_out_of_reach_is_said(pipe, done, monkeypatch):
-    monkeypatch.setattr(module, "least_damage", lambda problem, speedup: None)
+    monkeypatch.setattr(module, "least_loss", lambda problem, speedup: None)
     with pytest.raises(ValueError, match=r"density must be at least 0\.000 at this size, got 0\.4"):
         stability(pipe, done[0], lambda _: None)
 

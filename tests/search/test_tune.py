@@ -1,4 +1,4 @@
-"""The rounds of tuning, on a made-up problem whose runs give a known multiple of the forecast damage."""
+"""The rounds of tuning, on a made-up problem whose runs give a known multiple of the forecast loss."""
 
 import math
 from types import SimpleNamespace
@@ -21,14 +21,14 @@ PATTERNS = (Pattern(Dense()), Pattern(Window(1)))
 
 
 def _problem(units=400):
-    """Each unit saves the same time; damages spread over five decades, so any limit can be hit."""
-    damage = torch.logspace(-8, -3, units, dtype=torch.float64)
+    """Each unit saves the same time; losses spread over five decades, so any limit can be hit."""
+    loss = torch.logspace(-8, -3, units, dtype=torch.float64)
     both = torch.tensor([[1.0, 0.4]], dtype=torch.float64).expand(units, 2).contiguous()
-    error = torch.stack([torch.zeros_like(damage), torch.ones_like(damage)], 1)
+    error = torch.stack([torch.zeros_like(loss), torch.ones_like(loss)], 1)
     return Problem(
         [(0, "blocks.0.attn1", head) for head in range(units)],
         [PATTERNS] * units,
-        damage,
+        loss,
         both,
         both[:, 0],
         error,
@@ -52,13 +52,13 @@ def tuned(monkeypatch):
 
         def verified(work, plan, references, backend):
             factor = scale[len(seen)] if isinstance(scale, list) else scale
-            mse = factor * plan.damage
+            mse = factor * plan.loss
             seen.append(-10 * math.log10(mse))
             return Verified({"mse": mse, "psnr_db": seen[-1]}, 1.3, 10.0)
 
         monkeypatch.setattr(tune, "verify", verified)
         monkeypatch.setattr(Session, "plan", lambda self, choice: choice)
-        work = SimpleNamespace(damage="mse", quality="psnr_db")
+        work = SimpleNamespace(loss="mse", quality="psnr_db")
         session = Session(OPTIONS, work, "", task, None, None)
         clock = SimpleNamespace(elapsed=0.0)
         return seen, tune.tune(session, [], budget, clock)

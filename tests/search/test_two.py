@@ -29,7 +29,7 @@ from sparse_dit.search.check import check_plan
 from sparse_dit.search.front import front_path, pick, read_front, write_front
 from sparse_dit.search.profile_file import read_profile
 from sparse_dit.search.profiling import profile_pipeline
-from sparse_dit.search.provenance import damage_error
+from sparse_dit.search.provenance import loss_error
 from sparse_dit.search.sensitivity import replaying
 from sparse_dit.search.shares import profile_share
 from sparse_dit.search.solve import at_price, joined, stages_of
@@ -133,13 +133,13 @@ def test_the_budget_is_spent_where_it_does_most_good(searched):
     high, low = (task.units_of(name) for name in BOTH)
     importance = [task.importance[units].sum().item() for units in (high, low)]
     assert min(importance) > 0 and importance[0] != pytest.approx(importance[1], rel=0.05)
-    unit = task.dense_seconds / task.damage.max().item()
+    unit = task.dense_seconds / task.loss.max().item()
     choices = [at_price(task, unit * 10**step) for step in (-4, -3, -2, -1, 0, 1)]
     assert len({round(choice.seconds, 9) for choice in choices}) > 2
     for one, two, shared in itertools.product(choices, repeat=3):
         divided = evaluated(task, torch.cat([one.pick[high], two.pick[low]]))
         slower = divided.seconds > shared.seconds * (1 + 1e-9)
-        assert slower or divided.damage >= shared.damage * (1 - 1e-9)
+        assert slower or divided.loss >= shared.loss * (1 - 1e-9)
 
 
 def test_it_goes_on_from_its_profile(pipe, searched, monkeypatch):
@@ -323,9 +323,9 @@ def test_the_error_bar_is_of_both(searched):
     alone = []
     for name in BOTH:
         only = torch.zeros_like(pick).index_copy(0, task.units_of(name), pick[task.units_of(name)])
-        alone.append(damage_error(parts, task, only))
+        alone.append(loss_error(parts, task, only))
     assert min(alone) > 0
-    assert damage_error(parts, task, pick) == pytest.approx(math.hypot(*alone))
+    assert loss_error(parts, task, pick) == pytest.approx(math.hypot(*alone))
 
 
 def test_what_is_for_one_transformer_says_so(pipe, tmp_path):
@@ -356,7 +356,7 @@ def test_joined_problems_add_up():
     picks = [torch.randint(5, (len(task.units),)) for task in (one, two)]
     parts = [evaluated(task, pick) for task, pick in zip((one, two), picks, strict=True)]
     whole = evaluated(both, torch.cat(picks))
-    assert whole.damage == pytest.approx(sum(part.damage for part in parts))
+    assert whole.loss == pytest.approx(sum(part.loss for part in parts))
     assert whole.density == pytest.approx(0.25 * parts[0].density + 0.75 * parts[1].density)
     seconds = sum(c.seconds - t.other_seconds for c, t in zip(parts, (one, two), strict=True))
     assert whole.seconds == pytest.approx(seconds + rest)

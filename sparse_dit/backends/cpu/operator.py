@@ -83,21 +83,8 @@ def attend_measured(
     _check(q, k, v, index, row_start, row_stop)
     out, lse, mass = _results(q, v, return_lse, mass_block, mass_groups)
     mass.zero_()
-    blocks = (mass_block, mass_groups)
-    _run(
-        q,
-        k,
-        v,
-        index,
-        row_start,
-        row_stop,
-        scale,
-        out,
-        lse if return_lse else None,
-        mass,
-        None,
-        blocks,
-    )
+    blocks, wanted = (mass_block, mass_groups), lse if return_lse else None
+    _run(q, k, v, index, row_start, row_stop, scale, out, wanted, mass, None, blocks)
     return out, lse, mass
 
 
@@ -340,24 +327,19 @@ def _fake_block_mass(
 OPERATORS = torch.library.Library("sparse_dit", "DEF")  # they live as long as this does
 SHARED = "Tensor? row_start, Tensor? row_stop, float scale"
 MASS = "int mass_block, int mass_groups"
+KEYS = "Tensor q, Tensor k"
 for _name, _takes, _returns, _real, _fake in (
-    (
-        "attend",
-        f"Tensor q, Tensor k, Tensor v, Tensor index, {SHARED}",
-        "Tensor",
-        attend,
-        _fake_attend,
-    ),
+    ("attend", f"{KEYS}, Tensor v, Tensor index, {SHARED}", "Tensor", attend, _fake_attend),
     (
         "attend_measured",
-        f"Tensor q, Tensor k, Tensor v, Tensor index, {SHARED}, bool return_lse, {MASS}",
+        f"{KEYS}, Tensor v, Tensor index, {SHARED}, bool return_lse, {MASS}",
         "(Tensor out, Tensor lse, Tensor mass)",
         attend_measured,
         _fake_attend_measured,
     ),
     (
         "block_mass",
-        f"Tensor q, Tensor k, Tensor index, Tensor lse, {SHARED}, {MASS}",
+        f"{KEYS}, Tensor index, Tensor lse, {SHARED}, {MASS}",
         "Tensor",
         block_mass,
         _fake_block_mass,

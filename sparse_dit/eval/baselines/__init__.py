@@ -1,13 +1,13 @@
 """Published ways to choose what attention computes, as plans at a wanted density: what ours must beat."""
 
-from .plans import METHODS, SOURCES, least_damage_at_density, plan_at
+from .plans import METHODS, SOURCES, least_loss_at_density, plan_at
 from .scores import BaselineScores, score_baselines
 
 __all__ = [
     "METHODS",
     "SOURCES",
     "BaselineScores",
-    "least_damage_at_density",
+    "least_loss_at_density",
     "plan_at",
     "score_baselines",
 ]

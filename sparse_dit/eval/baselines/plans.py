@@ -1,4 +1,4 @@
-"""Each baseline's plan of least forecast damage at a density: its best parameters, by the calibration data.
+"""Each baseline's plan of least forecast loss at a density: its best parameters, by the calibration data.
 
 Every baseline may run the first noise levels dense, as the published ones do, if that serves it better: the
 others then get what is left of the density.
@@ -53,7 +53,7 @@ class _Case:
         return result
 
 
-_Picked = tuple[float, Tensor]  # damage, pick [S, L, H] with -1 for dense
+_Picked = tuple[float, Tensor]  # loss, pick [S, L, H] with -1 for dense
 
 
 def baseline_plan(
@@ -110,8 +110,8 @@ def _uniform(family: str) -> Callable[[_Case], _Picked | None]:
                 if dens[..., number].max() <= left:
                     pick = torch.full(case.importance.shape, number)
                     pick[:warm] = -1
-                    damage = (case.importance * error[..., number])[warm:].sum().item()
-                    found.append((damage, pick))
+                    loss = (case.importance * error[..., number])[warm:].sum().item()
+                    found.append((loss, pick))
         return _best(found)
 
     return choose
@@ -140,35 +140,35 @@ def _epsilon_lambda(case: _Case) -> _Picked | None:
 
 
 def _random(searched: Searched, target: float) -> Plan | None:
-    """The best of many random choices, by forecast damage."""
+    """The best of many random choices, by forecast loss."""
     task, best = searched.problem, None
     for seed in range(RANDOM_DRAWS):
         choice = random_choice(task, target, seed)
-        if choice.density <= target + 0.005 and (best is None or choice.damage < best.damage):
+        if choice.density <= target + 0.005 and (best is None or choice.loss < best.loss):
             best = choice
     return None if best is None else plan_of(searched, best)
 
 
-def least_damage_at_density(
+def least_loss_at_density(
     searched: Searched, target: float, layout: TokenLayout | None = None
 ) -> Plan:
-    """Our own plan at a density: the choice of least damage on the hull, which then spends the density left.
+    """Our own plan at a density: the choice of least loss on the hull, which then spends the density left.
 
     Args:
         searched: The result of a search, whose problem is chosen from.
         target: The density that the plan may not exceed.
-        layout: The token layout at which the density counts, if not the searched one. The damage is always
+        layout: The token layout at which the density counts, if not the searched one. The loss is always
             that at the searched size, as no error is known at another one.
     """
     task = searched.problem
     if layout is not None:
         task = replace(task, density=_density_at(task, layout))
-    low, high = -12.0, 12.0  # log10 of share of the pairs per damage
+    low, high = -12.0, 12.0  # log10 of share of the pairs per loss
     work = task.density * task.weight[:, None]
     best = evaluate(task, work.argmin(1))
     for _ in range(60):
         middle = (low + high) / 2
-        choice = evaluate(task, (work + 10**middle * task.damage).argmin(1))
+        choice = evaluate(task, (work + 10**middle * task.loss).argmin(1))
         if choice.density <= target:
             best, low = choice, middle
         else:
@@ -210,5 +210,5 @@ SOURCES: dict[str, str] = {
 def plan_at(name: str, searched: Searched, scores: BaselineScores, target: float) -> Plan | None:
     """The plan of any of `METHODS` at a density not above `target`; None if it has none there."""
     if name == "searched":
-        return least_damage_at_density(searched, target)
+        return least_loss_at_density(searched, target)
     return baseline_plan(name, searched, scores, target)

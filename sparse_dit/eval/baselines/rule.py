@@ -75,7 +75,7 @@ def picked_density(pick: Tensor, density: Tensor, share: Tensor) -> float:
 def best_rule(
     scores: BaselineScores, importance: Tensor, share: Tensor, target: float
 ) -> tuple[float, Tensor, Rule] | None:
-    """Damage, pick `[S, L, H]` (-1 for dense) and the rule of least damage at a density; None if none is
+    """Loss, pick `[S, L, H]` (-1 for dense) and the rule of least loss at a density; None if none is
     so sparse. Densities, lambda and epsilon are tried, on the errors of stock inputs.
 
     Args:
@@ -95,6 +95,6 @@ def best_rule(
                 pick = rule(error, dens)
                 if picked_density(pick, scores.density, share) <= target:
                     taken = scores.error.gather(-1, pick.clamp_min(0)[..., None])[..., 0]
-                    damage = (importance * taken.masked_fill(pick < 0, 0)).sum().item()
-                    found.append((damage, pick, rule))
+                    loss = (importance * taken.masked_fill(pick < 0, 0)).sum().item()
+                    found.append((loss, pick, rule))
     return min(found, key=lambda entry: entry[0], default=None)

@@ -20,7 +20,7 @@ from ..assemble import layers_of
 from ..local import improve
 from ..options import by_keywords
 from ..provenance import made_with
-from ..solve import Choice, Problem, cheapest, evaluate, least_damage
+from ..solve import Choice, Problem, cheapest, evaluate, least_loss
 from ..tune import Clock
 from .breakeven import break_even
 from .candidates import candidates
@@ -192,13 +192,13 @@ def problem_of(
         return torch.cat([values(scores) for scores in layers.values()])
 
     count = len(units)
-    damage = table(lambda s: s.damage)
+    loss = table(lambda s: s.loss)
     stock = torch.full((count,), costs.stock, dtype=torch.float64)
     every = sum(heads for heads, _ in heads_of(model).values())
     return Problem(
         units,
         [patterns] * count,
-        importance=damage.amax(1),
+        importance=loss.amax(1),
         seconds=torch.tensor(costs.sparse, dtype=torch.float64).expand(count, -1),
         stock_seconds=stock,
         error=table(lambda s: s.error / s.norm[:, None].clamp_min(1e-20)),
@@ -208,7 +208,7 @@ def problem_of(
         stages=(PREFILL,),
         other_seconds=max(0.0, dense_seconds - stock.sum().item()),
         components=(COMPONENT,),
-        measured=damage,
+        measured=loss,
     )
 
 
@@ -216,7 +216,7 @@ def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:
     """The choice that keeps what was asked for on the held-out texts, and what it does there."""
     options = run.options
     if options.target_speedup is not None:
-        choice = least_damage(task, options.target_speedup)
+        choice = least_loss(task, options.target_speedup)
         if choice is None:
             most = evaluate(task, task.seconds.argmin(1)).speedup
             raise ValueError(
@@ -241,8 +241,8 @@ def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:
                 break
             allowed *= min(4.0, MARGIN / max(over, 0.05))
         else:
-            allowed = choice.damage * min(MARGIN / over if over > 1 else 1.0, 0.5 if lost else 1.0)
-            if best is not None and best[0].damage >= allowed:
+            allowed = choice.loss * min(MARGIN / over if over > 1 else 1.0, 0.5 if lost else 1.0)
+            if best is not None and best[0].loss >= allowed:
                 break
     if best is None:
         options.say("no plan keeps what was asked for; this one is all dense")
@@ -251,10 +251,10 @@ def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:
     return best
 
 
-def _within(task: Problem, damage: float) -> Choice:
-    """The fastest choice with at most so much forecast damage."""
-    start = cheapest(task, lambda choice: choice.damage <= damage)
-    return improve(task, start, damage=max(damage, start.damage))
+def _within(task: Problem, loss: float) -> Choice:
+    """The fastest choice with at most so much forecast loss."""
+    start = cheapest(task, lambda choice: choice.loss <= loss)
+    return improve(task, start, loss=max(loss, start.loss))
 
 
 def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
@@ -270,7 +270,7 @@ def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
     passed = f", {found}/{len(run.passkeys)} passkeys" if run.passkeys and kept else ""
     run.options.say(
         f"density {choice.density:.1%}: {verified.pairs.speedup:.2f}x (forecast {choice.speedup:.2f}x), KL "
-        f"{kl:.4f} (forecast {choice.damage:.4f}), perplexity {more:+.1%}{passed}"
+        f"{kl:.4f} (forecast {choice.loss:.4f}), perplexity {more:+.1%}{passed}"
     )
     return verified
 
@@ -289,7 +289,7 @@ def _plan(run: _Search, task: Problem, choice: Choice) -> Plan:
     )
     forecast = {
         "speedup": round(choice.speedup, 4),
-        "kl": round(choice.damage, 6),
+        "kl": round(choice.loss, 6),
         "seconds": round(choice.seconds, 4),
         "dense_seconds": round(task.dense_seconds, 4),
     }

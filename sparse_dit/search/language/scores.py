@@ -44,22 +44,22 @@ class LayerScores:
     Attributes:
         error: float64 `[H, K]`, squared changes of the head's output.
         norm: float64 `[H]`, squared exact outputs.
-        damage: float64 `[H, K]`, expected divergence in nats a token, by the shares of the texts.
+        loss: float64 `[H, K]`, expected divergence in nats a token, by the shares of the texts.
         density: float64 `[H, K]`, computed pairs over those of causal order, summed over texts.
         texts: How many texts.
     """
 
     error: Tensor
     norm: Tensor
-    damage: Tensor
+    loss: Tensor
     density: Tensor
     texts: int = 0
 
     @staticmethod
     def empty(heads: int, patterns: int) -> LayerScores:
         """Nothing yet."""
-        error, damage, density = (torch.zeros(heads, patterns).double() for _ in range(3))
-        return LayerScores(error, torch.zeros(heads).double(), damage, density)
+        error, loss, density = (torch.zeros(heads, patterns).double() for _ in range(3))
+        return LayerScores(error, torch.zeros(heads).double(), loss, density)
 
 
 @dataclass(eq=False)
@@ -86,7 +86,7 @@ class Item:
         rows: int64 `[R]`, the rows whose outputs are computed.
         weights: float32 `[R]`, how many rows each stands for.
         places: int64 `[P]`, where tokens are drawn.
-        share: Of the item in the damage of all.
+        share: Of the item in the loss of all.
     """
 
     ids: Tensor
@@ -220,7 +220,7 @@ class Scorer:
                 change = (kept @ values) / kept.sum(-1, keepdim=True).clamp_min(1e-20) - exact
                 told = _told(grads[:, :, head], change, item.weights)
                 scores.error[head, number] += change.square().sum()
-                scores.damage[head, number] += 0.5 * item.share * told / len(item.places)
+                scores.loss[head, number] += 0.5 * item.share * told / len(item.places)
                 scores.density[head, number] += (sees.float().sum(1) @ item.weights) / pairs
 
 

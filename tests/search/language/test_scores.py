@@ -73,8 +73,8 @@ def test_errors_are_those_of_the_kernel(llama):
             error = change.square().sum((0, 2)).double()
             torch.testing.assert_close(found[name].error[:, number], error, rtol=1e-3, atol=1e-8)
             along, anyhow = change.sum(-1).square().sum(0), change.square().sum((0, 2))
-            damage = 0.25 * (along + anyhow).double() / len(item.places)
-            torch.testing.assert_close(found[name].damage[:, number], damage, rtol=1e-3, atol=1e-8)
+            loss = 0.25 * (along + anyhow).double() / len(item.places)
+            torch.testing.assert_close(found[name].loss[:, number], loss, rtol=1e-3, atol=1e-8)
             torch.testing.assert_close(
                 found[name].density[:, number], index.head_density, rtol=1e-4, atol=0
             )
