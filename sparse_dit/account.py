@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import Tensor
+
 logger = logging.getLogger("sparse_dit")
 
 
@@ -35,6 +37,8 @@ class Ran:
     tokens: int
 
 
+DECODE = "decoding, one query at a time"
+
 Way = tuple[str, int | None, str | None, str | None]  # the first four fields of Ran
 
 
@@ -53,6 +57,7 @@ class Account:
         self._computed: defaultdict[tuple[Way, int], float] = defaultdict(float)
         self._pairs: Counter[tuple[Way, int]] = Counter()
         self._warned: set[str] = set()
+        self._decoded: dict[str, list[int]] = {}  # by layer: calls, pairs, tokens
 
     def count(self, way: Way, tokens: int, pairs: int, density: float) -> None:
         """Add one call over `tokens` tokens that computed a share `density` of dense attention's `pairs`."""
@@ -60,6 +65,21 @@ class Account:
         self._calls[key] += 1
         self._computed[key] += density * pairs
         self._pairs[key] += pairs
+
+    def decode(self, layer: str, q: Tensor, k: Tensor) -> None:
+        """Add one call of one query that stock attention computes; it costs a microsecond.
+
+        Args:
+            layer: Module path.
+            q, k: `[B, H, 1, D]` and `[B, num_kv_heads, M, D]`.
+        """
+        batch, heads, tokens = q.shape[0], q.shape[1], k.shape[2]
+        found = self._decoded.get(layer)
+        if found is None:
+            found = self._decoded[layer] = [0, 0, 0]
+        found[0] += 1
+        found[1] += batch * heads * tokens
+        found[2] = tokens
 
     def warn(self, reason: str) -> None:
         """Log once why stock attention runs, unless that is as it should be."""
@@ -69,8 +89,12 @@ class Account:
 
     @property
     def ran(self) -> tuple[Ran, ...]:
-        """One entry for each layer, stage, way of running and length of the sequence."""
-        return tuple(
+        """One entry for each layer, stage, way of running and length; one for all decoding of a layer."""
+        counted = tuple(
             Ran(*way, calls, self._computed[way, tokens], self._pairs[way, tokens], tokens)
             for (way, tokens), calls in self._calls.items()
+        )
+        return counted + tuple(
+            Ran(layer, None, DECODE, None, calls, pairs, pairs, tokens)
+            for layer, (calls, pairs, tokens) in self._decoded.items()
         )

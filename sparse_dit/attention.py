@@ -125,13 +125,14 @@ def attend(
     if mass_block is not None and mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
     width = v.shape[-1]
-    module = BACKENDS[_name(q, index, backend, return_lse, mass_block is not None, width)]
+    name = _name(q, index, backend, return_lse, mass_block is not None, width)
     if q.shape[0] == 0:
         return _nothing(q, v, index, return_lse, mass_block)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     with without_autocast(q.device.type):
-        return module.forward(q, k, v, index, rows, scale, return_lse, mass_block)
+        found = BACKENDS[name].forward(q, k, v, index, rows, scale, return_lse, mass_block)
+    return Attended(found.out, found.lse, found.mass, name)
 
 
 def block_mass(

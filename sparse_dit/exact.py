@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .account import Account, Ran
 from .call import AttentionCall
 from .index import dense_index
 from .intervals import RowIntervals
-from .runtime import UNGUARDED, attend_call
+from .runtime import FEW_QUERIES, LEAST_QUERIES, UNGUARDED, attend_call
 
 ALL_SEEN = "every query sees every key"
-ONE_QUERY = "one query"
-PLANNED = {ALL_SEEN, ONE_QUERY}
+LEAST_PAIRS = (
+    128 * 128
+)  # of queries and keys of a head: below, what a call costs is more than it saves
+SHORT = "a short call, which stock attention computes as fast"
+PLANNED = {ALL_SEEN, FEW_QUERIES, SHORT}
 
 
 class Exact:
@@ -53,6 +58,11 @@ class Exact:
         self._account.count(way, call.k.shape[1], pairs, density)
         return out
 
+    @property
+    def decode(self) -> Callable[[str, Tensor, Tensor], None]:
+        """Counts a call of one query, which a language model's seam leaves to stock attention."""
+        return self._account.decode
+
     def forget(self) -> None:
         """Nothing is kept from one call for another."""
 
@@ -69,8 +79,10 @@ class Exact:
             return f"the host asked for {call.unsupported}"
         if rows is None:
             return ALL_SEEN
-        if call.q.shape[1] == 1:
-            return ONE_QUERY
+        if call.q.shape[1] < LEAST_QUERIES:
+            return FEW_QUERIES
+        if call.q.shape[1] * call.k.shape[1] < LEAST_PAIRS:
+            return SHORT
         if call.sinks is not None and self.nan_guard:
             return UNGUARDED
         return None

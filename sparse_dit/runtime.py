@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +77,11 @@ class Runtime:
         out = turn.filled(self._attend(call, stage, turn.skipped))
         self._reuse.keep(call, stage, turn, out)
         return out
+
+    @property
+    def decode(self) -> Callable[[str, Tensor, Tensor], None]:
+        """Counts a call of one query, which a language model's seam leaves to stock attention."""
+        return self._account.decode
 
     def forget(self) -> None:
         """Drop the outputs that are kept for other steps."""
@@ -199,7 +205,7 @@ def _tokens(call: AttentionCall) -> int:
 
 def attend_call(
     call: AttentionCall, index: SparseIndex, backend: str = "auto", nan_guard: bool = False
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, str | None]:
     """Attention of a call over what an index names, `[B, N, H, D]`, and the backend that computed it.
 
     Args:
@@ -216,12 +222,15 @@ def attend_call(
     rows = call.intervals or RowIntervals()
     limits = {"row_start": rows.start, "row_stop": rows.stop, "scale": scale}
     width, sinks = v.shape[-1], call.sinks
-    name = backend_name(q, index, backend, lse=sinks is not None, value_width=width)
-    if sinks is None:
-        out = sparse_attention(q, k, v, index, backend=name, nan_guard=nan_guard, **limits)
+    if nan_guard:
+        name = backend_name(q, index, backend, value_width=width)
+        out = sparse_attention(q, k, v, index, backend=name, nan_guard=True, **limits)
     else:
-        found = attend(q, k, v, index, backend=name, return_lse=True, **limits)
-        assert found.lse is not None, "it was asked for"
-        share = torch.sigmoid(found.lse - sinks.float()[:, None])
-        out = found.out * share[..., None].to(found.out.dtype)
-    return out[..., : call.v.shape[-1]].transpose(1, 2), name
+        found = attend(q, k, v, index, backend=backend, return_lse=sinks is not None, **limits)
+        out, name = found.out, found.backend
+        if sinks is not None:
+            assert found.lse is not None, "it was asked for"
+            share = torch.sigmoid(found.lse - sinks.float()[:, None])
+            out = out * share[..., None].to(out.dtype)
+    out = out if call.bias is None else out[..., : call.v.shape[-1]]
+    return out.transpose(1, 2), name

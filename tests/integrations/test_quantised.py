@@ -8,6 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 APART = Path(sys.prefix) / "quantised"  # where `make test` installs torchao and gguf
 
+FILES = (
+    "tests/integrations/quantised_models.py",
+    "tests/integrations/language/quantised_models.py",
+)
+
 
 def test_plans_run_on_quantised_models():
     assert (APART / "torchao").is_dir(), (
@@ -16,7 +21,7 @@ def test_plans_run_on_quantised_models():
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
     done = subprocess.run(
-        [*command, "tests/integrations/quantised_models.py"],
+        [*command, *FILES],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(APART)])},
         capture_output=True,
@@ -24,4 +29,4 @@ def test_plans_run_on_quantised_models():
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 passed" in done.stdout
+    assert "8 passed" in done.stdout

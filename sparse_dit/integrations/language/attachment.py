@@ -85,7 +85,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module, intercept: Intercept) -> None:
         self._model = model
-        self._tap = Tap(intercept)
+        self._tap = Tap(intercept, getattr(intercept, "decode", None))
         self.layers: dict[str, Any] = self_attention_layers(model)
         configs = {id(m.config): m.config for m in self.layers.values()}
         self._configs = [(config, _stock_name(config, model)) for config in configs.values()]
@@ -136,7 +136,7 @@ class Attachment:
             vars(module).pop(SEAM, None)
         self._hook.remove()
         delattr(self._model, self.KEY)
-        self._tap.intercept = None
+        self._tap.intercept = self._tap.decode = None
         self._tap.read.clear()
 
     def _is_lost(self, path: str, module: Any) -> bool:

@@ -52,12 +52,15 @@ class Tap:
 
     Args:
         intercept: Gets every self-attention call; None once detached: layers run stock.
+        decode: Of an intercept that leaves all calls of one query to stock attention, and counts them: what
+            is told of each, its layer, q and k. None for others.
         context: Where the last forward stood.
         read: What the masks of the present forward say, by the mask's id and version, with a reference that
             tells whether the mask is still that one.
     """
 
     intercept: Intercept | None
+    decode: Callable[[str, Tensor, Tensor], None] | None = None
     context: StepContext = field(default_factory=StepContext)
     read: dict[tuple, tuple[weakref.ref[Tensor], RowIntervals | str | None]] = field(
         default_factory=dict
@@ -76,7 +79,7 @@ class Tap:
         return found[1]
 
     def __reduce__(self):
-        return Tap, (self.intercept, self.context)
+        return Tap, (self.intercept, self.decode, self.context)
 
 
 class Seam:
@@ -94,6 +97,7 @@ class Seam:
         self.tap = tap
         self.module = module
         self.stock = stock
+        self.function = _stock_function(stock, module)
         self.handle = handle_of(self)
 
     def __reduce__(self):
@@ -119,7 +123,7 @@ class Seam:
         beside: list[Tensor | None] = [None]
 
         def stock() -> Tensor:
-            out, beside[0] = _stock(self.stock, self.module, q, k, v, mask, given)
+            out, beside[0] = self.function(self.module, q, k, v, mask, **given)
             return out
 
         if self.tap.intercept is None:
@@ -182,10 +186,14 @@ def register() -> None:
 def _function(stock: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     # hosts name these five, and some pass the mask by its name
     def attention(module, query, key, value, attention_mask=None, **given):
-        seam = getattr(module, SEAM, None)
+        seam = module.__dict__.get(SEAM)
         if seam is None:
-            return _stock(stock, module, query, key, value, attention_mask, given)
+            function = _stock_function(stock, module)
+            return function(module, query, key, value, attention_mask, **given)
         if not torch.compiler.is_compiling():
+            if query.shape[2] == 1 and (decode := seam.tap.decode) is not None:
+                decode(seam.layer, query, key)
+                return seam.function(module, query, key, value, attention_mask, **given)
             return seam.call(query, key, value, attention_mask, given)
         if not _traceable(given):
             return untraced(seam, query, key, value, attention_mask, given)
@@ -215,13 +223,10 @@ def _traceable(given: dict[str, Any]) -> bool:
     return known and all(_same(given.get(n, same), same) for n, same in CHANGES.items())
 
 
-def _stock(
-    name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """What the unpatched layer would compute."""
+def _stock_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What the unpatched layer would call."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    return function(module, q, k, v, mask, **given)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
 def _unsupported(given: dict[str, Any], tensors: tuple[Tensor, ...]) -> str | None:

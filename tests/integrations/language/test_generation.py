@@ -10,6 +10,9 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import sparse_dit
+from sparse_dit import exact
+from sparse_dit.account import DECODE
+from sparse_dit.exact import LEAST_PAIRS, SHORT
 from sparse_dit.integrations import attach, attachment_of
 from tests.helpers.tiny_language_models import TEXT, logits, text, vision
 
@@ -102,6 +105,41 @@ def test_a_prompt_in_parts_onto_a_cache(name, kind):
         got = run()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert handle.summary().dense_calls == 0
+
+
+def test_a_prefix_is_read_once_and_used_for_several_questions():
+    model, inputs = one("llama")
+    prefix, questions = inputs["input_ids"][:, :20], inputs["input_ids"][:, 20:].split(5, 1)
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(prefix, past_key_values=cache)
+            return [
+                generated(
+                    model,
+                    {"input_ids": torch.cat([prefix, question], 1)},
+                    past_key_values=copy.deepcopy(cache),
+                    do_sample=False,
+                )
+                for question in questions
+            ]
+
+    want = run()
+    with sparse_dit.patch(model, "exact") as handle:
+        got = run()
+    assert all(map(torch.equal, got, want)) and handle.summary().sparse_calls > 4
+
+
+def test_short_calls_and_decoding_are_left_to_stock(monkeypatch):
+    model, inputs = one("llama", length=100)
+    want = logits(model, inputs)
+    monkeypatch.setattr(exact, "LEAST_PAIRS", LEAST_PAIRS)
+    with sparse_dit.patch(model, "exact") as handle:
+        assert torch.equal(logits(model, inputs), want)
+        generated(model, one("llama", length=200)[1], do_sample=False)
+    calls = {(ran.dense_because, ran.tokens): ran.calls for ran in handle.ran["model"]}
+    assert calls == {(SHORT, 100): 1, (None, 200): 1, (DECODE, 205): 5}
 
 
 def test_packed_sequences_see_their_own_tokens_alone():

@@ -6,10 +6,11 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import sparse_dit
+from sparse_dit.account import DECODE
 from sparse_dit.estimate import estimated_index
 from sparse_dit.integrations import attach
 from sparse_dit.plan import Plan, PlanError, config_hash
-from sparse_dit.runtime import FEW_QUERIES, NOT_COVERED, Runtime, attend_call
+from sparse_dit.runtime import FEW_QUERIES, Runtime, attend_call
 from tests.helpers.language_plans import DENSE, NEAR, SLASH, plan_for
 from tests.helpers.tiny_language_models import TEXT, TEXT_MODELS, logits, text, vision
 
@@ -66,7 +67,7 @@ def test_the_handle_tells_what_ran():
     summary = handle.summary()
     assert summary.sparse_calls == 2 and summary.dense_calls == 4
     assert 0.1 < summary.stages[0].density < 0.6
-    assert summary.stages[-1].dense_calls == {NOT_COVERED: 4}
+    assert summary.stages[-1].dense_calls == {DECODE: 4}
     assert "phase" not in str(summary) and "prefill" in str(summary)
 
 
