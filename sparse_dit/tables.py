@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .eval.language.quality import LanguageQuality
     from .eval.report import Report
     from .layout import TokenLayout
     from .models import SupportedModel
@@ -164,6 +165,32 @@ def show_quality(report: Report) -> None:
     out.print(table)
     for sentence in findings(report):
         out.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_language_quality(quality: LanguageQuality) -> None:
+    """Texts, then questions: dense beside sparse."""
+    from .eval.language.report import task_rows
+    from .eval.page import seconds, share, times
+
+    texts = Table(
+        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor"
+    )
+    for text in quality.texts:
+        texts.add_row(
+            text.name, seconds(text.dense.seconds), seconds(text.sparse.seconds),
+            times(text.dense.seconds / text.sparse.seconds), share(text.density),
+            f"{text.dense_perplexity:.3f}", f"{text.sparse_perplexity:.3f}", f"{text.kl:.4f}",
+            f"{text.kl_floor:.6f}",
+        )  # fmt: skip
+    out.print(texts)
+    asked = Table("questions", "tokens", "found", "sparse", "log-probability", "sparse", "floor")
+    for row in task_rows(quality):
+        asked.add_row(
+            f"{row.count} {row.kind}", str(row.tokens), share(row.dense_found),
+            share(row.sparse_found), f"{row.dense_log_prob:.2f}", f"{row.sparse_log_prob:.2f}",
+            f"{row.floor:.2f}",
+        )  # fmt: skip
+    out.print(asked)
 
 
 def _search_time(report: Report) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +11,47 @@ import typer
 from typer.core import TyperGroup
 
 from ..outputs import Outputs
-from ..tables import out, show_frontier, show_quality
+from ..tables import out, show_frontier, show_language_quality, show_quality
 from .options import Cases, Force, Model, Place, PlanName, Size, say, with_options
 
 if TYPE_CHECKING:
     from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a language model's plan is measured on."""
+
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="File that a language model reads; repeatable. Default: Python's own."),
+    ] = None
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 4096
+    tasks: Annotated[
+        str, typer.Option(help="Kinds of question, by name with commas; all or none.")
+    ] = "all"
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of questions: 1024,4096; default --tokens.")
+    ] = None
+    samples: Annotated[int, typer.Option(help="Questions of each kind and length.")] = 1
+
+    def texts(self) -> dict[str, str]:
+        """The texts by name."""
+        from ..eval.language.haystack import sources
+        from ..inputs import read_texts
+
+        if not self.text:
+            return sources()
+        return dict(zip(map(str, self.text), read_texts(self.text), strict=True))
+
+    def asked_at(self) -> list[int]:
+        """The lengths of questions; none for that of the texts."""
+        try:
+            return [int(length) for length in self.lengths.split(",")] if self.lengths else []
+        except ValueError:
+            raise ValueError(
+                f"--lengths must be whole numbers with commas, got {self.lengths!r}"
+            ) from None
 
 
 class _PlanIfNothingElse(TyperGroup):
@@ -53,12 +89,14 @@ def evaluate(
     sizes: Annotated[
         str | None, typer.Option(help="Other sizes to measure at too: 192x192x15,256x256x15.")
     ] = None,
+    reading: Reading,
     place: Place,
     force: Force = False,
 ) -> int:
     """The default: measure a plan against dense and write report.html, report.json and videos.
 
-    Prompts and settings that are left out are those that the plan was verified with.
+    Prompts and settings that are left out are those that the plan was verified with. A language model's
+    plan is measured on texts and on questions about them.
     """
     from ..eval.command import Request, evaluate_plan
     from ..eval.front import front_beside
@@ -68,6 +106,16 @@ def evaluate(
     from ..plan import Plan
 
     loaded = Plan.from_pretrained(plan)
+    of_text = any(part.kind == "language_model" for part in loaded.components.values())
+    if of_text:
+        if cases.given or drawn_clips or against or sizes or size != Size():
+            raise ValueError(
+                "prompts, sizes, drawn clips and other plans are for pipelines; a language model's plan is "
+                "measured on --text, --tasks, --lengths"
+            )
+        return _evaluate_text(model, loaded, reading, place, folder, force)
+    if reading != Reading():
+        raise ValueError("--text, --tokens, --tasks, --lengths, --samples are for language models")
     known = loaded.provenance.get("settings") or {}
     settings = size.settings(known)
     given = cases.read() if cases.given else _held_out(loaded)
@@ -93,6 +141,48 @@ def evaluate(
     show_quality(report)
     for file in files:
         out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
+
+
+def _evaluate_text(
+    model: str, plan: Plan, reading: Reading, place: Place, folder: Path, force: bool
+) -> int:
+    """Measure a language model's plan, and write and show the report."""
+    from ..eval.language.command import evaluate_language_plan
+    from ..eval.language.quality import LanguageRequest
+    from ..eval.language.report import FILES, findings
+    from ..eval.language.tasks import KINDS
+    from ..inputs import check_language_model, load_language_model
+
+    named = [name.strip() for name in reading.tasks.split(",")]
+    kinds = {"all": list(KINDS), "none": []}.get(reading.tasks, named)
+    request = LanguageRequest(
+        texts=reading.texts(),
+        tokens=reading.tokens,
+        lengths=reading.asked_at(),
+        kinds=kinds,
+        samples=reading.samples,
+    )
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect_folder("--out", folder, FILES)
+    check_language_model(model)
+    loaded, tokenizer = load_language_model(model, place.device, place.dtype)
+    report, lies = evaluate_language_plan(
+        loaded,
+        tokenizer,
+        plan,
+        request,
+        folder,
+        command="sparse-dit " + " ".join(sys.argv[1:]),
+        say=say,
+        outputs=outputs,
+        overwrite=force,
+    )
+    show_language_quality(report.quality)
+    for sentence in findings(report):
+        out.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    for name in FILES:
+        out.print(f"wrote {lies / name}", markup=False, highlight=False, soft_wrap=True)
     return outputs.code
 
 

@@ -12,6 +12,7 @@ EMBEDDED = {"--height": "32", "--width": "32", "--num-frames": "5", "--steps": "
 # of the options of a command: the values that take the place of those shown
 VALUES: dict[tuple[str, ...], dict[str, str]] = {
     ("eval", "frontier"): {**EMBEDDED, "--searched-at": "16x32x3"},
+    ("eval", "plan"): {"--lengths": "1500"},
     ("search",): {**SIZE, "--min-psnr": "5"},
     ("stability",): SIZE,
     ("plan",): SIZE,
