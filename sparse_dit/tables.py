@@ -221,6 +221,29 @@ def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of a language model's frontier, least divergence first at each target."""
+    table = Table(
+        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "passkeys"
+    )  # fmt: skip
+    for row in sorted(rows, key=lambda row: (str(row["target"]), row["kl"])):
+        at = row["target"]
+        at = f"time of {at}" if isinstance(at, str) else f"{at:g}"
+        table.add_row(
+            at, row["method"], f"{row['density']:.3f}", f"{row['speedup']:.2f}x",
+            f"{row['index_seconds']:.2f} s", f"{row['perplexity_increase']:+.1%}",
+            f"{row['kl']:.4f}", f"{row['passkeys']}/{row['asked']}",
+        )  # fmt: skip
+    out.print(table)
+    if rows:
+        first = rows[0]
+        out.print(
+            f"dense: {first['dense_seconds']:.2f} s, {first['dense_passkeys']} passkeys; by another kernel "
+            f"KL {first['kl_floor']:.6f}",
+            highlight=False,
+        )
+
+
 def show_front(front: Front) -> None:
     """Points of a search, from dense to the fastest."""
     table = Table("forecast speed-up", "density", "error of heads", "PSNR", "seconds")

@@ -11,7 +11,13 @@ import typer
 from typer.core import TyperGroup
 
 from ..outputs import Outputs
-from ..tables import out, show_frontier, show_language_quality, show_quality
+from ..tables import (
+    out,
+    show_frontier,
+    show_language_frontier,
+    show_language_quality,
+    show_quality,
+)
 from .options import Cases, Force, Model, Place, PlanName, Size, say, with_options
 
 if TYPE_CHECKING:
@@ -204,9 +210,27 @@ def frontier(
         str | None,
         typer.Option(help="Another size, 192x192x15: plans searched there are measured here too."),
     ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="File that a language model reads; repeatable. With it --plan."),
+    ] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(help="Searched plan of a language model; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 4096,
     place: Place,
 ) -> int:
-    """Quality over density: searched plans against the published methods, on held-out prompts."""
+    """Quality over density: searched plans against the published methods, on held-out prompts.
+
+    With --text it is for a language model, against rules for its prefill.
+    """
+    if text or plan:
+        if model is None or not text:
+            raise ValueError("rules for language models are compared on --model and --text")
+        if cases.given or held_out or searched_at or size != Size():
+            raise ValueError("prompts and sizes are for pipelines, and --text for language models")
+        reading = Reading(text, tokens)
+        return _text_frontier(model, reading, plan or [], density, method, file, plot, place)
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
     from ..eval.figures import save_figure
     from ..eval.frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
@@ -240,6 +264,48 @@ def frontier(
         started(pipe, request)
     rows = measure(load_pipeline(name, place.device, dtype), request, say, outputs)
     show_frontier(rows)
+    if plot is not None:
+        figure = figure_of(rows)
+        drawn = outputs.write(plot, lambda path: save_figure(figure, path))
+        out.print(f"wrote {drawn}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
+
+
+def _text_frontier(
+    model: str,
+    reading: Reading,
+    plans: list[str],
+    density: list[float] | None,
+    method: list[str] | None,
+    file: Path,
+    plot: Path | None,
+    place: Place,
+) -> int:
+    """Compare plans with rules for a language model, and write and show the rows."""
+    from ..eval.baselines.text import RULES
+    from ..eval.figures import save_figure
+    from ..eval.language.frontier import DENSITIES, LanguageFrontier, figure_of
+    from ..eval.language.frontier import frontier as measure
+    from ..eval.language.quality import LanguageRequest
+    from ..inputs import check_language_model, load_language_model
+    from ..plan import Plan
+
+    request = LanguageFrontier(
+        reading=LanguageRequest(texts=reading.texts(), tokens=reading.tokens),
+        plans={Path(name).stem: Plan.from_pretrained(name) for name in plans},
+        densities=density or DENSITIES,
+        methods=method or tuple(RULES),
+        file=file,
+    )
+    outputs = Outputs(replace=True, say=say)
+    outputs.expect("--json", file, again=True)
+    if plot is not None:
+        outputs.expect("--plot", plot, ".png", ".svg")
+    check_language_model(model)
+    loaded, tokenizer = load_language_model(model, place.device, place.dtype)
+    rows = measure(loaded, tokenizer, request, say, outputs)
+    show_language_frontier(rows)
     if plot is not None:
         figure = figure_of(rows)
         drawn = outputs.write(plot, lambda path: save_figure(figure, path))

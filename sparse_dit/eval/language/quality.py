@@ -178,7 +178,7 @@ def evaluate(
     """
     texts = request.read_by(tokenizer)
     asked = list(questions(tokenizer, request))
-    warm_up(model, plan, next(iter(texts.values())).ids)
+    warm_up(model, next(iter(texts.values())).ids)
     rows, summaries, calls = [], [], 0
     for name, text in texts.items():
         say(f"{name}, {text.ids.shape[1]} tokens, dense and sparse")
@@ -209,13 +209,12 @@ def questions(tokenizer: Any, request: LanguageRequest) -> Iterator[tuple[int, Q
                 yield length, mine, other
 
 
-def warm_up(model: Any, plan: Plan, ids: Tensor) -> None:
+def warm_up(model: Any, ids: Tensor) -> None:
     """What happens at the first forward of a process isn't part of what is timed."""
     short = Text.of(ids[:, :WARM_UP])
     read(model, short)
-    for way in (plan, EXACT):
-        with patch(model, way):
-            read(model, short)
+    with patch(model, EXACT):
+        read(model, short)
 
 
 def _read(model: Any, plan: Plan, name: str, text: Text) -> tuple[TextQuality, Any]:
