@@ -53,8 +53,8 @@ def _heads(part: ComponentPlan) -> str:
 
 
 def show_models(models: Sequence[SupportedModel]) -> None:
-    """Transformers that can be patched, what was tested of each, and those that can't."""
-    table = Table("transformer", "tested with the patch on")
+    """Models that can be patched, what was tested of each, and those that can't."""
+    table = Table("class", "tested with the patch on")
     for model in models:
         table.add_row(model.transformer, model.reason or model.tested)
     out.print(table)
