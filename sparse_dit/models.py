@@ -1,4 +1,4 @@
-"""Which transformers can be patched, and how one more is made known."""
+"""Which models can be patched, and how one more transformer is made known."""
 
 from __future__ import annotations
 
@@ -11,28 +11,40 @@ from torch import nn
 
 from .integrations.families import FAMILIES, Family
 from .integrations.families.unqualified import UNQUALIFIED
+from .integrations.language.tested import LANGUAGE_MODELS, VLMS
 from .layout import TokenLayout
 
 
 @dataclass(frozen=True)
 class SupportedModel:
-    """A transformer class.
+    """A class of models.
 
     Attributes:
         transformer: Name of the class.
         tested: What the tests run with the patch on: a whole `"pipeline"`, or the `"transformer"`
-            alone; `"nothing"` if it was made known by `add_model`.
+            alone; a `"language model"` or `"VLM"` of transformers; `"nothing"` if it was made known by
+            `add_model`.
         reason: Why it can't be patched; None if it can.
     """
 
     transformer: str
-    tested: Literal["pipeline", "transformer", "nothing"]
+    tested: Literal["pipeline", "transformer", "language model", "VLM", "nothing"]
     reason: str | None = None
+
+    @property
+    def of_diffusers(self) -> bool:
+        """Whether it is a transformer of diffusers, or one made known like them."""
+        return self.tested not in ("language model", "VLM")
 
 
 def supported_models() -> list[SupportedModel]:
-    """Every transformer class that is known, those that don't qualify last."""
+    """Every class that is known: diffusers' transformers, transformers' models, those that don't qualify.
+
+    Of transformers, these are the ones that are tested; others that call its `AttentionInterface` are taken.
+    """
     known = [SupportedModel(name, family.tested) for name, family in sorted(FAMILIES.items())]
+    known += [SupportedModel(name, "language model") for name in LANGUAGE_MODELS]
+    known += [SupportedModel(name, "VLM") for name in VLMS]
     return known + [
         SupportedModel(name, "nothing", reason) for name, reason in sorted(UNQUALIFIED.items())
     ]

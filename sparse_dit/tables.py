@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .eval.language.quality import LanguageQuality
     from .eval.report import Report
     from .layout import TokenLayout
     from .models import SupportedModel
@@ -52,8 +53,8 @@ def _heads(part: ComponentPlan) -> str:
 
 
 def show_models(models: Sequence[SupportedModel]) -> None:
-    """Transformers that can be patched, what was tested of each, and those that can't."""
-    table = Table("transformer", "tested with the patch on")
+    """Models that can be patched, what was tested of each, and those that can't."""
+    table = Table("class", "tested with the patch on")
     for model in models:
         table.add_row(model.transformer, model.reason or model.tested)
     out.print(table)
@@ -166,6 +167,32 @@ def show_quality(report: Report) -> None:
         out.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
+def show_language_quality(quality: LanguageQuality) -> None:
+    """Texts, then questions: dense beside sparse."""
+    from .eval.language.report import task_rows
+    from .eval.page import seconds, share, times
+
+    texts = Table(
+        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor"
+    )
+    for text in quality.texts:
+        texts.add_row(
+            text.name, seconds(text.dense.seconds), seconds(text.sparse.seconds),
+            times(text.dense.seconds / text.sparse.seconds), share(text.density),
+            f"{text.dense_perplexity:.3f}", f"{text.sparse_perplexity:.3f}", f"{text.kl:.4f}",
+            f"{text.kl_floor:.6f}",
+        )  # fmt: skip
+    out.print(texts)
+    asked = Table("questions", "tokens", "found", "sparse", "log-probability", "sparse", "floor")
+    for row in task_rows(quality):
+        asked.add_row(
+            f"{row.count} {row.kind}", str(row.tokens), share(row.dense_found),
+            share(row.sparse_found), f"{row.dense_log_prob:.2f}", f"{row.sparse_log_prob:.2f}",
+            f"{row.floor:.2f}",
+        )  # fmt: skip
+    out.print(asked)
+
+
 def _search_time(report: Report) -> str:
     generations = report.search_dense_generations
     return "-" if generations is None else f"{generations:.1f} dense runs"
@@ -191,6 +218,29 @@ def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
         text = "" if floor is None else f", noise floor {floor:.0f} dB"
         out.print(
             f"{measured[0]['tokens']:,} tokens; flat image {flat:.1f} dB{text}", highlight=False
+        )
+
+
+def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of a language model's frontier, least divergence first at each target."""
+    table = Table(
+        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "passkeys"
+    )  # fmt: skip
+    for row in sorted(rows, key=lambda row: (str(row["target"]), row["kl"])):
+        at = row["target"]
+        at = f"time of {at}" if isinstance(at, str) else f"{at:g}"
+        table.add_row(
+            at, row["method"], f"{row['density']:.3f}", f"{row['speedup']:.2f}x",
+            f"{row['index_seconds']:.2f} s", f"{row['perplexity_increase']:+.1%}",
+            f"{row['kl']:.4f}", f"{row['passkeys']}/{row['asked']}",
+        )  # fmt: skip
+    out.print(table)
+    if rows:
+        first = rows[0]
+        out.print(
+            f"dense: {first['dense_seconds']:.2f} s, {first['dense_passkeys']} passkeys; by another kernel "
+            f"KL {first['kl_floor']:.6f}",
+            highlight=False,
         )
 
 

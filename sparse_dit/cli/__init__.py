@@ -71,7 +71,7 @@ def diff(
 
 @app.command()
 def models() -> None:
-    """Transformers that can be patched, and what was tested of each."""
+    """Models that can be patched, and what was tested of each."""
     from ..models import supported_models
 
     show_models(supported_models())

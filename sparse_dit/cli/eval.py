@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +11,53 @@ import typer
 from typer.core import TyperGroup
 
 from ..outputs import Outputs
-from ..tables import out, show_frontier, show_quality
+from ..tables import (
+    out,
+    show_frontier,
+    show_language_frontier,
+    show_language_quality,
+    show_quality,
+)
 from .options import Cases, Force, Model, Place, PlanName, Size, say, with_options
 
 if TYPE_CHECKING:
     from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a language model's plan is measured on."""
+
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="File that a language model reads; repeatable. Default: Python's own."),
+    ] = None
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 4096
+    tasks: Annotated[
+        str, typer.Option(help="Kinds of question, by name with commas; all or none.")
+    ] = "all"
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of questions: 1024,4096; default --tokens.")
+    ] = None
+    samples: Annotated[int, typer.Option(help="Questions of each kind and length.")] = 1
+
+    def texts(self) -> dict[str, str]:
+        """The texts by name."""
+        from ..eval.language.haystack import sources
+        from ..inputs import read_texts
+
+        if not self.text:
+            return sources()
+        return dict(zip(map(str, self.text), read_texts(self.text), strict=True))
+
+    def asked_at(self) -> list[int]:
+        """The lengths of questions; none for that of the texts."""
+        try:
+            return [int(length) for length in self.lengths.split(",")] if self.lengths else []
+        except ValueError:
+            raise ValueError(
+                f"--lengths must be whole numbers with commas, got {self.lengths!r}"
+            ) from None
 
 
 class _PlanIfNothingElse(TyperGroup):
@@ -53,12 +95,14 @@ def evaluate(
     sizes: Annotated[
         str | None, typer.Option(help="Other sizes to measure at too: 192x192x15,256x256x15.")
     ] = None,
+    reading: Reading,
     place: Place,
     force: Force = False,
 ) -> int:
     """The default: measure a plan against dense and write report.html, report.json and videos.
 
-    Prompts and settings that are left out are those that the plan was verified with.
+    Prompts and settings that are left out are those that the plan was verified with. A language model's
+    plan is measured on texts and on questions about them.
     """
     from ..eval.command import Request, evaluate_plan
     from ..eval.front import front_beside
@@ -68,6 +112,16 @@ def evaluate(
     from ..plan import Plan
 
     loaded = Plan.from_pretrained(plan)
+    of_text = any(part.kind == "language_model" for part in loaded.components.values())
+    if of_text:
+        if cases.given or drawn_clips or against or sizes or size != Size():
+            raise ValueError(
+                "prompts, sizes, drawn clips and other plans are for pipelines; a language model's plan is "
+                "measured on --text, --tasks, --lengths"
+            )
+        return _evaluate_text(model, loaded, reading, place, folder, force)
+    if reading != Reading():
+        raise ValueError("--text, --tokens, --tasks, --lengths, --samples are for language models")
     known = loaded.provenance.get("settings") or {}
     settings = size.settings(known)
     given = cases.read() if cases.given else _held_out(loaded)
@@ -96,6 +150,48 @@ def evaluate(
     return outputs.code
 
 
+def _evaluate_text(
+    model: str, plan: Plan, reading: Reading, place: Place, folder: Path, force: bool
+) -> int:
+    """Measure a language model's plan, and write and show the report."""
+    from ..eval.language.command import evaluate_language_plan
+    from ..eval.language.quality import LanguageRequest
+    from ..eval.language.report import FILES, findings
+    from ..eval.language.tasks import KINDS
+    from ..inputs import check_language_model, load_language_model
+
+    named = [name.strip() for name in reading.tasks.split(",")]
+    kinds = {"all": list(KINDS), "none": []}.get(reading.tasks, named)
+    request = LanguageRequest(
+        texts=reading.texts(),
+        tokens=reading.tokens,
+        lengths=reading.asked_at(),
+        kinds=kinds,
+        samples=reading.samples,
+    )
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect_folder("--out", folder, FILES)
+    check_language_model(model)
+    loaded, tokenizer = load_language_model(model, place.device, place.dtype)
+    report, lies = evaluate_language_plan(
+        loaded,
+        tokenizer,
+        plan,
+        request,
+        folder,
+        command="sparse-dit " + " ".join(sys.argv[1:]),
+        say=say,
+        outputs=outputs,
+        overwrite=force,
+    )
+    show_language_quality(report.quality)
+    for sentence in findings(report):
+        out.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    for name in FILES:
+        out.print(f"wrote {lies / name}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
+
+
 @evaluation.command()
 @with_options
 def frontier(
@@ -114,9 +210,27 @@ def frontier(
         str | None,
         typer.Option(help="Another size, 192x192x15: plans searched there are measured here too."),
     ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="File that a language model reads; repeatable. With it --plan."),
+    ] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(help="Searched plan of a language model; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 4096,
     place: Place,
 ) -> int:
-    """Quality over density: searched plans against the published methods, on held-out prompts."""
+    """Quality over density: searched plans against the published methods, on held-out prompts.
+
+    With --text it is for a language model, against rules for its prefill.
+    """
+    if text or plan:
+        if model is None or not text:
+            raise ValueError("rules for language models are compared on --model and --text")
+        if cases.given or held_out or searched_at or size != Size():
+            raise ValueError("prompts and sizes are for pipelines, and --text for language models")
+        reading = Reading(text, tokens)
+        return _text_frontier(model, reading, plan or [], density, method, file, plot, place)
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
     from ..eval.figures import save_figure
     from ..eval.frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
@@ -150,6 +264,48 @@ def frontier(
         started(pipe, request)
     rows = measure(load_pipeline(name, place.device, dtype), request, say, outputs)
     show_frontier(rows)
+    if plot is not None:
+        figure = figure_of(rows)
+        drawn = outputs.write(plot, lambda path: save_figure(figure, path))
+        out.print(f"wrote {drawn}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
+
+
+def _text_frontier(
+    model: str,
+    reading: Reading,
+    plans: list[str],
+    density: list[float] | None,
+    method: list[str] | None,
+    file: Path,
+    plot: Path | None,
+    place: Place,
+) -> int:
+    """Compare plans with rules for a language model, and write and show the rows."""
+    from ..eval.baselines.text import RULES
+    from ..eval.figures import save_figure
+    from ..eval.language.frontier import DENSITIES, LanguageFrontier, figure_of
+    from ..eval.language.frontier import frontier as measure
+    from ..eval.language.quality import LanguageRequest
+    from ..inputs import check_language_model, load_language_model
+    from ..plan import Plan
+
+    request = LanguageFrontier(
+        reading=LanguageRequest(texts=reading.texts(), tokens=reading.tokens),
+        plans={Path(name).stem: Plan.from_pretrained(name) for name in plans},
+        densities=density or DENSITIES,
+        methods=method or tuple(RULES),
+        file=file,
+    )
+    outputs = Outputs(replace=True, say=say)
+    outputs.expect("--json", file, again=True)
+    if plot is not None:
+        outputs.expect("--plot", plot, ".png", ".svg")
+    check_language_model(model)
+    loaded, tokenizer = load_language_model(model, place.device, place.dtype)
+    rows = measure(loaded, tokenizer, request, say, outputs)
+    show_language_frontier(rows)
     if plot is not None:
         figure = figure_of(rows)
         drawn = outputs.write(plot, lambda path: save_figure(figure, path))

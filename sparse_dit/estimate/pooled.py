@@ -40,7 +40,7 @@ def pooled_entries(
     chosen = _best(p, forced, wanted) & (seen | forced)
     if isinstance(shape.budget, Share):
         chosen |= fewest(p, p, shape.budget.gamma)
-    return _entries(chosen, q.shape[2], call.num_keys)
+    return block_entries(chosen, q.shape[2], call.num_keys)
 
 
 def pooled_probabilities(
@@ -56,13 +56,13 @@ def pooled_probabilities(
     """
     group = q.shape[1] // k.shape[1]
     listed = torch.tensor(heads, device=q.device)
-    mean_q, mean_k = _block_means(q)[:, listed], _block_means(k)[:, listed // group]
+    mean_q, mean_k = block_means(q)[:, listed], block_means(k)[:, listed // group]
     logits = (mean_q @ mean_k.transpose(2, 3) * scale).float().cpu()
     p = logits.masked_fill_(~seen[:, None], -torch.inf).softmax(-1)
     return p.nan_to_num_(0, 0, 0)
 
 
-def _block_means(x: Tensor) -> Tensor:
+def block_means(x: Tensor) -> Tensor:
     """Means of 64 tokens, the last of fewer: `[B, H, blocks, D]`, in float32 or better."""
     wide = torch.promote_types(x.dtype, torch.float32)
     whole = x.shape[2] // BIN * BIN
@@ -102,8 +102,8 @@ def _best(p: Tensor, forced: Tensor, wanted: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, order, rank.expand(p.shape)) | forced
 
 
-def _entries(chosen: Tensor, num_queries: int, num_keys: int) -> list[PatternIndex]:
-    """Entries of bool `[L, G, K]`, cut at each group's last row."""
+def block_entries(chosen: Tensor, num_queries: int, num_keys: int) -> list[PatternIndex]:
+    """Entries of chosen blocks, bool `[L, G, K]`, cut at each group's last row."""
     heads, groups, _ = chosen.shape
     stop = (group_bounds(num_queries)[1:] + num_keys - num_queries).repeat(heads)
     row, first, last = runs_of(chosen.flatten(0, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from ..on_cpu import on_cpu
 from ..outputs import Outputs, check_writable
 from ..plan import Plan
 from ..search.engine import Searched, search_plan
-from ..texts import read_text
-from ..whole_file import write_text
 from ..words import option
 from .baselines import (
     METHODS,
@@ -31,6 +28,7 @@ from .baselines import (
     score_baselines,
 )
 from .quality import Quality, evaluate, forecast_speedup
+from .rows import keep_rows, kept_rows
 
 Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
@@ -150,7 +148,7 @@ def frontier(
             timed_for = target
             forecast = None if method == TRANSFERRED else forecast_speedup(plan)
             rows.append({**row, **_measured(before), "forecast": forecast})
-        _write(outputs, request, rows, provenance)
+        keep_rows(outputs, request.file, FORMAT, request.conditions, provenance, rows)
     return rows
 
 
@@ -174,7 +172,7 @@ def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
     for settings in filter(None, (request.settings, request.searched_at)):
         workload(pipe, settings).check(request.held_out[0])
     check_writable(request.file, "file")
-    return _started(request)
+    return kept_rows(request.file, FORMAT, request.conditions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,41 +249,6 @@ def _measured(quality: Quality) -> dict[str, Any]:
         "psnr_flat_db": round(quality.psnr_flat_db, 3),
         "psnr_noise_floor_db": quality.psnr_noise_floor_db,
     }
-
-
-def _started(request: FrontierRequest) -> list[dict[str, Any]]:
-    if not request.file.exists():
-        return []
-    try:
-        data = json.loads(read_text(request.file))
-        known = data["format"] == FORMAT and isinstance(data["rows"], list)
-        same = data["conditions"] == request.conditions
-        rows = data["rows"]
-    except (ValueError, LookupError, TypeError):
-        known, same, rows = False, False, []
-    if not known:
-        raise ValueError(f"{request.file} is no frontier file; name another")
-    if not same:
-        raise ValueError(
-            f"{request.file} holds rows of other prompts or settings; name another file"
-        )
-    return rows
-
-
-def _write(
-    outputs: Outputs,
-    request: FrontierRequest,
-    rows: list[dict[str, Any]],
-    provenance: dict[str, str],
-) -> None:
-    data = {
-        "format": FORMAT,
-        "conditions": request.conditions,
-        "provenance": provenance,
-        "rows": rows,
-    }
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    outputs.put(request.file, lambda path: write_text(path, text))
 
 
 def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -42,14 +42,39 @@ def render_page(
         findings, limits: Sentences.
         videos: File names of the dense, the sparse and the side-by-side video, beside the page.
     """
-    environment = Environment(
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            quality=report.quality,
+            metrics=METRICS,
+            findings=findings,
+            limits=limits,
+            clips=_clips(report, videos),
+            strips=_strips(report),
+            scatter=_scatter(report),
+            front=_front(report),
+            drift=_drift(report),
+            other_size=other_size(report.plan, report.quality.layout),
+            line_limit=LINE_LIMIT,
+            forced=_forced(report),
+            atlases=[_atlas(atlas, _thumb(report)) for atlas in report.atlases],
+            opened=opened(report.atlases),
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates, with filters that write numbers."""
+    made = Environment(
         loader=PackageLoader("sparse_dit.eval"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    made.filters.update(
         db=decibels,
         seconds=seconds,
         times=times,
@@ -57,24 +82,8 @@ def render_page(
         small_share=small_share,
         number=number,
     )
-    environment.filters["of_kind"] = of_kind
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        quality=report.quality,
-        metrics=METRICS,
-        findings=findings,
-        limits=limits,
-        clips=_clips(report, videos),
-        strips=_strips(report),
-        scatter=_scatter(report),
-        front=_front(report),
-        drift=_drift(report),
-        other_size=other_size(report.plan, report.quality.layout),
-        line_limit=LINE_LIMIT,
-        forced=_forced(report),
-        atlases=[_atlas(atlas, _thumb(report)) for atlas in report.atlases],
-        opened=opened(report.atlases),
-    )
+    made.filters["of_kind"] = of_kind
+    return made
 
 
 def decibels(value: float | None) -> str:

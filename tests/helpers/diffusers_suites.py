@@ -112,7 +112,9 @@ class FileResult:
 
 def suite_files(checkout: Path, only: list[str]) -> list[Path]:
     """Test files of a checkout that name a supported transformer, and one of `only` in their path."""
-    names = [m.transformer for m in sparse_dit.supported_models() if m.reason is None]
+    names = [
+        m.transformer for m in sparse_dit.supported_models() if m.of_diffusers and m.reason is None
+    ]
     named = re.compile(rf"\b(?:{'|'.join(names)})\b")
     found = (p for folder in FOLDERS for p in sorted((checkout / folder).rglob("test_*.py")))
     return [

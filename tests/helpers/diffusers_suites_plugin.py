@@ -73,7 +73,8 @@ def _patching(cls: Any, known: set[type[nn.Module]]) -> Any:
 
 def pytest_configure() -> None:
     if os.environ.get(DENSE) == "1":
-        models = [m for m in sparse_dit.supported_models() if m.reason is None]
+        known = sparse_dit.supported_models()
+        models = [m for m in known if m.of_diffusers and m.reason is None]
         patch_when_built([getattr(diffusers, m.transformer) for m in models])
 
 

@@ -12,6 +12,7 @@ EMBEDDED = {"--height": "32", "--width": "32", "--num-frames": "5", "--steps": "
 # of the options of a command: the values that take the place of those shown
 VALUES: dict[tuple[str, ...], dict[str, str]] = {
     ("eval", "frontier"): {**EMBEDDED, "--searched-at": "16x32x3"},
+    ("eval", "plan"): {"--lengths": "1500"},
     ("search",): {**SIZE, "--min-psnr": "5"},
     ("stability",): SIZE,
     ("plan",): SIZE,
@@ -37,6 +38,10 @@ MORE: dict[tuple[str, ...], dict[str, str | None]] = {
     ("eval", "frontier"): {**EMBEDDED, "--density": "0.5", "--method": "searched"},
     ("stability",): {"--count": "1", "--rows": "8", "--steps": "2", "--guidance": "1"},
 }
+RULES: dict[str, str | None] = {
+    "--density": "0.5",
+    "--method": "moa-uniform",
+}  # of `eval frontier --text`
 CODES: dict[tuple[str, ...], tuple[int, ...]] = {
     ("diff",): (0, 1),  # 1: the plans differ
     ("check",): (0, 1),  # 1: heads left their error, as those of a random LoRA do
@@ -82,6 +87,7 @@ def filled(words: list[str]) -> list[str]:
 def shorter(words: list[str]) -> list[str]:
     """A command of `sparse-dit` as the test runs it."""
     names, _ = read(words)
+    of_text = names == ("eval", "frontier") and "--text" in words
     found: list[str] = []
     for before, word in zip(["", *words], filled(words), strict=False):
         if word in ELSEWHERE or before in ELSEWHERE:
@@ -90,7 +96,7 @@ def shorter(words: list[str]) -> list[str]:
         small = VALUES.get(names, {}).get(before, word)
         found.append("model" if hub else small)
     quick = names == ("bench", "kernel") and "--quick" in words  # it has sizes of its own
-    for option, value in MORE.get(names, {}).items():
+    for option, value in (RULES if of_text else MORE.get(names, {})).items():
         sizes = option in ("--tokens", "--heads")
         if option not in words and not (sizes and quick):
             found += [option, *([value] if value is not None else [])]

@@ -306,10 +306,11 @@ VISION_MODELS: dict[str, Callable[[], Made]] = {
 
 def tokenizer() -> Any:
     """A tokenizer whose tokens are the ASCII characters, for vocabularies of 128."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     made = Tokenizer(models.WordLevel({chr(n): n for n in range(128)}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
     return T.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
 
 

@@ -9,6 +9,7 @@ import transformers
 
 import sparse_dit
 from sparse_dit.integrations import attach, heads_of
+from sparse_dit.integrations.language.tested import LANGUAGE_MODELS, VLMS
 from tests.helpers.tiny_language_models import TEXT_MODELS, VISION_MODELS, logits, text, vision
 
 transformers.logging.set_verbosity_error()
@@ -24,6 +25,11 @@ def made(request):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return name, *make(name)
+
+
+def test_the_classes_that_are_listed_are_those_that_are_tested(recwarn):
+    assert set(LANGUAGE_MODELS) == {kind.__name__ for kind, _ in TEXT_MODELS.values()}
+    assert set(VLMS) == {type(vision(name)[0]).__name__ for name in VISION_MODELS}
 
 
 def test_a_watcher_changes_nothing_and_leaves_nothing(made):

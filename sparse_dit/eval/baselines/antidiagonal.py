@@ -1,0 +1,63 @@
+"""XAttention's choice of blocks, by sums along antidiagonals: https://arxiv.org/abs/2503.16428.
+
+Of every square of `stride` queries and keys the logits of one antidiagonal are summed; their softmax over the
+keys of a row, summed over a block, is the block's score, and of each row of blocks the fewest with a share of
+the score are computed, with the first block and the diagonal always. Here blocks are of 64 tokens, as the
+kernel's groups of rows, not of 128; all heads have one threshold, where the paper also offers a search for
+one a head.
+
+Letters in shapes: H heads, N tokens, D channels, S stride, G blocks of 64 tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...estimate.budget import fewest
+from ...estimate.pooled import block_entries
+from ...estimate.rows import BIN
+from ...index import SparseIndex
+from ...intervals import causal_rows
+
+
+@torch.no_grad()
+def antidiagonal_index(
+    q: Tensor, k: Tensor, *, stride: int, threshold: float, scale: float
+) -> SparseIndex:
+    """An index for a causal prefill of one text.
+
+    Args:
+        q: `[1, H, N, D]`.
+        k: `[1, num_kv_heads, N, D]`.
+        stride: S; divides 64.
+        threshold: The share of the score that is computed, 0 to 1.
+        scale: Factor of the logits.
+    """
+    heads, tokens = q.shape[1], q.shape[2]
+    blocks = -(-tokens // BIN)
+    causal = torch.ones(blocks, blocks, dtype=torch.bool).tril()
+    forced = torch.eye(blocks, dtype=torch.bool) | (torch.arange(blocks) == 0)
+    scores = torch.stack(
+        [block_scores(q[0, h], k[0, h * k.shape[1] // heads], stride, scale) for h in range(heads)]
+    )
+    chosen = (fewest(scores, scores, threshold) | forced) & causal
+    entries = block_entries(chosen, tokens, tokens)
+    return SparseIndex(tuple(entries), tuple(range(heads)), causal_rows(tokens, tokens, 0))
+
+
+def block_scores(q: Tensor, k: Tensor, stride: int, scale: float) -> Tensor:
+    """What the antidiagonals say of each pair of blocks, float32 `[G, G]`; a row sums to 1.
+
+    Args:
+        q, k: `[N, D]`.
+        stride, scale: As for `antidiagonal_index`.
+    """
+    pad = -len(q) % BIN
+    q, k = (torch.nn.functional.pad(x.float(), (0, 0, 0, pad)) for x in (q, k))
+    q, k = q.unflatten(0, (-1, stride)).flip(1).flatten(1), k.unflatten(0, (-1, stride)).flatten(1)
+    logits = q @ k.T * (scale / stride)  # [N / S, N / S]
+    later = torch.ones_like(logits, dtype=torch.bool).triu(1)
+    p = logits.masked_fill_(later, -torch.inf).softmax(-1)
+    part = BIN // stride
+    return p.unflatten(0, (-1, part)).unflatten(2, (-1, part)).sum((1, 3)) / part

@@ -1,0 +1,1 @@
+"""Plans of language models measured beside dense attention: texts, passkeys, questions, published rules."""
