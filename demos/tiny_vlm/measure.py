@@ -154,8 +154,9 @@ def measure(model: PreTrainedModel, sizes: list[Size], ways: list[str]) -> None:
     print(f"| pictures x tokens | clips | way | density | CPU s | x stock | {kinds} |")
     print("|---" * (6 + len(QUESTIONS)) + "|", flush=True)
     for size in sizes:
+        place = f"{size} = {size.video_tokens:,} | {size.clips}"
         odds = " | ".join(f"{chance(kind, size.pictures):.2f}" for kind in QUESTIONS)
-        print(f"| {size} = {size.video_tokens:,} | {size.clips} | chance | | | | {odds} |")
+        print(f"| {place} | chance | | | | {odds} |")
         with ExitStack() as stack:
             models = {"stock": model} | {way: copy.deepcopy(model) for way in ways}
             handles = {
@@ -172,7 +173,7 @@ def measure(model: PreTrainedModel, sizes: list[Size], ways: list[str]) -> None:
                 for kind in QUESTIONS
             )
             print(
-                f"| | | {way} | {density:.3f} | {seconds:.3f} | {ratio:.2f} | {scores} |",
+                f"| {place} | {way} | {density:.3f} | {seconds:.3f} | {ratio:.2f} | {scores} |",
                 flush=True,
             )
 
