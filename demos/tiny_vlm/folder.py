@@ -77,6 +77,8 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
         copy.load_state_dict(model.state_dict())
         copy.save_pretrained(partial)
         build_tokenizer().save_pretrained(partial)
+        named = partial / "tokenizer_config.json"  # so that transformers 4 knows the class too
+        named.write_text(named.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
         if folder.exists():
             for path in folder.iterdir():
                 if not (partial / path.name).exists():
