@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .intervals import RowIntervals, valid_rows
 from .layout import TokenLayout
+from .modalities import Modalities
 
 Branch = Literal["any", "cond", "uncond"]
 Phase = Literal["any", "prefill", "decode"]
@@ -32,6 +33,8 @@ class StepContext:
             number may be another generation. None if there is none. It doesn't count in comparisons.
             One object gets another number where it can't be told whether another generation has begun.
         phase: Of a language model: `"decode"` for one query, else `"prefill"`. `"any"` for other models.
+        modalities: Where images and videos lie among a VLM's keys, for each item of the batch; empty for
+            other models, and for layers that keep the last keys alone. It doesn't count in comparisons.
     """
 
     layout: TokenLayout | None = None
@@ -41,6 +44,7 @@ class StepContext:
     step: int = -1
     condition: int | None = field(default=None, compare=False)
     phase: Phase = "any"
+    modalities: tuple[Modalities, ...] = field(default=(), compare=False)
 
 
 class Split(Protocol):

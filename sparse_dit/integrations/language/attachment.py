@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...call import Intercept, StepContext
+from .media import Media
 from .registered import NAMES, SEAM, Seam, Tap, register
 
 logger = logging.getLogger("sparse_dit")
@@ -76,7 +77,7 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 
 class Attachment:
-    """A model's seams, its config's switched name, and the hook that tells where a forward begins.
+    """A model's seams, its config's switched name, and the hooks that tell where a forward stands.
 
     It belongs to the model: copied and pickled with it, and no part of its state dict or `config.json`.
     """
@@ -85,7 +86,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module, intercept: Intercept) -> None:
         self._model = model
-        self._tap = Tap(intercept, getattr(intercept, "decode", None))
+        self._tap = Tap(intercept, media=Media.of(model))
         self.layers: dict[str, Any] = self_attention_layers(model)
         configs = {id(m.config): m.config for m in self.layers.values()}
         self._configs = [(config, _stock_name(config, model)) for config in configs.values()]
@@ -96,7 +97,9 @@ class Attachment:
             setattr(module, SEAM, Seam(path, self._tap, module, stock))
         for config, stock in self._configs:
             config._attn_implementation_internal = NAMES[stock]
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        self._hooks = [model.register_forward_pre_hook(self._before_forward)]
+        if self._tap.media is not None:
+            self._hooks += self._tap.media.watch(model)
         setattr(model, self.KEY, self)
 
     @property
@@ -134,10 +137,11 @@ class Attachment:
                 config._attn_implementation_internal = stock
         for module in self.layers.values():
             vars(module).pop(SEAM, None)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         delattr(self._model, self.KEY)
         self._tap.intercept = self._tap.decode = None
-        self._tap.read.clear()
+        self._tap.begin()
 
     def _is_lost(self, path: str, module: Any) -> bool:
         try:
@@ -150,7 +154,7 @@ class Attachment:
     def _before_forward(self, model: nn.Module, args: tuple) -> None:
         # in a compiled forward each call has a mask object of its own
         if not torch.compiler.is_compiling():
-            self._tap.read.clear()
+            self._tap.begin()
 
 
 def _stock_name(config: Any, model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...call import AttentionCall, Intercept, StepContext
 from ...intervals import RowIntervals, causal_items
 from ...layout import TokenLayout
+from ...modalities import Modalities
 from ..traced import attend_traced, handle_of
 from .masks import intervals_of
+from .media import COMPILED, Media
 
 # stock implementation -> our name for it; hosts take a name with "flash" in it for another kind
 NAMES = {"sdpa": "sparse_dit", "eager": "sparse_dit_eager"}
@@ -57,14 +59,38 @@ class Tap:
         context: Where the last forward stood.
         read: What the masks of the present forward say, by the mask's id and version, with a reference that
             tells whether the mask is still that one.
+        media: What tells where a VLM's images and videos lie; None for other models.
+        places: Where calls of the present forward stand, by their numbers of queries and keys.
     """
 
     intercept: Intercept | None
-    decode: Callable[[str, Tensor, Tensor], None] | None = None
     context: StepContext = field(default_factory=StepContext)
+    media: Media | None = None
     read: dict[tuple, tuple[weakref.ref[Tensor], RowIntervals | str | None]] = field(
         default_factory=dict
     )
+    places: dict[tuple[int, int, int], StepContext] = field(default_factory=dict)
+    decode: Callable[[str, Tensor, Tensor], None] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decode = getattr(self.intercept, "decode", None)
+
+    def begin(self) -> None:
+        """Forget what held for the forward before."""
+        self.read.clear()
+        self.places.clear()
+
+    def stand(self, batch: int, n: int, m: int, sliding: bool, traced: bool) -> StepContext:
+        """Where a call of n queries and m keys stands; of a sliding layer these are the last ones alone."""
+        if self.media is None or (sliding and m > n):
+            return _context(n, m)
+        if traced:
+            return replace(_context(n, m), modalities=(Modalities(m, unknown=COMPILED),) * batch)
+        key = (batch, n, m)
+        if key not in self.places:
+            found = self.media.modalities(m, batch)
+            self.places[key] = replace(_context(n, m), modalities=found)
+        return self.places[key]
 
     def read_mask(self, mask: Tensor, num_queries: int, num_keys: int) -> RowIntervals | str | None:
         """See `intervals_of`; read once a forward, not a layer."""
@@ -79,7 +105,7 @@ class Tap:
         return found[1]
 
     def __reduce__(self):
-        return Tap, (self.intercept, self.decode, self.context)
+        return Tap, (self.intercept, self.context, self.media)
 
 
 class Seam:
@@ -108,10 +134,17 @@ class Seam:
         q, k, v = args
         given = {"dropout": kwargs["dropout_p"], "scaling": kwargs["scale"]}
         given["is_causal"] = kwargs["is_causal"]
-        return self.call(q, k, v, kwargs["attn_mask"], given)[0].transpose(1, 2)
+        out, _ = self.call(q, k, v, kwargs["attn_mask"], given, traced=True)
+        return out.transpose(1, 2)
 
     def call(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, given: dict[str, Any]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        given: dict[str, Any],
+        traced: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one call, `[B, N, H, D]`, and what stock returned beside it.
 
@@ -119,6 +152,7 @@ class Seam:
             q, k, v: `[B, H, N, D]`, `[B, num_kv_heads, M, D]` twice.
             mask: What the mask function made.
             given: The other arguments of the host.
+            traced: Whether the model is compiled, so that no hook has run.
         """
         beside: list[Tensor | None] = [None]
 
@@ -136,7 +170,9 @@ class Seam:
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
         if mask is None and rows is not None:  # a static cache is empty behind the queries
             k_, v_ = k_[:, : q.shape[2]], v_[:, : q.shape[2]]
-        self.tap.context = context = _context(q.shape[2], k_.shape[1])
+        sliding = given.get("sliding_window") is not None
+        context = self.tap.stand(q.shape[0], q.shape[2], k_.shape[1], sliding, traced)
+        self.tap.context = context
         call = AttentionCall(
             self.layer, q_, k_, v_, mask, None, given.get("scaling"), context, unsupported, stock,
             rows=rows, sinks=given.get("s_aux"),
@@ -211,7 +247,7 @@ def _function(stock: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def _untraced(seam: Seam, *args: Any) -> tuple[Tensor, Tensor | None]:
-    return seam.call(*args)
+    return seam.call(*args, traced=True)
 
 
 # a compiled model breaks its graph here, if the host asks for what the operator can't hand on
