@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +81,18 @@ def search(
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
     if texts.text:
+        of_pipelines = replace(wanted, target_speedup=None) != Wanted()
+        if cases.given or held_out or size != Size() or of_pipelines:
+            raise ValueError(
+                "prompts, sizes, profiles, cost tables, --max-error and --min-psnr are for pipelines; with "
+                "--text a language model is searched"
+            )
         return _search_text(model, texts, wanted, place, plan_file, force)
+    if texts != Texts():
+        raise ValueError(
+            "--held-out-text, --max-kl, --max-ppl-increase and --tokens are for language models, which need "
+            "--text too"
+        )
     from ..inputs import check_model, described, load_pipeline
     from ..search import search_plan as find
     from ..search.objective import shortfall

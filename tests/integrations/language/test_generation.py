@@ -234,6 +234,9 @@ def test_copies_are_patched_on_their_own():
     handle.remove()
     assert torch.equal(logits(model, inputs), want)
     assert torch.equal(logits(twin, inputs), close)
+    generated(twin, inputs, do_sample=False)
+    ran = attachment_of(twin).intercept.ran
+    assert sum(one.calls for one in ran if one.dense_because == DECODE) == 2 * 5
     sparse_dit.unpatch(twin)
     assert torch.equal(logits(twin, inputs), want)
 

@@ -121,3 +121,18 @@ def test_the_command_writes_a_plan(tmp_path, monkeypatch, capsys):
     assert cli.run(typed) == 2, "it is there already"
     assert cli.run(["search", "nowhere", "--text", "book.txt", "--max-kl", "1", "--force"]) == 2
     assert "give two texts or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--text", "book.txt", "--max-kl", "1", "--prompt", "a cat"], "are for pipelines"),
+        (["--text", "book.txt", "--max-kl", "1", "--height", "64"], "are for pipelines"),
+        (["--text", "book.txt", "--min-psnr", "30"], "are for pipelines"),
+        (["--prompt", "a cat", "--max-kl", "1"], "are for language models"),
+        (["--prompt", "a cat", "--tokens", "512"], "are for language models"),
+    ],
+)
+def test_options_of_the_other_kind_of_model_are_refused(typed, message, capsys):
+    assert cli.run(["search", "anything", *typed]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
