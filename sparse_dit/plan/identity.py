@@ -6,6 +6,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ STORAGE = frozenset(
         "transformers_version",
     }
 )
-# what a language model's configuration says of its use
+# what a language model's configuration says of its training and use
 USE = frozenset(
     {
         "architectures",
@@ -43,8 +44,11 @@ USE = frozenset(
         "use_cache",
         "id2label",
         "label2id",
+        "initializer_range",
+        "pretraining_tp",
     }
 )
+DIGITS = 6  # of a language model's numbers: a GGUF file holds them as float32
 # places and types of memory, which are no architecture under any name
 _MEMORY = (torch.dtype, torch.device)
 
@@ -54,7 +58,8 @@ def config_hash(config: Any) -> str:
 
     Args:
         config: A mapping, or a configuration of transformers, of which only what differs from the defaults
-            of its class counts, so that new defaults don't matter.
+            of its class counts, so that new defaults don't matter, to six digits, and nothing that its class
+            doesn't know.
 
     Keys that start with "_" (where it came from, who wrote it), keys that say how weights are stored or
     were loaded (`STORAGE`, and whatever holds a torch dtype or device), and keys whose value is None (what a
@@ -65,8 +70,17 @@ def config_hash(config: Any) -> str:
         PlanError: If a value is neither a number, text, nor made of them.
     """
     if hasattr(config, "to_diff_dict"):
-        return sha256(_architecture(config.to_diff_dict(), STORAGE | USE))
+        return sha256(_architecture(_known(config), STORAGE | USE))
     return sha256(_kept(config, STORAGE))
+
+
+def _known(config: Any) -> dict[str, Any]:
+    """What differs from the defaults; of a class of transformers itself only what that class reads."""
+    given = config.to_diff_dict()
+    if not type(config).__module__.startswith("transformers.") or not is_dataclass(config):
+        return given
+    known = {field.name for field in fields(config)} | {"model_type"}
+    return {key: value for key, value in given.items() if key in known}
 
 
 def _kept(config: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
@@ -83,9 +97,17 @@ def _kept(config: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]
 def _architecture(config: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
     """The same of a configuration whose parts (of text, of vision) are configurations too."""
     return {
-        key: _architecture(value, without) if isinstance(value, Mapping) else value
+        key: _architecture(value, without) if isinstance(value, Mapping) else _rounded(value)
         for key, value in _kept(config, without).items()
     }
+
+
+def _rounded(value: Any) -> Any:
+    """A number as files agree on it: to a few digits, and 1e4 as 10000."""
+    if not isinstance(value, float):
+        return value
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short.is_integer() else short
 
 
 def sha256(document: Mapping[str, Any]) -> str:

@@ -174,3 +174,20 @@ def test_sinks_under_the_nan_guard_run_stock(caplog):
         assert torch.equal(logits(model, inputs), want)
     assert handle.summary().sparse_calls == 0
     assert "attention sinks, which nan_guard doesn't know" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rms_norm_eps": 9.999999747378752e-06, "rope_theta": 100000.0},  # as a GGUF file has it
+        {"initializer_range": 0.04, "pretraining_tp": 2, "eos_token_id": 7},
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}},
+    ],
+    ids=["float32", "training", "unknown"],
+)
+def test_a_model_is_known_again_from_another_file(changed):
+    facts = {**TEXT, "rms_norm_eps": 1e-5, "rope_theta": 100000}
+    config = transformers.LlamaConfig(**facts)
+    assert config_hash(transformers.LlamaConfig(**facts | changed)) == config_hash(config)
+    for other in ({"rms_norm_eps": 1.1e-5}, {"rope_theta": 1e6}, {"num_hidden_layers": 3}):
+        assert config_hash(transformers.LlamaConfig(**facts | other)) != config_hash(config)
