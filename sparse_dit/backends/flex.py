@@ -10,6 +10,7 @@ that hold it. Each new size compiles: 4 to 10 s on a CPU.
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -33,6 +34,7 @@ from .sorting import (
 BLOCK = {"cpu": 64, "cuda": 128}  # 128 is a multiple of what every CUDA configuration takes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRAPHS = 64  # kept
+X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def unsupported(q: Tensor, index: SparseIndex) -> str | None:
@@ -43,6 +45,8 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
         return f"it takes float32, bfloat16 and float16, but q is {q.dtype}"
     if q.is_cuda and q.shape[-1] < 16:
         return f"head_dim must be at least 16 on CUDA, got {q.shape[-1]}"
+    if q.is_cpu and X86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return "PyTorch compiles it for processors with AVX2 or AVX-512 alone"
     if torch.compiler.is_compiling():
         return "it can't be traced into a compiled graph"
     return None
