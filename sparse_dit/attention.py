@@ -34,7 +34,7 @@ BACKENDS: dict[str, ModuleType] = {
 AUTO = ("cpu", "triton", "flex", "gather")  # the first that can
 AUTO_DEVICES = {
     "flex": ("cuda",)
-}  # where it is taken unasked; elsewhere each size compiles for seconds
+}  # where it is taken unasked: on a CPU each size compiles for seconds
 TESTED_DEVICES = ("cpu", "meta")  # on others a backend is checked before its first use
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,7 +81,8 @@ def sparse_attention(
     ).out
     if not nan_guard:
         return out
-    return finite_or_dense(out, q, k, v, _rows(q, index, row_start, row_stop), scale)
+    rows = _rows(q, index, RowIntervals(row_start, row_stop))
+    return finite_or_dense(out, q, k, v, rows, scale)
 
 
 def attend(
@@ -119,20 +120,36 @@ def attend(
         ValueError: If shapes, dtypes or devices don't fit together, or the backend is unknown.
         NotImplementedError: If the named backend can't run this, with the reason.
     """
+    rows = RowIntervals(row_start, row_stop)
+    return attend_by(backend, q, k, v, index, rows, scale, return_lse, mass_block)[1]
+
+
+def attend_by(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: SparseIndex,
+    rows: RowIntervals,
+    scale: float | None = None,
+    return_lse: bool = False,
+    mass_block: int | None = None,
+) -> tuple[str, Attended]:
+    """As `attend`, and the name of the backend that ran."""
     q, k, v = lowered(q, k, v)
     _check(q, k, v, index)
-    rows = _rows(q, index, row_start, row_stop)
+    meet = _rows(q, index, rows)
     if mass_block is not None and mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
     width = v.shape[-1]
     name = _name(q, index, backend, return_lse, mass_block is not None, width)
     if q.shape[0] == 0:
-        return _nothing(q, v, index, return_lse, mass_block)
+        return name, _nothing(q, v, index, return_lse, mass_block)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     with without_autocast(q.device.type):
-        found = BACKENDS[name].forward(q, k, v, index, rows, scale, return_lse, mass_block)
-    return Attended(found.out, found.lse, found.mass, name)
+        found = BACKENDS[name].forward(q, k, v, index, meet, scale, return_lse, mass_block)
+    return name, found
 
 
 def block_mass(
@@ -166,7 +183,7 @@ def block_mass(
     """
     q, k = lowered(q, k)
     _check(q, k, k, index)
-    rows = _rows(q, index, row_start, row_stop)
+    rows = _rows(q, index, RowIntervals(row_start, row_stop))
     if mass_block < 1:
         raise ValueError(f"mass_block must be >= 1, got {mass_block}")
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device:
@@ -206,15 +223,12 @@ def backend_name(
     return _name(lowered(q)[0], index, backend, lse, mass, value_width or q.shape[-1])
 
 
-def _rows(
-    q: Tensor, index: SparseIndex, row_start: Tensor | None, row_stop: Tensor | None
-) -> RowIntervals | None:
+def _rows(q: Tensor, index: SparseIndex, rows: RowIntervals) -> RowIntervals | None:
     """What a call's rows may see: the index's own intervals, the call's, or what both let through."""
-    if row_start is None and row_stop is None:
+    if rows.start is None and rows.stop is None:
         return index.rows
-    rows = RowIntervals(row_start, row_stop)
     rows.check((q.shape[0], q.shape[2]))
-    for bound in (row_start, row_stop):
+    for bound in (rows.start, rows.stop):
         if bound is not None and bound.device != q.device:
             raise ValueError(f"row_start and row_stop must be on {q.device}, got {bound.device}")
     return rows if index.rows is None else index.rows.meet(rows)
@@ -288,8 +302,8 @@ def _nothing(
 
 
 def _no_mass(q: Tensor, k: Tensor, index: SparseIndex, mass_block: int) -> Tensor:
-    blocks = -(-k.shape[2] // mass_block)
-    return q.new_empty(0, q.shape[1], index.max_groups, blocks, dtype=torch.float32)
+    shape = (0, q.shape[1], index.max_groups, -(-k.shape[2] // mass_block))
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 _said: set[str] = set()

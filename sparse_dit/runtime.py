@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .account import Account, Ran, Way
-from .attention import attend, backend_name, sparse_attention
+from .attention import attend_by, backend_name, sparse_attention
 from .autocast import lowered
 from .call import AttentionCall, with_bias
 from .estimate import estimated_index
@@ -205,7 +205,7 @@ def _tokens(call: AttentionCall) -> int:
 
 def attend_call(
     call: AttentionCall, index: SparseIndex, backend: str = "auto", nan_guard: bool = False
-) -> tuple[Tensor, str | None]:
+) -> tuple[Tensor, str]:
     """Attention of a call over what an index names, `[B, N, H, D]`, and the backend that computed it.
 
     Args:
@@ -220,14 +220,14 @@ def attend_call(
         q, k, v = with_bias(q, k, v, call.bias, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     rows = call.intervals or RowIntervals()
-    limits = {"row_start": rows.start, "row_stop": rows.stop, "scale": scale}
-    width, sinks = v.shape[-1], call.sinks
     if nan_guard:
-        name = backend_name(q, index, backend, value_width=width)
+        name = backend_name(q, index, backend, value_width=v.shape[-1])
+        limits = {"row_start": rows.start, "row_stop": rows.stop, "scale": scale}
         out = sparse_attention(q, k, v, index, backend=name, nan_guard=True, **limits)
     else:
-        found = attend(q, k, v, index, backend=backend, return_lse=sinks is not None, **limits)
-        out, name = found.out, found.backend
+        sinks = call.sinks
+        name, found = attend_by(backend, q, k, v, index, rows, scale, sinks is not None)
+        out = found.out
         if sinks is not None:
             assert found.lse is not None, "it was asked for"
             share = torch.sigmoid(found.lse - sinks.float()[:, None])

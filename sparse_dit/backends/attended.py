@@ -17,10 +17,8 @@ class Attended(NamedTuple):
         mass: float32 `[B, H, G, ceil(M / mass_block)]`: softmax probability of the keys seen exactly,
             summed over the rows of each query group and over blocks of `mass_block` sorted keys; heads
             with fewer groups than the largest G have zero rows at the end. None unless asked for.
-        backend: Name of the backend that computed it, where `attend` says so; None for an empty batch.
     """
 
     out: Tensor
     lse: Tensor | None = None
     mass: Tensor | None = None
-    backend: str | None = None
