@@ -34,7 +34,7 @@ BACKENDS: dict[str, ModuleType] = {
 AUTO = ("cpu", "triton", "flex", "gather")  # the first that can
 AUTO_DEVICES = {
     "flex": ("cuda",)
-}  # where it is taken unasked: on a CPU each size compiles for seconds
+}  # where it is taken unasked: on a CPU a size compiles for seconds
 TESTED_DEVICES = ("cpu", "meta")  # on others a backend is checked before its first use
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
