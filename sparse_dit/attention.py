@@ -32,9 +32,7 @@ BACKENDS: dict[str, ModuleType] = {
     "block_sparse_attn": block_sparse_attn,
 }
 AUTO = ("cpu", "triton", "flex", "gather")  # the first that can
-AUTO_DEVICES = {
-    "flex": ("cuda",)
-}  # where it is taken unasked: on a CPU a size compiles for seconds
+AUTO_DEVICES = {"flex": ("cuda",)}  # where it is taken unasked; on CPUs a size compiles for seconds
 TESTED_DEVICES = ("cpu", "meta")  # on others a backend is checked before its first use
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
