@@ -58,6 +58,7 @@ class Account:
         self._pairs: Counter[tuple[Way, int]] = Counter()
         self._warned: set[str] = set()
         self._decoded: dict[str, list[int]] = {}  # by layer: calls, pairs, tokens
+        self._notes: dict[str, None] = {}
 
     def count(self, way: Way, tokens: int, pairs: int, density: float) -> None:
         """Add one call over `tokens` tokens that computed a share `density` of dense attention's `pairs`."""
@@ -86,6 +87,17 @@ class Account:
         if reason not in self.planned and reason not in self._warned:
             self._warned.add(reason)
             logger.warning("%s runs dense attention: %s", self.component, reason)
+
+    def tell(self, note: str) -> None:
+        """Keep, and log once, what could not be done as planned though sparse attention ran."""
+        if note not in self._notes:
+            self._notes[note] = None
+            logger.warning("%s: %s", self.component, note)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was told, in order."""
+        return tuple(self._notes)
 
     @property
     def ran(self) -> tuple[Ran, ...]:

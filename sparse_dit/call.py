@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -100,6 +100,29 @@ class AttentionCall:
         if self.kv_len is None:
             return self.rows
         return valid_rows(self.kv_len.to(self.q.device), self.q.shape[1])
+
+
+def item_of(call: AttentionCall, b: int) -> AttentionCall:
+    """One batch item of a language model's call, as a call of its own."""
+    rows = call.rows
+    if rows is not None:
+        found = rows.cache.get(("item", b))
+        if found is None:
+            parts = (None if x is None else x[b : b + 1] for x in (rows.start, rows.stop))
+            found = rows.cache[("item", b)] = RowIntervals(*parts)
+        assert isinstance(found, RowIntervals)
+        rows = found
+    mask, context = call.attn_mask, call.context
+    return replace(
+        call,
+        q=call.q[b : b + 1],
+        k=call.k[b : b + 1],
+        v=call.v[b : b + 1],
+        attn_mask=mask if mask is None or len(mask) == 1 else mask[b : b + 1],
+        context=replace(context, modalities=context.modalities[b : b + 1]),
+        stock=lambda: call.stock()[b : b + 1],
+        rows=rows,
+    )
 
 
 Intercept = Callable[[AttentionCall], Tensor]

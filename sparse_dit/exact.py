@@ -70,6 +70,11 @@ class Exact:
         return Exact, (self.component, self.backend, self.nan_guard)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: it does what it says."""
+        return ()
+
+    @property
     def ran(self) -> tuple[Ran, ...]:
         """The account, one entry for each layer, way of running and length of the sequence."""
         return self._account.ran

@@ -133,7 +133,8 @@ class Handle:
         """What the plan forecasts and what ran so far; prints as a table."""
         lost = {name: tuple(a.lost) for name, a in self._attachments.items()}
         replaced = tuple(name for name, a in self._attachments.items() if a.replaced)
-        return summarise(self.plan, self.ran, lost, replaced)
+        notes = [note for runtime in self._runtimes.values() for note in runtime.notes]
+        return summarise(self.plan, self.ran, lost, replaced, tuple(notes))
 
     def begin_run(self) -> None:
         """Say that the next forward begins a generation, so that it takes nothing from the one before.

@@ -13,8 +13,8 @@ from torch import Tensor
 from .account import Account, Ran, Way
 from .attention import attend_by, backend_name, sparse_attention
 from .autocast import lowered
-from .call import AttentionCall, with_bias
-from .estimate import estimated_index
+from .call import AttentionCall, item_of, with_bias
+from .estimate import estimated_index, sighted
 from .index import PatternIndex, SparseIndex, build_index
 from .intervals import RowIntervals
 from .layout import TokenLayout
@@ -91,6 +91,10 @@ class Runtime:
     def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
         """Attention as the plan says for the stage, `[B, N, H, D]`; the heads `skipped` aren't computed."""
         shapes = self._shapes.get((call.layer, stage))
+        prompts = call.context.modalities
+        if shapes and len(prompts) > 1 and sighted(shapes) and len(set(prompts)) > 1:
+            items = [item_of(call, b) for b in range(len(prompts))]
+            return torch.cat([self._attend(item, stage, skipped) for item in items])
         index = self._estimate(call, shapes) if shapes else self._index(call, stage, skipped)
         if index.is_dense:
             heads = self.plan.layers[call.layer][stage]
@@ -109,7 +113,10 @@ class Runtime:
         q, k = lowered(call.q, call.k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         rows = None if call.attn_mask is None else call.rows
-        return estimated_index(q, k, shapes, scale=call.scale, rows=rows)
+        modalities = next(iter(call.context.modalities), None) if sighted(shapes) else None
+        if modalities is not None and modalities.unknown is not None:
+            self._account.tell(f"images are taken for text: {modalities.unknown}")
+        return estimated_index(q, k, shapes, scale=call.scale, rows=rows, modalities=modalities)
 
     def __reduce__(self):
         return Runtime, (self.component, self.plan, self.backend, self.nan_guard)
@@ -121,6 +128,11 @@ class Runtime:
     def ran(self) -> tuple[Ran, ...]:
         """The account, one entry for each layer, stage, way of running and length of the sequence."""
         return self._account.ran
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be done as the plan says, though it ran sparse."""
+        return self._account.notes
 
     def _planned_dense(self, call: AttentionCall, stage: int | None) -> str | None:
         if call.layer not in self.plan.layers:

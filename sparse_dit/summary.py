@@ -52,6 +52,7 @@ class Summary:
         made_at: Tokens of the sequences that the plan was made at.
         ran_at: Tokens of those that ran.
         replaced: Components in whose place the pipeline has another transformer than the patched one.
+        notes: What could not be done as the plan says, though it ran sparse.
     """
 
     density: float | None
@@ -65,6 +66,7 @@ class Summary:
     made_at: tuple[int, ...] = ()
     ran_at: tuple[int, ...] = ()
     replaced: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -87,6 +89,7 @@ class Summary:
         notes = [f"{ran}; density {_share(self.density)}{beside}"]
         if self.backends:
             notes.append(f"sparse attention by the backend {' and '.join(self.backends)}")
+        notes += self.notes
         notes.extend(self._forecast_notes())
         for component, layers in self.lost.items():
             if layers:
@@ -127,6 +130,7 @@ def summarise(
     ran: Mapping[str, tuple[Ran, ...]],
     lost: Mapping[str, tuple[str, ...]],
     replaced: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Summary:
     """The summary of what the runtimes of all transformers counted."""
     stages = []
@@ -149,6 +153,7 @@ def summarise(
         made_at=tuple(sorted(_lengths(plan))) if plan else (),
         ran_at=tuple(sorted({record.tokens for record in records})),
         replaced=replaced,
+        notes=notes,
     )
 
 

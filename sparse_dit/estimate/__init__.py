@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 from ..patterns.dense import Dense
-from ..patterns.estimated import Budget, PooledBlocks, Share, SinkWindow, VerticalSlash
-from .estimated import estimated_index
+from ..patterns.estimated import Budget, Grid, PooledBlocks, Share, SinkWindow, VerticalSlash
+from .estimated import estimated_index, sighted
 
 __all__ = [
     "Budget",
     "Dense",
+    "Grid",
     "PooledBlocks",
     "Share",
     "SinkWindow",
     "VerticalSlash",
     "estimated_index",
+    "sighted",
 ]

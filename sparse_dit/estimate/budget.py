@@ -39,14 +39,11 @@ def choose(
         budget: How much is chosen.
         sinks, local: Keys that are always chosen: the first, and those behind each row.
     """
-    bins = local_bins(local)
-    seen, pairs = call.column_rows(bins * BIN).sum(0), call.diagonal_pairs.sum(0)
-    scores = torch.cat([columns, diagonals / BIN_KEYS], 1)
-    costs = torch.cat([seen, pairs * BIN_KEYS // BIN])
-    forced = torch.cat([call.sinks(sinks), torch.arange(len(pairs)) < bins])
-    allowed = call.budget(budget.keys(call.num_keys))
-    chosen = within(scores, costs, forced, allowed)
+    scores, costs, forced = candidates(columns, diagonals, call, sinks=sinks, local=local)
+    chosen = within(scores, costs, forced, call.budget(budget.keys(call.num_keys)))
     if isinstance(budget, Share):
+        bins = local_bins(local)
+        seen, pairs = call.column_rows(bins * BIN).sum(0), call.diagonal_pairs.sum(0)
         chosen |= torch.cat(
             [
                 fewest(columns, columns * seen, budget.gamma),
@@ -55,6 +52,21 @@ def choose(
             1,
         )
     return chosen
+
+
+def candidates(
+    columns: Tensor, diagonals: Tensor, call: CallRows, *, sinks: int, local: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores `[L, M + C]`, costs and whether it is chosen anyway, `[M + C]`, of columns, then bins.
+
+    The arguments are those of `choose`. A score times a cost is the probability that is gained.
+    """
+    bins = local_bins(local)
+    seen, pairs = call.column_rows(bins * BIN).sum(0), call.diagonal_pairs.sum(0)
+    scores = torch.cat([columns, diagonals / BIN_KEYS], 1)
+    costs = torch.cat([seen, pairs * BIN_KEYS // BIN])
+    forced = torch.cat([call.sinks(sinks), torch.arange(len(pairs)) < bins])
+    return scores, costs, forced
 
 
 def within(scores: Tensor, costs: Tensor, forced: Tensor, budget: int) -> Tensor:

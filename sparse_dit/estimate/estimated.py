@@ -11,10 +11,12 @@ from torch import Tensor
 from ..entry import PatternIndex
 from ..index import SparseIndex, dense_entry
 from ..intervals import RowIntervals, causal_rows
+from ..modalities import Modalities
 from ..on_cpu import on_cpu
 from ..patterns.dense import Dense
-from ..patterns.estimated import PooledBlocks, Shape, SinkWindow, VerticalSlash
+from ..patterns.estimated import Grid, PooledBlocks, Shape, SinkWindow, VerticalSlash
 from .budget import choose, local_bins
+from .grid import grid_entries
 from .pooled import pooled_entries
 from .rows import BIN, CallRows, call_rows, sample_rows
 from .runs import slash_entries
@@ -30,6 +32,7 @@ def estimated_index(
     *,
     scale: float | None = None,
     rows: RowIntervals | None = None,
+    modalities: Modalities | None = None,
 ) -> SparseIndex:
     """An index for a causal prefill, or a chunk of one, whose rows are the last N of M tokens.
 
@@ -43,6 +46,7 @@ def estimated_index(
         scale: Factor of the logits; `D ** -0.5` if None.
         rows: Intervals of the call besides causal order, `[B, N]`, for padding or packed sequences; the call
             must be given them too.
+        modalities: Where images and videos lie among the M keys of all items; None if there are none.
 
     Returns:
         An index with causal order as its `rows`, on the device of `q`.
@@ -54,10 +58,14 @@ def estimated_index(
     num_queries, num_keys = q.shape[2], k.shape[2]
     if rows is not None:
         rows.check((q.shape[0], num_queries))
+    if modalities is not None and modalities.length != num_keys:
+        raise ValueError(
+            f"modalities must be of the call's {num_keys} keys, got those of {modalities.length} tokens"
+        )
     call = call_rows(num_queries, num_keys, rows)
     factor = float(q.shape[-1] ** -0.5) if scale is None else scale
     entries, places = [], [0] * len(shapes)
-    for heads, made in _by_shape(q, k, shapes, call, factor):
+    for heads, made in _by_shape(q, k, shapes, call, factor, modalities):
         alike = len(made) == 1
         for i, head in enumerate(heads):
             places[head] = len(entries) + (0 if alike else i)
@@ -68,8 +76,18 @@ def estimated_index(
     return index if q.is_cpu else index.to(q.device)
 
 
+def sighted(shapes: Sequence[Shape]) -> bool:
+    """Whether what is seen depends on where images and videos lie."""
+    return any(isinstance(shape, Grid) for shape in shapes)
+
+
 def _by_shape(
-    q: Tensor, k: Tensor, shapes: Sequence[Shape], call: CallRows, scale: float
+    q: Tensor,
+    k: Tensor,
+    shapes: Sequence[Shape],
+    call: CallRows,
+    scale: float,
+    modalities: Modalities | None,
 ) -> list[tuple[list[int], list[PatternIndex]]]:
     """Heads, and an entry for each of them or one for them all."""
     made, sampled = [], {}
@@ -82,6 +100,8 @@ def _by_shape(
             made.append((heads, [_sink_window(shape, call)]))
         elif isinstance(shape, PooledBlocks):
             made.append((heads, pooled_entries(q, k, call, heads, shape, scale)))
+        elif isinstance(shape, Grid) and modalities is not None and modalities.media:
+            made.append((heads, grid_entries(q, k, call, heads, shape, scale, modalities)))
         else:
             key = (shape.rows, shape.sampled, local_bins(shape.local) * BIN)
             sampled.setdefault(key, []).append((shape, heads))
@@ -93,7 +113,7 @@ def _by_shape(
     return made
 
 
-def is_dense(shape: VerticalSlash | PooledBlocks | SinkWindow, num_keys: int) -> bool:
+def is_dense(shape: VerticalSlash | PooledBlocks | SinkWindow | Grid, num_keys: int) -> bool:
     """Whether a shape's budget is the whole call."""
     return shape.budget.keys(num_keys) >= num_keys
 
@@ -101,7 +121,7 @@ def is_dense(shape: VerticalSlash | PooledBlocks | SinkWindow, num_keys: int) ->
 def _vertical_slash(
     sums: SampledSums,
     call: CallRows,
-    wanted: list[tuple[VerticalSlash, list[int]]],
+    wanted: list[tuple[VerticalSlash | Grid, list[int]]],
     heads: list[int],
 ) -> tuple[list[int], list[PatternIndex]]:
     """Heads of shapes that need the same sums, and an entry for each."""

@@ -8,7 +8,7 @@ adds how tokens are ordered and grouped and what stands for the rest. To add one
 from ..curve import Curve
 from .blocks import Blocks
 from .dense import Dense
-from .estimated import Budget, PooledBlocks, Share, SinkWindow, VerticalSlash
+from .estimated import Budget, Grid, PooledBlocks, Share, SinkWindow, VerticalSlash
 from .pattern import ESTIMATED, GEOMETRY, PATTERNS, Pattern
 from .skip import Skip
 from .stencil import Stencil
@@ -26,6 +26,7 @@ __all__ = [
     "Budget",
     "Curve",
     "Dense",
+    "Grid",
     "Pattern",
     "PooledBlocks",
     "Share",

@@ -1,7 +1,7 @@
 """What a head of a causal language model may be estimated as, and how many keys it may cost.
 
 Ideas: MInference (https://arxiv.org/abs/2407.02490) for the shapes, FlexPrefill (2502.20766) for the share,
-MoA (2406.14909) for budgets that grow with the length.
+MoA (2406.14909) for budgets that grow with the length, MMInference (2504.16083) for the grid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from .dense import Dense
-from .fields import CONFIG, MAX_EXTENT, Count, Distance
+from .fields import CONFIG, MAX_EXTENT, Count, Distance, Flag
 
 Keys = Annotated[float, Field(strict=True, ge=-MAX_EXTENT, le=MAX_EXTENT)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
@@ -122,4 +122,34 @@ class SinkWindow:
     budget: Budget = Budget()
 
 
-Shape = VerticalSlash | PooledBlocks | SinkWindow | Dense
+@dataclass(frozen=True, config=CONFIG)
+class Grid:
+    """Lines over the grids of a VLM's images and videos: MMInference's grid heads.
+
+    A line is all tokens at one place in a row, or at one place in a frame, of all of a clip's rows or frames.
+    Which of both strides, and which places, is found from sampled rows. Keys of text are chosen one by one.
+    Where no image or video is known, it is a `VerticalSlash`.
+
+    Args:
+        vertical: Whether keys on lines are seen by all rows.
+        slash: Whether a row sees, in all frames, what lies about its own place, or so far from it: diagonals
+            that repeat with the frames.
+        horizontal: Whether rows on the best line see everything.
+        rows, sampled, budget, sinks, local: As for `VerticalSlash`; rows that see everything are paid first.
+    """
+
+    vertical: Flag = True
+    slash: Flag = True
+    horizontal: Flag = False
+    rows: Literal["last", "spread", "both"] = "both"
+    sampled: Sampled = 48
+    budget: Budget = Budget()
+    sinks: Distance = 16
+    local: Count = 64
+
+    def __post_init__(self) -> None:
+        if not (self.vertical or self.slash or self.horizontal):
+            raise ValueError("a grid needs vertical, slash or horizontal lines, got none of them")
+
+
+Shape = VerticalSlash | PooledBlocks | SinkWindow | Grid | Dense

@@ -14,7 +14,7 @@ from ..curve import Curve
 from ..layout import Tile
 from .blocks import Blocks
 from .dense import Dense
-from .estimated import PooledBlocks, SinkWindow, VerticalSlash
+from .estimated import Grid, PooledBlocks, SinkWindow, VerticalSlash
 from .fields import CONFIG, Count, Distance, Flag
 from .skip import Skip
 from .stencil import Stencil
@@ -39,6 +39,7 @@ ESTIMATED: dict[str, Any] = {  # what is seen is found anew in each call, for ca
     "sink_window": SinkWindow,
     "vertical_slash": VerticalSlash,
     "pooled_blocks": PooledBlocks,
+    "grid": Grid,
 }
 PATTERNS = GEOMETRY | ESTIMATED
 NAMES = {shape: name for name, shape in PATTERNS.items()}
