@@ -6,6 +6,9 @@ import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 Modality = Literal["text", "image", "video"]
 MODALITIES: tuple[Modality, ...] = ("text", "image", "video")
 
@@ -72,6 +75,15 @@ class Modalities:
             found.append(part)
             at = part.stop
         return (*found, _text(at, self.length)) if at < self.length else tuple(found)
+
+    def kinds(self) -> Tensor:
+        """int64 `[length]`: each token's place in `MODALITIES`."""
+        if "kinds" not in self.cache:
+            found = torch.zeros(self.length, dtype=torch.int64, device="cpu")
+            for part in self.media:
+                found[part.start : part.stop] = MODALITIES.index(part.kind)
+            self.cache["kinds"] = found
+        return self.cache["kinds"]
 
     def until(self, length: int) -> Modalities:
         """Those of the first `length` tokens; of more than there are, the further ones are text."""

@@ -6,13 +6,26 @@
 from __future__ import annotations
 
 from ..patterns.dense import Dense
-from ..patterns.estimated import Budget, Grid, PooledBlocks, Share, SinkWindow, VerticalSlash
+from ..patterns.estimated import (
+    Budget,
+    ByKey,
+    ByQuery,
+    Grid,
+    OwnPart,
+    PooledBlocks,
+    Share,
+    SinkWindow,
+    VerticalSlash,
+)
 from .estimated import estimated_index, sighted
 
 __all__ = [
     "Budget",
+    "ByKey",
+    "ByQuery",
     "Dense",
     "Grid",
+    "OwnPart",
     "PooledBlocks",
     "Share",
     "SinkWindow",

@@ -28,6 +28,7 @@ def choose(
     *,
     sinks: int,
     local: int,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Columns and bins of each head within a budget, or with a share of the probability.
 
@@ -38,9 +39,16 @@ def choose(
         call: All rows.
         budget: How much is chosen.
         sinks, local: Keys that are always chosen: the first, and those behind each row.
+        keys: Bool `[M]`: columns that may be chosen, whose number is the budget's length; None for all.
     """
+    length = call.num_keys if keys is None else int(keys.sum())
+    allowed = call.budget(budget.keys(length))
     scores, costs, forced = candidates(columns, diagonals, call, sinks=sinks, local=local)
-    chosen = within(scores, costs, forced, call.budget(budget.keys(call.num_keys)))
+    if keys is not None:
+        hidden = torch.nn.functional.pad(~keys, (0, diagonals.shape[1])) & ~forced
+        scores, costs = scores.masked_fill(hidden, -1), costs.masked_fill(hidden, allowed + 1)
+        columns = columns.masked_fill(~keys, 0)
+    chosen = within(scores, costs, forced, allowed)
     if isinstance(budget, Share):
         bins = local_bins(local)
         seen, pairs = call.column_rows(bins * BIN).sum(0), call.diagonal_pairs.sum(0)

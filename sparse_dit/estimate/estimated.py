@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,12 +12,22 @@ from torch import Tensor
 from ..entry import PatternIndex
 from ..index import SparseIndex, dense_entry
 from ..intervals import RowIntervals, causal_rows
-from ..modalities import Modalities
+from ..modalities import MODALITIES, Modalities
 from ..on_cpu import on_cpu
 from ..patterns.dense import Dense
-from ..patterns.estimated import Grid, PooledBlocks, Shape, SinkWindow, VerticalSlash
+from ..patterns.estimated import (
+    ByKey,
+    ByQuery,
+    Grid,
+    OwnPart,
+    PooledBlocks,
+    Shape,
+    SinkWindow,
+    VerticalSlash,
+)
 from .budget import choose, local_bins
 from .grid import grid_entries
+from .parts import by_keys, by_rows, own_part
 from .pooled import pooled_entries
 from .rows import BIN, CallRows, call_rows, sample_rows
 from .runs import slash_entries
@@ -62,55 +73,137 @@ def estimated_index(
         raise ValueError(
             f"modalities must be of the call's {num_keys} keys, got those of {modalities.length} tokens"
         )
+    if modalities is not None and not modalities.media:
+        modalities = None
     call = call_rows(num_queries, num_keys, rows)
     factor = float(q.shape[-1] ** -0.5) if scale is None else scale
-    entries, places = [], [0] * len(shapes)
-    for heads, made in _by_shape(q, k, shapes, call, factor, modalities):
-        alike = len(made) == 1
-        for i, head in enumerate(heads):
-            places[head] = len(entries) + (0 if alike else i)
-        entries += made
-    index = SparseIndex(
-        tuple(entries), tuple(places), causal_rows(num_queries, num_keys, num_keys - num_queries)
-    )
+    seen = _index_rows(call, rows, modalities)
+    scope = _Scope(q, k, call, call, factor, seen, modalities)
+    found = _entries(scope, dict(enumerate(shapes)))
+    entries = list({id(entry): entry for entry in found.values()}.values())
+    numbers = {id(entry): number for number, entry in enumerate(entries)}
+    places = tuple(numbers[id(found[head])] for head in range(len(shapes)))
+    index = SparseIndex(tuple(entries), places, seen)
     return index if q.is_cpu else index.to(q.device)
 
 
 def sighted(shapes: Sequence[Shape]) -> bool:
     """Whether what is seen depends on where images and videos lie."""
-    return any(isinstance(shape, Grid) for shape in shapes)
+    return any(isinstance(shape, Grid | OwnPart | ByKey | ByQuery) for shape in shapes)
 
 
-def _by_shape(
-    q: Tensor,
-    k: Tensor,
-    shapes: Sequence[Shape],
-    call: CallRows,
-    scale: float,
-    modalities: Modalities | None,
-) -> list[tuple[list[int], list[PatternIndex]]]:
-    """Heads, and an entry for each of them or one for them all."""
-    made, sampled = [], {}
-    size = q.shape[2], call.num_keys
-    for shape in dict.fromkeys(shapes):
-        heads = [head for head, of in enumerate(shapes) if of == shape]
-        if isinstance(shape, Dense) or is_dense(shape, call.num_keys):
-            made.append((heads, [dense_entry(*size)]))
+@dataclass(frozen=True)
+class _Scope:
+    """What entries are estimated from, and for.
+
+    Args:
+        q, k, scale, modalities: As given; modalities are None if there are no images.
+        call: All rows.
+        rows: Those that are sampled, and whose pairs a budget counts.
+        seen: Up to where each row sees keys.
+        keys: Bool `[M]`: which keys are chosen from; None for all.
+    """
+
+    q: Tensor
+    k: Tensor
+    call: CallRows
+    rows: CallRows
+    scale: float
+    seen: RowIntervals
+    modalities: Modalities | None
+    keys: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """How many keys are chosen from."""
+        return self.call.num_keys if self.keys is None else int(self.keys.sum())
+
+
+def _entries(scope: _Scope, shapes: Mapping[int, Shape]) -> dict[int, PatternIndex]:
+    """An entry for each head of `shapes`; the same object for heads that share one."""
+    found: dict[int, PatternIndex] = {}
+    sampled: dict[tuple, list[tuple[VerticalSlash | Grid, list[int]]]] = {}
+    call, size = scope.call, (scope.q.shape[2], scope.call.num_keys)
+    for shape in dict.fromkeys(shapes.values()):
+        heads = [head for head, of in shapes.items() if of == shape]
+        if isinstance(shape, ByQuery | ByKey):
+            found |= _by_modality(scope, shape, heads)
+        elif isinstance(shape, OwnPart):
+            stop = scope.seen.stop
+            assert stop is not None, "causal order has stops"
+            where = scope.modalities or Modalities(call.num_keys)
+            found |= dict.fromkeys(heads, own_part(where, call, stop, shape.sinks))
+        elif isinstance(shape, Dense) or is_dense(shape, scope.length):
+            found |= dict.fromkeys(heads, dense_entry(*size))
         elif isinstance(shape, SinkWindow):
-            made.append((heads, [_sink_window(shape, call)]))
+            found |= dict.fromkeys(heads, _sink_window(shape, call, scope.length))
         elif isinstance(shape, PooledBlocks):
-            made.append((heads, pooled_entries(q, k, call, heads, shape, scale)))
-        elif isinstance(shape, Grid) and modalities is not None and modalities.media:
-            made.append((heads, grid_entries(q, k, call, heads, shape, scale, modalities)))
+            args = (scope.q, scope.k, call, heads, shape, scope.scale, scope.keys)
+            found |= zip(heads, pooled_entries(*args), strict=True)
+        elif isinstance(shape, Grid) and scope.modalities is not None:
+            args = (scope.q, scope.k, scope.rows, heads, shape, scope.scale)
+            made = grid_entries(*args, scope.modalities, scope.keys)
+            found |= zip(heads, made, strict=True)
         else:
             key = (shape.rows, shape.sampled, local_bins(shape.local) * BIN)
             sampled.setdefault(key, []).append((shape, heads))
     for (kind, count, local), wanted in sampled.items():
-        sample = sample_rows(call, kind, count)
+        sample = sample_rows(scope.rows, kind, count)
         heads = sorted(head for _, of in wanted for head in of)
-        sums = sampled_sums(q, k, sample, scale=scale, heads=heads, local=local)
-        made.append(_vertical_slash(sums, call, wanted, heads))
-    return made
+        sums = sampled_sums(scope.q, scope.k, sample, scale=scope.scale, heads=heads, local=local)
+        found |= _vertical_slash(sums, scope, wanted, heads)
+    return found
+
+
+def _by_modality(
+    scope: _Scope, shape: ByQuery | ByKey, heads: list[int]
+) -> dict[int, PatternIndex]:
+    """Entries of heads with a shape for each modality of the rows, or of the keys."""
+    if scope.modalities is None:
+        return _entries(scope, dict.fromkeys(heads, shape.text))
+    kinds = scope.modalities.kinds()
+    if isinstance(shape, ByQuery):
+        kinds = kinds[scope.call.offset :]
+    numbers = kinds.unique().tolist()
+    parts = []
+    for number in numbers:
+        mine = kinds == number
+        if isinstance(shape, ByQuery):
+            part = replace(scope, rows=scope.call.of(mine))
+        else:
+            part = replace(scope, keys=mine)
+        one: Shape = getattr(shape, MODALITIES[number])
+        parts.append(_entries(part, dict.fromkeys(heads, one)))
+    made: dict[tuple[int, ...], PatternIndex] = {}
+    found = {}
+    for head in heads:
+        entries = [part[head] for part in parts]
+        key = tuple(map(id, entries))
+        if key not in made and isinstance(shape, ByQuery):
+            made[key] = by_rows(entries, torch.searchsorted(torch.tensor(numbers), kinds))
+        elif key not in made:
+            made[key] = by_keys(entries, kinds, numbers)
+        found[head] = made[key]
+    return found
+
+
+def _index_rows(
+    call: CallRows, rows: RowIntervals | None, modalities: Modalities | None
+) -> RowIntervals:
+    """Causal order, but for images whose rows a mask lets see what comes later."""
+    n, m = call.rows.shape[1], call.num_keys
+    causal = causal_rows(n, m, call.offset)
+    if rows is None or rows.stop is None or modalities is None:
+        return causal
+    key = ("images both ways", n, m)
+    if key not in rows.cache:
+        assert causal.stop is not None, "causal order has stops"
+        stop = rows.to("cpu").bounds(m, n)[1].expand(-1, n).amax(0)
+        wide = causal.stop.maximum(stop * (modalities.kinds()[call.offset :] > 0))
+        rows.cache[key] = RowIntervals(stop=wide) if (wide > causal.stop).any() else causal
+    found = rows.cache[key]
+    assert isinstance(found, RowIntervals)
+    return found
 
 
 def is_dense(shape: VerticalSlash | PooledBlocks | SinkWindow | Grid, num_keys: int) -> bool:
@@ -120,24 +213,26 @@ def is_dense(shape: VerticalSlash | PooledBlocks | SinkWindow | Grid, num_keys: 
 
 def _vertical_slash(
     sums: SampledSums,
-    call: CallRows,
+    scope: _Scope,
     wanted: list[tuple[VerticalSlash | Grid, list[int]]],
     heads: list[int],
-) -> tuple[list[int], list[PatternIndex]]:
-    """Heads of shapes that need the same sums, and an entry for each."""
+) -> dict[int, PatternIndex]:
+    """Entries of heads of shapes that need the same sums."""
     columns, diagonals = sums.means_of_all()
     parts = []
     for shape, of in wanted:
         at = slice(None) if of == heads else [heads.index(head) for head in of]
         sizes = {"sinks": shape.sinks, "local": shape.local}
-        parts.append(choose(columns[at], diagonals[at], call, shape.budget, **sizes))
+        parts.append(
+            choose(columns[at], diagonals[at], scope.rows, shape.budget, keys=scope.keys, **sizes)
+        )
     chosen = parts[0] if len(parts) == 1 else torch.cat(parts)
-    size = call.rows.shape[1], call.num_keys
-    return [head for _, of in wanted for head in of], slash_entries(chosen, *size)
+    entries = slash_entries(chosen, scope.q.shape[2], scope.call.num_keys)
+    return dict(zip((head for _, of in wanted for head in of), entries, strict=True))
 
 
-def _sink_window(shape: SinkWindow, call: CallRows) -> PatternIndex:
-    window = max(1, shape.budget.keys(call.num_keys) - shape.sinks)
+def _sink_window(shape: SinkWindow, call: CallRows, length: int) -> PatternIndex:
+    window = max(1, shape.budget.keys(length) - shape.sinks)
     if call is call_rows(call.rows.shape[1], call.num_keys, None):
         return _static_window(shape.sinks, window, call.rows.shape[1], call.num_keys)
     return _window(call, shape.sinks, window)

@@ -17,8 +17,9 @@ from ..entry import PatternIndex
 from ..modalities import Modalities
 from ..patterns.estimated import Grid
 from .budget import candidates, local_bins, within
+from .parts import by_rows
 from .rows import BIN, CallRows, sample_rows
-from .runs import by_rows, slash_entries
+from .runs import slash_entries
 from .sums import sampled_sums
 
 Stride = Literal["row", "frame"]
@@ -74,6 +75,7 @@ def grid_entries(
     shape: Grid,
     scale: float,
     modalities: Modalities,
+    keys: Tensor | None = None,
 ) -> list[PatternIndex]:
     """An index for each listed head.
 
@@ -85,6 +87,7 @@ def grid_entries(
         shape: What lines, and how many.
         scale: Factor of the logits.
         modalities: Where images and videos lie; there is one.
+        keys: Bool `[M]`: keys that may be chosen, whose number is the budget's length; None for all.
     """
     local, size = local_bins(shape.local) * BIN, (q.shape[2], k.shape[2])
     sample = sample_rows(call, shape.rows, shape.sampled)
@@ -95,7 +98,7 @@ def grid_entries(
     others = torch.cat([sums.columns - half.columns, sums.diagonals - half.diagonals], 2).sum(0)
     tried = []
     for stride in STRIDES:
-        lines = _Lines(modalities, stride, call, shape)
+        lines = _Lines(modalities, stride, call, shape, keys)
         found, _ = lines.choose(*half.means_of_all())
         tried.append(((others * found).sum(1), lines, *lines.choose(*sums.means_of_all())))
     pick = torch.stack([kept for kept, *_ in tried]).argmax(0).tolist()
@@ -112,7 +115,14 @@ def grid_entries(
 class _Lines:
     """Candidates of one stride: lines of keys, keys of text, and diagonals that repeat with the frames."""
 
-    def __init__(self, modalities: Modalities, stride: Stride, call: CallRows, shape: Grid) -> None:
+    def __init__(
+        self,
+        modalities: Modalities,
+        stride: Stride,
+        call: CallRows,
+        shape: Grid,
+        keys: Tensor | None,
+    ) -> None:
         self.call, self.shape = call, shape
         self.keys = key_lines(modalities, stride)
         first = int(self.keys.max()) + 1
@@ -124,6 +134,10 @@ class _Lines:
         for part in modalities.media:
             self.sighted[self.keys[part.start : part.stop]] = True
         self.never = self.sighted & (not shape.vertical)
+        self.length = len(self.keys)
+        if keys is not None:
+            self.never[self.keys[~keys]] = True
+            self.length = int(keys.sum())
         if not shape.slash:
             self.never[first:] = True
 
@@ -139,7 +153,7 @@ class _Lines:
         gain.index_add_(1, lines, (scores * costs)[:, ~forced].double())
         score = (gain / cost.clamp_min(1)).float()
         best = score.masked_fill(~self.sighted, -torch.inf).argmax(1)
-        allowed = call.budget(shape.budget.keys(call.num_keys)) - int(costs[forced].sum())
+        allowed = call.budget(shape.budget.keys(self.length)) - int(costs[forced].sum())
         if shape.horizontal:
             allowed -= max(self._pairs_on(line) for line in best)
         allowed = max(0, allowed)

@@ -20,7 +20,13 @@ from .runs import GROUP, entries_of, group_bounds
 
 
 def pooled_entries(
-    q: Tensor, k: Tensor, call: CallRows, heads: Sequence[int], shape: PooledBlocks, scale: float
+    q: Tensor,
+    k: Tensor,
+    call: CallRows,
+    heads: Sequence[int],
+    shape: PooledBlocks,
+    scale: float,
+    keys: Tensor | None = None,
 ) -> list[PatternIndex]:
     """An index for each listed head, of the blocks that suit all batch items the most.
 
@@ -31,12 +37,18 @@ def pooled_entries(
         heads: Which heads, ascending.
         shape: How much is chosen.
         scale: Factor of the logits.
+        keys: Bool `[M]`: keys that may be chosen, whose number is the budget's length; None for all.
     """
     seen = _visible(call)
+    length = call.num_keys
+    if keys is not None:
+        length = int(keys.sum())
+        pad = torch.nn.functional.pad(keys, (0, -call.num_keys % BIN))
+        seen = seen & pad.unflatten(0, (-1, BIN)).any(-1)
     p = pooled_probabilities(q, k, heads, seen, scale).mean(0)
     seen = seen.any(0)
     forced = _forced(call, shape.sinks, shape.local)
-    wanted = torch.full((len(seen),), -(-shape.budget.keys(call.num_keys) // BIN))
+    wanted = torch.full((len(seen),), -(-shape.budget.keys(length) // BIN))
     chosen = _best(p, forced, wanted) & (seen | forced)
     if isinstance(shape.budget, Share):
         chosen |= fewest(p, p, shape.budget.gamma)

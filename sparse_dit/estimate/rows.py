@@ -60,10 +60,14 @@ class CallRows:
         """Pairs of all rows if each computes at most so many of its keys."""
         return int((self.stop - self.start).clamp(0, keys).sum())
 
+    def of(self, which: Tensor) -> CallRows:
+        """Some of the rows, by bool `[N]`."""
+        rows, start, stop = (x[:, which] for x in (self.rows, self.start, self.stop))
+        return CallRows(rows, start, stop, self.offset, self.num_keys)
+
     def every_other(self) -> CallRows:
         """Half of the rows, the first among them."""
-        rows, start, stop = (x[:, ::2] for x in (self.rows, self.start, self.stop))
-        return CallRows(rows, start, stop, self.offset, self.num_keys)
+        return self.of(torch.arange(self.rows.shape[1]) % 2 == 0)
 
     def sinks(self, count: int) -> Tensor:
         """Bool `[M]`: the `count` first keys of every sequence: of the padded ones and of packed ones.
@@ -140,10 +144,11 @@ def sample_rows(call: CallRows, kind: Literal["last", "spread", "both"], sampled
 def _sampled(call: CallRows, kind: str, sampled: int) -> CallRows:
     parts = [_sample(item, kind, sampled) for item in _sound_rows(call)]
     most = max([1, *map(len, parts)])
-    rows = torch.stack([torch.nn.functional.pad(part, (0, most - len(part))) for part in parts])
+    at = torch.stack([torch.nn.functional.pad(part, (0, most - len(part))) for part in parts])
     real = torch.arange(most) < torch.tensor([[len(part)] for part in parts])
-    start, stop = (x.gather(1, rows) * real for x in (call.start, call.stop))
-    return CallRows(rows.int(), start, stop, call.offset, call.num_keys)
+    start, stop = (x.gather(1, at) * real for x in (call.start, call.stop))
+    rows = call.rows.expand(len(at), -1).gather(1, at)
+    return CallRows(rows.contiguous(), start, stop, call.offset, call.num_keys)
 
 
 def _sound_rows(call: CallRows) -> list[Tensor]:

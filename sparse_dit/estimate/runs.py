@@ -6,14 +6,13 @@ Letters in shapes: L heads, N query tokens, M key tokens, C bins of 64 offsets, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends.cpu import estimates, library
 from ..backends.cpu.estimates import BIN, GROUP
-from ..entry import PatternIndex, expand
+from ..entry import PatternIndex
 from ..index import runs_of
 from ..on_cpu import on_cpu
 
@@ -42,35 +41,6 @@ def entries_of(
         PatternIndex(num_queries, num_keys, None, None, bounds, mine, part)
         for mine, part in zip(offsets, parts, strict=True)
     ]
-
-
-def by_rows(parts: Sequence[PatternIndex], owner: Tensor) -> PatternIndex:
-    """An entry each of whose rows sees what it sees in one of several.
-
-    Args:
-        parts: Entries of the same size, of tokens in their place.
-        owner: int64 `[N]`: for each row its part.
-    """
-    n = len(owner)
-    change = torch.ones(n + 1, dtype=torch.bool)
-    change[1:n] = owner[1:] != owner[:-1]
-    change[:n:GROUP] = True
-    for number, part in enumerate(parts):
-        cuts = part.q_offsets[1:-1].long()
-        change[cuts[owner[cuts] == number]] = True
-    bounds = change.nonzero()[:, 0]
-    starts = bounds[:-1]
-    first, count = torch.empty_like(starts), torch.empty_like(starts)
-    shift = 0
-    for number, part in enumerate(parts):
-        mine = owner[starts] == number
-        group = torch.searchsorted(part.q_offsets.long(), starts[mine], right=True) - 1
-        first[mine] = part.run_offsets[group].long() + shift
-        count[mine] = part.run_offsets[group + 1].long() + shift - first[mine]
-        shift += len(part.runs)
-    runs = torch.cat([part.runs for part in parts])[expand(torch.stack([first, count], 1))]
-    offsets = torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
-    return PatternIndex(n, parts[0].num_keys, None, None, bounds.int(), offsets, runs)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,17 @@ adds how tokens are ordered and grouped and what stands for the rest. To add one
 from ..curve import Curve
 from .blocks import Blocks
 from .dense import Dense
-from .estimated import Budget, Grid, PooledBlocks, Share, SinkWindow, VerticalSlash
+from .estimated import (
+    Budget,
+    ByKey,
+    ByQuery,
+    Grid,
+    OwnPart,
+    PooledBlocks,
+    Share,
+    SinkWindow,
+    VerticalSlash,
+)
 from .pattern import ESTIMATED, GEOMETRY, PATTERNS, Pattern
 from .skip import Skip
 from .stencil import Stencil
@@ -24,9 +34,12 @@ __all__ = [
     "PATTERNS",
     "Blocks",
     "Budget",
+    "ByKey",
+    "ByQuery",
     "Curve",
     "Dense",
     "Grid",
+    "OwnPart",
     "Pattern",
     "PooledBlocks",
     "Share",

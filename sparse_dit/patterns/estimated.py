@@ -152,4 +152,53 @@ class Grid:
             raise ValueError("a grid needs vertical, slash or horizontal lines, got none of them")
 
 
-Shape = VerticalSlash | PooledBlocks | SinkWindow | Grid | Dense
+@dataclass(frozen=True, config=CONFIG)
+class OwnPart:
+    """A row sees the image, frame or stretch of text that it is in, and the first keys. Nothing is estimated.
+
+    A video whose frames have no text between is one part. Where a mask lets an image's rows see their whole
+    image, as Gemma 3's does, they do.
+
+    Args:
+        sinks: How many first keys.
+    """
+
+    sinks: Distance = 64
+
+
+Plain = VerticalSlash | PooledBlocks | SinkWindow | Grid | OwnPart | Dense
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ByKey:
+    """What a row sees of keys of text, of images and of videos: a shape each, as MMInference's 2-D boundary.
+
+    Each is estimated from the same rows, over all keys, and chooses among keys of its own; a budget's length
+    is their number.
+
+    Args:
+        text, image, video: The shapes.
+    """
+
+    text: Plain = Dense()
+    image: Plain = Dense()
+    video: Plain = Dense()
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ByQuery:
+    """What rows of text, of images and of videos see: a shape each, as MMInference's Q-boundary.
+
+    Each is estimated from rows of its own. With a `ByKey` in it, it is the 2-D boundary. Where no image or
+    video is known, all rows are text.
+
+    Args:
+        text, image, video: The shapes.
+    """
+
+    text: Plain | ByKey = Dense()
+    image: Plain | ByKey = Dense()
+    video: Plain | ByKey = Dense()
+
+
+Shape = Plain | ByKey | ByQuery

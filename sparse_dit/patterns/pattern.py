@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..curve import Curve
 from ..layout import Tile
+from ..modalities import MODALITIES
 from .blocks import Blocks
 from .dense import Dense
-from .estimated import Grid, PooledBlocks, SinkWindow, VerticalSlash
+from .estimated import ByKey, ByQuery, Grid, OwnPart, PooledBlocks, SinkWindow, VerticalSlash
 from .fields import CONFIG, Count, Distance, Flag
 from .skip import Skip
 from .stencil import Stencil
@@ -40,6 +41,9 @@ ESTIMATED: dict[str, Any] = {  # what is seen is found anew in each call, for ca
     "vertical_slash": VerticalSlash,
     "pooled_blocks": PooledBlocks,
     "grid": Grid,
+    "own_part": OwnPart,
+    "by_key": ByKey,
+    "by_query": ByQuery,
 }
 PATTERNS = GEOMETRY | ESTIMATED
 NAMES = {shape: name for name, shape in PATTERNS.items()}
@@ -230,6 +234,9 @@ def _shape_to_dict(shape: Any) -> dict[str, Any]:
     if isinstance(shape, Blocks):
         return {"name": name, "lattice": list(shape.lattice), "mask": shape.tensor_name}
     data: dict[str, Any] = {"name": name}
+    if isinstance(shape, ByKey | ByQuery):
+        parts = {modality: getattr(shape, modality) for modality in MODALITIES}
+        return data | {m: _shape_to_dict(part) for m, part in parts.items() if part != Dense()}
     for field in dataclasses.fields(shape):
         value = getattr(shape, field.name)
         if field.default is dataclasses.MISSING or value != field.default:
@@ -257,6 +264,9 @@ def _shape_from_dict(data: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         if any(part.get("name") == "union" for part in parts):
             raise ValueError("union: a union can't hold a union")
         return Union(tuple(_shape_from_dict(part, tensors) for part in parts))
+    if name in ("by_key", "by_query"):
+        parts = {m: v for m, v in parameters.items() if m in MODALITIES and isinstance(v, dict)}
+        parameters |= {m: _shape_from_dict(part, tensors) for m, part in parts.items()}
     if name == "blocks":
         mask = parameters.pop("mask", None)
         if not isinstance(mask, str) or mask not in tensors:

@@ -15,6 +15,10 @@ import torch
 
 from sparse_dit.patterns import (
     Budget,
+    ByKey,
+    ByQuery,
+    Grid,
+    OwnPart,
     Pattern,
     PooledBlocks,
     Share,
@@ -310,12 +314,34 @@ def test_a_layer_is_estimated_as_a_whole_or_not_at_all():
         VerticalSlash(rows="last", sampled=32, budget=Share(0.95, 128), sinks=0, local=512),
         VerticalSlash(budget=Share()),
         PooledBlocks(),
+        Grid(horizontal=True, slash=False, budget=Budget(beta=0.25)),
+        OwnPart(sinks=4),
+        ByKey(text=VerticalSlash(budget=Share()), image=Grid()),
+        ByQuery(text=ByKey(video=SinkWindow()), image=OwnPart(), video=Grid()),
+        ByQuery(),
     ],
 )
 def test_what_is_estimated_is_written_and_read(shape):
     pattern = Pattern(shape)
     assert Pattern.from_dict(json.loads(json.dumps(pattern.to_dict()))) == pattern
     assert pattern.is_estimated and pattern.version == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"name": "by_query", "sound": {"name": "dense"}}, "by_query: sound: Unexpected"),
+        ({"name": "by_query", "text": "dense"}, "by_query: text"),
+        ({"name": "by_query", "text": {"name": "window"}}, "by_query: text"),
+        ({"name": "by_query", "text": {"name": "by_query"}}, "by_query: text"),
+        ({"name": "by_key", "text": {"name": "by_key"}}, "by_key: text"),
+        ({"name": "by_key", "text": {"name": "grid", "every": 2}}, "grid: every: Unexpected"),
+        ({"name": "grid", "vertical": False, "slash": False}, "got none of them"),
+    ],
+)
+def test_modalities_have_estimated_shapes(data, why):
+    with pytest.raises(ValueError, match=why):
+        Pattern.from_dict(data)
 
 
 def test_what_is_estimated_has_no_tiles():
