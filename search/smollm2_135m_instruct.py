@@ -1,6 +1,6 @@
 """The plan of SmolLM2-135M-Instruct (made by demos/smollm2/make.py), for its folder in profiles/.
 
-    python search/smollm2_135m_instruct.py smollm2 --force
+python search/smollm2_135m_instruct.py smollm2 --force
 """
 
 from __future__ import annotations

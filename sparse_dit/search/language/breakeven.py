@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from ...call import AttentionCall
 from ...patterns import Pattern
 from .candidates import DENSE
-from .scores import costs_of, shortened
+from .costs import costs_of, shortened
 
 PARTS = (2, 4, 8, 16)
 LEAST = 128
+KINDS = 24  # of patterns, the most common ones; a VLM's heads may be as many kinds as they are
 
 
 def break_even(call: AttentionCall, chosen: Sequence[Pattern]) -> int:
@@ -27,6 +28,7 @@ def break_even(call: AttentionCall, chosen: Sequence[Pattern]) -> int:
     shares = Counter(pattern for pattern in chosen if not pattern.is_dense)
     if not shares:
         return 0
+    shares = Counter(dict(shares.most_common(KINDS)))
     best = call.q.shape[1]
     for part in PARTS:
         if (tokens := call.q.shape[1] // part) < LEAST:

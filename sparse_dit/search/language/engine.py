@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...integrations import attached, heads_of, unpatched
 from ...layout import TokenLayout
 from ...on_cpu import on_cpu
 from ...patch import patch
-from ...plan import ComponentPlan, Plan, Stage, config_hash
+from ...plan import ComponentPlan, Plan, config_hash
 from ...timing import Pairs, Taken, timing_of
-from ..assemble import layers_of
 from ..local import improve
 from ..options import by_keywords
 from ..provenance import made_with
@@ -24,11 +22,14 @@ from ..solve import Choice, Problem, cheapest, evaluate, least_loss
 from ..tune import Clock
 from .breakeven import break_even
 from .candidates import candidates
-from .options import LanguageOptions
+from .costs import Costs
+from .items import Item
+from .options import Given, LanguageOptions
+from .problem import PREFILL, Scores, planned, problem_of
+from .prompts import read_prompt
 from .reading import Passkey, Read, Text, finds, passkeys, read
-from .scores import COMPONENT, Costs, Item, LayerScores, Scorer, influences
+from .scores import COMPONENT, Scorer, influences
 
-PREFILL = Stage(1.0, 0.0, phase="prefill")
 ASKED_AT = (0.35, 0.65)  # depths of the questions that patterns are scored on; others verify
 QUESTIONS = 0.1  # what an answer's divergence counts, beside a text's
 MARGIN = 0.9  # of a limit that is aimed at after it was missed
@@ -60,24 +61,22 @@ class _Search:
     texts: list[Text]
     held_out: list[Text]
     clock: Clock
-    layers: dict[str, LayerScores] = field(default_factory=dict)
+    layers: Scores = field(default_factory=dict)
     passkeys: list[Passkey] = field(default_factory=list)
     dense: list[Read] = field(default_factory=list)
 
 
 @by_keywords(LanguageOptions)
 @on_cpu
-def search_language_model(
-    model: Any, texts: Sequence[str | Tensor], options: LanguageOptions
-) -> Plan:
-    """Find a plan for the prefill of a causal language model of transformers.
+def search_language_model(model: Any, texts: Sequence[Given], options: LanguageOptions) -> Plan:
+    """Find a plan for the prefill of a causal language model or VLM of transformers.
 
     The model is left as it was, whatever happens.
 
     Args:
         model: The model, not patched.
-        texts: Texts, or their tokens int64 `[N]`. The last of several is held out to verify on, unless
-            `held_out` is given.
+        texts: Texts, or their tokens int64 `[N]`; of a VLM also prompts with images or videos, as its
+            processor makes them. The last of several is held out to verify on, unless `held_out` is given.
         options: What is asked for: each field of `LanguageOptions` is a keyword.
 
     Raises:
@@ -87,24 +86,30 @@ def search_language_model(
     """
     unpatched(model)
     given, held = options.split(texts)
+    was_training = model.training
+    model.eval()
     run = _Search(
         model,
         options,
-        [options.text(text) for text in given],
-        [options.text(text) for text in held],
+        [_read(model, text, options) for text in given],
+        [_read(model, text, options) for text in held],
         Clock(model.device),
     )
-    was_training = model.training
-    model.eval()
     try:
         return _searched(run)
     finally:
         model.train(was_training)
 
 
+def _read(model: Any, text: Given, options: LanguageOptions) -> Text:
+    if isinstance(text, Mapping):
+        return read_prompt(model, text)
+    return options.text(text)
+
+
 def _searched(run: _Search) -> Plan:
     options, clock = run.options, run.clock
-    patterns = candidates()
+    patterns = candidates(media=any(text.modalities is not None for text in run.texts))
     costs = _scored(run, patterns)
     clock.lap("score")
     options.say(f"dense readings of {len(run.held_out)} held-out texts")
@@ -118,12 +123,11 @@ def _searched(run: _Search) -> Plan:
     task = problem_of(run.model, run.layers, patterns, costs, seconds)
     choice, verified = _tuned(run, task)
     clock.lap("verify")
-    least = break_even(
-        costs.call, [task.candidates[u][p] for u, p in enumerate(choice.pick.tolist())]
-    )
-    clock.lap("break-even")
     plan = _plan(run, task, choice)
     (name, part), *_ = plan.components.items()
+    heads = [head.pattern for stages in part.layers.values() for heads in stages for head in heads]
+    least = break_even(costs.call, heads)
+    clock.lap("break-even")
     part = replace(part, valid_tokens=(least, None))
     return replace(
         plan,
@@ -137,7 +141,7 @@ def _items(run: _Search) -> list[Item]:
     """The texts, and questions for what is hidden in others."""
     options, count = run.options, len(run.texts)
     items = [
-        Item.of_text(text.ids, options.rows, 2 * number, 1 / count)
+        Item.of_text(text, options.rows, 2 * number, 1 / count)
         for number, text in enumerate(run.texts)
     ]
     if options.tokenizer is not None and options.passkey_depths:
@@ -153,14 +157,14 @@ def _scored(run: _Search, patterns: Sequence[Any]) -> Costs:
     names = list(heads_of(run.model))
     items = _items(run)
     for number, item in enumerate(items):
-        what = f"text {number + 1}/{len(items)}, {item.ids.shape[1]} tokens"
+        what = f"text {number + 1}/{len(items)}, {item.text.ids.shape[1]} tokens"
         options.say(f"scoring {len(patterns)} patterns on {what}")
         grads = influences(run.model, item, options.draws, seed=number)
         middle = None if costs else names[len(names) // 2]
         scorer = Scorer(patterns, item, grads, run.layers, middle)
-        ids = item.ids.to(run.model.device)
+        inputs = item.text.inputs_on(run.model.device)
         with torch.no_grad(), attached(run.model, {COMPONENT: scorer}):
-            run.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            run.model(**inputs, use_cache=False, logits_to_keep=1)
         costs = scorer.costs or costs
     if not run.layers or costs is None:
         raise NotImplementedError(
@@ -168,48 +172,6 @@ def _scored(run: _Search, patterns: Sequence[Any]) -> Costs:
             'causal order; sparse_dit.patch(model, "exact") skips what its masks hide'
         )
     return costs
-
-
-def problem_of(
-    model: Any,
-    layers: dict[str, LayerScores],
-    patterns: Sequence[Any],
-    costs: Costs,
-    dense_seconds: float,
-) -> Problem:
-    """What each pattern costs and spoils in each head of the scored layers.
-
-    Args:
-        model: The model.
-        layers: The scores, by layer.
-        patterns: The K patterns, dense first.
-        costs: What attention of one layer costs; all are alike.
-        dense_seconds: What a whole dense reading takes.
-    """
-    units = [(0, layer, head) for layer, s in layers.items() for head in range(len(s.norm))]
-
-    def table(values: Callable[[LayerScores], Tensor]) -> Tensor:
-        return torch.cat([values(scores) for scores in layers.values()])
-
-    count = len(units)
-    loss = table(lambda s: s.loss)
-    stock = torch.full((count,), costs.stock, dtype=torch.float64)
-    every = sum(heads for heads, _ in heads_of(model).values())
-    return Problem(
-        units,
-        [patterns] * count,
-        importance=loss.amax(1),
-        seconds=torch.tensor(costs.sparse, dtype=torch.float64).expand(count, -1),
-        stock_seconds=stock,
-        error=table(lambda s: s.error / s.norm[:, None].clamp_min(1e-20)),
-        density=table(lambda s: s.density / s.texts),
-        recall=torch.ones(count, len(patterns), dtype=torch.float64),
-        weight=torch.full((count,), 1 / every, dtype=torch.float64),
-        stages=(PREFILL,),
-        other_seconds=max(0.0, dense_seconds - stock.sum().item()),
-        components=(COMPONENT,),
-        measured=loss,
-    )
 
 
 def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:
@@ -277,7 +239,7 @@ def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
 
 def _plan(run: _Search, task: Problem, choice: Choice) -> Plan:
     heads = heads_of(run.model)
-    layers = layers_of(COMPONENT, run.layers, task, choice)
+    layers = planned(run.layers, task, choice)
     part = ComponentPlan(
         type(run.model).__name__,
         config_hash(run.model.config),
@@ -293,7 +255,7 @@ def _plan(run: _Search, task: Problem, choice: Choice) -> Plan:
         "seconds": round(choice.seconds, 4),
         "dense_seconds": round(task.dense_seconds, 4),
     }
-    share = len(task.units) / sum(count for count, _ in heads.values())  # other layers are dense
+    share = task.weight.sum().item()  # other layers are dense
     density = choice.density * share + 1 - share
     return Plan("", {COMPONENT: part}, round(density, 6), forecast=forecast)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from ...words import option
 from .reading import Text
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+Given = (
+    str | Tensor | Mapping[str, Tensor]
+)  # a text, its tokens, or what a VLM's processor makes of a prompt
 LEAST_TOKENS = 256  # of a text: below there is nothing to leave out
 DIALS = ("target_speedup", "max_kl", "max_ppl_increase")
 
@@ -41,7 +44,7 @@ class LanguageOptions:
     """
 
     tokenizer: Any = None
-    held_out: Sequence[str | Tensor] | None = None
+    held_out: Sequence[Given] | None = None
     target_speedup: float | None = None
     max_kl: float | None = None
     max_ppl_increase: float | None = None
@@ -105,14 +108,15 @@ class LanguageOptions:
         if self.report is not None:
             self.report(text)
 
-    def split(self, texts: Sequence[str | Tensor]) -> tuple[list[str | Tensor], list[str | Tensor]]:
+    def split(self, texts: Sequence[Given]) -> tuple[list[Given], list[Given]]:
         """Calibration and held-out texts.
 
         Raises:
             TypeError: If they are no lists.
             ValueError: If one of both is empty.
         """
-        if isinstance(texts, str | Tensor) or isinstance(self.held_out, str | Tensor):
+        single = str | Tensor | Mapping
+        if isinstance(texts, single) or isinstance(self.held_out, single):
             raise TypeError("texts and held_out must be lists of texts, got a single one")
         given = list(texts)
         if self.held_out is not None:

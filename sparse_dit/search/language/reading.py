@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...modalities import MODALITIES, Modalities
 from ...timing import Taken, Timer
 
 POSITIONS = 512  # at which what is said is compared: a whole text's would take gigabytes
@@ -27,10 +28,14 @@ class Text:
     Args:
         ids: int64 `[1, N]`.
         positions: int64 `[P]`, rising, below N - 1.
+        others: What the model takes beside the ids: pixels, grids, ...
+        modalities: Where images and videos lie among the tokens; None for text alone.
     """
 
     ids: Tensor
     positions: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    modalities: Modalities | None = None
 
     @staticmethod
     def of(ids: Tensor, positions: int = POSITIONS) -> Text:
@@ -45,6 +50,34 @@ class Text:
         return Text(
             ids, torch.linspace(last // 2, last, min(positions, last // 2 + 1)).long().unique()
         )
+
+    @staticmethod
+    def of_prompt(inputs: Mapping[str, Tensor], modalities: Modalities) -> Text:
+        """A prompt with images or videos; compared is what is said of the text after the first of them.
+
+        Args:
+            inputs: What a processor makes of one prompt, its answer included if there is one.
+            modalities: Where images and videos lie in it.
+
+        Raises:
+            ValueError: If there is no text after an image or a video.
+        """
+        ids, first = inputs["input_ids"], modalities.media[0].start
+        text = modalities.kinds()[1:] == MODALITIES.index("text")
+        places = (text & (torch.arange(len(text)) >= first)).nonzero()[:, 0]
+        if not len(places):
+            raise ValueError(
+                "a prompt must have text after its image or video, to compare what is said of it"
+            )
+        places = places[torch.linspace(0, len(places) - 1, min(POSITIONS, len(places))).long()]
+        others = {
+            name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask")
+        }
+        return Text(ids, places, others, modalities)
+
+    def inputs_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The model's arguments."""
+        return {name: x.to(device) for name, x in {"input_ids": self.ids, **self.others}.items()}
 
     @property
     def targets(self) -> Tensor:
@@ -73,6 +106,11 @@ class Read:
         told = dense.log_probs
         return (told.exp() * (told - self.log_probs)).sum(1).mean().item()
 
+    def agreement(self, dense: Read) -> float:
+        """Share of the places whose most likely next token is that of dense attention."""
+        same = self.log_probs.argmax(1) == dense.log_probs.argmax(1)
+        return same.float().mean().item()
+
     def perplexity_increase(self, dense: Read, text: Text) -> float:
         """Relative increase of perplexity over that with dense attention; 0.03 is 3 %."""
         return math.exp(self.loss(text) - dense.loss(text)) - 1
@@ -84,7 +122,7 @@ def read(model: Any, text: Text) -> Read:
     device = model.device
     timer = Timer(device)
     places = text.positions.to(device)
-    logits = model(input_ids=text.ids.to(device), logits_to_keep=places).logits[0]
+    logits = model(**text.inputs_on(device), logits_to_keep=places).logits[0]
     taken = timer.stop()
     return Read(logits.float().log_softmax(-1).cpu(), taken)
 

@@ -7,9 +7,10 @@ from sparse_dit.backends.reference import token_mask
 from sparse_dit.estimate import estimated_index
 from sparse_dit.integrations import attached
 from sparse_dit.runtime import attend_call
-from sparse_dit.search.language import scores
+from sparse_dit.search.language import costs as timed_costs
+from sparse_dit.search.language.items import Item, sampled_rows
 from sparse_dit.search.language.reading import Passkey, Text, passkeys, read
-from sparse_dit.search.language.scores import Item, Scorer, influences, sampled_rows, seen_by
+from sparse_dit.search.language.scores import Scorer, influences, seen_by
 from tests.helpers.language_plans import DENSE, NEAR, SLASH
 from tests.helpers.tiny_language_models import logits, text, tokenizer
 
@@ -23,7 +24,7 @@ def llama():
 
 def all_rows(ids):
     """An item whose rows are all of them."""
-    return Item.of_text(ids, rows=ids.shape[1], seed=0, share=1.0)
+    return Item.of_text(Text.of(ids), rows=ids.shape[1], seed=0, share=1.0)
 
 
 def test_the_rows_are_spread_and_stand_for_all():
@@ -31,7 +32,7 @@ def test_the_rows_are_spread_and_stand_for_all():
     assert len(rows.unique()) == 50
     assert torch.equal(rows // 20, torch.arange(50)), "one from each part"
     assert torch.equal(sampled_rows(10, 50, seed=0), torch.arange(10))
-    item = Item.of_text(torch.zeros(1, 1000, dtype=torch.long), 50, 0, 1.0)
+    item = Item.of_text(Text.of(torch.zeros(1, 1000, dtype=torch.long)), 50, 0, 1.0)
     assert item.weights.sum() == pytest.approx(1000)
     asked = Item.of_passkey(Passkey(torch.zeros(1, 1000, dtype=torch.long), 5, 0.5), 50, 0, 0.1)
     assert asked.weights.sum() == pytest.approx(1000)
@@ -135,7 +136,7 @@ def test_costs_are_of_each_pattern(llama):
     costs = {}
 
     def watch(call):
-        costs[call.layer] = scores.costs_of(call, PATTERNS)
+        costs[call.layer] = timed_costs.costs_of(call, PATTERNS)
         return call.stock()
 
     with attached(model, {"model": watch}):
