@@ -108,12 +108,13 @@ class _Densities:
 
     def of(self, pattern: Pattern, layout: TokenLayout) -> float:
         from .index import pattern_index
+        from .patterns.estimated import density
 
         key = (pattern, layout)
         if key not in self._known:
             computed = 1.0
             if pattern.is_estimated:
-                computed = pattern.shape.budget.density(layout.seq_len)
+                computed = density(pattern.shape, layout.seq_len)
             elif not pattern.computed.is_dense:
                 computed = pattern_index(*key).density
             self._known[key] = computed / pattern.every  # over a long stage

@@ -202,3 +202,10 @@ class ByQuery:
 
 
 Shape = Plain | ByKey | ByQuery
+
+
+def density(shape: Shape, length: int) -> float:
+    """Computed pairs over those of causal order in a prefill of `length` tokens of text, about."""
+    if isinstance(shape, ByQuery | ByKey):
+        return density(shape.text, length)
+    return 1.0 if isinstance(shape, OwnPart | Dense) else shape.budget.density(length)
