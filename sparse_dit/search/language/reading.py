@@ -67,7 +67,7 @@ class Text:
         places = (text & (torch.arange(len(text)) >= first)).nonzero()[:, 0]
         if not len(places):
             raise ValueError(
-                "a prompt must have text after its image or video, to compare what is said of it"
+                "a prompt needs text after its image or video, to compare what is said of it"
             )
         places = places[torch.linspace(0, len(places) - 1, min(POSITIONS, len(places))).long()]
         others = {

@@ -20,7 +20,7 @@ FEW = (DENSE, NEAR, SLASH)
 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch):
-    monkeypatch.setattr(engine, "candidates", lambda: FEW)
+    monkeypatch.setattr(engine, "candidates", lambda media: FEW)
 
 
 @pytest.fixture

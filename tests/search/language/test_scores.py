@@ -67,17 +67,22 @@ def test_errors_are_those_of_the_kernel(llama):
         logits(model, inputs)
     for name, call in calls.items():
         exact = call.stock()[0]
+        assert found[name]["text"].pairs == 1 and len(found[name]) == 1
         for number, pattern in enumerate(PATTERNS):
             q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
             index = estimated_index(q, k, [pattern.shape] * 4, scale=call.scale)
             change = attend_call(call, index)[0][0] - exact
             error = change.square().sum((0, 2)).double()
-            torch.testing.assert_close(found[name].error[:, number], error, rtol=1e-3, atol=1e-8)
+            torch.testing.assert_close(
+                found[name]["text"].error[:, number], error, rtol=1e-3, atol=1e-8
+            )
             along, anyhow = change.sum(-1).square().sum(0), change.square().sum((0, 2))
             loss = 0.25 * (along + anyhow).double() / len(item.places)
-            torch.testing.assert_close(found[name].loss[:, number], loss, rtol=1e-3, atol=1e-8)
             torch.testing.assert_close(
-                found[name].density[:, number], index.head_density, rtol=1e-4, atol=0
+                found[name]["text"].loss[:, number], loss, rtol=1e-3, atol=1e-8
+            )
+            torch.testing.assert_close(
+                found[name]["text"].density[:, number], index.head_density, rtol=1e-4, atol=0
             )
 
 
