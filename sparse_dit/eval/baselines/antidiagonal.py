@@ -25,7 +25,7 @@ from ...intervals import causal_rows
 def antidiagonal_index(
     q: Tensor, k: Tensor, *, stride: int, threshold: float, scale: float
 ) -> SparseIndex:
-    """An index for a causal prefill of one text.
+    """An index for a causal prefill of one text, on the device of `q`.
 
     Args:
         q: `[1, H, N, D]`.
@@ -40,10 +40,11 @@ def antidiagonal_index(
     forced = torch.eye(blocks, dtype=torch.bool) | (torch.arange(blocks) == 0)
     scores = torch.stack(
         [block_scores(q[0, h], k[0, h * k.shape[1] // heads], stride, scale) for h in range(heads)]
-    )
+    ).cpu()
     chosen = (fewest(scores, scores, threshold) | forced) & causal
     entries = block_entries(chosen, tokens, tokens)
-    return SparseIndex(tuple(entries), tuple(range(heads)), causal_rows(tokens, tokens, 0))
+    index = SparseIndex(tuple(entries), tuple(range(heads)), causal_rows(tokens, tokens, 0))
+    return index if q.is_cpu else index.to(q.device)
 
 
 def block_scores(q: Tensor, k: Tensor, stride: int, scale: float) -> Tensor:
