@@ -7,8 +7,9 @@ import transformers
 import sparse_dit
 from sparse_dit.patterns import Budget, ByQuery, Grid, Pattern, SinkWindow, VerticalSlash
 from sparse_dit.plan import Plan
-from sparse_dit.search.language import engine
+from sparse_dit.search.language import engine, scores
 from sparse_dit.search.language.candidates import DENSE, by_modality, candidates
+from sparse_dit.search.language.costs import Costs
 from sparse_dit.search.language.items import Item
 from sparse_dit.search.language.prompts import read_prompt
 from tests.helpers.tiny_language_models import END, START, VIDEO, text, tokens, vision
@@ -61,7 +62,9 @@ def test_a_prompt_is_compared_after_its_video(model):
 
 def test_a_plan_is_found_for_the_rows_of_each_modality(model, monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "candidates", few)
-    monkeypatch.setattr(engine, "break_even", lambda *_: 0)  # so few tokens take no time to win
+    # of so few tokens no time can be won
+    monkeypatch.setattr(engine, "break_even", lambda *_: 0)
+    monkeypatch.setattr(scores, "costs_of", lambda call, _: Costs(1.0, [1.0, 0.3, 0.4, 0.5], call))
     torch.manual_seed(1)
     prompts = [prompt(30, 60), prompt(20, 40)]
     plan = sparse_dit.search(model, prompts, max_kl=0.05, rows=16)
