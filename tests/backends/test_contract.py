@@ -4,7 +4,6 @@ with PyTorch's compiled FlexAttention.
 
 import pytest
 import torch
-from torch.backends.cpu import get_cpu_capability
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparse_dit.attention import attend, sparse_attention
@@ -23,6 +22,7 @@ from tests.helpers.contract_cases import (
     index_of,
     inputs,
 )
+from tests.helpers.inductor import needs_inductor
 from tests.helpers.kernel_cases import qkv
 from tests.helpers.settings_cases import threads
 
@@ -54,7 +54,7 @@ def bitmap(blocks, rows, columns):
     return table
 
 
-@pytest.mark.skipif(get_cpu_capability() == "DEFAULT", reason="no vectors that inductor knows")
+@needs_inductor
 @pytest.mark.filterwarnings("ignore")  # inductor's own, on first compilation
 def test_compiled_flex_attention_runs_the_rounded_lists():
     layout = TokenLayout.video(3, 8, 9, text_after=10)

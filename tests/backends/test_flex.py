@@ -12,15 +12,13 @@ from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Union, Vertical, W
 from tests.helpers.cases import LAYOUTS, PATTERN_CASES
 from tests.helpers.contract_cases import check_empty, check_nan, check_padding, index_of
 from tests.helpers.contract_cases import inputs as inputs_of
+from tests.helpers.inductor import needs_inductor
 from tests.helpers.interval_cases import bounds, every_entry, masks
 from tests.helpers.kernel_cases import in_order, qkv, until
 
-WHY_NOT = flex.unsupported(
-    torch.zeros(1, 1, 1, 16), build_index([Pattern(Dense())], TokenLayout.sequence(1))
-)
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # inductor's own, on first compilation
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+    needs_inductor,
 ]
 LAYOUT = TokenLayout.video(3, 5, 7, text_before=2, text_after=23)  # 130 tokens, 3 blocks
 FAR = Pattern(Window(0, 1, 1), (2, 2, 2), far=True)

@@ -337,6 +337,7 @@ def test_load_of_others(monkeypatch):
     assert unknown.foreign_cores is None and (load + unknown).foreign_cores is None
 
 
+@needs_inductor
 @pytest.mark.filterwarnings("ignore")  # inductor's own, on first compilation
 def test_flex_attention_gets_the_same_lists():
     layout = lists.layout_of("300")
