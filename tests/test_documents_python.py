@@ -18,7 +18,7 @@ from sparse_dit.patch import Handle
 from tests.helpers.documents import ROOT, pages, prose, snippets
 from tests.helpers.eval_cases import WINDOW, uniform_plan
 from tests.helpers.search_cases import stub_costs
-from tests.helpers.tiny_language_models import save_language_model
+from tests.helpers.tiny_language_models import save_language_model, vision
 from tests.helpers.tiny_pipelines import wan
 
 # what is written instead, so that it takes a second
@@ -80,6 +80,9 @@ def test_python_runs_as_it_is_shown(shown, searched, unknown_model, tmp_path, mo
     given = {}
     if shown.page == "docs/language-models.md":
         given = language(tmp_path)
+    elif shown.page == "docs/vision-language.md":
+        vlm, inputs = vision("qwen2_5_vl")
+        given = {"vlm": vlm, "inputs": inputs, "sparse_dit": sparse_dit}
     stub_costs(monkeypatch)
     monkeypatch.chdir(tmp_path)
     if "add_model" in text:
