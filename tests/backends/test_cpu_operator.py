@@ -11,6 +11,7 @@ from sparse_dit.index import build_index
 from sparse_dit.intervals import valid_rows
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Stripe, Window
+from tests.helpers.inductor import needs_inductor
 from tests.helpers.kernel_cases import in_order
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=str(library.PROBLEM))
@@ -73,6 +74,7 @@ class Layer(nn.Module):
         return sparse_attention(q * 2, k, v, self.index) + 1
 
 
+@needs_inductor
 @pytest.mark.filterwarnings("ignore")  # inductor's own, on first compilation
 @pytest.mark.parametrize("packed_before", [False, True])
 def test_compiled_without_a_graph_break(packed_before):

@@ -17,6 +17,7 @@ from sparse_dit.bench.flex import compiled, flex_call
 from sparse_dit.bench.results import _field
 from sparse_dit.index import SparseIndex
 from sparse_dit.layout import TokenLayout
+from tests.helpers.inductor import needs_inductor
 
 TINY = ["--tokens", "256", "--head-dim", "16", "--density", "0.25", "--rounds", "2"]
 TINY += ["--no-flex", "--backend", "gather", "--clock", "cpu"]
