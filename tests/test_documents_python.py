@@ -82,7 +82,8 @@ def test_python_runs_as_it_is_shown(shown, searched, unknown_model, tmp_path, mo
         given = language(tmp_path)
     elif shown.page == "docs/vision-language.md":
         vlm, inputs = vision("qwen2_5_vl")
-        given = {"vlm": vlm, "inputs": inputs, "sparse_dit": sparse_dit}
+        others = vision("qwen2_5_vl")[1]
+        given = {"vlm": vlm, "inputs": inputs, "others": others, "sparse_dit": sparse_dit}
     stub_costs(monkeypatch)
     monkeypatch.chdir(tmp_path)
     if "add_model" in text:
