@@ -49,8 +49,9 @@ LEVELS = (
     (64, 8, 1),
     (128, 8, 1),  # 8,192 video tokens
 )
-GATE = ("colour", "shape", "motion")  # questions that decide when clips grow
+GATE = ("colour", "motion")  # questions that decide when clips grow; shapes are learned on the way
 ENOUGH, LONGEST_STAY = 0.9, 0.1  # share answered right; share of the budget on one level
+NEWEST = 0.3  # share of the steps on clips of the newest level
 MUON_LR, ADAM_LR, WARMUP_STEPS, DECAY_FROM = 4e-3, 2e-3, 50, 0.65
 
 
@@ -131,10 +132,10 @@ def lesson(clips: Clips, order: list[str], listed: str) -> tuple[Tensor, Tensor]
 
 
 def train_step(training: Training, progress: float) -> float:
-    """One optimiser step on clips of the level or, as often, of one below it; returns the loss."""
+    """One optimiser step on clips of the newest level or of any so far; returns the loss."""
     generator = training.generator
     level = training.level
-    if torch.rand((), generator=generator) < 0.5:
+    if torch.rand((), generator=generator) > NEWEST:
         level = int(torch.randint(training.level + 1, (), generator=generator))
     pictures, side, batch = LEVELS[level]
     clips = draw_clips(batch, pictures, side, generator)
@@ -158,8 +159,8 @@ def train_step(training: Training, progress: float) -> float:
 
 
 def _window(batch: int) -> int:
-    """Steps whose answers decide: at least ten, and at least 48 clips."""
-    return max(10, 48 // batch)
+    """Steps whose answers decide: at least ten, and at least 32 clips."""
+    return max(10, 32 // batch)
 
 
 def _update(training: Training, loss: Tensor, progress: float) -> None:
