@@ -174,6 +174,8 @@ def _by_modality(
             part = replace(scope, keys=mine)
         one: Shape = getattr(shape, MODALITIES[number])
         parts.append(_entries(part, dict.fromkeys(heads, one)))
+    wanted = torch.zeros(scope.q.shape[2], dtype=torch.bool)
+    wanted[scope.rows.rows.flatten().long()] = True
     made: dict[tuple[int, ...], PatternIndex] = {}
     found = {}
     for head in heads:
@@ -182,7 +184,7 @@ def _by_modality(
         if key not in made and isinstance(shape, ByQuery):
             made[key] = by_rows(entries, torch.searchsorted(torch.tensor(numbers), kinds))
         elif key not in made:
-            made[key] = by_keys(entries, kinds, numbers)
+            made[key] = by_keys(entries, kinds, numbers, wanted)
         found[head] = made[key]
     return found
 

@@ -41,13 +41,19 @@ def by_rows(parts: Sequence[PatternIndex], owner: Tensor) -> PatternIndex:
     return PatternIndex(n, parts[0].num_keys, None, None, bounds.int(), ends.int(), picked)
 
 
-def by_keys(parts: Sequence[PatternIndex], owner: Tensor, numbers: Sequence[int]) -> PatternIndex:
+def by_keys(
+    parts: Sequence[PatternIndex],
+    owner: Tensor,
+    numbers: Sequence[int],
+    rows: Tensor | None = None,
+) -> PatternIndex:
     """An entry that sees what each of several sees of keys of its own.
 
     Args:
         parts: Entries of the same size, of tokens in their place.
         owner: int64 `[M]`: for each key a number.
         numbers: The number of each part's keys.
+        rows: Bool `[N]`: rows that are wanted, others may see nothing; None for all.
     """
     n, m = parts[0].num_queries, parts[0].num_keys
     change = torch.zeros(n, dtype=torch.bool)
@@ -55,9 +61,14 @@ def by_keys(parts: Sequence[PatternIndex], owner: Tensor, numbers: Sequence[int]
         change[part.q_offsets[:-1].long()] = True
     bounds = _bounds(change)
     edge = torch.nn.functional.pad(owner[1:] != owner[:-1], (1, 1), value=True).nonzero()[:, 0]
+    wanted = torch.ones(len(bounds) - 1, dtype=torch.bool)
+    if rows is not None:
+        before = torch.nn.functional.pad(rows.cumsum(0), (1, 0))[bounds]
+        wanted = before.diff() > 0
     groups, starts, stops = [], [], []
     for part, number in zip(parts, numbers, strict=True):
         lists = _lists(part, bounds[:-1])
+        lists[~wanted, 1] = 0
         group = torch.repeat_interleave(torch.arange(len(lists)), lists[:, 1])
         start, length = part.runs[expand(lists)].long().T.contiguous()
         first = torch.searchsorted(edge, start, right=True) - 1  # of the stretches of keys it meets

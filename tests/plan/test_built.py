@@ -27,6 +27,7 @@ from sparse_dit.patterns import (
     VerticalSlash,
     Window,
 )
+from sparse_dit.patterns.estimated import density
 from sparse_dit.plan import (
     HeadChoice,
     Plan,
@@ -325,6 +326,19 @@ def test_what_is_estimated_is_written_and_read(shape):
     pattern = Pattern(shape)
     assert Pattern.from_dict(json.loads(json.dumps(pattern.to_dict()))) == pattern
     assert pattern.is_estimated and pattern.version == 3
+
+
+def test_about_how_much_a_text_costs_is_known_of_every_shape():
+    near = SinkWindow(budget=Budget(beta=0.5, least=1))
+    found = [
+        near,
+        ByQuery(text=near),
+        ByKey(text=near),
+        OwnPart(),
+        ByQuery(video=near),
+        Grid(budget=near.budget),
+    ]
+    assert [density(shape, 4096) for shape in found] == [0.75, 0.75, 0.75, 1.0, 1.0, 0.75]
 
 
 @pytest.mark.parametrize(

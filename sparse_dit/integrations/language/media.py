@@ -72,7 +72,7 @@ class Media:
     def of(model: nn.Module) -> Media | None:
         """For a model whose config names placeholders of images; None for others."""
         config: Any = model.config
-        return Media(config) if isinstance(getattr(config, "image_token_id", None), int) else None
+        return None if _placeholder(config) is None else Media(config)
 
     def watch(self, model: Any) -> list[Any]:
         """Set the hooks, and return their handles."""
@@ -145,7 +145,7 @@ class Media:
     def _kinds(self, ids: Tensor, types: Any) -> Tensor:
         """uint8 `[B, N]` on the CPU."""
         video = getattr(self.config, "video_token_id", None)
-        image = ids == self.config.image_token_id
+        image = ids == _placeholder(self.config)
         moving = torch.zeros_like(image) if video is None else ids == video
         if isinstance(types, Tensor) and types.shape == ids.shape:  # frames that bear an image's id
             moving = moving | (image & (types == VIDEO))
@@ -156,3 +156,9 @@ class Media:
         if family is not None and family.told is not None and not torch.compiler.is_compiling():
             given = {"pixel_values": args[0], **kwargs} if args else kwargs
             self._grids += family.told(self.config, given)
+
+
+def _placeholder(config: Any) -> int | None:
+    """The id that stands for an image's tokens, by whichever name it has."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token for token in found if isinstance(token, int)), None)
