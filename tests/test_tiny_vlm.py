@@ -1,5 +1,6 @@
 """The embedded video VLM: its weights, its drawn clips, and the script that trains it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from demos.tiny_vlm.folder import new_model, write_model
 from demos.tiny_vlm.inputs import to_patches
 from demos.tiny_vlm.measure import Size, ask, ask_all, chance, load, uniform_plan
 from demos.tiny_vlm.questions import LISTS, QUESTIONS, tokens, words
-from sparse_dit.patterns import Budget, Pattern, SinkWindow
-from tests.helpers.language_plans import SLASH, plan_for
+from sparse_dit.patterns import Budget, Pattern, SinkWindow, VerticalSlash
+from tests.helpers.language_plans import plan_for
 
 MODEL = Path(__file__).parents[1] / "demos" / "tiny_vlm" / "model"
 SHORT = Size(pictures=16, side=4, clips=16)  # 256 video tokens
@@ -107,7 +108,7 @@ def test_it_answers_and_so_does_exact_attention(model):
         found = ask_all({"stock": model, "exact": other}, SHORT)
     assert handle.summary().sparse_calls == 4 * len(QUESTIONS) * SHORT.clips
     for kind in QUESTIONS:
-        assert found["stock"].accuracy(kind) > chance(kind, SHORT.pictures) + 0.3, kind
+        assert found["stock"].accuracy(kind) > chance(kind, SHORT.pictures) + 0.2, kind
     assert found["stock"].right == found["exact"].right
     for kind, values in found["stock"].log_prob.items():
         torch.testing.assert_close(
@@ -115,19 +116,22 @@ def test_it_answers_and_so_does_exact_attention(model):
         )
 
 
-def test_a_vertical_slash_plan_runs_sparse_and_a_small_window_loses_the_needle(model):
+def test_a_vertical_slash_plan_runs_sparse_and_answers_where_a_window_as_large_fails(model):
+    size, budget = replace(SHORT, clips=8), Budget(beta=0.4, least=16)
+    slash = Pattern(VerticalSlash(budget=budget, sampled=8, sinks=4, local=16))
+    window = Pattern(SinkWindow(sinks=4, budget=budget))
     other, near = load(MODEL), load(MODEL)
-    window = uniform_plan(near, Pattern(SinkWindow(sinks=4, budget=Budget(beta=0.1, least=16))))
     with (
-        sparse_dit.patch(other, plan_for(other, SLASH)) as handle,
-        sparse_dit.patch(near, window) as nearby,
+        sparse_dit.patch(other, plan_for(other, slash)) as handle,
+        sparse_dit.patch(near, uniform_plan(near, window)) as nearby,
     ):
-        found = ask_all({"slash": other, "window": near}, SHORT)
-    calls = 4 * len(QUESTIONS) * SHORT.clips
+        found = ask_all({"stock": model, "slash": other, "window": near}, size)
     for summary in (handle.summary(), nearby.summary()):
-        assert summary.sparse_calls == calls and summary.dense_calls == 0
-        assert 0.1 < summary.density < 0.7
-    assert found["slash"].accuracy("colour") > found["window"].accuracy("colour") + 0.2
+        assert summary.sparse_calls == 4 * len(QUESTIONS) * size.clips
+        assert summary.dense_calls == 0 and 0.4 < summary.density < 0.7
+    for kind in ("colour", "motion"):
+        right = {way: answers.accuracy(kind) for way, answers in found.items()}
+        assert right["slash"] >= right["stock"] - 0.13 and right["slash"] > right["window"] + 0.2
 
 
 def test_a_question_is_answered_alike_alone_and_in_a_batch(model):
