@@ -3,8 +3,8 @@
     python -m demos.tiny_vlm.train --out my_model --cpu-seconds 3000
 
 Clips are drawn on the fly. Behind each one stand all questions with their answers, in random order, and
-then a list of what every picture shows: without such a list the questions aren't learned. Clips grow, in
-pictures and in tokens a picture, as soon as the questions are answered.
+then a list of what every picture shows: with the answers alone, a prototype was still at chance after six
+minutes. Clips grow, in pictures and in tokens a picture, as soon as the questions are answered.
 
 The budget and the learning rate follow the process's CPU time, so that a busy machine changes neither.
 Ctrl-C keeps a checkpoint beside the output; the same command goes on from it.
@@ -13,7 +13,6 @@ Ctrl-C keeps a checkpoint beside the output; the same command goes on from it.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from demos.tiny_vlm.clips import Clips, draw_clips
 from demos.tiny_vlm.folder import new_model, write_model
 from demos.tiny_vlm.inputs import video_inputs
 from demos.tiny_vlm.questions import LISTS, QUESTIONS, tokens
+from sparse_dit.whole_file import whole_file
 
 # pictures, tokens on a side of each, clips a step
 LEVELS = (
@@ -90,9 +90,8 @@ class Training:
             "counts": (self.step, self.cpu_seconds, self.level, self.since),
             "right": self.right,
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as partial:
+            torch.save(state, partial)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
