@@ -140,7 +140,7 @@ class Media:
     def _off(self, kinds: Tensor) -> str | None:
         if self.config.model_type in FAMILIES or not kinds.any():
             return None
-        return f"where images of a {self.config.model_type} lie isn't known to sparse_dit"
+        return f"where images of {self.config.model_type} lie isn't known to sparse_dit"
 
     def _kinds(self, ids: Tensor, types: Any) -> Tensor:
         """uint8 `[B, N]` on the CPU."""

@@ -168,8 +168,9 @@ class Seam:
             found = self._rows(mask, given, q, k.shape[2])
             rows, unsupported = (None, found) if isinstance(found, str) else (found, None)
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-        if mask is None and rows is not None:  # a static cache is empty behind the queries
-            k_, v_ = k_[:, : q.shape[2]], v_[:, : q.shape[2]]
+        if rows is not None:  # a static cache is empty behind the queries
+            filled = q.shape[2] if mask is None else _filled(rows, q.shape[2], k.shape[2])
+            k_, v_ = k_[:, :filled], v_[:, :filled]
         sliding = given.get("sliding_window") is not None
         context = self.tap.stand(q.shape[0], q.shape[2], k_.shape[1], sliding, traced)
         self.tap.context = context
@@ -194,7 +195,26 @@ class Seam:
             return found
         if found.start.shape[0] == batch:
             return found
-        return RowIntervals(found.start.expand(batch, -1), found.stop.expand(batch, -1))
+        key = ("items", batch)
+        if key not in found.cache:
+            both = (x.expand(batch, -1) for x in (found.start, found.stop))
+            found.cache[key] = RowIntervals(*both)
+        items = found.cache[key]
+        assert isinstance(items, RowIntervals)
+        return items
+
+
+def _filled(rows: RowIntervals, num_queries: int, num_keys: int) -> int:
+    """Up to where some row sees keys, where there are more keys than rows; told once a forward."""
+    if not 1 < num_queries < num_keys:
+        return num_keys
+    key = ("filled", num_queries, num_keys)
+    if key not in rows.cache:
+        last = int(rows.valid(num_keys, num_queries)[:, 1].max())
+        rows.cache[key] = max(last, num_queries)
+    found = rows.cache[key]
+    assert isinstance(found, int)
+    return found
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 from sparse_dit.integrations import attach
 from sparse_dit.integrations.language import grids
-from sparse_dit.integrations.language.media import BEFORE, COMPILED, CROPPED, NO_IDS
+from sparse_dit.integrations.language.media import BEFORE, COMPILED, CROPPED, NO_IDS, Media
 from sparse_dit.modalities import Modalities, Part
 from tests.helpers.tiny_language_models import (
     IMAGE,
@@ -238,6 +239,15 @@ def test_what_cannot_be_known_is_text_with_a_reason():
     (found,) = run(model, inputs)
     assert not found.media and "a family of its own lie isn't known" in found.unknown
     assert run(model, {"input_ids": torch.randint(5, 100, (1, 9))}) == (Modalities(9),)
+
+
+def test_placeholders_go_by_two_names():
+    for name in ("image_token_id", "image_token_index"):
+        config = SimpleNamespace(**{name: 7}, model_type="another")
+        media = Media.of(SimpleNamespace(config=config))
+        media._before(None, (torch.tensor([[3, 7, 7, 4]]),), {})
+        assert media.modalities(4, 1)[0].unknown.startswith("where images of another lie")
+    assert Media.of(SimpleNamespace(config=SimpleNamespace(model_type="text"))) is None
 
 
 def test_text_models_and_layers_with_a_sliding_cache_tell_nothing():

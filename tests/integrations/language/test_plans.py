@@ -94,6 +94,21 @@ def test_a_prompt_in_parts_follows_the_plan(kind):
     assert torch.nn.functional.cosine_similarity(got, want, dim=-1).mean() > 0.9
 
 
+def test_parts_in_a_static_cache_are_as_in_a_growing_one():
+    model, inputs = long()
+    found = []
+    for cache in (
+        DynamicCache(config=model.config),
+        StaticCache(config=model.config, max_cache_len=512),
+    ):
+        with sparse_dit.patch(model, plan_for(model, SLASH)) as handle, torch.no_grad():
+            parts = inputs["input_ids"].split(192, 1)
+            logits = [model(part, past_key_values=cache).logits for part in parts]
+        found.append(torch.cat(logits, 1))
+        assert {ran.tokens for ran in handle.ran["model"]} == {192, 384, 400}
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_padding_changes_nothing_for_the_others():
     model, inputs = long(batch=2)
     with sparse_dit.patch(model, plan_for(model, NEAR)):
