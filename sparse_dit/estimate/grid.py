@@ -22,12 +22,12 @@ from .rows import BIN, CallRows, sample_rows
 from .runs import slash_entries
 from .sums import sampled_sums
 
-Stride = Literal["row", "frame"]
-STRIDES: tuple[Stride, ...] = ("row", "frame")
+Stride = Literal["row", "frame", "none"]
+STRIDES: tuple[Stride, ...] = ("row", "frame", "none")
 
 
 def key_lines(modalities: Modalities, stride: Stride) -> Tensor:
-    """int64 `[M]`: the line that each key lies on; keys of text are alone on theirs.
+    """int64 `[M]`: the line of each key; keys of text, or without a stride all, are alone on theirs.
 
     A line is one place in the rows, or in the frames, of one clip. It is told from where a token lies in its
     frame, so that text between frames does no harm.
@@ -36,7 +36,7 @@ def key_lines(modalities: Modalities, stride: Stride) -> Tensor:
     if key not in modalities.cache:
         line, free = torch.arange(modalities.length), modalities.length
         bases: dict[tuple[int, int], int] = {}
-        for part in modalities.media:
+        for part in modalities.media if stride != "none" else ():
             period = part.row_period if stride == "row" else part.frame_period
             if (part.clip, period) not in bases:
                 bases[part.clip, period] = free
@@ -97,7 +97,7 @@ def grid_entries(
     )
     others = torch.cat([sums.columns - half.columns, sums.diagonals - half.diagonals], 2).sum(0)
     tried = []
-    for stride in STRIDES:
+    for stride in STRIDES[:2] if shape.horizontal else STRIDES:
         lines = _Lines(modalities, stride, call, shape, keys)
         found, _ = lines.choose(*half.means_of_all())
         tried.append(((others * found).sum(1), lines, *lines.choose(*sums.means_of_all())))
@@ -126,9 +126,9 @@ class _Lines:
         self.call, self.shape = call, shape
         self.keys = key_lines(modalities, stride)
         first = int(self.keys.max()) + 1
-        self.lines = torch.cat(
-            [self.keys, bin_lines(modalities, -(-len(self.keys) // BIN)) + first]
-        )
+        bins = -(-len(self.keys) // BIN)
+        repeats = torch.arange(bins) if stride == "none" else bin_lines(modalities, bins)
+        self.lines = torch.cat([self.keys, repeats + first])
         self.count = int(self.lines.max()) + 1
         self.sighted = torch.zeros(self.count, dtype=torch.bool)  # lines of images and videos
         for part in modalities.media:
@@ -153,13 +153,16 @@ class _Lines:
         gain.index_add_(1, lines, (scores * costs)[:, ~forced].double())
         score = (gain / cost.clamp_min(1)).float()
         best = score.masked_fill(~self.sighted, -torch.inf).argmax(1)
-        allowed = call.budget(shape.budget.keys(self.length)) - int(costs[forced].sum())
+        budget = call.budget(shape.budget.keys(self.length))
         if shape.horizontal:
-            allowed -= max(self._pairs_on(line) for line in best)
-        allowed = max(0, allowed)
+            budget -= max(self._pairs_on(line) for line in best)
+        allowed = max(0, budget - int(costs[forced].sum()))
         cost = cost.masked_fill(self.never, allowed + 1)
         picked = within(score.masked_fill(self.never, -1), cost, self.never & False, allowed)
-        return picked[:, self.lines] | forced, best
+        chosen = picked[:, self.lines] | forced
+        hidden = self.never[self.lines] & ~forced  # the rest goes to single columns and bins
+        scores = scores.masked_fill(hidden, -1).masked_fill(chosen, torch.inf)
+        return within(scores, costs.masked_fill(hidden, max(0, budget) + 1), forced, budget), best
 
     def rows_on(self, line: Tensor, num_queries: int) -> Tensor:
         """Bool `[N]`: the rows whose own key lies on a line."""

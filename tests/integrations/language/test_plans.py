@@ -206,3 +206,19 @@ def test_a_model_is_known_again_from_another_file(changed):
     assert config_hash(transformers.LlamaConfig(**facts | changed)) == config_hash(config)
     for other in ({"rms_norm_eps": 1.1e-5}, {"rope_theta": 1e6}, {"num_hidden_layers": 3}):
         assert config_hash(transformers.LlamaConfig(**facts | other)) != config_hash(config)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_that_looks_both_ways_runs_stock_under_a_plan(padded, caplog):
+    """A mask of padding alone says nothing of causal order."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, is_causal=False)).eval()
+    ids = torch.randint(5, 100, (2, 400))
+    mask = torch.ones_like(ids)
+    mask[1, : 30 if padded else 0] = 0
+    call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    want = logits(model, call)
+    with sparse_dit.patch(model, plan_for(model, SLASH)) as handle:
+        assert torch.equal(logits(model, call), want)
+    assert handle.summary().sparse_calls == 0
+    assert "causal order" in caplog.text
