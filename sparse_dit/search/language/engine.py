@@ -31,7 +31,7 @@ from .reading import Passkey, Read, Text, finds, passkeys, read
 from .scores import COMPONENT, Scorer, influences
 
 ASKED_AT = (0.35, 0.65)  # depths of the questions that patterns are scored on; others verify
-QUESTIONS = 0.1  # what an answer's divergence counts, beside a text's
+QUESTIONS = 0.5  # what an answer's divergence counts, beside a text's
 MARGIN = 0.9  # of a limit that is aimed at after it was missed
 NEAR = 0.75  # of a limit that is kept: nearer isn't worth another round
 FIRST_SCALE = (
