@@ -16,7 +16,7 @@ from sparse_dit.search.language import search_language_model
 PLAN = Path(__file__).resolve().parent.parent / "profiles" / "smollm2-135m-instruct" / "plan.json"
 CALIBRATION = (argparse,)  # modules whose source is read
 HELD_OUT = (typing,)
-MAX_PPL_INCREASE = 0.03
+MAX_PPL_INCREASE = 0.02
 
 
 def main() -> None:
