@@ -13,9 +13,7 @@ from .intervals import RowIntervals
 from .runtime import FEW_QUERIES, LEAST_QUERIES, UNGUARDED, attend_call
 
 ALL_SEEN = "every query sees every key"
-LEAST_PAIRS = (
-    128 * 128
-)  # of queries and keys of a head: below, what a call costs is more than it saves
+LEAST_PAIRS = 128 * 128  # of a head's queries and keys: below, a call costs more than it saves
 SHORT = "a short call, which stock attention computes as fast"
 PLANNED = {ALL_SEEN, FEW_QUERIES, SHORT}
 

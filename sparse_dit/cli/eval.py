@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,8 @@ from ..tables import (
 from .options import Cases, Force, Model, Place, PlanName, Size, say, with_options
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..plan import Plan
 
 
@@ -232,7 +235,6 @@ def frontier(
         reading = Reading(text, tokens)
         return _text_frontier(model, reading, plan or [], density, method, file, plot, place)
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
-    from ..eval.figures import save_figure
     from ..eval.frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
     from ..eval.frontier import frontier as measure
     from ..eval.sizes import parse_sizes
@@ -256,20 +258,12 @@ def frontier(
         given, later, settings, density or DENSITIES, method or METHODS, file, searched_there
     )
     name, dtype = model or str(shipped("tiny_wan")), place.dtype or (None if model else "float32")
-    outputs = Outputs(replace=True, say=say)
-    outputs.expect("--json", file, again=True)
-    if plot is not None:
-        outputs.expect("--plot", plot, ".png", ".svg")
+    outputs = _expected(file, plot)
     if (pipe := described(name, place.device, dtype)) is not None:
         started(pipe, request)
     rows = measure(load_pipeline(name, place.device, dtype), request, say, outputs)
     show_frontier(rows)
-    if plot is not None:
-        figure = figure_of(rows)
-        drawn = outputs.write(plot, lambda path: save_figure(figure, path))
-        out.print(f"wrote {drawn}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
-    return outputs.code
+    return _ended(outputs, file, plot, lambda: figure_of(rows))
 
 
 def _text_frontier(
@@ -284,7 +278,6 @@ def _text_frontier(
 ) -> int:
     """Compare plans with rules for a language model, and write and show the rows."""
     from ..eval.baselines.text import RULES
-    from ..eval.figures import save_figure
     from ..eval.language.frontier import DENSITIES, LanguageFrontier, figure_of
     from ..eval.language.frontier import frontier as measure
     from ..eval.language.quality import LanguageRequest
@@ -298,18 +291,31 @@ def _text_frontier(
         methods=method or tuple(RULES),
         file=file,
     )
-    outputs = Outputs(replace=True, say=say)
-    outputs.expect("--json", file, again=True)
-    if plot is not None:
-        outputs.expect("--plot", plot, ".png", ".svg")
+    outputs = _expected(file, plot)
     check_language_model(model)
     loaded, tokenizer = load_language_model(model, place.device, place.dtype)
     rows = measure(loaded, tokenizer, request, say, outputs)
     show_language_frontier(rows)
+    return _ended(outputs, file, plot, lambda: figure_of(rows))
+
+
+def _expected(file: Path, plot: Path | None) -> Outputs:
+    """What a comparison writes: its rows, which it goes on with, and a picture."""
+    outputs = Outputs(replace=True, say=say)
+    outputs.expect("--json", file, again=True)
     if plot is not None:
-        figure = figure_of(rows)
-        drawn = outputs.write(plot, lambda path: save_figure(figure, path))
-        out.print(f"wrote {drawn}", markup=False, highlight=False, soft_wrap=True)
+        outputs.expect("--plot", plot, ".png", ".svg")
+    return outputs
+
+
+def _ended(outputs: Outputs, file: Path, plot: Path | None, drawn: Callable[[], Figure]) -> int:
+    """Draw the picture that was asked for, say where all lies, and return the exit code."""
+    from ..eval.figures import save_figure
+
+    if plot is not None:
+        figure = drawn()
+        lies = outputs.write(plot, lambda path: save_figure(figure, path))
+        out.print(f"wrote {lies}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
     return outputs.code
 

@@ -47,13 +47,23 @@ def ask(model: Any, tokenizer: Any, question: Question, other: Question) -> Answ
         question: What is asked.
         other: Another question of its kind, whose answer is wrong here.
     """
-    prompt = question.prompt.to(model.device)
-    read = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    read = _read(model, question)
     log_prob, exact = _likelihood(model, read, question.answer)
     floor, _ = _likelihood(model, read, other.answer)
     said = tokenizer.decode(_said(model, read, len(question.answer) + MORE))
     found = sum(answer in said for answer in question.answers) / len(question.answers)
     return Answered(found, exact, log_prob, floor, said)
+
+
+@torch.no_grad()
+def answers(model: Any, question: Question) -> bool:
+    """Whether each token of the answer is the likeliest after those before it: `Answered.exact` alone."""
+    return _likelihood(model, _read(model, question), question.answer)[1]
+
+
+def _read(model: Any, question: Question) -> Any:
+    prompt = question.prompt.to(model.device)
+    return model(input_ids=prompt, use_cache=True, logits_to_keep=1)
 
 
 def _likelihood(model: Any, read: Any, answer: Tensor) -> tuple[float, bool]:

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from ...call import AttentionCall
-from ...estimate import estimated_index
 from ...integrations import attached
 from ...patterns import Pattern
 from ...plan import Plan
+from ...search.language.costs import index_of
 from ...search.language.reading import Text, read
 from ...search.language.scores import is_whole
 from ..figures import COLOURS
@@ -55,9 +55,7 @@ def text_heads(model: Any, plan: Plan, text: Text) -> list[TextHead]:
     def look(call: AttentionCall) -> Tensor:
         if call.layer in part.layers and is_whole(call):
             (choices, *_) = part.layers[call.layer]
-            q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
-            shapes: Sequence[Any] = [choice.pattern.shape for choice in choices]
-            index = estimated_index(q, k, shapes, scale=call.scale)
+            index = index_of(call, [choice.pattern for choice in choices])
             for head, (choice, density) in enumerate(
                 zip(choices, index.head_density.tolist(), strict=True)
             ):

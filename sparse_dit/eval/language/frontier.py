@@ -15,21 +15,21 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ...environment import environment
-from ...estimate import estimated_index
 from ...index import SparseIndex
 from ...integrations import attached, heads_of
 from ...outputs import Outputs, check_writable
 from ...patch import EXACT, check_fits, patch
 from ...plan import Plan
 from ...runtime import attend_call
+from ...search.language.costs import index_of
 from ...search.language.options import DEPTHS
 from ...search.language.reading import Read, Text, read
 from ...search.language.scores import COMPONENT, is_whole
 from ...timing import Pairs, Timer
 from ...words import option
-from ..baselines.text import RULES, heads_first
+from ..baselines.text import RULES
 from ..rows import Row, keep_rows, kept_rows
-from .ask import ask
+from .ask import answers
 from .quality import LanguageRequest, Say, warm_up
 from .tasks import Question, passkey_questions
 
@@ -123,16 +123,12 @@ class Ruled:
 def rule_of(plan: Plan) -> Rule:
     """What a plan says, without its break-even, so that it is timed as others are."""
     (part,) = plan.components.values()
-    shapes: dict[str, Any] = {
-        layer: [choice.pattern.shape for choice in stages[0]]
-        for layer, stages in part.layers.items()
+    patterns = {
+        layer: [choice.pattern for choice in stages[0]] for layer, stages in part.layers.items()
     }
 
     def index(call: AttentionCall) -> SparseIndex | None:
-        if call.layer not in shapes:
-            return None
-        q, k = heads_first(call)
-        return estimated_index(q, k, shapes[call.layer], scale=call.scale)
+        return index_of(call, patterns[call.layer]) if call.layer in patterns else None
 
     return index
 
@@ -233,7 +229,7 @@ class _Measure:
     """
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[Text], say: Say) -> None:
-        self.model, self.tokenizer, self.texts = model, tokenizer, texts
+        self.model, self.texts = model, texts
         say("dense readings and passkeys")
         warm_up(model, texts[0].ids)
         self.dense = [read(model, text) for text in texts]
@@ -248,9 +244,7 @@ class _Measure:
         return sum(mine.divergence(dense) for mine, dense in pairs) / len(said)
 
     def _found(self) -> int:
-        others = [*self.keys[1:], self.keys[0]]
-        pairs = zip(self.keys, others, strict=True)
-        return sum(ask(self.model, self.tokenizer, *pair).exact for pair in pairs)
+        return sum(answers(self.model, key) for key in self.keys)
 
     def row(self, rule: Rule) -> Row:
         """The figures of a rule."""

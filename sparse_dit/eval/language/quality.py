@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...patch import EXACT, patch
 from ...plan import Plan
-from ...search.language.options import DEPTHS, LEAST_TOKENS
-from ...search.language.reading import Read, Text, read
+from ...search.language.options import DEPTHS
+from ...search.language.reading import LEAST_TOKENS, Read, Text, read
 from ...timing import Pairs, Taken
 from .ask import Answered, ask
 from .tasks import KINDS, Question, passkey_questions, question
@@ -68,15 +69,10 @@ class LanguageRequest:
         Raises:
             ValueError: If one is too short.
         """
-        found = {}
-        for name, text in self.texts.items():
-            ids = tokenizer(text, return_tensors="pt").input_ids[:, : self.tokens]
-            if ids.shape[1] < LEAST_TOKENS:
-                raise ValueError(
-                    f"a text must have at least {LEAST_TOKENS} tokens, {name} has {ids.shape[1]}"
-                )
-            found[name] = Text.of(ids)
-        return found
+        return {
+            name: Text.cut(torch.tensor(tokenizer(text).input_ids), self.tokens, f"{name} has")
+            for name, text in self.texts.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...modalities import Modality, Part
+from ...modalities import MODALITIES, Modality, Part
 
-KINDS: tuple[Modality, ...] = ("text", "image", "video")  # by the numbers of mm_token_type_ids
 SHRUNK = 0.9  # share of the most tiles above which LLaVA-OneVision may have shrunk an image
 GAP = 32  # tokens of text between two frames of one video, at most: a time, and marks
 
 Grid = tuple[int, int, int]  # frames, rows, columns in tokens
-Run = tuple[int, int, int]  # kind, start and stop of placeholders in a row
+Run = tuple[int, int, int]  # kind, a place in MODALITIES, start and stop of placeholders in a row
 Cut = tuple[Grid, int]  # a grid, and the tokens behind each of its rows
 
 
@@ -95,11 +94,11 @@ def _cut(config: Any, rule: Any, runs: list[Run], length: int, tiles: int | None
     parts, clip = [], 0
     for kind, start, stop in runs:
         at = start
-        sight = Sight(KINDS[kind], stop - start, stop < length, tiles)
+        sight = Sight(MODALITIES[kind], stop - start, stop < length, tiles)
         for grid, behind in rule(config, sight):
             end = min(at + grid[0] * grid[1] * (grid[2] + behind), stop)
             if end > at:
-                parts.append(Part(KINDS[kind], at, end, grid, behind, clip))
+                parts.append(Part(MODALITIES[kind], at, end, grid, behind, clip))
             at, clip = end, clip + 1
     return parts
 
@@ -146,7 +145,7 @@ class _Told:
         while spans:
             if not self.left:
                 raise Unfit("the vision tower was told of fewer images than the prompt has")
-            parts += self._one(KINDS[kind], spans, self.left.pop())
+            parts += self._one(MODALITIES[kind], spans, self.left.pop())
             self.clip += 1
         return parts
 

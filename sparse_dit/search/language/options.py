@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ...words import option
-from .reading import Text
+from .reading import LEAST_TOKENS, Text
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 Given = (
     str | Tensor | Mapping[str, Tensor]
 )  # a text, its tokens, or what a VLM's processor makes of a prompt
-LEAST_TOKENS = 256  # of a text: below there is nothing to leave out
 DIALS = ("target_speedup", "max_kl", "max_ppl_increase")
 
 
@@ -141,7 +140,4 @@ class LanguageOptions:
             if self.tokenizer is None:
                 raise ValueError("a tokenizer must be given where texts aren't tokens")
             text = torch.tensor(self.tokenizer(text).input_ids)
-        ids = text.reshape(1, -1)[:, : self.tokens]
-        if ids.shape[1] < LEAST_TOKENS:
-            raise ValueError(f"a text must have at least {LEAST_TOKENS} tokens, got {ids.shape[1]}")
-        return Text.of(ids)
+        return Text.cut(text, self.tokens)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...modalities import MODALITIES, Modalities
 from ...timing import Taken, Timer
 
+LEAST_TOKENS = 256  # of a text: below there is nothing to leave out
 POSITIONS = 512  # at which what is said is compared: a whole text's would take gigabytes
 FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -50,6 +51,25 @@ class Text:
         return Text(
             ids, torch.linspace(last // 2, last, min(positions, last // 2 + 1)).long().unique()
         )
+
+    @staticmethod
+    def cut(ids: Tensor, tokens: int, what: str = "got") -> Text:
+        """The first tokens of a text.
+
+        Args:
+            ids: int64 `[N]` or `[1, N]`.
+            tokens: How many at most.
+            what: Who has too few, for the message.
+
+        Raises:
+            ValueError: If there are too few.
+        """
+        ids = ids.reshape(1, -1)[:, :tokens]
+        if ids.shape[1] < LEAST_TOKENS:
+            raise ValueError(
+                f"a text must have at least {LEAST_TOKENS} tokens, {what} {ids.shape[1]}"
+            )
+        return Text.of(ids)
 
     @staticmethod
     def of_prompt(inputs: Mapping[str, Tensor], modalities: Modalities) -> Text:
