@@ -36,15 +36,6 @@ SHAPES = {
 SIZES = [(400, 400), (1, 1), (1, 200), (65, 65), (100, 333), (64, 192), (193, 194)]
 
 
-@pytest.fixture(params=["library", "torch"])
-def way(request, monkeypatch):
-    """With the kernel's library, and as if it weren't there."""
-    if request.param == "torch":
-        monkeypatch.setattr(library, "LIBRARY", None)
-    elif library.LIBRARY is None:
-        pytest.skip(str(library.PROBLEM))
-
-
 @pytest.mark.parametrize("n, m", SIZES)
 def test_every_row_sees_its_own_key_and_no_later_one(n, m, way):
     q, k = tensors(n, m, heads=18, kv_heads=6)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sparse_dit.attention import sparse_attention
-from sparse_dit.backends.cpu import library
 from sparse_dit.estimate import Budget, Grid, VerticalSlash, estimated_index
 from sparse_dit.estimate.grid import bin_lines, frame_distance, key_lines
 from sparse_dit.estimate.rows import call_rows, sample_rows
@@ -161,15 +160,6 @@ def by_hand(q, k, shape, where, rows=None, scale=0.25):
         if shape.horizontal:
             seen[head, on(line, names)] = True
     return seen & (key <= own[:, None])
-
-
-@pytest.fixture(params=["library", "torch"])
-def way(request, monkeypatch):
-    """With the kernel's library, and as if it weren't there."""
-    if request.param == "torch":
-        monkeypatch.setattr(library, "LIBRARY", None)
-    elif library.LIBRARY is None:
-        pytest.skip(str(library.PROBLEM))
 
 
 @pytest.mark.parametrize("name", CASES)

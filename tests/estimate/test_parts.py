@@ -26,6 +26,7 @@ from sparse_dit.modalities import Modalities
 from tests.estimate.cases import covers, tensors
 from tests.estimate.test_grid import split, video
 
+pytestmark = pytest.mark.usefixtures("way")
 FIXED = Budget(alpha=90.0, beta=0.0, least=1)
 SLASH = VerticalSlash(rows="last", sampled=24, budget=FIXED, sinks=3)
 OTHER = VerticalSlash(rows="spread", sampled=30, budget=Budget(alpha=60.0, beta=0.0, least=1))
@@ -37,15 +38,6 @@ LATE = Modalities(192 + 240, (video(5, 6, 8, 192),))
 MIXED = Modalities(
     520, (video(1, 7, 9, 20, "image"), *split(4, 6, 9, 101, 5, clip=1), video(1, 5, 8, 400, "image", 2))
 )  # fmt: skip
-
-
-@pytest.fixture(params=["library", "torch"], autouse=True)
-def way(request, monkeypatch):
-    """With the kernel's library, and as if it weren't there."""
-    if request.param == "torch":
-        monkeypatch.setattr(library, "LIBRARY", None)
-    elif library.LIBRARY is None:
-        pytest.skip(str(library.PROBLEM))
 
 
 def seen(q, k, shapes, **how):

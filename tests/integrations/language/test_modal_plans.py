@@ -5,12 +5,12 @@ import torch
 import transformers
 
 import sparse_dit
-from sparse_dit.estimate import Budget, ByKey, ByQuery, Dense, Grid, OwnPart, estimated_index
+from sparse_dit.estimate import Budget, ByKey, ByQuery, Dense, Grid, OwnPart
 from sparse_dit.integrations import attach
 from sparse_dit.patterns import Pattern
 from sparse_dit.plan import Plan
-from sparse_dit.runtime import Runtime, attend_call
-from tests.helpers.language_plans import NEAR, SLASH, plan_for
+from sparse_dit.runtime import Runtime
+from tests.helpers.language_plans import NEAR, SLASH, plan_for, run_beside_reference
 from tests.helpers.tiny_language_models import IMAGE, START, VIDEO, logits, tokens, vision
 
 transformers.logging.set_verbosity_error()
@@ -48,29 +48,12 @@ def with_video(name, frames=8, height=12, width=16, text_after=150):
 @pytest.mark.parametrize("patterns", [(BY_QUERY,), (BY_PAIR, SLASH, Pattern(LINES), BY_QUERY)])
 def test_a_plan_computes_what_its_index_names(name, patterns):
     model, inputs = with_video(name)
-    plan = plan_for(model, *patterns)
-    runtime = Runtime("model", plan.components["model"], "auto")
-    densities = []
-
-    def both(call):
-        q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
+    runtime, calls, densities = run_beside_reference(model, inputs, plan_for(model, *patterns))
+    assert len(densities) == 2 and all(0.02 < density < 0.8 for density in densities)
+    assert runtime.notes == ()
+    for call in calls:
         (where,) = call.context.modalities
         assert {part.kind for part in where.media} == {"video"} and where.unknown is None
-        shapes = [head.pattern.shape for head in plan.components["model"].layers[call.layer][0]]
-        index = estimated_index(q, k, shapes, scale=call.scale, modalities=where)
-        want, _ = attend_call(call, index, "reference")
-        got = runtime(call)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        densities.append(index.density)
-        return got
-
-    attachment = attach(model, both)
-    logits(model, inputs)
-    attachment.detach()
-    assert len(densities) == 2 and all(0.02 < density < 0.8 for density in densities)
-    for ran, density in zip(runtime.ran, densities, strict=True):
-        assert ran.dense_because is None and ran.computed / ran.pairs == pytest.approx(density)
-    assert runtime.notes == ()
 
 
 def test_chunks_and_generation_follow_the_plan():

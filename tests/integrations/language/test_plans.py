@@ -7,11 +7,9 @@ from transformers import DynamicCache, StaticCache
 
 import sparse_dit
 from sparse_dit.account import DECODE
-from sparse_dit.estimate import estimated_index
-from sparse_dit.integrations import attach
 from sparse_dit.plan import Plan, PlanError, config_hash
-from sparse_dit.runtime import FEW_QUERIES, Runtime, attend_call
-from tests.helpers.language_plans import DENSE, NEAR, SLASH, plan_for
+from sparse_dit.runtime import FEW_QUERIES
+from tests.helpers.language_plans import DENSE, NEAR, SLASH, plan_for, run_beside_reference
 from tests.helpers.tiny_language_models import TEXT, TEXT_MODELS, logits, text, vision
 
 transformers.logging.set_verbosity_error()
@@ -35,29 +33,8 @@ def test_a_dense_plan_is_bit_equal_to_stock(name):
 @pytest.mark.parametrize("patterns", [(SLASH,), (NEAR,), (SLASH, DENSE, NEAR)])
 def test_a_plan_computes_what_its_index_names(name, patterns):
     model, inputs = long(name)
-    plan = plan_for(model, *patterns)
-    runtime = Runtime("model", plan.components["model"], "auto")
-    seen = []
-
-    def both(call):
-        q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
-        heads = plan.components["model"].layers[call.layer][0]
-        rows = None if call.attn_mask is None else call.rows
-        shapes = [head.pattern.shape for head in heads]
-        index = estimated_index(q, k, shapes, scale=call.scale, rows=rows)
-        want, _ = attend_call(call, index, "reference")
-        got = runtime(call)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        seen.append(index.density)
-        return got
-
-    attachment = attach(model, both)
-    logits(model, inputs)
-    attachment.detach()
-    assert len(seen) == 2 and all(0.05 < density < 0.8 for density in seen)
-    assert all(ran.dense_because is None for ran in runtime.ran)
-    for ran, density in zip(runtime.ran, seen, strict=True):
-        assert ran.computed / ran.pairs == pytest.approx(density)
+    _, _, densities = run_beside_reference(model, inputs, plan_for(model, *patterns))
+    assert len(densities) == 2 and all(0.05 < density < 0.8 for density in densities)
 
 
 def test_the_handle_tells_what_ran():

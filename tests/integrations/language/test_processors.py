@@ -60,14 +60,14 @@ def places_of(model, inputs):
     attachment = attach(model, watch)
     model.generate(**inputs, **HOW)
     attachment.detach()
-    return found[0][0]
+    return found[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_processors_tokens_are_placed(name):
     model, processor = with_processor(name)
     inputs = asked(name, processor)
-    where = places_of(model, inputs)
+    (where,) = places_of(model, inputs)
     ids = inputs["input_ids"][0]
     assert where.unknown is None and where.length >= len(ids) > 300
     kinds = torch.zeros(len(ids), dtype=torch.long)
@@ -126,16 +126,7 @@ def test_a_batch_from_the_processor(name):
         text=text, images=[pictures[:1], pictures[1:]], padding=True, return_tensors="pt"
     )
     stock = model.generate(**inputs, **HOW)
-    found = []
-
-    def watch(call):
-        found.append(call.context.modalities)
-        return call.stock()
-
-    attachment = attach(model, watch)
-    model.generate(**inputs, **HOW)
-    attachment.detach()
-    assert [[part.grid for part in item.media] for item in found[0]] == [
+    assert [[part.grid for part in item.media] for item in places_of(model, inputs)] == [
         [(1, 8, 8)], [(1, 5, 8), (1, 6, 8)],
     ]  # fmt: skip
     with sparse_dit.patch(model, plan_for(model, Pattern(SHAPE))) as handle:
