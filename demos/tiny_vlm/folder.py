@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from transformers import (
 
 from demos.tiny_vlm.inputs import MERGE, PATCH
 from demos.tiny_vlm.questions import build_tokenizer, words
+from sparse_dit.whole_file import whole_folder
 
 TEXT = {
     "hidden_size": 128,
@@ -68,22 +67,10 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
 
     Files beside the model's own, such as the model card, stay.
     """
-    folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial:
         copy = type(model)(model.config).to(torch.bfloat16)
         copy.load_state_dict(model.state_dict())
         copy.save_pretrained(partial)
         build_tokenizer().save_pretrained(partial)
         named = partial / "tokenizer_config.json"  # so that transformers 4 knows the class too
         named.write_text(named.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-        if folder.exists():
-            for path in folder.iterdir():
-                if not (partial / path.name).exists():
-                    shutil.move(path, partial / path.name)
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

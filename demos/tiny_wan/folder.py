@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 
 from demos.tiny_wan.text import build_encoder, build_tokenizer
 from demos.tiny_wan.vae import build_vae, fit_pca
+from sparse_dit.whole_file import whole_folder
 
 ARCHITECTURE = {
     "patch_size": (2, 1, 1),
@@ -53,24 +52,12 @@ def write_pipeline(pipe: WanPipeline, folder: Path) -> None:
 
     Files beside the pipeline's own, such as the model card, stay.
     """
-    folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
     pipe.tokenizer.backend_tokenizer.no_padding()  # else the last call's lengths are saved too
     pipe.tokenizer.backend_tokenizer.no_truncation()
-    try:
+    with whole_folder(folder) as partial:
         pipe.to(torch.bfloat16).save_pretrained(partial)
         for path in partial.rglob("*.json"):
             _clean(path)
-        if folder.exists():
-            for path in folder.iterdir():
-                if not (partial / path.name).exists():
-                    shutil.move(path, partial / path.name)
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _clean(path: Path) -> None:
