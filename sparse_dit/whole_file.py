@@ -32,8 +32,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` to write to; at the end it takes the place of `folder`.
 
-    What `folder` holds under names that the new one lacks, such as a model's card, stays in it. If something is
-    raised meanwhile, `folder` stays as it was and nothing is left behind.
+    What `folder` holds under names that the new one lacks, such as a model's card, stays. If something
+    is raised meanwhile, `folder` stays as it was and nothing is left behind.
     """
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
