@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .models import SupportedModel
     from .patterns import Pattern
     from .plan import ComponentPlan, Plan
-    from .search.front import Front
+    from .search.front import Front, Point
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -247,13 +247,22 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
 
 def show_front(front: Front) -> None:
     """Points of a search, from dense to the fastest."""
-    table = Table("forecast speed-up", "density", "error of heads", "PSNR", "seconds")
+    of_text = any(point.kl is not None for point in front.points)
+    quality = "KL" if of_text else "PSNR"
+    table = Table("forecast speed-up", "density", "error of heads", quality, "seconds")
     for point in front.points:
         table.add_row(
             f"{point.speedup:.2f}x",
             f"{point.density:.3f}",
             f"{point.error:.4f}",
-            "-" if point.psnr is None else f"{point.psnr:.1f} dB",
+            _quality(point),
             f"{point.seconds:.2f}",
         )
     out.print(table)
+
+
+def _quality(point: Point) -> str:
+    """The forecast of what is compared with dense, or a dash."""
+    if point.kl is not None:
+        return f"{point.kl:.4f}"
+    return "-" if point.psnr is None else f"{point.psnr:.1f} dB"
