@@ -174,16 +174,19 @@ def show_language_quality(quality: LanguageQuality) -> None:
     from .eval.page import seconds, share, times
 
     texts = Table(
-        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor"
-    )
+        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor",
+        "agreement",
+    )  # fmt: skip
     for text in quality.texts:
         texts.add_row(
             text.name, seconds(text.dense.seconds), seconds(text.sparse.seconds),
             times(text.dense.seconds / text.sparse.seconds), share(text.density),
             f"{text.dense_perplexity:.3f}", f"{text.sparse_perplexity:.3f}", f"{text.kl:.4f}",
-            f"{text.kl_floor:.6f}",
+            f"{text.kl_floor:.6f}", share(text.agreement),
         )  # fmt: skip
     out.print(texts)
+    if not quality.questions:
+        return
     asked = Table("questions", "tokens", "found", "sparse", "log-probability", "sparse", "floor")
     for row in task_rows(quality):
         asked.add_row(
@@ -225,7 +228,7 @@ def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
 def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
     """Rows of a language model's frontier, least divergence first at each target."""
     table = Table(
-        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "passkeys"
+        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "agreement", "passkeys"
     )  # fmt: skip
     for row in sorted(rows, key=lambda row: (str(row["target"]), row["kl"])):
         at = row["target"]
@@ -233,7 +236,8 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             at, row["method"], f"{row['density']:.3f}", f"{row['speedup']:.2f}x",
             f"{row['index_seconds']:.2f} s", f"{row['perplexity_increase']:+.1%}",
-            f"{row['kl']:.4f}", f"{row['passkeys']}/{row['asked']}",
+            f"{row['kl']:.4f}", f"{row['agreement']:.1%}" if "agreement" in row else "-",
+            f"{row['passkeys']}/{row['asked']}",
         )  # fmt: skip
     out.print(table)
     if rows:

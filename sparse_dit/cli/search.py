@@ -47,7 +47,10 @@ class Texts:
 
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="File of text to calibrate a language model on; repeatable."),
+        typer.Option(
+            help="File of text to calibrate a language model on, or what a VLM's processor made of a prompt, "
+            "as .safetensors; repeatable."
+        ),
     ] = None
     held_out_text: Annotated[
         list[Path] | None, typer.Option(help="File of text to verify it on; repeatable.")
@@ -154,7 +157,10 @@ def _search_text(
     outputs.expect("--out", plan_file, ".json", beside=_beside)
     check_language_model(model)
     loaded, tokenizer = load_language_model(model, place.device, place.dtype)
-    searched = search_language_plan(loaded, calibration, tokenizer=tokenizer, **asked)
+    of_text = any(isinstance(text, str) for text in (*calibration, *held_out))
+    searched = search_language_plan(  # without a tokenizer there are no questions about texts
+        loaded, calibration, tokenizer=tokenizer if of_text else None, **asked
+    )
     _save(searched, plan_file, outputs, force)
     met = searched.plan.measured["met"]
     if not met:

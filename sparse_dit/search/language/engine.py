@@ -47,6 +47,7 @@ class Verified:
         kl: Mean divergence in nats a token.
         expected_kl: What was forecast of it.
         ppl_increase: Mean relative increase of perplexity.
+        agreement: Share of the places whose most likely next token is that of dense attention.
         pairs: The times of the dense and of the sparse readings.
         found: How many passkeys were found with the plan, of those found dense.
     """
@@ -54,6 +55,7 @@ class Verified:
     kl: float
     expected_kl: float
     ppl_increase: float
+    agreement: float
     pairs: Pairs
     found: int
 
@@ -278,10 +280,11 @@ def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
         more = sum(mine.perplexity_increase(dense, text) for mine, dense, text in rows) / len(rows)
         kept = run.options.keeps(kl, more)  # else there is no need to ask
         found = sum(finds(run.model, passkey) for passkey in run.passkeys if kept)
+    same = sum(mine.agreement(dense) for mine, dense, _ in rows) / len(rows)
     if choice.loss > 0:
         run.scale = kl / choice.loss
     taken: list[list[Taken]] = [[one.taken for one in side] for side in (run.dense, sparse)]
-    verified = Verified(kl, expected, more, Pairs(*taken), found)
+    verified = Verified(kl, expected, more, same, Pairs(*taken), found)
     passed = f", {found}/{len(run.passkeys)} passkeys" if run.passkeys and kept else ""
     run.options.say(
         f"density {choice.density:.1%}: {verified.pairs.speedup:.2f}x (forecast {choice.speedup:.2f}x), KL "
@@ -318,6 +321,7 @@ def _measured(run: _Search, verified: Verified) -> dict[str, Any]:
     return {
         "kl": round(verified.kl, 6),
         "ppl_increase": round(verified.ppl_increase, 6),
+        "agreement": round(verified.agreement, 5),
         "speedup": round(verified.pairs.speedup, 4),
         **timing_of(verified.pairs),
         **found,
