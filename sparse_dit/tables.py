@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .auto.store import Kept
     from .eval.language.quality import LanguageQuality
     from .eval.report import Report
     from .layout import TokenLayout
@@ -247,6 +250,21 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
             f"KL {first['kl_floor']:.6f}",
             highlight=False,
         )
+
+
+def show_kept(kept: Sequence[Kept], folder: Path) -> None:
+    """Plans that were learned, and where they lie."""
+    table = Table("name", "for", "density", "forecast speed-up", "learned from", "on")
+    for one in kept:
+        speed, record = one.plan.forecast.get("speedup"), one.plan.provenance
+        table.add_row(
+            one.name, one.plan.pipeline_class or "transformer", f"{one.plan.density:.3f}",
+            "-" if speed is None else f"{speed:.2f}x", f"{record.get('learned_from', '-')} generations",
+            str(record.get("created", "-")),
+        )  # fmt: skip
+    if kept:
+        out.print(table)
+    out.print(f"{len(kept)} plans in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_front(front: Front) -> None:

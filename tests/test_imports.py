@@ -28,8 +28,9 @@ ABOVE = {
     **dict.fromkeys(
         ("patterns", "backends", "plan"), ("integrations", "search", "eval", "bench", "demo")
     ),
-    "integrations": ("search", "eval", "bench", "demo", "cli"),
-    "search": ("eval", "bench", "demo", "cli"),
+    "integrations": ("search", "auto", "eval", "bench", "demo", "cli"),
+    "search": ("auto", "eval", "bench", "demo", "cli"),
+    "auto": ("eval", "bench", "demo", "cli"),
     "eval": ("demo", "cli"),
     "bench": ("demo", "cli"),
     "demo": ("cli",),

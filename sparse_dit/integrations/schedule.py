@@ -72,3 +72,11 @@ class Schedule:
             return "same", False
         self.leads = False  # other noise without a step: not this pipeline's
         return None, True
+
+
+def steps_of(pipe: Any) -> int | None:
+    """Steps of the generation that a pipeline is in, or was in last; None if its scheduler doesn't tell."""
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    if not isinstance(timesteps, Tensor) or not timesteps.numel():
+        return None
+    return len(timesteps.unique())  # second-order schedulers name most of them twice
