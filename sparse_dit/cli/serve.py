@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Dtype, Size, with_options
 
+if TYPE_CHECKING:
+    from ..serve.options import ServeOptions
+
 KEYS = "SPARSE_DIT_API_KEYS"
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,10 @@ def serve(
 
     settings = {name: value for name, value in vars(size).items() if value is not None}
     served = Served(model, tuple(plan or ()), tuple(device or ("cpu",)), dtype, settings)
-    serve(served, _options(keeping, guard, fps), host=host, port=port)
+    serve(served, _options(keeping, guard, fps, host), host=host, port=port)
 
 
-def _options(keeping: Keeping, guard: Guard, fps: float):
+def _options(keeping: Keeping, guard: Guard, fps: float, host: str) -> ServeOptions:
     from ..serve.options import Limits, ServeOptions
     from ..serve.tables import database_url
 
@@ -101,10 +105,11 @@ def _options(keeping: Keeping, guard: Guard, fps: float):
         store=database_url(keeping.store),
         files=str(files.absolute()),
         api_keys=tuple(keys),
+        hosts=LOOPBACK if host in LOOPBACK else ("*",),
         queue_size=keeping.queue_size,
         ttl=keeping.ttl * 3600 or None,
         max_store_bytes=int(keeping.max_store_gb * (1 << 30)) or None,
-        half_run=keeping.half_run,
+        half_run=keeping.half_run,  # pyright: ignore[reportArgumentType]
         log_prompts=guard.log_prompts,
         fps=fps,
         limits=Limits(

@@ -11,13 +11,14 @@ from fastapi import Depends, FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..version import VERSION
 from .claims import Claims
 from .errors import add_handlers
 from .housekeeping import Housekeeping
 from .images import image_routes
-from .security import Keyed, Limited, SafeHeaders
+from .security import Keyed, Limited, SafeHeaders, same_origin
 from .service import Service
 from .status import health_routes, status_routes
 from .supervisor import Supervisor
@@ -47,7 +48,7 @@ def create_app(service: Service, workers: Sequence[WorkerOptions] = ()) -> FastA
         image_routes(service, limited),
         status_routes(service, int(time.time())),
     ):
-        app.include_router(routes, dependencies=[Depends(keyed)])
+        app.include_router(routes, dependencies=[Depends(same_origin), Depends(keyed)])
     app.include_router(health_routes(service))
 
     @app.get("/", include_in_schema=False)
@@ -56,6 +57,7 @@ def create_app(service: Service, workers: Sequence[WorkerOptions] = ()) -> FastA
         return RedirectResponse("/docs")
 
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=options.limits.body)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts))
     app.add_middleware(SafeHeaders)
     return app
 

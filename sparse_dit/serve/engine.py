@@ -16,6 +16,7 @@ from ..integrations import workload
 from ..patch import patch
 from ..plan import Plan
 from ..timing import Taken
+from .media import write_media
 from .plans import Plans, load_plans
 from .spec import JobSpec
 
@@ -79,6 +80,12 @@ class Engine:
                 return None
             summary = handle.summary()
         return Generated(video, taken, {**asdict(summary), "text": str(summary)})
+
+    def write(
+        self, folder: Path, spec: JobSpec, video: np.ndarray, dense: np.ndarray | None
+    ) -> None:
+        """Write the files of a job; see `write_media`."""
+        write_media(folder, spec, video, dense)
 
 
 def job_workload(pipe: Any, spec: JobSpec, image: Any = None) -> Any:

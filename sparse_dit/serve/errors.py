@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 KINDS = {  # of error, by HTTP status
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
     429: "rate_limit_error",

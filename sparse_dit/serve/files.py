@@ -51,11 +51,10 @@ class Files:
     @contextlib.contextmanager
     def attempt(self, job: Job) -> Iterator[Path]:
         """An empty folder to write to; if it isn't published by the end of the block, it is gone."""
-        for earlier in (self.folder / job.id).glob("*"):
-            if earlier.is_dir():  # of a worker that was killed
-                shutil.rmtree(earlier, ignore_errors=True)
+        for number in range(1, job.attempt):  # of workers that were killed
+            shutil.rmtree(self.folder / job.id / f".{number}", ignore_errors=True)
         folder = self.making(job)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             yield folder
         finally:

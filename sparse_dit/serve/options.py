@@ -38,6 +38,8 @@ class ServeOptions:
         store: The database's URL.
         files: Folder of what jobs make.
         api_keys: One of them must come with each request, if there is any.
+        hosts: Names that requests may call the server by, against pages that have it called by theirs;
+            `"*"` for any.
         queue_size: Jobs that may wait.
         ttl: Seconds from its submission until a job and its files are deleted; None keeps them.
         max_store_bytes: Of all files; those of the jobs that ended first are deleted. None sets no limit.
@@ -50,6 +52,7 @@ class ServeOptions:
     store: str
     files: str
     api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ("*",)
     queue_size: int = 64
     ttl: float | None = 7 * 24 * 3600
     max_store_bytes: int | None = 20 << 30

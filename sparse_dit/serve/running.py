@@ -7,8 +7,10 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from .claims import Claims
 from .engine import Generated, read_image
 from .files import Files
 from .jobs import Job
-from .media import preview_name, preview_of, preview_steps, write_media
+from .media import preview_name, preview_of, preview_steps
 from .plans import DENSE, Plans
 from .progress import Progress, Times
 from .spec import JobSpec
@@ -40,6 +42,10 @@ class Generator(Protocol):
         after_step: Callable[[Tensor], bool | None],
         image: Any = None,
     ) -> Generated | None: ...
+
+    def write(
+        self, folder: Path, spec: JobSpec, video: np.ndarray, dense: np.ndarray | None
+    ) -> None: ...
 
 
 class _Ended(Exception):
@@ -68,6 +74,7 @@ class Runner:
     def run(self, job: Job) -> None:
         """Run a job to its end, whatever that is. Nothing is raised for what is wrong with a job."""
         try:
+            self._advance(job, Progress(job.spec, self.times), "starting")
             with self.files.attempt(job):
                 self._run(job)
         except _Ended:
@@ -78,9 +85,8 @@ class Runner:
                 logger.exception("job %s failed", job.id)
             else:
                 logger.warning("job %s failed: %s", job.id, code)
-            error.__traceback__ = None  # which holds the tensors
             self.claims.fail(job, code, message)
-        finally:
+            error.__traceback__ = None  # which holds the tensors
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
@@ -101,7 +107,7 @@ class Runner:
         self._advance(job, progress, "writing")
         result = _result(spec, sparse, dense)
         folder = self.files.making(job)
-        write_media(folder, spec, sparse.video, dense.video if dense else None)
+        self.engine.write(folder, spec, sparse.video, dense.video if dense else None)
         result["seconds"] = round(progress.finished(), 4)
         result["previews"] = progress.previews
         size = self.files.publish(job, result)
