@@ -27,6 +27,7 @@ from .plan import plan as plan_command
 from .plans import plans as plans_command
 from .profile import profile as profile_command
 from .search import search as search_command
+from .serve import serve as serve_command
 from .show import show as show_command
 from .stability import stability as stability_command
 
@@ -40,6 +41,7 @@ app.add_typer(bench, name="bench")
 app.command("demo")(demo_command)
 app.command("check")(check_command)
 app.command("search")(search_command)
+app.command("serve")(serve_command)
 app.command("show")(show_command)
 app.command("stability")(stability_command)
 app.command("plan")(plan_command)
