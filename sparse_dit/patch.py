@@ -12,6 +12,7 @@ from torch import nn
 from .account import Ran
 from .attention import BACKENDS
 from .exact import Exact
+from .online import RULES, online_plan
 from .plan import Plan, config_hash
 from .runtime import Runtime
 from .summary import Summary, summarise
@@ -29,6 +30,7 @@ def patch(
     *,
     backend: str = "auto",
     nan_guard: bool = False,
+    **options: float,
 ) -> Handle:
     """Make a pipeline's transformers, or a model of transformers, run attention as the plan says.
 
@@ -36,10 +38,13 @@ def patch(
         pipe_or_transformer: A diffusers pipeline or one of its transformers; a language model or VLM of
             transformers, or a pipeline with one.
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
-            order and sliding windows are skipped instead of masked, with equal results to rounding.
+            order and sliding windows are skipped instead of masked, with equal results to rounding. Nor do
+            `"online"`, `"adaspa"`, `"xattention"` and `"sol"`, by which heads find what they compute while
+            they generate.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
             Each sparse call then reads its output once more and waits for the device.
+        options: Of `"online"`, `density`; of the other rules without a plan see `online.RULES`.
 
     Returns:
         The handle that tells what ran and takes the patch off; also a context manager.
@@ -59,7 +64,14 @@ def patch(
     found = unpatched(pipe_or_transformer)
     if not isinstance(plan, Plan | str | os.PathLike):
         raise TypeError(
-            f"plan must be 'exact', a path, a built-in name, a hub id or a Plan, got {type(plan).__name__}"
+            "plan must be 'exact', a rule, a path, a built-in name, a hub id or a Plan, got "
+            f"{type(plan).__name__}"
+        )
+    if isinstance(plan, str) and plan in RULES:
+        plan = online_plan(pipe_or_transformer, plan, **options)
+    elif options:
+        raise ValueError(
+            f"only rules without a plan take options, got {', '.join(sorted(options))}"
         )
     if plan == EXACT:
         exact = {name: Exact(name, backend, nan_guard) for name in found}

@@ -1,0 +1,147 @@
+"""The blocks of a grid that estimates choose among, at one size and in one token order.
+
+Letters in shapes: L heads, N tokens, C blocks, G groups of query rows, R key runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import estimates, library
+from ..entry import FarField, PatternIndex
+from ..index import Groups, entry_of, groups_of
+from ..layout import Tile, TileOrder, TokenLayout, cut_offsets, tile_order
+from ..on_cpu import on_cpu
+from ..patterns import Pattern
+
+GROUP = 64  # query rows
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Blocks of queries and keys, which are the same stretches of sorted tokens. All tensors are on the CPU.
+
+    Args:
+        order: Of the tokens.
+        cells: int64 `[C + 1]`, as of `TileOrder.cell_offsets`.
+        groups: Rows of every block, and of global tokens.
+        far, pool: As of a `Pattern`.
+        sinks: Bool `[C]`: blocks of keys that all rows see.
+    """
+
+    order: TileOrder
+    cells: Tensor
+    groups: Groups
+    far: bool
+    pool: int | None
+    sinks: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        """C."""
+        return len(self.cells) - 1
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """int64 `[C]`: tokens of each block."""
+        return self.cells.diff()
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """int32 `[C + 1]`: sorted positions where blocks start, and where the last ends."""
+        return (self.cells + self.order.global_before).int()
+
+    @functools.cached_property
+    def permutation(self) -> Tensor | None:
+        """int32 `[N]`: the token at each sorted position; None if tokens stay in place."""
+        return None if self.order.is_identity else self.order.order.int()
+
+    @functools.cached_property
+    def pools(self) -> Tensor:
+        """int32: sorted positions where pooled keys start, and where the last ends."""
+        return (
+            self.bounds if self.pool is None else cut_offsets(self.bounds.long(), self.pool).int()
+        )
+
+    @functools.cached_property
+    def pool_of(self) -> Tensor:
+        """int32 `[C + 1]`: number of the first pooled key of each block."""
+        return torch.searchsorted(self.pools, self.bounds).int()
+
+    @functools.cached_property
+    def q_offsets(self) -> Tensor:
+        """int32 `[G + 1]`."""
+        return self.groups.offsets.int()
+
+    @functools.cached_property
+    def whole(self) -> PatternIndex:
+        """Every row sees every key, in these groups of rows."""
+        everything = torch.ones(self.num_blocks, self.num_blocks, dtype=torch.bool)
+        return self.entries(everything[None])[0]
+
+    def near(self, local: int) -> Tensor:
+        """Bool `[C, C]`: blocks less than `local` places apart in the order, and the sinks."""
+        place = torch.arange(self.num_blocks)
+        return ((place[:, None] - place).abs() < local) | self.sinks
+
+    @on_cpu
+    def entries(self, chosen: Tensor) -> list[PatternIndex]:
+        """An entry for each head.
+
+        Args:
+            chosen: Bool `[L, C, C]`: which blocks of keys each block of queries sees exactly.
+        """
+        if library.LIBRARY is None:
+            return [
+                entry_of(one, self.order, self.cells, self.groups, self.far, self.pool)
+                for one in chosen
+            ]
+        owner, pool_of = self.groups.owner.int(), self.pool_of if self.far else None
+        offsets, runs, far_offsets, far_runs = estimates.lay_blocks(
+            chosen, self.bounds, owner, self.num_tokens, pool_of
+        )
+        found = []
+        far: Sequence[FarField | None] = [None] * len(chosen)
+        if far_offsets is not None:
+            parts = zip(far_offsets, far_runs.split(far_offsets[:, -1].tolist()), strict=True)
+            far = [FarField(self.pools, of, part) for of, part in parts]
+        parts = runs.split(offsets[:, -1].tolist())
+        for of, part, pooled in zip(offsets, parts, far, strict=True):
+            n, order = self.num_tokens, self.permutation
+            found.append(PatternIndex(n, n, order, order, self.q_offsets, of, part, pooled))
+        return found
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.order.order)
+
+
+def blocks_of(pattern: Pattern, layout: TokenLayout) -> Blocks:
+    """The blocks of a pattern; the same object for patterns that share them."""
+    return _blocks(
+        layout, pattern.tile, pattern.cell, pattern.far, pattern.pool, pattern.sink_frames
+    )
+
+
+@functools.lru_cache(maxsize=256)
+@on_cpu
+def _blocks(layout: TokenLayout, tile, cell, far, pool, sink_frames) -> Blocks:
+    order = tile_order(layout, tile)
+    cells = order.cell_offsets(cell)
+    sinks = order.boxes(cell).lo[:, 0] < sink_frames
+    return Blocks(order, cells, groups_of(order, cells, GROUP), far, pool, sinks)
+
+
+def token_orders(layout: TokenLayout) -> tuple[Tile, ...]:
+    """Tiles that a head's order is chosen from: cubes, lines through all frames, flat ones; about 64 tokens."""
+    frames = layout.grid[0]
+    if frames == 1:
+        return ((1, 8, 8), (1, 1, GROUP), (1, GROUP, 1))
+    length = max(1, GROUP // frames)
+    return ((4, 4, 4), (None, 1, length), (None, length, 1), (1, 8, 8))
