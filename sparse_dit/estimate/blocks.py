@@ -139,7 +139,7 @@ def _blocks(layout: TokenLayout, tile, cell, far, pool, sink_frames) -> Blocks:
 
 
 def token_orders(layout: TokenLayout) -> tuple[Tile, ...]:
-    """Tiles that a head's order is chosen from: cubes, lines through all frames, flat ones; about 64 tokens."""
+    """Tiles of about 64 tokens that a head's order is chosen from: cubes, lines through frames, flat ones."""
     frames = layout.grid[0]
     if frames == 1:
         return ((1, 8, 8), (1, 1, GROUP), (1, GROUP, 1))

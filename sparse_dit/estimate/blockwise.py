@@ -140,7 +140,9 @@ def chosen_blocks(p: Tensor, shape: Pooled | Antidiagonal | Mass, blocks: Blocks
                 chosen[heads] = best_blocks(p[heads], keys * more, blocks)
         return chosen
     chosen = best_blocks(p, keys, blocks)
-    return chosen | fewest(p, p, budget.gamma) if isinstance(budget, Share) else chosen
+    if isinstance(budget, Share):
+        chosen |= fewest(p / blocks.sizes, p, budget.gamma)
+    return chosen
 
 
 def best_blocks(p: Tensor, keys: float, blocks: Blocks) -> Tensor:

@@ -99,7 +99,8 @@ def antidiagonal_scores(
     """XAttention's estimate of the probability of each pair of blocks, float32 `[C, C]`; rows sum to 1.
 
     Of every square of `stride` queries and keys the logits of one antidiagonal are summed; their softmax over
-    the squares of a row, summed over a block, is the score. A square belongs to the block in which it begins.
+    the squares of a row, summed over a block, is the score. A square that lies in several blocks is shared
+    out by its tokens.
 
     Args:
         q, k: `[N, D]`, sorted.
@@ -111,18 +112,27 @@ def antidiagonal_scores(
     pad = -len(q) % stride
     q, k = (torch.nn.functional.pad(x.float(), (0, 0, 0, pad)) for x in (q, k))
     q, k = q.unflatten(0, (-1, stride)).flip(1).flatten(1), k.unflatten(0, (-1, stride)).flatten(1)
-    squares = torch.arange(len(q), device=q.device)
-    owner = torch.searchsorted(bounds.to(q.device), squares * stride, right=True) - 1
-    c = len(bounds) - 1
+    squares, tokens = torch.arange(len(q), device=q.device), int(bounds[-1])
+    places = (squares[:, None] * stride + torch.arange(stride, device=q.device)).clamp_max(
+        tokens - 1
+    )
+    owner = torch.searchsorted(bounds.to(q.device), places, right=True) - 1  # [squares, stride]
+    if (owner == owner[:, :1]).all():
+        owner = owner[:, :1]
+    c, share = len(bounds) - 1, 1 / owner.shape[1]
     found, step = q.new_zeros(c, c), max(1, MOST_LOGITS // len(k))
     for start in range(0, len(q), step):
         rows = slice(start, start + step)
         logits = q[rows] @ k.T * (scale / stride)
         if causal:
             logits = logits.masked_fill_(squares > squares[rows, None], -torch.inf)
-        p = logits.softmax(-1)
-        found.index_add_(0, owner[rows], p.new_zeros(len(p), c).index_add_(1, owner, p))
-    return found / torch.bincount(owner, minlength=c).clamp_min(1)[:, None]
+        p = logits.softmax(-1).mul_(share)
+        keys = p.new_zeros(len(p), c)
+        for of in owner.T:
+            keys.index_add_(1, of, p)
+        for of in owner[rows].T:
+            found.index_add_(0, of, keys)
+    return found / torch.bincount(owner.flatten(), minlength=c)[:, None]
 
 
 def mass_by_block(mass: Tensor, blocks: Blocks, mass_block: int) -> Tensor:
@@ -139,9 +149,11 @@ def mass_by_block(mass: Tensor, blocks: Blocks, mass_block: int) -> Tensor:
     rows = mass.new_zeros(*mass.shape[:2], blocks.num_blocks, mass.shape[-1])
     rows.index_add_(2, blocks.groups.owner[mine], mass[:, :, mine])
     total = torch.nn.functional.pad(rows.double().cumsum(-1), (1, 0))
-    at = blocks.bounds.double() / mass_block
-    whole = at.floor().long().clamp_max(total.shape[-1] - 1)
-    part = torch.nn.functional.pad(rows, (0, 1)).double()[..., whole] * (at - whole)
+    bounds, ends = blocks.bounds.long(), mass.shape[-1] - 1
+    whole = (bounds // mass_block).clamp_max(ends)
+    inside = bounds - whole * mass_block
+    length = (blocks.num_tokens - whole * mass_block).clamp_max(mass_block)  # the last one's
+    part = rows.double()[..., whole] * (inside / length)
     upto = total[..., whole] + part
     return (upto.diff(dim=-1) / blocks.sizes[:, None]).float()
 
