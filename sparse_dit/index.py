@@ -6,7 +6,7 @@ Letters in shapes: B batch, H heads, N query tokens, M key tokens, G query group
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,6 +135,13 @@ def build_index(
     entries = tuple(pattern_index(pattern, layout, group) for pattern in distinct)
     heads = tuple(distinct.index(pattern) for pattern in patterns)
     return SparseIndex(entries, heads, rows)
+
+
+def index_of(entries: Mapping[int, PatternIndex]) -> SparseIndex:
+    """The index of heads' entries, by head from 0 on; those that share one share it in the index too."""
+    distinct = list({id(entry): entry for entry in entries.values()}.values())
+    places = {id(entry): place for place, entry in enumerate(distinct)}
+    return SparseIndex(tuple(distinct), tuple(places[id(e)] for _, e in sorted(entries.items())))
 
 
 @functools.lru_cache(maxsize=256)

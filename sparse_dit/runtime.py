@@ -126,20 +126,20 @@ class Runtime:
     ) -> Tensor:
         """As `_attend`, where some heads' patterns are found in calls."""
         assert self._estimates is not None, "the plan has such patterns"
-        found = self._estimates.find(call, stage, patterns, shape_of(call, stage))
-        index = found.index if call.q.is_cpu else found.index.to(call.q.device)
-        if found.learn is None and index.is_dense:
-            return self._dense(call, stage, ALL_SEEN)
-        if skipped:
-            index = without(index, skipped)
-        if found.learn is None:
-            out, name = attend_call(call, index, self.backend, self.nan_guard)
+        found = self._estimates.find(call, patterns, shape_of(call, stage))
+        index, mass = found.index if call.q.is_cpu else found.index.to(call.q.device), None
+        if found.mass_block is None and index.is_dense:
+            out = self._dense(call, stage, ALL_SEEN)
         else:
-            name, attended = attended_call(call, index, self.backend, found.mass_block)
-            assert attended.mass is not None, "it was asked for"
-            found.learn(attended.mass)
-            out = attended.out
-        self._count(call, (call.layer, stage, None, name), index.density)
+            index = without(index, skipped) if skipped else index
+            if found.mass_block is None:
+                out, name = attend_call(call, index, self.backend, self.nan_guard)
+            else:
+                name, attended = attended_call(call, index, self.backend, found.mass_block)
+                out, mass = attended.out, attended.mass
+            self._count(call, (call.layer, stage, None, name), index.density)
+        if found.learn is not None:
+            found.learn(out, mass)
         return out
 
     def _estimate(self, call: AttentionCall, shapes: list[Any]) -> SparseIndex:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..backends.cpu import estimates, library
-from ..entry import FarField, PatternIndex
+from ..entry import FarField, PatternIndex, expand
 from ..index import Groups, entry_of, groups_of
 from ..layout import Tile, TileOrder, TokenLayout, cut_offsets, tile_order
 from ..on_cpu import on_cpu
 from ..patterns import Pattern
 
 GROUP = 64  # query rows
+SEES_NOTHING = -2  # of csrc/abi.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +91,22 @@ class Blocks:
         return ((place[:, None] - place).abs() < local) | self.sinks
 
     @on_cpu
-    def entries(self, chosen: Tensor) -> list[PatternIndex]:
+    def entries(self, chosen: Tensor, only: Tensor | None = None) -> list[PatternIndex]:
         """An entry for each head.
 
         Args:
             chosen: Bool `[L, C, C]`: which blocks of keys each block of queries sees exactly.
+            only: Bool `[G]`: groups whose rows see something; None for all.
         """
         if library.LIBRARY is None:
-            return [
+            found = [
                 entry_of(one, self.order, self.cells, self.groups, self.far, self.pool)
                 for one in chosen
             ]
+            return found if only is None else [restricted(entry, only) for entry in found]
         owner, pool_of = self.groups.owner.int(), self.pool_of if self.far else None
+        if only is not None:
+            owner = torch.where(only, owner, SEES_NOTHING)
         offsets, runs, far_offsets, far_runs = estimates.lay_blocks(
             chosen, self.bounds, owner, self.num_tokens, pool_of
         )
@@ -136,6 +141,45 @@ def _blocks(layout: TokenLayout, tile, cell, far, pool, sink_frames) -> Blocks:
     cells = order.cell_offsets(cell)
     sinks = order.boxes(cell).lo[:, 0] < sink_frames
     return Blocks(order, cells, groups_of(order, cells, GROUP), far, pool, sinks)
+
+
+@on_cpu
+def restricted(entry: PatternIndex, only: Tensor) -> PatternIndex:
+    """The entry whose rows see nothing but in some groups, bool `[G]`."""
+
+    def lists(offsets: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
+        counts = offsets.diff() * only
+        picked = runs[expand(torch.stack([offsets[:-1], counts], 1))]
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), picked
+
+    far = entry.far
+    if far is not None:
+        offsets, runs = lists(far.run_offsets, far.runs)
+        far = FarField(far.cell_offsets, offsets, runs)
+    offsets, runs = lists(entry.run_offsets, entry.runs)
+    return replace(entry, run_offsets=offsets, runs=runs, far=far, cache={})
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def sampled_entry(layout: TokenLayout, every: int) -> PatternIndex:
+    """The entry of a head that sees global tokens, and one of so many keys of the grid, evenly spread.
+
+    Where attention is flat, such keys stand for all of them, while the best blocks don't.
+    """
+    n, order = layout.seq_len, tile_order(layout, (1, None, None))
+    first, place = order.global_before, order.coordinates
+    taken = (place @ torch.tensor([5, 3, 1])) % every == 0
+    grid = order.order[first : first + len(place)]
+    rest = torch.cat([order.order[:first], order.order[first + len(place) :]])
+    keys = torch.cat([rest, grid[taken], grid[~taken]])
+    groups = groups_of(order, order.tile_offsets, GROUP)
+    count = len(groups.owner)
+    seen = torch.where(groups.owner < 0, n, len(rest) + int(taken.sum()))
+    runs = torch.stack([torch.zeros_like(seen), seen], 1).int()
+    rows = None if order.is_identity else order.order.int()
+    offsets, starts = groups.offsets.int(), torch.arange(count + 1).int()
+    return PatternIndex(n, n, rows, keys.int(), offsets, starts, runs)
 
 
 def token_orders(layout: TokenLayout) -> tuple[Tile, ...]:

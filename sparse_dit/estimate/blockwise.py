@@ -41,7 +41,12 @@ class Estimate(NamedTuple):
 @on_cpu
 @torch.no_grad()
 def blockwise_entries(
-    q: Tensor, k: Tensor, patterns: Mapping[int, Pattern], layout: TokenLayout, scale: float
+    q: Tensor,
+    k: Tensor,
+    patterns: Mapping[int, Pattern],
+    layout: TokenLayout,
+    scale: float,
+    only: Tensor | None = None,
 ) -> dict[int, Estimate]:
     """What each listed head sees, by its own queries and keys.
 
@@ -53,6 +58,7 @@ def blockwise_entries(
         patterns: By head: of shapes that are pooled or antidiagonal.
         layout: Of the N tokens.
         scale: Factor of the logits.
+        only: Bool `[G]`: groups of query rows that see something; None for all.
     """
     found: dict[int, Estimate] = {}
     for pattern in dict.fromkeys(patterns.values()):
@@ -62,7 +68,8 @@ def blockwise_entries(
         for start in range(0, len(heads), step):
             part = heads[start : start + step]
             scores, keep = _scored(q, k, part, pattern.shape, blocks, scale)
-            found |= zip(part, estimates_of(scores, keep, pattern.shape, blocks), strict=True)
+            estimates = estimates_of(scores, keep, pattern.shape, blocks, only)
+            found |= zip(part, estimates, strict=True)
     return found
 
 
@@ -103,7 +110,11 @@ def _scored(
 
 
 def estimates_of(
-    p: Tensor, keep: Tensor | None, shape: Pooled | Antidiagonal | Mass, blocks: Blocks
+    p: Tensor,
+    keep: Tensor | None,
+    shape: Pooled | Antidiagonal | Mass,
+    blocks: Blocks,
+    only: Tensor | None = None,
 ) -> list[Estimate]:
     """What each head sees, by the probability that its blocks have.
 
@@ -112,6 +123,7 @@ def estimates_of(
         keep: Bool, the same shape: which blocks are chosen; None if that is still to do.
         shape: How much is chosen.
         blocks: Where blocks lie.
+        only: Bool `[G]`: groups of query rows that see something; None for all.
     """
     sound = p.isfinite().flatten(1).all(1)
     if keep is None:
@@ -122,7 +134,7 @@ def estimates_of(
     return [
         Estimate(entry if ok else dense, ok, share)
         for entry, ok, share in zip(
-            blocks.entries(keep), sound.tolist(), recall.tolist(), strict=True
+            blocks.entries(keep, only), sound.tolist(), recall.tolist(), strict=True
         )
     ]
 

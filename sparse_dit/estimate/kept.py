@@ -1,26 +1,28 @@
 """Indices over a grid that are found at some steps and kept for the steps between.
 
 What was found is used again in the same run, stage and branch, for the same condition, at the same size, and
-as long as the shape's `refresh` says; whatever else comes is found anew.
+as long as the shape's `refresh` says; whatever else comes is found anew. A head's own token order holds for
+the whole run.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..autocast import lowered
 from ..call import AttentionCall, StepContext, with_bias
 from ..entry import PatternIndex
-from ..index import SparseIndex, pattern_index
-from ..layout import Tile, TokenLayout
+from ..index import SparseIndex, dense_entry, index_of, pattern_index
+from ..layout import TokenLayout
 from ..patterns import Mass, Pattern
-from .blocks import blocks_of, token_orders
+from .blocks import blocks_of, sampled_entry
 from .blockwise import Estimate, blockwise_entries, estimates_of
+from .orders import SAMPLED, Order, best_orders, stride_of
 from .scores import mass_by_block, mass_stretch
 
 _Key = tuple[str, str, int | None]  # layer, branch, condition
@@ -33,12 +35,13 @@ class Found:
     Args:
         index: On the CPU.
         mass_block: If the call has to count the probability of stretches of keys: of so many; else None.
-        learn: Takes what was counted, float32 `[B, H, P, S]`.
+        learn: If not None, takes the call's output `[B, N, H, D]`, and what was counted, float32
+            `[B, H, P, S]`.
     """
 
     index: SparseIndex
     mass_block: int | None = None
-    learn: Callable[[Tensor], None] | None = None
+    learn: Callable[[Tensor, Tensor | None], None] | None = None
 
 
 @dataclass(eq=False)
@@ -50,16 +53,38 @@ class _Kept:
         index: Of all heads, as of the last step.
         entries: By head.
         steps: By head the step at which its entry was found; -1 if it doesn't hold for another.
-        counts: By head how often its probability was counted.
-        orders: By head the token order of its entry, where it has one of its own, and the entry's recall.
     """
 
     shape: tuple[object, ...]
     index: SparseIndex | None = None
     entries: dict[int, PatternIndex] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
-    counts: Counter[int] = field(default_factory=Counter)
-    orders: dict[int, tuple[Tile, float]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Orders:
+    """The token orders of one key's heads.
+
+    Args:
+        layout: Where they hold.
+        of: By head.
+        dense: How many dense calls there were.
+        step: That of the last one.
+    """
+
+    layout: TokenLayout
+    of: dict[int, Order] = field(default_factory=dict)
+    dense: int = 0
+    step: int = -1
+
+
+class _Operands(NamedTuple):
+    """What makes a call's logits, `[B, H, N, D]`, and the factor."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
 
 
 class Estimates:
@@ -73,40 +98,35 @@ class Estimates:
         self._tell = tell
         self._run = -1
         self._kept: dict[_Key, _Kept] = {}
+        self._orders: dict[_Key, _Orders] = {}
 
     def forget(self) -> None:
         """Drop what is kept."""
         self._kept.clear()
+        self._orders.clear()
 
     def find(
-        self,
-        call: AttentionCall,
-        stage: int,
-        patterns: Sequence[Pattern],
-        shape: tuple[object, ...],
+        self, call: AttentionCall, patterns: Sequence[Pattern], shape: tuple[object, ...]
     ) -> Found:
         """What a call computes.
 
         Args:
             call: Of attention, whose layout is known.
-            stage: Number of the plan's stage.
             patterns: One for each head; some are found in calls, others are geometry.
-            shape: What has to be the same for what was found to be used again.
+            shape: What has to be the same for what was found to be used again, the plan's stage with it.
         """
-        context = call.context
+        context, layout = call.context, call.context.layout
+        assert layout is not None, "else this call runs dense"
         if context.run != self._run:
             self.forget()
             self._run = context.run
         key = (call.layer, context.branch, context.condition)
-        kept = self._kept.get(key)
-        if (
-            kept is None
-            or kept.shape != shape
-            or context.step < max(kept.steps.values(), default=0)
-        ):
-            kept = _Kept(shape)
-            if context.step >= 0:
-                self._kept[key] = kept
+        kept, orders = self._kept.get(key), self._orders.get(key)
+        if orders is None or orders.layout != layout:
+            orders = self._orders[key] = _Orders(layout)
+        last = -1 if kept is None else max(kept.steps.values(), default=-1)
+        if kept is None or kept.shape != shape or context.step < last:
+            kept = self._kept[key] = _Kept(shape)
         due = [
             head
             for head, pattern in enumerate(patterns)
@@ -114,78 +134,89 @@ class Estimates:
         ]
         if not due and kept.index is not None:
             return Found(kept.index)
-        return self._found(call, patterns, due, kept)
+        return self._found(call, layout, patterns, due, kept, orders)
 
     def _found(
-        self, call: AttentionCall, patterns: Sequence[Pattern], due: Sequence[int], kept: _Kept
+        self,
+        call: AttentionCall,
+        layout: TokenLayout,
+        patterns: Sequence[Pattern],
+        due: Sequence[int],
+        kept: _Kept,
+        orders: _Orders,
     ) -> Found:
-        layout, step = call.context.layout, call.context.step
-        assert layout is not None, "else this call runs dense"
+        step, n = call.context.step, layout.seq_len
         for head, pattern in enumerate(patterns):
             if not pattern.is_estimated and head not in kept.entries:
                 kept.entries[head] = pattern_index(pattern, layout)
-        counted = [head for head in due if isinstance(patterns[head].shape, Mass)]
+        counted = {head: patterns[head] for head in due if isinstance(patterns[head].shape, Mass)}
         told = {head: patterns[head] for head in due if head not in counted}
-        if told:
-            q, k, scale = _logits_of(call)
-            self._keep(kept, blockwise_entries(q, k, told, layout, scale), step)
-        if not counted:
-            kept.index = _index_of(kept.entries, len(patterns))
-            return Found(kept.index)
-        ordered = {head: _counted_in(kept, head, patterns[head], layout) for head in counted}
-        blocks = {head: blocks_of(pattern, layout) for head, pattern in ordered.items()}
-        mass_block = math.gcd(*(mass_stretch(of) for of in set(blocks.values())))
+        dense = [head for head, pattern in told.items() if _is_dense_at(pattern, call.context)]
+        found = {head: Estimate(dense_entry(n, n), True, 1.0) for head in dense}
+        estimated = {head: orders.of.get(head, of.tile) for head, of in told.items()}
+        ordered: dict[int, Pattern] = {}
+        for head, order in estimated.items():
+            if head in found:
+                continue
+            if order is SAMPLED:
+                entry = sampled_entry(layout, stride_of(told[head], layout))
+                found[head] = Estimate(entry, True, math.nan)
+            else:
+                ordered[head] = replace(told[head], tile=order)
+        if ordered:
+            q, k, _, scale = _operands(call)
+            found |= blockwise_entries(q, k, ordered, layout, scale)
+        self._keep(kept, found, step)
+        kept.steps |= dict.fromkeys(dense, -1)
+        tried = {head: told[head] for head in dense if told[head].shape.own_order}
+        if not _tries(orders, tried, step):
+            tried = {}
+        blocks = {head: blocks_of(pattern, layout) for head, pattern in counted.items()}
+        mass_block = math.gcd(*map(mass_stretch, set(blocks.values()))) if counted else None
 
-        def learn(mass: Tensor) -> None:
-            found = _of_mass(mass, ordered, layout, mass_block)
-            kept.counts.update(counted)
-            self._keep(kept, _best_orders(kept, found, ordered), step)
-            kept.index = _index_of(kept.entries, len(patterns))
+        def learn(out: Tensor, mass: Tensor | None) -> None:
+            if tried:
+                q, k, v, scale = _operands(call)
+                out = out.transpose(1, 2)
+                best = best_orders(q, k, v, out, tried, layout, scale)
+                orders.of |= {head: order for head, (order, _) in best.items()}
+            if mass is not None and mass_block is not None:
+                self._keep(kept, _of_mass(mass, counted, layout, mass_block), step)
+                kept.index = index_of(kept.entries)
 
         now = kept.entries | {head: of.whole for head, of in blocks.items()}
-        return Found(_index_of(now, len(patterns)), mass_block, learn)
+        index = index_of(now)
+        if not counted:
+            kept.index = index
+        return Found(index, mass_block, learn if tried or counted else None)
 
     def _keep(self, kept: _Kept, found: Mapping[int, Estimate], step: int) -> None:
         kept.entries |= {head: estimate.entry for head, estimate in found.items()}
         kept.steps |= {head: step if estimate.sound else -1 for head, estimate in found.items()}
-        if unsound := [str(head) for head, estimate in found.items() if not estimate.sound]:
+        if not all(estimate.sound for estimate in found.values()):
             self._tell(
-                "queries or keys that aren't finite: heads that have some are dense in such a call, first "
-                f"head {unsound[0]}"
+                "queries or keys that aren't finite: heads with some are dense in such calls"
             )
-
-
-def _counted_in(kept: _Kept, head: int, pattern: Pattern, layout: TokenLayout) -> Pattern:
-    """The pattern in the token order in which a head's probability is counted next."""
-    if not pattern.shape.own_order:
-        return pattern
-    orders, number = token_orders(layout), kept.counts[head]
-    tile = orders[number] if number < len(orders) else kept.orders[head][0]
-    return replace(pattern, tile=tile)
-
-
-def _best_orders(
-    kept: _Kept, found: Mapping[int, Estimate], ordered: Mapping[int, Pattern]
-) -> dict[int, Estimate]:
-    """What was found, without heads that have a better token order already; noted in `kept`."""
-    better: dict[int, Estimate] = {}
-    for head, estimate in found.items():
-        tile, known = ordered[head].tile, kept.orders.get(head)
-        if ordered[head].shape.own_order and estimate.sound:
-            if known is not None and known[0] != tile and known[1] >= estimate.recall:
-                better[head] = Estimate(kept.entries[head], True, known[1])
-                continue
-            kept.orders[head] = (tile, estimate.recall)
-        better[head] = estimate
-    return better
 
 
 def _holds(kept: _Kept, head: int, pattern: Pattern, context: StepContext) -> bool:
     """Whether what was found for a head still holds."""
-    found, shape = kept.steps.get(head, -1), pattern.shape
-    if isinstance(shape, Mass) and (context.sigma or 0.0) > shape.dense_above:
+    found, refresh = kept.steps.get(head, -1), pattern.shape.refresh
+    if _is_dense_at(pattern, context):
         return False
-    return found >= 0 and (shape.refresh is None or context.step - found < shape.refresh)
+    return found >= 0 and (refresh is None or context.step - found < refresh)
+
+
+def _is_dense_at(pattern: Pattern, context: StepContext) -> bool:
+    return (context.sigma or 0.0) > getattr(pattern.shape, "dense_above", 1.0)
+
+
+def _tries(orders: _Orders, heads: Mapping[int, Pattern], step: int) -> bool:
+    """Whether orders are tried in a dense call: in the first, second, fourth, eighth, ..."""
+    if heads and step != orders.step:
+        orders.dense, orders.step = orders.dense + 1, step
+        return orders.dense & (orders.dense - 1) == 0
+    return False
 
 
 def _of_mass(
@@ -201,17 +232,9 @@ def _of_mass(
     return found
 
 
-def _index_of(entries: dict[int, PatternIndex], heads: int) -> SparseIndex:
-    """The index of heads' entries; those that share one share it in the index too."""
-    distinct = list({id(entries[head]): entries[head] for head in range(heads)}.values())
-    places = {id(entry): place for place, entry in enumerate(distinct)}
-    return SparseIndex(tuple(distinct), tuple(places[id(entries[head])] for head in range(heads)))
-
-
-def _logits_of(call: AttentionCall) -> tuple[Tensor, Tensor, float]:
-    """q and k `[B, H, N, D]` and the factor that make the call's logits."""
-    q, k = lowered(call.q, call.k)
+def _operands(call: AttentionCall) -> _Operands:
+    q, k, v = lowered(call.q, call.k, call.v)
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     if call.bias is not None:
         q, k, _ = with_bias(q, k, k, call.bias, scale)
-    return q.transpose(1, 2), k.transpose(1, 2), scale
+    return _Operands(*(x.transpose(1, 2) for x in (q, k, v)), scale)

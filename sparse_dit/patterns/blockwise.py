@@ -41,6 +41,10 @@ class Pooled:
         keep: How much is seen exactly: keys a row, a share of the estimated probability, or what is above
             the row's mean.
         parts: Blocks are pooled in so many equal parts, whose probabilities are added up.
+        own_order: Each head has the token order that errs the least, out of cubes, flat tiles and lines
+            through all frames, or sees every n-th key instead; tried on a few rows where the head is dense.
+            Until then it has the pattern's tile.
+        dense_above: At noise levels above this one the head is dense.
         local: Blocks that are seen anyway, along the token order: 0 none, 1 a query's own, 2 one on either
             side too, ...
         refresh: What is found at the first step of a stage is kept for so many steps, itself among them;
@@ -49,8 +53,14 @@ class Pooled:
 
     keep: Budget | Share | Above = Budget(beta=0.25, least=64)
     parts: Parts = 1
+    own_order: Flag = False
+    dense_above: Level = 1.0
     local: Distance = 0
     refresh: Refresh = 1
+
+    def __post_init__(self) -> None:
+        if self.own_order and not isinstance(self.keep, Budget):
+            raise ValueError("own_order needs a budget of keys, whose orders are then compared")
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -79,9 +89,6 @@ class Mass:
         keep: As for `Pooled`.
         adaptive: AdaSpa's rule: of the heads of a layer those in whose blocks most of the probability lies
             see half as many keys, and as many others half as many more.
-        own_order: Each head has the token order, out of cubes, flat tiles and lines through all frames, in
-            which most of its probability lies in the blocks that it would see. Dense calls count one order
-            each; the pattern's tile counts for nothing.
         dense_above: At noise levels above this one the head is dense in every call, and its probability
             counted, so that a generation's first steps are exact and no other step has to be.
         local, refresh: As for `Pooled`.
@@ -89,7 +96,6 @@ class Mass:
 
     keep: Budget | Share = Budget(beta=0.25, least=64)
     adaptive: Flag = False
-    own_order: Flag = False
     dense_above: Level = 1.0
     local: Distance = 0
     refresh: Refresh = None
