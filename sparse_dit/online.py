@@ -119,7 +119,7 @@ RULES: dict[str, Rule] = {
         "XAttention (arXiv 2503.16428)",
         ("threshold", 0.95, 0.0, 1.0),
         _xattention,
-        lambda threshold: 0.1 + 0.9 * threshold,
+        lambda threshold: 0.1 + 0.9 * threshold,  # see blockwise.density
         exact=False,
     ),
     "sol": Rule(

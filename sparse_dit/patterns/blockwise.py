@@ -99,3 +99,20 @@ class Mass:
     dense_above: Level = 1.0
     local: Distance = 0
     refresh: Refresh = None
+
+
+def density(shape: Pooled | Antidiagonal | Mass, length: int) -> float:
+    """The share of the keys that a row sees exactly where it isn't dense; the most of it, where calls decide.
+
+    A share of the probability needs at most as large a share of equal blocks; and no more than
+    1 / (1 + s^2) of them lie s deviations above the mean (Cantelli's inequality).
+
+    Args:
+        shape: What is found.
+        length: Tokens of the grid.
+    """
+    keep = shape.keep
+    if isinstance(keep, Above):
+        return 1 / (1 + max(0.0, keep.sigmas) ** 2)
+    least = keep.keys(length) / max(1, length)
+    return min(1.0, max(least, keep.gamma) if isinstance(keep, Share) else least)
