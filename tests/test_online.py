@@ -1,6 +1,7 @@
 """Running without a plan: heads find their blocks while they generate."""
 
 import copy
+import itertools
 import logging
 from dataclasses import replace
 
@@ -92,11 +93,11 @@ def test_mass_is_counted_in_a_dense_call_and_kept():
     out = runtime(later)
     assert not torch.allclose(out, dense(later.q, later.k, later.v), atol=1e-3)
     assert torch.equal(runtime(later), out)
-    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
     p = (q @ k.transpose(2, 3) * 8**-0.5).softmax(-1)[0]
     blocks = blocks_of(MASS, LAYOUT)
     bounds = blocks.bounds.tolist()
-    tokens = [blocks.order.order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    tokens = [blocks.order.order[a:b] for a, b in itertools.pairwise(bounds)]
     best = torch.stack([p[0, tokens[0]][:, t].sum() for t in tokens]).topk(1).indices.tolist()
     (entry, *_) = runtime._estimates._kept[LAYER, "cond", 0].index.entries
     runs = entry.runs[entry.run_offsets[0] : entry.run_offsets[1]].tolist()
@@ -256,7 +257,7 @@ def test_what_rules_refuse():
         online_plan(pipe, "xattention", threshold=2)
     with pytest.raises(ValueError, match=r"only rules without a plan take options, got density"):
         patch(pipe, "exact", density=0.3)
-    with pytest.raises(ValueError, match="must be one of .*'online'.*, got 'onlin'"):
+    with pytest.raises(ValueError, match=r"must be one of .*'online'.*, got 'onlin'"):
         online_plan(pipe, "onlin")
     with pytest.raises(NotImplementedError, match="'online' is for diffusion transformers"):
         patch(text("llama")[0], "online")

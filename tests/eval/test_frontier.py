@@ -228,6 +228,20 @@ def test_the_command_prints_and_plots(known, short_model, tmp_path, monkeypatch,
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rules_without_a_plan_need_no_search(short_pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier_module, "search_plan", None)
+    shown = replace(QUICK, steps=4)
+    request = FrontierRequest(
+        CALIBRATION[:1], HELD_OUT[:1], shown, [0.1, 0.9], ["online", "sol"], tmp_path / "f.json"
+    )
+    rows = frontier(short_pipe, request, lambda line: None)
+    assert [(r["method"], r["target"]) for r in rows] == [
+        (m, d) for d in (0.1, 0.9) for m in ("online", "sol")
+    ]
+    assert all("none" in row for row in rows[:2]), "a step of four and a layer are more"
+    assert all(0.5 < row["density"] <= 0.9 and row["psnr_db"] > 10 for row in rows[2:])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
