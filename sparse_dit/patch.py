@@ -13,6 +13,7 @@ from .account import Ran
 from .attention import BACKENDS
 from .call import AttentionCall
 from .exact import Exact
+from .online import RULES, online_plan
 from .plan import Plan, config_hash
 from .runtime import Runtime
 from .summary import Summary, summarise
@@ -40,14 +41,15 @@ def patch(
         pipe_or_transformer: A diffusers pipeline or one of its transformers; a language model or VLM of
             transformers, or a pipeline with one.
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
-            order and sliding windows are skipped instead of masked, with equal results to rounding. `"auto"`
-            learns one from the first generation, which is dense and somewhat slower, and keeps it for later
-            ones; of diffusers pipelines.
+            order and sliding windows are skipped instead of masked, with equal results to rounding. Nor do
+            `"online"`, `"adaspa"`, `"xattention"` and `"sol"`, by which heads find what they compute while
+            they generate. `"auto"` learns one from the first generation of a diffusers pipeline, which is
+            dense and somewhat slower, and keeps it for later ones.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
             Each sparse call then reads its output once more and waits for the device.
-        options: For `"auto"` what is asked of the plan, see `auto.AutoOptions`: `min_psnr` or
-            `target_speedup`, `cache`.
+        options: Of `"online"`, `density`; of the other rules without a plan see `online.RULES`. Of `"auto"`
+            what is asked of the plan, see `auto.AutoOptions`: `min_psnr` or `target_speedup`, `cache`.
 
     Returns:
         The handle that tells what ran and takes the patch off; also a context manager.
@@ -67,11 +69,9 @@ def patch(
     found = unpatched(pipe_or_transformer)
     if not isinstance(plan, Plan | str | os.PathLike):
         raise TypeError(
-            "plan must be 'auto', 'exact', a path, a built-in name, a hub id or a Plan, got "
+            "plan must be 'auto', 'exact', a rule, a path, a built-in name, a hub id or a Plan, got "
             f"{type(plan).__name__}"
         )
-    if options and plan != AUTO:
-        raise TypeError(f"{', '.join(sorted(options))} can be given with 'auto' alone")
     if plan == AUTO:
         from .auto import AutoOptions, attach_auto
 
@@ -79,6 +79,12 @@ def patch(
         session, intercepts = attach_auto(pipe_or_transformer, found, asked, backend, nan_guard)
         attachments = _attached(found, intercepts, pipe_or_transformer)
         return Handle(None, attachments, intercepts, session)
+    if isinstance(plan, str) and plan in RULES:
+        plan = online_plan(pipe_or_transformer, plan, **options)
+    elif options:
+        raise ValueError(
+            f"only 'auto' and rules without a plan take options, got {', '.join(sorted(options))}"
+        )
     if plan == EXACT:
         exact = {name: Exact(name, backend, nan_guard) for name in found}
         return Handle(None, _attached(found, exact, pipe_or_transformer), exact)

@@ -111,13 +111,16 @@ class _Densities:
 
     def of(self, pattern: Pattern, layout: TokenLayout) -> float:
         from .index import pattern_index
+        from .patterns import blockwise
         from .patterns.estimated import density
 
         key = (pattern, layout)
         if key not in self._known:
             computed = 1.0
-            if pattern.is_estimated:
+            if pattern.is_causal:
                 computed = density(pattern.shape, layout.seq_len)
+            elif pattern.is_estimated:
+                computed = blockwise.density(pattern.shape, layout.num_grid)
             elif not pattern.computed.is_dense:
                 computed = pattern_index(*key).density
             self._known[key] = computed / pattern.every  # over a long stage

@@ -11,7 +11,7 @@ from .attachment import (
 from .loading import add_lora, load, outline
 from .pipeline import Generation as workload
 from .probe import probe
-from .schedule import steps_of
+from .schedule import noise_level, steps_of
 from .teacher import OneStep as one_step
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "components",
     "heads_of",
     "load",
+    "noise_level",
     "one_step",
     "outline",
     "output_projection",
