@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .models import SupportedModel
     from .patterns import Pattern
     from .plan import ComponentPlan, Plan
-    from .search.front import Front
+    from .search.front import Front, Point
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -174,16 +174,19 @@ def show_language_quality(quality: LanguageQuality) -> None:
     from .eval.page import seconds, share, times
 
     texts = Table(
-        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor"
-    )
+        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor",
+        "agreement",
+    )  # fmt: skip
     for text in quality.texts:
         texts.add_row(
             text.name, seconds(text.dense.seconds), seconds(text.sparse.seconds),
             times(text.dense.seconds / text.sparse.seconds), share(text.density),
             f"{text.dense_perplexity:.3f}", f"{text.sparse_perplexity:.3f}", f"{text.kl:.4f}",
-            f"{text.kl_floor:.6f}",
+            f"{text.kl_floor:.6f}", share(text.agreement),
         )  # fmt: skip
     out.print(texts)
+    if not quality.questions:
+        return
     asked = Table("questions", "tokens", "found", "sparse", "log-probability", "sparse", "floor")
     for row in task_rows(quality):
         asked.add_row(
@@ -225,7 +228,7 @@ def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
 def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
     """Rows of a language model's frontier, least divergence first at each target."""
     table = Table(
-        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "passkeys"
+        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "agreement", "passkeys"
     )  # fmt: skip
     for row in sorted(rows, key=lambda row: (str(row["target"]), row["kl"])):
         at = row["target"]
@@ -233,7 +236,8 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             at, row["method"], f"{row['density']:.3f}", f"{row['speedup']:.2f}x",
             f"{row['index_seconds']:.2f} s", f"{row['perplexity_increase']:+.1%}",
-            f"{row['kl']:.4f}", f"{row['passkeys']}/{row['asked']}",
+            f"{row['kl']:.4f}", f"{row['agreement']:.1%}" if "agreement" in row else "-",
+            f"{row['passkeys']}/{row['asked']}",
         )  # fmt: skip
     out.print(table)
     if rows:
@@ -247,13 +251,22 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
 
 def show_front(front: Front) -> None:
     """Points of a search, from dense to the fastest."""
-    table = Table("forecast speed-up", "density", "error of heads", "PSNR", "seconds")
+    of_text = any(point.kl is not None for point in front.points)
+    quality = "KL" if of_text else "PSNR"
+    table = Table("forecast speed-up", "density", "error of heads", quality, "seconds")
     for point in front.points:
         table.add_row(
             f"{point.speedup:.2f}x",
             f"{point.density:.3f}",
             f"{point.error:.4f}",
-            "-" if point.psnr is None else f"{point.psnr:.1f} dB",
+            _quality(point),
             f"{point.seconds:.2f}",
         )
     out.print(table)
+
+
+def _quality(point: Point) -> str:
+    """The forecast of what is compared with dense, or a dash."""
+    if point.kl is not None:
+        return f"{point.kl:.4f}"
+    return "-" if point.psnr is None else f"{point.psnr:.1f} dB"

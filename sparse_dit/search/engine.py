@@ -50,7 +50,8 @@ class Searched:
     def front(self) -> Front:
         """Other points of the same problem, with the PSNR that the verified plan lets expect."""
         model = model_hash(self.plan.components)
-        return front_of(self.problem, model, self.choice, self.plan.measured.get("psnr_db"))
+        psnr_db = self.plan.measured.get("psnr_db")
+        return front_of(self.problem, model, self.choice, psnr_db=psnr_db)
 
 
 def plan_of(searched: Searched, choice: Choice) -> Plan:
