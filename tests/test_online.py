@@ -143,7 +143,7 @@ def test_a_head_has_its_own_order_from_the_dense_call_on():
     runtime = runtime_of(*[OWN] * 3)
     call = call_at(0)
     assert torch.equal(runtime(call), dense(call.q, call.k, call.v)), "stock"
-    orders = runtime._estimates._orders[LAYER, "cond", 0]
+    orders = runtime._estimates._orders[LAYER]
     assert orders.of.keys() == {0, 1, 2} and (orders.dense, orders.step) == (1, 0)
     runtime(call_at(1))
     assert (orders.dense, orders.step) == (2, 1)
