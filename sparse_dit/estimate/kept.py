@@ -212,7 +212,7 @@ def _is_dense_at(pattern: Pattern, context: StepContext) -> bool:
 
 
 def _tries(orders: _Orders, heads: Mapping[int, Pattern], step: int) -> bool:
-    """Whether orders are tried in a dense call: in the first one of the first, second, fourth, ... dense step."""
+    """Whether orders are tried in a dense call: the first of the first, second, fourth, ... dense step."""
     if heads and step != orders.step:
         orders.dense, orders.step = orders.dense + 1, step
         return orders.dense & (orders.dense - 1) == 0
