@@ -237,4 +237,5 @@ def _operands(call: AttentionCall) -> _Operands:
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     if call.bias is not None:
         q, k, _ = with_bias(q, k, k, call.bias, scale)
-    return _Operands(*(x.transpose(1, 2) for x in (q, k, v)), scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return _Operands(q, k, v, scale)
