@@ -265,7 +265,7 @@ def test_what_rules_refuse():
         patch(pipe, "sol", density=0.3)
     with words.command_line(), pytest.raises(ValueError, match="--threshold must be a number"):
         online_plan(pipe, "xattention", threshold=2)
-    with pytest.raises(ValueError, match=r"only rules without a plan take options, got density"):
+    with pytest.raises(TypeError, match="density can be given with 'auto' and online, adaspa"):
         patch(pipe, "exact", density=0.3)
     with pytest.raises(ValueError, match=r"must be one of .*'online'.*, got 'onlin'"):
         online_plan(pipe, "onlin")

@@ -11,7 +11,7 @@ from .attachment import (
 from .loading import add_lora, load, outline
 from .pipeline import Generation as workload
 from .probe import probe
-from .schedule import noise_level
+from .schedule import noise_level, steps_of
 from .teacher import OneStep as one_step
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "output_projection",
     "probe",
     "self_attention_layers",
+    "steps_of",
     "workload",
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -99,3 +102,44 @@ def noise_level(pipe: Any, share: float, steps: int = 50) -> float:
         levels = 1 - levels
     at = round(share * len(levels))  # schedules of a higher order have more of them
     return min(1.0, max(0.0, round(float(levels[at - 1] + levels[at]) / 2, 4)))
+
+
+def steps_of(pipe: Any) -> int | None:
+    """Steps of the generation that a pipeline is in, or was in last; None if its scheduler doesn't tell."""
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    if not isinstance(timesteps, Tensor) or not timesteps.numel():
+        return None
+    return len(timesteps.unique())  # second-order schedulers name most of them twice
+
+
+SHIFTS = ("flow_shift", "shift")  # what schedulers call the shift of their noise levels
+
+
+def shifted_scheduler(pipe: Any, shift: float | None) -> Any:
+    """A scheduler like the pipeline's with this shift of the noise levels; the very same for None.
+
+    Raises:
+        ValueError: If the scheduler has no such shift.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if shift is None:
+        return scheduler
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    name = next((name for name in SHIFTS if name in taken), None)
+    if name is None or scheduler is None:
+        raise ValueError(f"{type(scheduler).__name__} has no shift: leave out flow_shift")
+    return type(scheduler).from_config(scheduler.config, **{name: shift})
+
+
+@contextmanager
+def flow_shifted(pipe: Any, shift: float | None) -> Iterator[None]:
+    """Inside the block the pipeline's noise levels are shifted; None leaves them as they are."""
+    if shift is None:
+        yield
+        return
+    before = pipe.scheduler
+    pipe.scheduler = shifted_scheduler(pipe, shift)
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
