@@ -72,6 +72,11 @@ def patch(
             "plan must be 'auto', 'exact', a rule, a path, a built-in name, a hub id or a Plan, got "
             f"{type(plan).__name__}"
         )
+    if isinstance(plan, str) and plan in RULES:
+        plan, options = online_plan(pipe_or_transformer, plan, **options), {}
+    if options and plan != AUTO:
+        named = ", ".join(sorted(options))
+        raise TypeError(f"{named} can be given with 'auto' and {', '.join(RULES)} alone")
     if plan == AUTO:
         from .auto import AutoOptions, attach_auto
 
@@ -79,12 +84,6 @@ def patch(
         session, intercepts = attach_auto(pipe_or_transformer, found, asked, backend, nan_guard)
         attachments = _attached(found, intercepts, pipe_or_transformer)
         return Handle(None, attachments, intercepts, session)
-    if isinstance(plan, str) and plan in RULES:
-        plan = online_plan(pipe_or_transformer, plan, **options)
-    elif options:
-        raise ValueError(
-            f"only 'auto' and rules without a plan take options, got {', '.join(sorted(options))}"
-        )
     if plan == EXACT:
         exact = {name: Exact(name, backend, nan_guard) for name in found}
         return Handle(None, _attached(found, exact, pipe_or_transformer), exact)

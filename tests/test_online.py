@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from sparse_dit.integrations.schedule import noise_level
 from sparse_dit.layout import TokenLayout
 from sparse_dit.online import RULES, online_plan
 from sparse_dit.patch import patch
-from sparse_dit.patterns import Budget, Dense, Mass, Pattern, Pooled, Window
+from sparse_dit.patterns import Above, Budget, Dense, Mass, Pattern, Pooled, Window
 from sparse_dit.plan import Plan, PlanError, Stage
 from sparse_dit.runtime import Runtime
 from tests.helpers.tiny_language_models import text
@@ -38,6 +39,12 @@ def runtime_of(*patterns, **fields):
     return Runtime("transformer", component(*patterns, **fields), "auto")
 
 
+def estimates_of(runtime):
+    """What a runtime keeps."""
+    assert isinstance(runtime, Runtime) and runtime._estimates is not None
+    return runtime._estimates
+
+
 def code(place, count):
     return torch.nn.functional.one_hot(place, count).float()
 
@@ -53,6 +60,7 @@ def found_in(call, *patterns):
 def test_blocks_are_kept_for_as_many_steps_as_the_shape_says():
     runtime = runtime_of(*[POOLED] * 3)
     first, _ = found_in(call_at(0), *[POOLED] * 3)
+    own = kept = None
     for step in range(4):
         call = call_at(step)
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
@@ -61,7 +69,7 @@ def test_blocks_are_kept_for_as_many_steps_as_the_shape_says():
             sparse_attention(q, k, v, first).transpose(1, 2),
         )
         assert torch.equal(runtime(call), own if step in (0, 3) else kept), step
-    assert not torch.equal(own, kept)
+    assert own is not None and kept is not None and not torch.equal(own, kept)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,7 @@ def test_mass_is_counted_in_a_dense_call_and_kept():
     bounds = blocks.bounds.tolist()
     tokens = [blocks.order.order[a:b] for a, b in itertools.pairwise(bounds)]
     best = torch.stack([p[0, tokens[0]][:, t].sum() for t in tokens]).topk(1).indices.tolist()
-    (entry, *_) = runtime._estimates._kept[LAYER, "cond", 0].index.entries
+    entry = estimates_of(runtime)._kept[LAYER, "cond", 0].entries[0]
     runs = entry.runs[entry.run_offsets[0] : entry.run_offsets[1]].tolist()
     seen = {key for start, length in runs for key in range(start, start + length)}
     assert all(set(range(bounds[c], bounds[c + 1])) <= seen for c in best)
@@ -112,7 +120,7 @@ def test_above_a_noise_level_every_call_is_dense_and_the_last_one_counts():
         call = call_at(step)
         exact = torch.allclose(runtime(call), dense(call.q, call.k, call.v), atol=1e-4)
         assert exact == (step < 2)
-    assert set(runtime._estimates._kept[LAYER, "cond", 0].steps.values()) == {1}
+    assert set(estimates_of(runtime)._kept[LAYER, "cond", 0].steps.values()) == {1}
 
 
 def test_each_head_gets_the_token_order_that_errs_the_least():
@@ -143,7 +151,7 @@ def test_a_head_has_its_own_order_from_the_dense_call_on():
     runtime = runtime_of(*[OWN] * 3)
     call = call_at(0)
     assert torch.equal(runtime(call), dense(call.q, call.k, call.v)), "stock"
-    orders = runtime._estimates._orders[LAYER, "cond", 0]
+    orders = estimates_of(runtime)._orders[LAYER]
     assert orders.of.keys() == {0, 1, 2} and (orders.dense, orders.step) == (1, 0)
     runtime(call_at(1))
     assert (orders.dense, orders.step) == (2, 1)
@@ -230,8 +238,8 @@ def test_a_copy_starts_with_nothing_found():
         other = copy.deepcopy(pipe)
         assert torch.equal(generate(other, call), out)
         (runtime,) = handle._runtimes.values()
-        assert runtime._estimates._kept
-    assert not runtime._estimates._kept, "removal drops what is kept"
+        assert estimates_of(runtime)._kept
+    assert not estimates_of(runtime)._kept, "removal drops what is kept"
 
 
 def test_one_token_and_budgets_of_nothing_and_of_all():
@@ -242,27 +250,29 @@ def test_one_token_and_budgets_of_nothing_and_of_all():
         assert out.isfinite().all()
     torch.testing.assert_close(out, dense(call.q, call.k, call.v), rtol=1e-4, atol=1e-5)
     layout = TokenLayout.sequence(1)
-    found = blockwise_entries(*torch.ones(2, 1, 1, 1, 8), {0: POOLED}, layout, 1.0)
+    one = torch.ones(1, 1, 1, 8)
+    found = blockwise_entries(one, one, {0: POOLED}, layout, 1.0)
     assert found[0].entry.num_queries == 1
 
 
 def test_what_rules_refuse():
     pipe, _ = wan()
-    for density in (0.0, 1.5, float("nan"), True, "0.3"):
+    wrong: tuple[Any, ...] = (0.0, 1.5, float("nan"), True, "0.3")
+    for density in wrong:
         with pytest.raises(ValueError, match=r"density must be a number from 0.05 to 1, got"):
             patch(pipe, "online", density=density)
     with pytest.raises(ValueError, match="'sol' takes tau, not density"):
         patch(pipe, "sol", density=0.3)
     with words.command_line(), pytest.raises(ValueError, match="--threshold must be a number"):
         online_plan(pipe, "xattention", threshold=2)
-    with pytest.raises(ValueError, match=r"only rules without a plan take options, got density"):
+    with pytest.raises(TypeError, match="density can be given with 'auto' and online, adaspa"):
         patch(pipe, "exact", density=0.3)
     with pytest.raises(ValueError, match=r"must be one of .*'online'.*, got 'onlin'"):
         online_plan(pipe, "onlin")
     with pytest.raises(NotImplementedError, match="'online' is for diffusion transformers"):
         patch(text("llama")[0], "online")
     with pytest.raises(ValueError, match="own_order needs a budget"):
-        Pooled(keep={"sigmas": 0.5}, own_order=True)
+        Pooled(keep=Above(0.5), own_order=True)
     with pytest.raises(PlanError, match="only heads of a diffusion_transformer find blocks"):
         replace(component(POOLED), kind="language_model")
 

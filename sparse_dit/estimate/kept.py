@@ -63,13 +63,13 @@ class _Kept:
 
 @dataclass(eq=False)
 class _Orders:
-    """The token orders of one key's heads.
+    """The token orders of one layer's heads.
 
     Args:
         layout: Where they hold.
         of: By head.
-        dense: How many dense calls there were.
-        step: That of the last one.
+        dense: At how many steps there were dense calls.
+        step: The last one of them.
     """
 
     layout: TokenLayout
@@ -98,7 +98,7 @@ class Estimates:
         self._tell = tell
         self._run = -1
         self._kept: dict[_Key, _Kept] = {}
-        self._orders: dict[_Key, _Orders] = {}
+        self._orders: dict[str, _Orders] = {}  # by layer: both branches of guidance have the same
 
     def forget(self) -> None:
         """Drop what is kept."""
@@ -121,9 +121,9 @@ class Estimates:
             self.forget()
             self._run = context.run
         key = (call.layer, context.branch, context.condition)
-        kept, orders = self._kept.get(key), self._orders.get(key)
+        kept, orders = self._kept.get(key), self._orders.get(call.layer)
         if orders is None or orders.layout != layout:
-            orders = self._orders[key] = _Orders(layout)
+            orders = self._orders[call.layer] = _Orders(layout)
         last = -1 if kept is None else max(kept.steps.values(), default=-1)
         if kept is None or kept.shape != shape or context.step < last:
             kept = self._kept[key] = _Kept(shape)
@@ -212,7 +212,7 @@ def _is_dense_at(pattern: Pattern, context: StepContext) -> bool:
 
 
 def _tries(orders: _Orders, heads: Mapping[int, Pattern], step: int) -> bool:
-    """Whether orders are tried in a dense call: in the first, second, fourth, eighth, ..."""
+    """Whether orders are tried in a dense call: the first of the first, second, fourth, ... dense step."""
     if heads and step != orders.step:
         orders.dense, orders.step = orders.dense + 1, step
         return orders.dense & (orders.dense - 1) == 0
@@ -237,4 +237,5 @@ def _operands(call: AttentionCall) -> _Operands:
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     if call.bias is not None:
         q, k, _ = with_bias(q, k, k, call.bias, scale)
-    return _Operands(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return _Operands(q, k, v, scale)

@@ -21,7 +21,7 @@ from ..patterns import Budget, Pattern
 from .blocks import blocks_of, restricted, sampled_entry, token_orders
 from .blockwise import blockwise_entries
 
-GROUPS = 8  # of query rows, that orders are tried on
+GROUPS = 4  # of query rows, that orders are tried on
 SAMPLED = None  # in the place of a tile: every n-th key
 
 Order = Tile | None

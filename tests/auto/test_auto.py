@@ -223,7 +223,7 @@ def test_bad_options(single, given, error, message):
 
 def test_options_belong_to_auto_and_language_models_are_searched(single):
     pipe, _ = single
-    with pytest.raises(ValueError, match="rules without a plan take options, got min_psnr"):
+    with pytest.raises(TypeError, match="min_psnr can be given with 'auto' and"):
         sparse_dit.patch(pipe, "exact", min_psnr=30.0)
     with pytest.raises(TypeError, match='"auto" learns from a diffusers pipeline'):
         sparse_dit.patch(text("llama")[0], "auto")

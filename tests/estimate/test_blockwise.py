@@ -136,7 +136,8 @@ def test_every_shape_chooses_what_a_plain_restatement_says(name, layout, way):
             for b in range(2)
         ]
         p = torch.stack([scores for scores, _ in plain]).mean(0)
-        logits = None if plain[0][1] is None else torch.stack([of for _, of in plain]).mean(0)
+        listed = [of for _, of in plain if of is not None]
+        logits = torch.stack(listed).mean(0) if listed else None
         first = torch.tensor([tokens[0] for tokens in blocks])
         chosen = exact[first][:, first]
         check_choice(chosen, p, logits, pattern, layout)
@@ -193,6 +194,7 @@ def test_mass_that_a_dense_pass_counts_is_that_of_the_blocks(layout, tile):
     index = SparseIndex((blocks.whole,), (0, 0))
     stretch = mass_stretch(blocks)
     mass = attend(q, k, v, index, mass_block=stretch).mass
+    assert mass is not None
     found = mass_by_block(mass, blocks, stretch)
     p = (q.double() @ k.double().transpose(2, 3) * 8**-0.5).softmax(-1)
     want = torch.stack(
