@@ -36,7 +36,7 @@ def repeat_searches(
     """Search so often as asked for, with everything measured anew, and compare the plans.
 
     Each profiles, measures sensitivities and times costs, and takes the choice by time that has the wanted
-    density. Plans lie in the folder of the profiles, so that a stopped call goes on. Equal plans give the same
+    density. Plans lie in the folder of the profiles, so that a stopped call goes on. Equal plans give equal
     videos, so one of them is generated with.
 
     Args:
