@@ -32,7 +32,7 @@ def served(short_model, short_pipe, tmp_path_factory):
     write_front(found.front, front_path(plan))
     options = ServeOptions(store=database_url(str(folder)), files=str(folder / "files"))
     asked = Served(short_model, (str(plan), "tiny-wan"))
-    with pytest.raises(ValueError, match="tiny-wan|model|layers"):
+    with pytest.raises(ValueError, match="layers"):
         prepared(asked, options)  # the shipped plan is for all six layers
     service, (worker,) = prepared(Served(short_model, (str(plan),)), options)
     runner = runner_of(service, worker.load("cpu"))
@@ -52,7 +52,7 @@ def run(served, **asked):
 
 
 def test_a_plan_beside_dense_with_the_same_seed(served):
-    client, service, runner, found = served
+    client, _, _, found = served
     middle = min(found.front.points, key=lambda point: abs(point.density - 0.5))
     video = run(served, compare=True, speedup=middle.speedup)
     assert video["status"] == "completed", video["error"]
@@ -74,7 +74,7 @@ def test_a_plan_beside_dense_with_the_same_seed(served):
 
 
 def test_points_of_a_front_are_switched_without_loading(served):
-    client, service, runner, found = served
+    client, _, runner, _ = served
     before = components(runner.engine.pipe)["transformer"]
     (listed,) = client.get("/v1/models").json()["data"][0]["plans"]
     speedups = [point["speedup"] for point in listed["front"]]
