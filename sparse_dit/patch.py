@@ -41,16 +41,15 @@ def patch(
         pipe_or_transformer: A diffusers pipeline or one of its transformers; a language model or VLM of
             transformers, or a pipeline with one.
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
-            order and sliding windows are skipped instead of masked, with equal results to rounding. `"auto"`
-            learns one from the first generation, which is dense and somewhat slower, and keeps it for later
-            ones; of diffusers pipelines. With `"online"`, `"adaspa"`, `"xattention"` and `"sol"` heads find
-            what they compute while they generate, see `online.RULES`.
+            order and sliding windows are skipped instead of masked, with equal results to rounding. Nor do
+            `"online"`, `"adaspa"`, `"xattention"` and `"sol"`, by which heads find what they compute while
+            they generate. `"auto"` learns one from the first generation of a diffusers pipeline, which is
+            dense and somewhat slower, and keeps it for later ones.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
             Each sparse call then reads its output once more and waits for the device.
-        options: For `"auto"` what is asked of the plan, see `auto.AutoOptions`: `min_psnr` or
-            `target_speedup`, `cache`. For `"online"` the `density`; the other rules have a number of
-            their own.
+        options: Of `"online"`, `density`; of the other rules without a plan see `online.RULES`. Of `"auto"`
+            what is asked of the plan, see `auto.AutoOptions`: `min_psnr` or `target_speedup`, `cache`.
 
     Returns:
         The handle that tells what ran and takes the patch off; also a context manager.

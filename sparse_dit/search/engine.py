@@ -20,6 +20,7 @@ from .pricing import TargetDevice, cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
 from .provenance import evidence, measured_of, provenance
+from .repeat import repeated
 from .sensitivity import Sensitivity, sensitivity
 from .solve import Choice, Problem, joined, pair_shares, problem, stages_of
 from .tune import Clock, Session, tune
@@ -183,6 +184,7 @@ def _solved(run: _Run, profiled: Profile) -> Searched:
     plan = with_break_even(plan, task, choice, tables, target_device)
     clock.lap("break-even")
     backing = evidence(parts, task, choice)
+    backing["repeated"] = repeated(parts, tables, calls, task, choice.loss)
     clock.lap("evidence")
     record = provenance(session, run.calibration, run.held_out, clock.laps)
     record["evidence"] = backing
