@@ -52,7 +52,7 @@ Stages = Sequence[tuple[float, Pattern]]
 
 
 EARLY = 0.5  # of all: the steps up to here have twice the density of the others
-REFRESH = 3  # steps
+REFRESH = 6  # steps
 
 
 def _online(density: float, level: Levels) -> Stages:

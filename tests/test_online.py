@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -290,3 +291,29 @@ def test_published_defaults():
     assert levels[0] == 1 and levels[-1] == 0 and levels == sorted(levels, reverse=True)
     assert found["xattention"].stages[0].progress_min == levels[1]
     assert noise_level(pipe.transformer, 0.2) == 0.8
+
+
+@pytest.mark.fresh
+@pytest.mark.parametrize("name", ["online", "adaspa"])
+def test_compiled_blocks_find_what_eager_ones_find(name):
+    pipe, call = wan()
+    call = call | {"num_inference_steps": 4}
+    with patch(pipe, name):
+        eager = generate(pipe, call)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    with patch(pipe, name):
+        assert torch.equal(generate(pipe, call), eager)
+    torch._dynamo.reset()
+
+
+@pytest.mark.fresh
+def test_pipelines_in_threads_find_their_own():
+    calls = [(pipe, call | {"num_inference_steps": 4}) for pipe, call in (wan(seed=0), wan(seed=1))]
+    want = []
+    for pipe, call in calls:
+        with patch(pipe, "online"):
+            want.append(generate(pipe, call))
+    with patch(calls[0][0], "online"), patch(calls[1][0], "online"), ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda each: generate(*each), calls))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

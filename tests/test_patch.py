@@ -488,7 +488,7 @@ def test_other_wrong_arguments_are_errors():
         patch(pipe, plan, backend="cuda")
     with pytest.raises(TypeError, match=r"str is no transformer.*; pass a diffusers pipeline"):
         patch("pipe", plan)
-    with pytest.raises(TypeError, match=r"plan must be .exact., a path, a built-in name.*got dict"):
+    with pytest.raises(TypeError, match=r"plan must be .auto., .exact., a rule.*got dict"):
         patch(pipe, {})  # pyright: ignore[reportArgumentType]
     with pytest.raises(
         PlanError, match="class must be WanTransformer3DModel as in the plan, got UMT5"

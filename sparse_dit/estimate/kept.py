@@ -212,10 +212,10 @@ def _is_dense_at(pattern: Pattern, context: StepContext) -> bool:
 
 
 def _tries(orders: _Orders, heads: Mapping[int, Pattern], step: int) -> bool:
-    """Whether orders are tried in a dense call: the first of the first, second, fourth, ... dense step."""
+    """Whether orders are tried in a dense call: the first of the first, third, seventh, ... dense step."""
     if heads and step != orders.step:
         orders.dense, orders.step = orders.dense + 1, step
-        return orders.dense & (orders.dense - 1) == 0
+        return orders.dense & (orders.dense + 1) == 0
     return False
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_dit.attention import attend
+from sparse_dit.backends.cpu import estimates, library
 from sparse_dit.backends.reference import token_mask
 from sparse_dit.curve import Curve
 from sparse_dit.estimate.blocks import blocks_of, token_orders
@@ -266,3 +267,24 @@ def test_orders_have_tiles_of_about_as_many_tokens():
 def test_blocks_are_shared_by_patterns_that_differ_in_their_shape_alone():
     layout, one = LAYOUTS["ragged"], PATTERNS["pooled"]
     assert blocks_of(one, layout) is blocks_of(replace(one, shape=Mass()), layout)
+
+
+def test_the_library_refuses_blocks_that_are_none():
+    if library.LIBRARY is None:
+        pytest.skip(str(library.PROBLEM))
+    x, bounds = torch.zeros(1, 1, 8, 4), torch.tensor([0, 4, 8], dtype=torch.int32)
+    chosen, owner = torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([0, 1], dtype=torch.int32)
+    for wrong in (bounds.flip(0), bounds + 1, bounds * 0):
+        with pytest.raises(ValueError, match="bounds of blocks must ascend"):
+            estimates.means(x, None, wrong)
+        with pytest.raises(ValueError, match="bounds of blocks must ascend"):
+            estimates.lay_blocks(chosen, wrong, owner, 8, None)
+    for wrong in (owner + 1, owner - 3):
+        with pytest.raises(ValueError, match="groups belong to them"):
+            estimates.lay_blocks(chosen, bounds, wrong, 8, None)
+    with pytest.raises(ValueError, match="bounds of blocks must ascend"):
+        estimates.means(x, torch.full((8,), 8, dtype=torch.int32), bounds)
+    with pytest.raises(ValueError, match="must be int32"):
+        estimates.means(x, None, bounds.long())
+    with pytest.raises(ValueError, match="chosen must be bool"):
+        estimates.lay_blocks(chosen.int(), bounds, owner, 8, None)

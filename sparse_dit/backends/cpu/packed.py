@@ -45,11 +45,9 @@ def pack_index(index: SparseIndex) -> Tensor:
 def _entry(entry: PatternIndex, arrays: _Arrays) -> list[int]:
     """The words of one `struct Entry`."""
     far = entry.far
-    q_order = arrays.place(entry.q_order)
-    k_order = q_order if entry.k_order is entry.q_order else arrays.place(entry.k_order)
     words = [
-        q_order,
-        k_order,
+        arrays.place(entry.q_order),
+        arrays.place(entry.k_order),
         arrays.place(entry.q_offsets),
         len(entry.q_offsets) - 1,
         arrays.place(entry.run_offsets),
@@ -69,17 +67,19 @@ def _entry(entry: PatternIndex, arrays: _Arrays) -> list[int]:
 
 
 class _Arrays:
-    """Arrays one after another."""
+    """Arrays one after another; one that entries share lies there once."""
 
     def __init__(self, start: int) -> None:
         self.end = start
         self.parts: list[Tensor] = []
+        self.places: dict[int, int] = {}  # of the arrays of one index, by their id
 
     def place(self, array: Tensor | None) -> int:
         """Append an array and say where it lies, in words from the start; -1 for None."""
         if array is None:
             return -1
-        start = self.end
-        self.end += array.numel()
-        self.parts.append(array.reshape(-1))
-        return start
+        if id(array) not in self.places:
+            self.places[id(array)] = self.end
+            self.end += array.numel()
+            self.parts.append(array.reshape(-1))
+        return self.places[id(array)]

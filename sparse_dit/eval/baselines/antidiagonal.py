@@ -17,6 +17,7 @@ from torch import Tensor
 from ...estimate.budget import fewest
 from ...estimate.pooled import block_entries
 from ...estimate.rows import BIN
+from ...estimate.scores import antidiagonal_scores
 from ...index import SparseIndex
 from ...intervals import causal_rows
 
@@ -54,11 +55,5 @@ def block_scores(q: Tensor, k: Tensor, stride: int, scale: float) -> Tensor:
         q, k: `[N, D]`.
         stride, scale: As for `antidiagonal_index`.
     """
-    pad = -len(q) % BIN
-    q, k = (torch.nn.functional.pad(x.float(), (0, 0, 0, pad)) for x in (q, k))
-    q, k = q.unflatten(0, (-1, stride)).flip(1).flatten(1), k.unflatten(0, (-1, stride)).flatten(1)
-    logits = q @ k.T * (scale / stride)  # [N / S, N / S]
-    later = torch.ones_like(logits, dtype=torch.bool).triu(1)
-    p = logits.masked_fill_(later, -torch.inf).softmax(-1)
-    part = BIN // stride
-    return p.unflatten(0, (-1, part)).unflatten(2, (-1, part)).sum((1, 3)) / part
+    bounds = torch.arange(0, len(q) + BIN, BIN).clamp_max(len(q))
+    return antidiagonal_scores(q, k, bounds, stride, scale, causal=True)
