@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,3 +162,22 @@ def work(service: Service, engine: Any = None) -> list[str]:
         runner.run(job)
         done.append(job.id)
     return done
+
+
+@contextmanager
+def working(service: Service, engine: Any = None) -> Iterator[None]:
+    """A worker in a thread beside the block."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            work(service, engine)
+            stop.wait(0.02)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -3,8 +3,6 @@
 import base64
 import io
 import re
-import threading
-import time
 
 import pytest
 from fastapi.testclient import TestClient
@@ -14,7 +12,7 @@ from sparse_dit.serve.app import create_app
 from sparse_dit.serve.options import Limits
 from sparse_dit.serve.plans import Plans, Served
 from tests.helpers.plan_cases import small
-from tests.helpers.serve_cases import StubEngine, claimed, stub_card, stub_service, work
+from tests.helpers.serve_cases import StubEngine, claimed, stub_card, stub_service, work, working
 
 ASKED = {"prompt": "a cat"}
 PLANS = Plans([Served("fast", small(), None)])
@@ -247,54 +245,29 @@ def test_a_variant_that_was_not_made(service, client):
     assert client.get(f"/v1/videos/{id}/content?variant=x").status_code == 400
 
 
-@pytest.fixture
-def working(service):
-    """A worker beside the test."""
-    stop = threading.Event()
-
-    def run():
-        while not stop.is_set():
-            work(service, StubEngine(plans=service.card.plans))
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    yield
-    stop.set()
-    thread.join()
-
-
-def test_sync_answers_with_the_file(service, client, working):
-    answer = client.post("/v1/videos/sync", json=ASKED)
+def test_sync_answers_with_the_file(service, client):
+    with working(service):
+        answer = client.post("/v1/videos/sync", json=ASKED)
+        failed = client.post("/v1/videos/sync", json={"prompt": "broken"})
     assert answer.status_code == 200 and answer.headers["content-type"] == "video/mp4"
     assert answer.headers["x-model"] == "stub" and float(answer.headers["x-inference-time-s"]) >= 0
     job = service.store.get(answer.headers["x-request-id"])
     assert answer.content == service.files.file(job, "video.mp4").read_bytes()
-    failed = client.post("/v1/videos/sync", json={"prompt": "broken"})
     assert failed.status_code == 422 and failed.json()["error"]["code"] == "internal_error"
 
 
-def test_images_are_for_models_that_make_images(tmp_path, client, working):
+def test_images_are_for_models_that_make_images(tmp_path, client):
     assert "makes videos" in client.post("/v1/images/generations", json=ASKED).text
     service = stub_service(tmp_path / "images", stub_card("image"))
     client = TestClient(create_app(service))
     assert "makes images" in client.post("/v1/videos", json=ASKED).text
-    done = threading.Thread(target=_work_when_there_are, args=(service, 2))
-    done.start()
-    answer = client.post("/v1/images/generations", json=ASKED | {"n": 2, "seed": 5}).json()
-    done.join()
+    with working(service, StubEngine(encode=True)):
+        answer = client.post("/v1/images/generations", json=ASKED | {"n": 2, "seed": 5}).json()
     assert [picture["seed"] for picture in answer["data"]] == [5, 6]
     picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
     assert picture.size == (32, 16)
     assert client.get("/v1/videos").json()["data"] == []
     service.store.close()
-
-
-def _work_when_there_are(service, count):
-    until = time.monotonic() + 30
-    while service.store.counts()["queued"] < count and time.monotonic() < until:
-        time.sleep(0.01)
-    work(service, StubEngine(encode=True))
 
 
 def test_the_model_with_its_plans_and_limits(client):
