@@ -6,7 +6,6 @@ import functools
 import hashlib
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,6 +146,8 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
     ) -> Response:
         """Keep a key in a cookie, which scripts can't read."""
         target = next if WITHIN.fullmatch(next) else "/"
+        if stranger(request) is None:
+            return RedirectResponse(target, 303)
         if not keyed.knows(key):
             return render("key.html.j2", 401, next=target, wrong=True)
         answer = RedirectResponse(target, 303)
@@ -221,7 +222,6 @@ def _templates() -> Environment:
     from ..eval.page import environment
 
     made = environment("sparse_dit.serve")
-    made.filters["ago"] = lambda seconds: datetime.fromtimestamp(seconds, timezone.utc)
     made.filters["against_dense"] = _against_dense
     return made
 

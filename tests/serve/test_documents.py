@@ -57,7 +57,9 @@ def test_every_call_is_answered(tmp_path, monkeypatch):
 
     for words in calls():
         url = next(word for word in words if word.startswith("http"))
-        id = client.post("/v1/videos", json={"prompt": "a cat", "num_inference_steps": 6}).json()["id"]
+        id = client.post("/v1/videos", json={"prompt": "a cat", "num_inference_steps": 6}).json()[
+            "id"
+        ]
         work(service)
         if "/sync" in url:
             monkeypatch.setattr(type(service), "submit", lambda self, *given: run_at_once(*given))

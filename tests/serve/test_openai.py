@@ -42,7 +42,9 @@ def test_create_retrieve_list_download_delete(service, client):
     )
     assert (video.status, video.seconds, video.size) == ("queued", "1", "48x32")
     assert client.videos.retrieve(video.id).id == video.id
-    other = client.videos.create(prompt="a dog", input_reference=("cat.png", b"\x89PNG", "image/png"))
+    other = client.videos.create(
+        prompt="a dog", input_reference=("cat.png", b"\x89PNG", "image/png")
+    )
     assert service.files.uploaded(other.id).read_bytes() == b"\x89PNG"
     assert [one.id for one in client.videos.list()] == [other.id, video.id]
     assert [one.id for one in client.videos.list(limit=1, order="asc")] == [video.id, other.id]
