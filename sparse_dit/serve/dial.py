@@ -73,7 +73,7 @@ def plan_choices(card: Card) -> list[PlanChoice]:
 
 
 def sizes(card: Card, limits: Limits) -> list[str]:
-    """`WIDTHxHEIGHT` of what the page offers: those of plans, turned and scaled, if the model can make them."""
+    """What the page offers, as `WIDTHxHEIGHT`: the sizes of plans, turned and scaled, that can be made."""
     made = [(s["width"], s["height"]) for s in _settings(card) if {"width", "height"} <= s.keys()]
     made.insert(0, (card.defaults.width, card.defaults.height))
     offered = {*made}

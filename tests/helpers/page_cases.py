@@ -90,8 +90,8 @@ class PageEngine(StubEngine):
         summary = None
         if plan is not None:
             ran = [
-                Ran("blocks.0.attn1", 0, "a stage that is dense", None, 4, 400, 400, 100),
-                Ran("blocks.0.attn1", 1, None, "cpu", 8, 200, 800, 100),
+                Ran("blocks.0.attn1", 0, "a stage that is dense", None, 4, 100, 100, 100),
+                Ran("blocks.0.attn1", 1, None, "cpu", 8, 1200 * plan.density - 100, 1100, 100),
             ]
             summary = asdict(summarise(plan, {"transformer": tuple(ran)}, {}))
         return replace(made, video=_film(spec, plan is not None), summary=summary)
