@@ -76,9 +76,10 @@ def window(browser, site, *, allowed=None, **options):
 
 def submit(page, prompt):
     """Type a prompt and press the button; the page of the job comes."""
+    before = page.url
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_url("**/jobs/*")
+    page.wait_for_url(lambda url: "/jobs/" in url and url != before)
 
 
 def job_of(site, page):
@@ -171,7 +172,7 @@ def test_the_dial_tells_what_to_expect_and_is_what_is_asked_for(site, finished, 
         assert (spec.plan, spec.speedup, spec.compare) == ("front", 2.5, False)
         assert (spec.width, spec.height) == (64, 96)
         expect(page.locator(".facts")).to_contain_text("30.0 %")  # of which it computed
-        page.get_by_label("Attention").select_option("dense")
+        page.get_by_label("Attention", exact=True).select_option("dense")
         expect(page.locator("#dial")).to_be_hidden()
         submit(page, "all of it")
         assert job_of(site, page).spec.plan == "dense"

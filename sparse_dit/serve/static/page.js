@@ -126,14 +126,20 @@ function follow(section) {
       ...job.previews.map((step) => {
         const picture = document.createElement("img");
         Object.assign(picture, { src: `${address}/previews/${step}`, width: 128, height: 128 });
-        picture.alt = `Latents after step ${step}`;
         const words = document.createElement("span");
-        words.textContent = `step ${step}`;
+        words.textContent = stepName(job, step);
+        picture.alt = `Latents, ${words.textContent}`;
         const item = document.createElement("li");
         item.append(picture, words);
         return item;
       }),
     );
+  }
+
+  function stepName(job, step) {
+    if (!job.compare) return `step ${step}`;
+    const first = job.num_inference_steps;
+    return step > first ? `dense, step ${step - first}` : `sparse, step ${step}`;
   }
 
   // what is read aloud: each change of state, and each quarter of the way
@@ -241,7 +247,7 @@ function result(section) {
   const stage = section.querySelector(".stage");
   if (stage) {
     const { width, height } = stage.dataset;
-    stage.style.maxWidth = `calc(68vh * ${width / height})`;
+    stage.style.maxWidth = `calc(58vh * ${width / height})`;
     if (stage.querySelector(".dense")) compare(stage);
   }
   const atlas = byId("atlas");
