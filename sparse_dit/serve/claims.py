@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .tables import JOBS, WORKERS
 
 BEAT = 1.0  # seconds between two signs of life
 LEASE = 30.0  # seconds without one after which a worker counts as gone
+STARTING = 300.0  # the same for a process that hasn't said anything yet, as it still imports
 CRASHES = 2  # of workers that a job may take part in
 ATTEMPTS = 10  # in all; others than crashes are the server's end, which is no fault of the job
 Policy = Literal["restart", "fail"]
@@ -62,11 +64,12 @@ class Claims:
             connection.execute(sa.delete(WORKERS).where(WORKERS.c.id == worker.id))
             connection.execute(sa.insert(WORKERS).values(**row))
 
-    def beat(self, id: str, state: str) -> None:
-        """Say that a worker is still there, and what it does."""
+    def beat(self, worker: Worker, state: str) -> None:
+        """Say that the worker that calls is still there, and what it does."""
         values = {"beat": self.store.now(), "state": state}
-        with self.store.writing() as connection:
-            connection.execute(sa.update(WORKERS).where(WORKERS.c.id == id).values(**values))
+        known = sa.update(WORKERS).where(WORKERS.c.id == worker.id).values(**values)
+        if not self._changed(known):  # it was taken for gone, as after the machine slept
+            self.register(worker, os.getpid(), state)
 
     def claim(self, worker: Worker) -> Job | None:
         """The first job in the queue that the worker can run, which is its own from then on."""
@@ -183,7 +186,7 @@ class Claims:
             self.give_back(job)
 
     def _alive(self, row: dict[str, Any]) -> bool:
-        if self.store.now() - row["beat"] > LEASE:
+        if overdue(row, self.store.now()):
             return False
         if row["host"] != socket.gethostname():
             return True
@@ -202,6 +205,11 @@ class Claims:
     def _changed(self, statement: Any) -> bool:
         with self.store.writing() as connection:
             return connection.execute(statement).rowcount == 1
+
+
+def overdue(row: dict[str, Any], now: float) -> bool:
+    """Whether a worker gave no sign of life for too long."""
+    return now - row["beat"] > (STARTING if row["state"] == "starting" else LEASE)
 
 
 def _own(job: Job) -> Any:

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from .claims import LEASE
+from .claims import overdue
 from .metrics import registry_of
 from .options import Limits
 from .plans import Served
@@ -110,21 +110,22 @@ def health_routes(service: Service) -> APIRouter:
 
 def health_of(service: Service) -> Health:
     """How the workers are."""
-    now = service.store.now()
+    now, rows = service.store.now(), service.store.workers()
     workers = [
         WorkerHealth(
             device=row["device"],
             state=row["state"],
             seconds_since_beat=round(max(0.0, now - row["beat"]), 1),
         )
-        for row in service.store.workers()
+        for row in rows
         if row["model"] == service.card.name
     ]
-    states = {one.state for one in workers if one.seconds_since_beat < LEASE}
+    there = [row for row in rows if not overdue(row, now)]
+    states = {row["state"] for row in there if row["model"] == service.card.name}
     status = "failing"
     if states & {"idle", "busy"}:
         status = "ok"
-    elif "loading" in states:
+    elif states:
         status = "loading"
     return Health(status=status, workers=workers, jobs=service.store.counts())
 

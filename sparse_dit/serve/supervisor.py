@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .claims import LEASE, Claims, Worker
+from .claims import Claims, Worker, overdue
 from .worker import WorkerOptions, run_worker
 
 WATCH = 0.2  # seconds between two looks at the workers
@@ -25,6 +25,7 @@ BACKOFF = (
     30.0,
 )  # seconds before a worker that ended right after its start is started again
 SETTLED = 60.0  # seconds after which an end isn't right after the start
+STUCK = "gave no sign of life for too long, and was ended"
 logger = logging.getLogger("sparse_dit.serve")
 
 
@@ -36,6 +37,7 @@ class _Slot:
     process: Any = None
     id: str = ""
     started: float = 0.0
+    stuck: bool = False
     failures: int = 0
     start_at: float = 0.0
 
@@ -97,7 +99,7 @@ class Supervisor:
         if slot.process.is_alive():
             self._end_if_stuck(slot)
             return
-        why = ended_because(slot.process.exitcode)
+        why = STUCK if slot.stuck else ended_because(slot.process.exitcode)
         slot.process.close()
         slot.process = None
         logger.error("the worker on %s %s", slot.options.device, why)
@@ -106,19 +108,20 @@ class Supervisor:
         slot.start_at = now + BACKOFF[min(slot.failures, len(BACKOFF) - 1)]
 
     def _start(self, slot: _Slot) -> None:
-        slot.id, slot.started = secrets.token_hex(8), time.monotonic()
+        slot.id, slot.started, slot.stuck = secrets.token_hex(8), time.monotonic(), False
         slot.process = self._context.Process(
             target=run_worker, args=(slot.options, slot.id), daemon=True
         )
         slot.process.start()
         worker = Worker(slot.id, slot.options.model, slot.options.device, ())
-        self._claims.register(worker, slot.process.pid, "loading")
+        self._claims.register(worker, slot.process.pid, "starting")
 
     def _end_if_stuck(self, slot: _Slot) -> None:
         """Kill a worker that gave no sign of life for too long."""
-        beats = [row["beat"] for row in self._claims.store.workers() if row["id"] == slot.id]
-        if beats and self._claims.store.now() - beats[0] > LEASE:
-            logger.error("the worker on %s gave no sign of life", slot.options.device)
+        now = self._claims.store.now()
+        rows = [row for row in self._claims.store.workers() if row["id"] == slot.id]
+        if rows and overdue(rows[0], now):
+            slot.stuck = True
             slot.process.kill()
             slot.process.join()
 

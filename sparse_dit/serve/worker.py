@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -53,10 +53,12 @@ def run_worker(options: WorkerOptions, id: str) -> None:
     store = Store(options.url, durable=False)
     claims = Claims(store)
     state = {"now": "loading"}
-    threading.Thread(target=_beat, args=(claims, id, state), daemon=True).start()
+    worker = Worker(id, options.model, options.device, ())
+    claims.beat(worker, state["now"])
+    threading.Thread(target=_beat, args=(claims, worker, state), daemon=True).start()
     try:
         engine = options.load(options.device)
-        worker = Worker(id, options.model, options.device, engine.plans.names)
+        worker = replace(worker, plans=engine.plans.names)
         files = Files(Path(options.folder))
         runner = Runner(engine, claims, files, options.most_pixels, stop.is_set)
         _serve(worker, runner, state, stop)
@@ -77,11 +79,11 @@ def _serve(worker: Worker, runner: Runner, state: dict[str, str], stop: threadin
         logger.info("job %s: %.2f s on %s", job.id, time.perf_counter() - began, worker.device)
 
 
-def _beat(claims: Claims, id: str, state: dict[str, str]) -> None:
+def _beat(claims: Claims, worker: Worker, state: dict[str, str]) -> None:
     while True:
         time.sleep(BEAT)
         try:
-            claims.beat(id, state["now"])
+            claims.beat(worker, state["now"])
         except Exception:  # the database is away for a moment
             logger.exception("no sign of life could be given")
 

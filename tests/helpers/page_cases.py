@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sparse_dit.serve.app import create_app
 from sparse_dit.serve.card import Card
 from sparse_dit.serve.claims import Claims, Worker
 from sparse_dit.serve.engine import Generated
+from sparse_dit.serve.jobs import Job
 from sparse_dit.serve.plans import Plans, Served
 from sparse_dit.serve.service import Service
 from sparse_dit.serve.spec import JobSpec
@@ -38,6 +39,7 @@ from tests.helpers.serve_cases import (
 )
 
 SETTINGS = GenerationSettings(64, 96, 8, steps=6, guidance=1.0)
+WORKER = Worker("page", MODEL, "cpu", ())
 FORECASTS = (  # speed-up, density, PSNR, patterns of the four heads
     (1.0, 1.0, 100.0, [0, 0, 0, 0]),
     (1.3, 0.7, 40.0, [0, 0, 1, 0]),
@@ -74,8 +76,15 @@ def page_card(plans: Plans | None = None) -> Card:
     return Card(MODEL, "video", SETTINGS, 8, plans or page_plans(), "no", check_stub)
 
 
+@dataclass(frozen=True)
 class PageEngine(StubEngine):
-    """Makes videos that a person can tell apart, and says what ran."""
+    """Makes videos that a person can tell apart, and says what ran.
+
+    Args:
+        before_step: Called before the end of each step.
+    """
+
+    before_step: Callable[[], None] = lambda: None
 
     def generate(
         self,
@@ -84,7 +93,11 @@ class PageEngine(StubEngine):
         after_step: Callable[[Tensor], bool | None],
         image: Any = None,
     ) -> Generated | None:
-        made = super().generate(spec, plan, after_step, image)
+        def stepped(latents: Tensor) -> bool | None:
+            self.before_step()
+            return after_step(latents)
+
+        made = super().generate(spec, plan, stepped, image)
         if made is None:
             return None
         summary = None
@@ -113,11 +126,14 @@ class Site:
 
     Args:
         folder: Of the store, which outlives a stop.
-        step_seconds: How long a step takes.
+
+    Attributes:
+        held_at: The step at which a job waits until this is another one; None lets all run.
     """
 
-    def __init__(self, folder: Path, step_seconds: float = 0.0) -> None:
-        self._folder, self.step_seconds = folder, step_seconds
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.held_at: int | None = None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -140,8 +156,7 @@ class Site:
         self._threads = [
             threading.Thread(target=part) for part in (self._server.run, self._work, self._beat)
         ]
-        claims = Claims(self._service.store)
-        claims.register(Worker("page", MODEL, "cpu", ()), os.getpid(), "idle")
+        Claims(self._service.store).beat(WORKER, "idle")
         for thread in self._threads:
             thread.start()
         until = time.monotonic() + 60
@@ -157,15 +172,36 @@ class Site:
         self._server.should_exit = True
         self._threads[0].join()
 
+    def wait_until_idle(self) -> None:
+        """Wait until no job waits or runs."""
+        until = time.monotonic() + 60
+        while any(map(self._service.store.counts().get, ("queued", "in_progress"))):
+            assert time.monotonic() < until, "jobs end"
+            time.sleep(0.02)
+
     def _work(self) -> None:
         while not self._stop.is_set():
-            engine = PageEngine(self.step_seconds, self._service.card.plans, encode=True)
-            job = claimed(self._service, "page")
+            job = claimed(self._service, WORKER.id)
             if job is None:
                 self._stop.wait(0.02)
                 continue
+            plans, hold = self._service.card.plans, self._holding(job)
+            engine = PageEngine(plans=plans, encode=True, before_step=hold)
             runner_of(self._service, engine, stopping=self._stop.is_set).run(job)
+
+    def _holding(self, job: Job) -> Callable[[], None]:
+        """What waits at the step of a job that it is to be held at, unless it is to end."""
+        steps = itertools.count(1)
+
+        def hold() -> None:
+            step = next(steps)
+            while step == self.held_at and not self._stop.wait(0.02):
+                found = self._service.store.get(job.id)
+                if found is None or found.cancel:
+                    return
+
+        return hold
 
     def _beat(self) -> None:
         while not self._stop.wait(1):
-            Claims(self._service.store).beat("page", "idle")
+            Claims(self._service.store).beat(WORKER, "idle")

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 
 from sparse_dit.serve.app import create_app
 from tests.helpers.documents import words_of
-from tests.helpers.serve_cases import stub_service, work
+from tests.helpers.serve_cases import stub_service, working
 
 PAGE = "docs/serving.md"
 
@@ -44,31 +44,20 @@ def sent(client, words, id):
     return client.request(method or ("POST" if posts else "GET"), path, **given)
 
 
-def test_every_call_is_answered(tmp_path, monkeypatch):
+def test_every_call_is_answered(tmp_path):
     service = stub_service(tmp_path)
     client = TestClient(create_app(service))
-    asked = service.submit
     seen = set()
-
-    def run_at_once(*arguments):  # for the call that waits
-        job = asked(*arguments)
-        work(service)
-        return job
-
-    for words in calls():
-        url = next(word for word in words if word.startswith("http"))
-        id = client.post("/v1/videos", json={"prompt": "a cat", "num_inference_steps": 6}).json()[
-            "id"
-        ]
-        work(service)
-        if "/sync" in url:
-            monkeypatch.setattr(type(service), "submit", lambda self, *given: run_at_once(*given))
-        if '"compare"' in " ".join(words):  # the stub has no plan to compare
-            words = [word.replace(', "compare": true', "") for word in words]
-        answer = sent(client, words, id)
-        expected = 503 if url.endswith("/health") else 200  # without a worker
-        assert answer.status_code == expected, (words, answer.text)
-        seen.add((answer.request.method, re.sub(r"video_\w+|\d+$", "X", urlsplit(url).path)))
+    with working(service):
+        for words in calls():
+            url = next(word for word in words if word.startswith("http"))
+            asked = {"prompt": "a cat", "num_inference_steps": 6}
+            id = client.post("/v1/videos/sync", json=asked).headers["x-request-id"]
+            # the stub has no plan to compare
+            answer = sent(client, [word.replace(', "compare": true', "") for word in words], id)
+            expected = 503 if url.endswith("/health") else 200  # without a worker's process
+            assert answer.status_code == expected, (words, answer.text)
+            seen.add((answer.request.method, re.sub(r"video_\w+|\d+$", "X", urlsplit(url).path)))
     described = client.get("/openapi.json").json()["paths"]
     every = {
         (method.upper(), re.sub(r"{\w+}", "X", path))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sparse_dit.serve.claims import ATTEMPTS, CRASHES, LEASE, Claims, Worker
+from sparse_dit.serve.claims import ATTEMPTS, CRASHES, LEASE, STARTING, Claims, Worker
 from sparse_dit.serve.jobs import new_id
 from sparse_dit.serve.store import OtherRequest, QueueFull, Store
 from sparse_dit.serve.tables import open_database
@@ -185,12 +185,28 @@ def test_a_worker_is_gone_without_its_process_or_without_signs_of_life(service):
     assert claims.claim(WORKER) is not None
     clock["now"] += LEASE - 1
     assert claims.recover(service.files, "restart") == []
-    claims.beat(WORKER.id, "busy")
+    claims.beat(WORKER, "busy")
     clock["now"] += LEASE - 1
     assert claims.recover(service.files, "restart") == []
     clock["now"] += 2
     assert len(claims.recover(service.files, "restart")) == 1
     assert store.workers() == []
+    store.close()
+
+
+def test_a_worker_that_starts_has_longer_and_one_that_was_taken_for_gone_comes_back(service):
+    clock = {"now": 1000.0}
+    store = Store(service.store.url, now=lambda: clock["now"])
+    claims = Claims(store)
+    claims.register(WORKER, os.getpid(), "starting")
+    clock["now"] += LEASE + 1
+    claims.recover(service.files, "restart")
+    assert [row["id"] for row in store.workers()] == [WORKER.id]
+    clock["now"] += STARTING
+    claims.recover(service.files, "restart")
+    assert store.workers() == []
+    claims.beat(WORKER, "idle")
+    assert [(row["id"], row["state"]) for row in store.workers()] == [(WORKER.id, "idle")]
     store.close()
 
 
