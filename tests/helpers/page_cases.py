@@ -128,11 +128,13 @@ class Site:
         folder: Of the store, which outlives a stop.
 
     Attributes:
+        state: What the worker says of itself.
         held_at: The step at which a job waits until this is another one; None lets all run.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.state = "idle"
         self.held_at: int | None = None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -156,7 +158,7 @@ class Site:
         self._threads = [
             threading.Thread(target=part) for part in (self._server.run, self._work, self._beat)
         ]
-        Claims(self._service.store).beat(WORKER, "idle")
+        self.beat()
         for thread in self._threads:
             thread.start()
         until = time.monotonic() + 60
@@ -171,6 +173,10 @@ class Site:
             thread.join()
         self._server.should_exit = True
         self._threads[0].join()
+
+    def beat(self) -> None:
+        """Say that the worker is there."""
+        Claims(self._service.store).beat(WORKER, self.state)
 
     def wait_until_idle(self) -> None:
         """Wait until no job waits or runs."""
@@ -204,4 +210,4 @@ class Site:
 
     def _beat(self) -> None:
         while not self._stop.wait(1):
-            Claims(self._service.store).beat(WORKER, "idle")
+            self.beat()

@@ -178,6 +178,17 @@ def test_the_dial_tells_what_to_expect_and_is_what_is_asked_for(site, finished, 
         expect(page.locator("video")).to_have_count(1)
 
 
+def test_a_notice_that_the_model_is_loaded_goes_when_it_is(site, browser):
+    site.state = "loading"
+    site.beat()
+    with window(browser, site) as page:
+        page.goto(site.url)
+        notice = page.get_by_text("The model is being loaded")
+        expect(notice).to_be_visible()
+        site.state = "idle"
+        expect(notice).to_have_count(0)
+
+
 def test_a_refusal_is_told_at_the_field(site, browser):
     with window(browser, site, allowed="status of 400") as page:
         page.goto(site.url)

@@ -4,6 +4,7 @@
 const byId = (id) => document.getElementById(id);
 const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 const POLL = 500; // milliseconds between two looks at a job
+const HEALTH = 3000; // between two looks at the workers
 const PATIENCE = 5000; // at most, while the server doesn't answer
 const SYNCED = 0.06; // seconds that two videos may be apart
 
@@ -403,6 +404,23 @@ function start() {
   else result(section);
 }
 
+// a notice that no worker is ready goes as soon as one is
+async function awaitWorkers(notice) {
+  for (;;) {
+    await sleep(HEALTH);
+    try {
+      const { body } = await ask("/health");
+      if (body.status === "ok") {
+        notice.remove();
+        return;
+      }
+    } catch {
+      // asked again
+    }
+  }
+}
+
 start();
+if (byId("unready")) awaitWorkers(byId("unready"));
 if (byId("ask")) form(byId("ask"));
 document.addEventListener("visibilitychange", refreshHistory);
