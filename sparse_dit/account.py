@@ -7,8 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from torch import Tensor
-
 logger = logging.getLogger("sparse_dit")
 
 
@@ -67,19 +65,22 @@ class Account:
         self._computed[key] += density * pairs
         self._pairs[key] += pairs
 
-    def decode(self, layer: str, q: Tensor, k: Tensor) -> None:
-        """Add one call of one query that stock attention computes; it costs a microsecond.
+    def decode(self, layer: str, heads: int, tokens: int) -> None:
+        """Add one call of one query that stock attention computes.
+
+        It gets numbers, not tensors, as it is called for every layer and token: asking a tensor for its shape
+        takes as long as the rest.
 
         Args:
             layer: Module path.
-            q, k: `[B, H, 1, D]` and `[B, num_kv_heads, M, D]`.
+            heads: Of all batch items together.
+            tokens: Keys of each.
         """
-        batch, heads, tokens = q.shape[0], q.shape[1], k.shape[2]
         found = self._decoded.get(layer)
         if found is None:
             found = self._decoded[layer] = [0, 0, 0]
         found[0] += 1
-        found[1] += batch * heads * tokens
+        found[1] += heads * tokens
         found[2] = tokens
 
     def warn(self, reason: str) -> None:

@@ -57,7 +57,7 @@ class Exact:
         return out
 
     @property
-    def decode(self) -> Callable[[str, Tensor, Tensor], None]:
+    def decode(self) -> Callable[[str, int, int], None]:
         """Counts a call of one query, which a language model's seam leaves to stock attention."""
         return self._account.decode
 

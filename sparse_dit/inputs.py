@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from .integrations import host_named
 from .texts import lines_of, read_text, unfit
@@ -52,16 +55,33 @@ def _lines(file: Path) -> list[str]:
     return found
 
 
-def read_texts(files: list[Path]) -> list[str]:
-    """The texts of files, whole.
+def read_texts(files: list[Path]) -> list[str | dict[str, Tensor]]:
+    """The texts of files, whole; of a `.safetensors` file what a VLM's processor made of a prompt.
 
     Raises:
-        ValueError: If one isn't text, or is larger than 16 MB.
+        ValueError: If one isn't text or is larger than 16 MB, or has no prompt in it.
     """
+    return [_prompt(file) if file.suffix == ".safetensors" else _text(file) for file in files]
+
+
+def _text(file: Path) -> str:
     try:
-        return [read_text(file, MAX_TEXT_FILE) for file in files]
+        return read_text(file, MAX_TEXT_FILE)
     except ValueError as error:
         raise ValueError(f"text file {error}") from None
+
+
+def _prompt(file: Path) -> dict[str, Tensor]:
+    try:
+        inputs = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"prompt file {file} can't be read: {error}") from None
+    if "input_ids" not in inputs:
+        raise ValueError(
+            f"prompt file {file} must hold what a VLM's processor makes, input_ids among it, "
+            f"got {sorted(inputs)}"
+        )
+    return inputs
 
 
 def check_language_model(name: str) -> None:

@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .auto.store import Kept
     from .eval.language.quality import LanguageQuality
     from .eval.report import Report
     from .layout import TokenLayout
     from .models import SupportedModel
     from .patterns import Pattern
     from .plan import ComponentPlan, Plan
-    from .search.front import Front
+    from .search.front import Front, Point
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -108,13 +111,16 @@ class _Densities:
 
     def of(self, pattern: Pattern, layout: TokenLayout) -> float:
         from .index import pattern_index
+        from .patterns import blockwise
         from .patterns.estimated import density
 
         key = (pattern, layout)
         if key not in self._known:
             computed = 1.0
-            if pattern.is_estimated:
+            if pattern.is_causal:
                 computed = density(pattern.shape, layout.seq_len)
+            elif pattern.is_estimated:
+                computed = blockwise.density(pattern.shape, layout.num_grid)
             elif not pattern.computed.is_dense:
                 computed = pattern_index(*key).density
             self._known[key] = computed / pattern.every  # over a long stage
@@ -174,16 +180,19 @@ def show_language_quality(quality: LanguageQuality) -> None:
     from .eval.page import seconds, share, times
 
     texts = Table(
-        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor"
-    )
+        "text", "dense", "sparse", "speed-up", "density", "perplexity", "sparse", "KL", "floor",
+        "agreement",
+    )  # fmt: skip
     for text in quality.texts:
         texts.add_row(
             text.name, seconds(text.dense.seconds), seconds(text.sparse.seconds),
             times(text.dense.seconds / text.sparse.seconds), share(text.density),
             f"{text.dense_perplexity:.3f}", f"{text.sparse_perplexity:.3f}", f"{text.kl:.4f}",
-            f"{text.kl_floor:.6f}",
+            f"{text.kl_floor:.6f}", share(text.agreement),
         )  # fmt: skip
     out.print(texts)
+    if not quality.questions:
+        return
     asked = Table("questions", "tokens", "found", "sparse", "log-probability", "sparse", "floor")
     for row in task_rows(quality):
         asked.add_row(
@@ -225,7 +234,7 @@ def show_frontier(rows: Sequence[dict[str, Any]]) -> None:
 def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
     """Rows of a language model's frontier, least divergence first at each target."""
     table = Table(
-        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "passkeys"
+        "at", "method", "density", "speed-up", "index", "perplexity", "KL", "agreement", "passkeys"
     )  # fmt: skip
     for row in sorted(rows, key=lambda row: (str(row["target"]), row["kl"])):
         at = row["target"]
@@ -233,7 +242,8 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             at, row["method"], f"{row['density']:.3f}", f"{row['speedup']:.2f}x",
             f"{row['index_seconds']:.2f} s", f"{row['perplexity_increase']:+.1%}",
-            f"{row['kl']:.4f}", f"{row['passkeys']}/{row['asked']}",
+            f"{row['kl']:.4f}", f"{row['agreement']:.1%}" if "agreement" in row else "-",
+            f"{row['passkeys']}/{row['asked']}",
         )  # fmt: skip
     out.print(table)
     if rows:
@@ -245,15 +255,39 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def show_kept(kept: Sequence[Kept], folder: Path) -> None:
+    """Plans that were learned, and where they lie."""
+    table = Table("name", "for", "density", "forecast speed-up", "learned from", "on")
+    for one in kept:
+        speed, record = one.plan.forecast.get("speedup"), one.plan.provenance
+        table.add_row(
+            one.name, one.plan.pipeline_class or "transformer", f"{one.plan.density:.3f}",
+            "-" if speed is None else f"{speed:.2f}x", f"{record.get('learned_from', '-')} generations",
+            str(record.get("created", "-")),
+        )  # fmt: skip
+    if kept:
+        out.print(table)
+    out.print(f"{len(kept)} plans in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
 def show_front(front: Front) -> None:
     """Points of a search, from dense to the fastest."""
-    table = Table("forecast speed-up", "density", "error of heads", "PSNR", "seconds")
+    of_text = any(point.kl is not None for point in front.points)
+    quality = "KL" if of_text else "PSNR"
+    table = Table("forecast speed-up", "density", "error of heads", quality, "seconds")
     for point in front.points:
         table.add_row(
             f"{point.speedup:.2f}x",
             f"{point.density:.3f}",
             f"{point.error:.4f}",
-            "-" if point.psnr is None else f"{point.psnr:.1f} dB",
+            _quality(point),
             f"{point.seconds:.2f}",
         )
     out.print(table)
+
+
+def _quality(point: Point) -> str:
+    """The forecast of what is compared with dense, or a dash."""
+    if point.kl is not None:
+        return f"{point.kl:.4f}"
+    return "-" if point.psnr is None else f"{point.psnr:.1f} dB"

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,10 @@ def test_a_plan_keeps_what_its_speedup_is_worth():
     measured = measured_of(options, verified, "psnr_db", 2)
     assert measured["speedup"] == 1.47 and measured["speedup_least"] == 1.4444
     assert "too busy" in measured["caution"]
+    assert "psnr_db_least" not in measured
+    by_case = [{"psnr_db": 33.0004}, {"psnr_db": 29.0}]
+    several = measured_of(options, replace(verified, by_case=by_case), "psnr_db", 2)
+    assert (several["psnr_db_least"], several["psnr_db_most"]) == (29.0, 33.0)
     dense = measured_of(options, Verified({"psnr_db": 100.0}, 1.0, 17.0), "psnr_db", 2)
     assert dense["speedup"] == 1.0 and dense["timing"] == "dense; not measured"
     assert not {"timed_pairs", "caution"} & set(dense)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ from .options import Cases, Force, Model, Place, PlanName, Size, say, with_optio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from ..plan import Plan
 
@@ -33,7 +34,10 @@ class Reading:
 
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="File that a language model reads; repeatable. Default: Python's own."),
+        typer.Option(
+            help="File that a language model reads, or what a VLM's processor made, as .safetensors; "
+            "repeatable. Default: Python's own."
+        ),
     ] = None
     tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 4096
     tasks: Annotated[
@@ -44,7 +48,7 @@ class Reading:
     ] = None
     samples: Annotated[int, typer.Option(help="Questions of each kind and length.")] = 1
 
-    def texts(self) -> dict[str, str]:
+    def texts(self) -> Mapping[str, str | Mapping[str, Tensor]]:
         """The texts by name."""
         from ..eval.language.haystack import sources
         from ..inputs import read_texts
@@ -235,7 +239,7 @@ def frontier(
         reading = Reading(text, tokens)
         return _text_frontier(model, reading, plan or [], density, method, file, plot, place)
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
-    from ..eval.frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
+    from ..eval.frontier import ALL_METHODS, DENSITIES, FrontierRequest, figure_of, started
     from ..eval.frontier import frontier as measure
     from ..eval.sizes import parse_sizes
     from ..inputs import described, load_pipeline
@@ -255,7 +259,7 @@ def frontier(
             raise ValueError(f"--searched-at takes one size, got {searched_at!r}")
         searched_there = replace(settings, width=other[0], height=other[1], num_frames=other[2])
     request = FrontierRequest(
-        given, later, settings, density or DENSITIES, method or METHODS, file, searched_there
+        given, later, settings, density or DENSITIES, method or ALL_METHODS, file, searched_there
     )
     name, dtype = model or str(shipped("tiny_wan")), place.dtype or (None if model else "float32")
     outputs = _expected(file, plot)
@@ -277,18 +281,19 @@ def _text_frontier(
     place: Place,
 ) -> int:
     """Compare plans with rules for a language model, and write and show the rows."""
-    from ..eval.baselines.text import RULES
-    from ..eval.language.frontier import DENSITIES, LanguageFrontier, figure_of
+    from ..eval.baselines.text import RULES as TEXT_RULES
+    from ..eval.language.frontier import DENSITIES, RULES, LanguageFrontier, figure_of
     from ..eval.language.frontier import frontier as measure
     from ..eval.language.quality import LanguageRequest
     from ..inputs import check_language_model, load_language_model
     from ..plan import Plan
 
+    read = LanguageRequest(texts=reading.texts(), tokens=reading.tokens)
     request = LanguageFrontier(
-        reading=LanguageRequest(texts=reading.texts(), tokens=reading.tokens),
+        reading=read,
         plans={Path(name).stem: Plan.from_pretrained(name) for name in plans},
         densities=density or DENSITIES,
-        methods=method or tuple(RULES),
+        methods=method or tuple(TEXT_RULES if read.asks else RULES),
         file=file,
     )
     outputs = _expected(file, plot)

@@ -15,6 +15,7 @@ from .options import Cases, Force, Model, Place, ProfileSteps, Size, resumable, 
 
 if TYPE_CHECKING:
     from ..search import Searched
+    from ..search.language import SearchedLanguage
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class Texts:
 
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="File of text to calibrate a language model on; repeatable."),
+        typer.Option(
+            help="File of text to calibrate a language model on, or what a VLM's processor made of a prompt, "
+            "as .safetensors; repeatable."
+        ),
     ] = None
     held_out_text: Annotated[
         list[Path] | None, typer.Option(help="File of text to verify it on; repeatable.")
@@ -136,7 +140,7 @@ def _search_text(
 ) -> int:
     """Find a plan for a language model, and write and show it."""
     from ..inputs import check_language_model, load_language_model, read_texts
-    from ..search.language import search_language_model
+    from ..search.language import search_language_plan
     from ..search.language.options import LanguageOptions
 
     calibration, held_out = read_texts(texts.text or []), read_texts(texts.held_out_text or [])
@@ -150,14 +154,15 @@ def _search_text(
     }
     LanguageOptions(**asked).split(calibration)
     outputs = Outputs(replace=force, say=say)
-    outputs.expect("--out", plan_file, ".json")
+    outputs.expect("--out", plan_file, ".json", beside=_beside)
     check_language_model(model)
     loaded, tokenizer = load_language_model(model, place.device, place.dtype)
-    plan = search_language_model(loaded, calibration, tokenizer=tokenizer, **asked)
-    lies = outputs.write(plan_file, lambda path: plan.save(path, overwrite=force))
-    show_plan(plan)
-    out.print(f"wrote {lies}", soft_wrap=True)
-    met = plan.measured["met"]
+    of_text = any(isinstance(text, str) for text in (*calibration, *held_out))
+    searched = search_language_plan(  # without a tokenizer there are no questions about texts
+        loaded, calibration, tokenizer=tokenizer if of_text else None, **asked
+    )
+    _save(searched, plan_file, outputs, force)
+    met = searched.plan.measured["met"]
     if not met:
         say("the plan misses what was asked for; see measured in it")
     return outputs.code or int(not met)
@@ -171,7 +176,9 @@ def _beside(plan_file: Path) -> tuple[Path, Path]:
     return tensor_path(plan_file), front_path(plan_file)
 
 
-def _save(searched: Searched, plan_file: Path, outputs: Outputs, force: bool) -> None:
+def _save(
+    searched: Searched | SearchedLanguage, plan_file: Path, outputs: Outputs, force: bool
+) -> None:
     """Write the plan and its search's other points, and show it."""
     from ..search.front import front_path, write_front
 

@@ -26,6 +26,7 @@ from ..plan.storage import tensor_path
 from ..resources import shipped
 from ..search import Searched, plan_of, search_plan
 from ..search.front import front_path, write_front
+from ..search.provenance import least_and_most
 from ..timing import timing_of
 from ..whole_file import uninterrupted
 
@@ -137,6 +138,7 @@ def verified(plan: Plan, quality: Quality) -> Plan:
     cases = [{"prompt": c.case.prompt, "seed": c.case.seed} for c in quality.cases]
     measured = {
         "psnr_db": round(quality.psnr_db, 3),
+        **least_and_most("psnr_db", [case.psnr_db for case in quality.cases]),
         "speedup": round(quality.speedup, 4),
         **timing_of(quality.pairs),
         "held_out_cases": len(cases),

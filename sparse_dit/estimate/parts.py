@@ -84,13 +84,23 @@ def by_keys(
 
 
 def own_part(modalities: Modalities, call: CallRows, stop: Tensor, sinks: int) -> PatternIndex:
-    """Each row sees the image, frame or stretch of text that it is in, and the sinks.
+    """Each row sees the image, frame or stretch of text that it is in, and each sequence's first keys.
+
+    Args:
+        modalities, call, stop: As for `part_entry`.
+        sinks: How many first keys of each sequence.
+    """
+    return part_entry(modalities, call, stop, call.sinks(sinks).nonzero()[:, 0])
+
+
+def part_entry(modalities: Modalities, call: CallRows, stop: Tensor, first: Tensor) -> PatternIndex:
+    """Each row sees the image, frame or stretch of text that it is in, and some keys.
 
     Args:
         modalities: Where they lie among the M keys.
         call: All rows.
         stop: int32 `[N]`: what each row sees ends there at most.
-        sinks: How many first keys of each sequence.
+        first: int64 `[S]`: keys that all later rows see.
     """
     n, m = call.rows.shape[1], call.num_keys
     edge = torch.tensor([part.start for part in modalities.parts] + [m])
@@ -102,7 +112,6 @@ def own_part(modalities: Modalities, call: CallRows, stop: Tensor, sinks: int) -
     group = torch.repeat_interleave(torch.arange(count), bounds.diff())
     last = torch.zeros(count, dtype=torch.int64).scatter_reduce_(0, group, stop.long(), "amax")
     part = torch.searchsorted(edge, bounds[:-1] + call.offset, right=True) - 1
-    first = call.sinks(sinks).nonzero()[:, 0]
     every = torch.arange(count)
     groups = torch.cat([every, every.repeat_interleave(len(first))])
     starts = torch.cat([edge[part], first.repeat(count)])

@@ -38,10 +38,10 @@ def front_beside(name: str, plan: Plan) -> Front | None:
 
 
 def figure_of(front: Front, plan: Plan) -> Figure:
-    """Forecast error of heads, density and PSNR over forecast speed-up, with the plan's own point.
+    """Forecast error of heads, density and quality over forecast speed-up, with the plan's own point.
 
-    PSNR is drawn if the search measured what it is forecast from. The measured PSNR of the plan itself is a
-    point of its own.
+    Quality is PSNR, or of a language model its divergence from dense. It is drawn if the search measured what
+    it is forecast from. What was measured of the plan itself is a point of its own.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,26 +56,29 @@ def figure_of(front: Front, plan: Plan) -> Figure:
     axes.grid(alpha=0.2)
     handles, labels = axes.get_legend_handles_labels()
     top = axes
-    if (quality := _psnr_axis(axes, front, plan)) is not None:
+    if (quality := _quality_axis(axes, front, plan)) is not None:
         more, names = quality.get_legend_handles_labels()
         handles, labels, top = [*handles, *more], [*labels, *names], quality
     top.legend(handles, labels, frameon=False)
     return figure
 
 
-def _psnr_axis(axes: Axes, front: Front, plan: Plan) -> Axes | None:
-    """A second axis with the PSNR of the points that have a forecast below that of equal videos."""
-    known = [(p.speedup, p.psnr) for p in front.points if p.psnr is not None and p.psnr < MOST_PSNR]
-    own = [plan.forecast.get("speedup"), plan.measured.get("psnr_db")]
+def _quality_axis(axes: Axes, front: Front, plan: Plan) -> Axes | None:
+    """A second axis with the divergence of the points, or the PSNR of those not forecast to be equal."""
+    of_text = any(point.kl is not None for point in front.points)
+    name, unit, measured = ("KL", "nats a token", "kl") if of_text else ("PSNR", "dB", "psnr_db")
+    found = [(p.speedup, p.kl if of_text else p.psnr) for p in front.points]
+    known = [(s, q) for s, q in found if q is not None and (of_text or q < MOST_PSNR)]
+    own = [plan.forecast.get("speedup"), plan.measured.get(measured)]
     plan_point = [float(value) for value in own if isinstance(value, int | float)]
     if not known and len(plan_point) < 2:
         return None
     right = axes.twinx()
     if known:
-        speeds, decibels = ([point[axis] for point in known] for axis in (0, 1))
-        right.plot(speeds, decibels, "^-", color="tab:green", label="PSNR, forecast")
+        speeds, values = ([point[axis] for point in known] for axis in (0, 1))
+        right.plot(speeds, values, "^-", color="tab:green", label=f"{name}, forecast")
     if len(plan_point) == 2:
         star = {"marker": "*", "s": 140.0, "color": "tab:red", "zorder": 3}
-        right.scatter(plan_point[0], plan_point[1], label="PSNR, measured", **star)
-    right.set_ylabel("PSNR against dense (dB)")
+        right.scatter(plan_point[0], plan_point[1], label=f"{name}, measured", **star)
+    right.set_ylabel(f"{name} against dense ({unit})")
     return right

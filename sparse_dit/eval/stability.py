@@ -26,9 +26,10 @@ from ..search.profile import ComponentProfile
 from ..search.profiling import profile_pipeline
 from ..search.sensitivity import Sensitivity, sensitivity
 from ..search.solve import Choice, Problem, joined, least_loss, problem, stages_of
-from ..search.verify import dense_reference, verify
+from ..search.verify import Reference, dense_reference, verify
 from ..words import option
 from .baselines.scores import score_patterns
+from .repeats import repeat_searches
 from .stability_file import StabilityRequest, StabilityRow, StabilityState
 
 Say = Callable[[str], None]
@@ -53,7 +54,7 @@ class _Solved:
 @on_cpu
 def stability(
     pipe: Any, request: StabilityRequest, say: Say, outputs: Outputs | None = None
-) -> list[StabilityRow]:
+) -> StabilityState:
     """Profile with few and with more prompts, solve, compare the plans, and judge them held-out.
 
     Profiles are kept in a folder beside the file, and the file is written after each measurement: the
@@ -66,7 +67,7 @@ def stability(
         outputs: Knows afterwards where the file lies, if it couldn't be written where it should.
 
     Returns:
-        One row for each count.
+        What was found: `rows`, one for each count, and `repeats`, one for each search of the same settings.
 
     Raises:
         ValueError: If the file holds something else, the density is out of reach, or the pipeline has
@@ -81,9 +82,12 @@ def stability(
         errors = _held_out_errors(pipe, name, request, solved)
         state.rows = [_row(n, solved, k, errors) for k, n in enumerate(request.counts)]
         state.write()
+    references = _References(pipe, request, say)
     if request.generate and any(row.psnr_db is None for row in state.rows):
-        _generate(pipe, request, solved, state, say)
-    return state.rows
+        _generate(solved, state, references, say)
+    if request.repeats > 1:
+        repeat_searches(pipe, name, request, state, references.psnr, say)
+    return state
 
 
 def started(pipe: Any, request: StabilityRequest) -> tuple[str, StabilityState]:
@@ -207,20 +211,37 @@ def _kind(pattern: Pattern) -> tuple[Any, ...]:
     return pattern.name, pattern.tile, pattern.far
 
 
+class _References:
+    """Dense videos of the held-out prompts, made when they are first needed.
+
+    Args:
+        pipe: The pipeline, not patched.
+        request: What is compared.
+        say: Called with a line of text before they are made.
+    """
+
+    def __init__(self, pipe: Any, request: StabilityRequest, say: Say) -> None:
+        self._work = workload(pipe, request.settings)
+        self._held_out, self._say = request.held_out, say
+        self._made: list[Reference] | None = None
+
+    def psnr(self, plan: Plan) -> list[float]:
+        """PSNR of each held-out prompt with the plan, in dB."""
+        if self._made is None:
+            self._say(f"dense references of {len(self._held_out)} held-out prompts")
+            self._made = [dense_reference(self._work, case) for case in self._held_out]
+        found = verify(self._work, plan, self._made).by_case
+        return [round(case[PSNR], 3) for case in found]
+
+
 def _generate(
-    pipe: Any,
-    request: StabilityRequest,
-    solved: Sequence[_Solved],
-    state: StabilityState,
-    say: Say,
+    solved: Sequence[_Solved], state: StabilityState, references: _References, say: Say
 ) -> None:
     """PSNR of every plan that has none yet; written after each."""
-    say(f"dense references of {len(request.held_out)} held-out prompts")
-    work = workload(pipe, request.settings)
-    references = [dense_reference(work, case) for case in request.held_out]
     for number, row in enumerate(state.rows):
         if row.psnr_db is None:
             say(f"held-out prompts with the plan from {row.prompts}")
-            verified = verify(work, solved[number].plan, references)
-            state.rows[number] = replace(row, psnr_db=round(verified.difference[PSNR], 3))
+            found = references.psnr(solved[number].plan)
+            mean = round(sum(found) / len(found), 3)
+            state.rows[number] = replace(row, psnr_db=mean, psnr_least_db=min(found))
             state.write()

@@ -15,7 +15,7 @@ from ..texts import read_text
 from ..whole_file import write_text
 from ..words import option
 
-FORMAT = "sparse_dit stability 2"
+FORMAT = "sparse_dit stability 3"
 COUNTS = (1, 2, 4)
 
 
@@ -34,6 +34,7 @@ class StabilityRequest:
         profile_steps: How many noise levels are profiled.
         rows: Sampled query rows for each head, layer, step and case.
         generate: Also generate the held-out cases with every plan.
+        repeats: Searches of the same settings that are compared, from the most cases; below 2 none.
 
     Raises:
         ValueError: If anything is out of range, or a prompt is in both lists.
@@ -48,6 +49,7 @@ class StabilityRequest:
     profile_steps: int = 4
     rows: int = 64
     generate: bool = False
+    repeats: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.density < 1:
@@ -87,6 +89,7 @@ class StabilityRequest:
             "density": self.density,
             "profile_steps": self.profile_steps,
             "rows": self.rows,
+            "repeats": self.repeats,
         }
 
 
@@ -105,6 +108,7 @@ class StabilityRow:
         same_kind: Share whose pattern is of the same shape and token order, with the far field or not.
         near_density: Share whose density is within a factor of 1.25.
         psnr_db: Mean PSNR of the held-out videos against dense ones; None if they weren't generated.
+        psnr_least_db: That of the worst of them.
     """
 
     prompts: int
@@ -116,6 +120,24 @@ class StabilityRow:
     same_kind: float
     near_density: float
     psnr_db: float | None = None
+    psnr_least_db: float | None = None
+
+
+@dataclass(frozen=True)
+class RepeatRow:
+    """The plan of one of several searches of the same settings.
+
+    Attributes:
+        density: Its mean density over heads and noise levels.
+        expected_error: The relative error of its heads by its own profile; see `Choice.error`.
+        same_pattern: Share of the heads that have the very pattern of the first search's plan.
+        psnr: PSNR of each held-out video against the dense one; None if they weren't generated.
+    """
+
+    density: float
+    expected_error: float
+    same_pattern: float
+    psnr: list[float] | None = None
 
 
 @dataclass
@@ -127,6 +149,7 @@ class StabilityState:
         conditions: What was asked for, see `StabilityRequest.conditions`.
         sensitivity: How sensitive the video is to errors; None before it was measured.
         rows: One row for each plan; empty before the plans were judged.
+        repeats: One row for each search of the same settings; empty before they were made.
         outputs: Writes the file, and says so if it must be written to another place.
     """
 
@@ -134,6 +157,7 @@ class StabilityState:
     conditions: dict[str, Any]
     sensitivity: Sensitivity | None
     rows: list[StabilityRow]
+    repeats: list[RepeatRow] = field(default_factory=list)
     outputs: Outputs = field(default_factory=lambda: Outputs(replace=True, say=print))
 
     @staticmethod
@@ -149,6 +173,7 @@ class StabilityState:
                 weights = data["sensitivity"]
                 state.sensitivity = Sensitivity(**weights) if weights else None
                 state.rows = [StabilityRow(**row) for row in data["rows"]]
+                state.repeats = [RepeatRow(**row) for row in data["repeats"]]
         except (ValueError, LookupError, TypeError):
             known, same = False, False
         if not known:
@@ -167,6 +192,7 @@ class StabilityState:
             "conditions": self.conditions,
             "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
             "rows": [asdict(row) for row in self.rows],
+            "repeats": [asdict(row) for row in self.repeats],
         }
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
         self.outputs.put(self.file, lambda path: write_text(path, text))

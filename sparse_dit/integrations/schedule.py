@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -77,6 +78,14 @@ class Schedule:
         return None, True
 
 
+def steps_of(pipe: Any) -> int | None:
+    """Steps of the generation that a pipeline is in, or was in last; None if its scheduler doesn't tell."""
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    if not isinstance(timesteps, Tensor) or not timesteps.numel():
+        return None
+    return len(timesteps.unique())  # second-order schedulers name most of them twice
+
+
 SHIFTS = ("flow_shift", "shift")  # what schedulers call the shift of their noise levels
 
 
@@ -108,3 +117,29 @@ def flow_shifted(pipe: Any, shift: float | None) -> Iterator[None]:
         yield
     finally:
         pipe.scheduler = before
+
+
+def noise_level(pipe: Any, share: float, steps: int = 50) -> float:
+    """The noise level that a pipeline's schedule reaches after a share of its steps, from 1 to 0.
+
+    Of a pipeline whose scheduler doesn't tell, or of none, levels are taken as even.
+
+    Args:
+        pipe: A pipeline, which isn't changed, or a transformer alone.
+        share: From 0 to 1.
+        steps: How many steps are looked at; between two of them the level is in the middle.
+    """
+    first = round(share * steps)
+    if first <= 0 or first >= steps:
+        return 1.0 if first <= 0 else 0.0
+    scheduler: Any = copy.deepcopy(getattr(pipe, "scheduler", None))
+    try:
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps.flatten().double()
+        levels = times / float(scheduler.config.num_train_timesteps)
+    except (AttributeError, TypeError, ValueError):  # none, or one that needs more than a number
+        return 1 - share
+    if levels[-1] > levels[0]:
+        levels = 1 - levels
+    at = round(share * len(levels))  # schedules of a higher order have more of them
+    return min(1.0, max(0.0, round(float(levels[at - 1] + levels[at]) / 2, 4)))

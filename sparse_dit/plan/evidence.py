@@ -18,10 +18,34 @@ def evidence_lines(plan: Plan) -> list[str]:
         lines.append(f"expected error: standard error {row_error:.1%}, from sampled rows alone")
     if isinstance(gap, int | float):
         lines.append(f"no other choice as fast has an expected error lower by more than {gap:.2%}")
+    lines += _repeated(found.get("repeated")) + _over_prompts(plan)
     if sparse := _sparse_heads(plan):
         marked = len(prompt_dependent(plan))
         lines.append(f"best places depend on the prompt: {marked} of {sparse} sparse heads")
     return lines
+
+
+def _repeated(found: Any) -> list[str]:
+    """How alike repeated searches would choose, in words."""
+    if not isinstance(found, dict):
+        return []
+    match found.get("spread"), found.get("same"), found.get("density"):
+        case int() | float() as spread, int() | float() as same, int() | float() as density:
+            return [
+                f"searched again, with timings off by {spread:.1%} each, {same:.0%} of the heads choose the "
+                f"same, and the density differs by at most {density:.4f}"
+            ]
+    return []
+
+
+def _over_prompts(plan: Plan) -> list[str]:
+    """How far the verified prompts are apart, in words."""
+    match plan.measured.get("psnr_db_least"), plan.measured.get("psnr_db_most"):
+        case int() | float() as least, int() | float() as most:
+            return [f"verified prompts are from {least:.1f} to {most:.1f} dB"]
+    if plan.measured.get("timed_pairs") == 1:
+        return ["verified on one prompt: others may differ from it by several dB"]
+    return []
 
 
 def prompt_dependent(plan: Plan) -> set[tuple[str, str, int, int]]:

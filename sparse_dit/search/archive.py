@@ -125,10 +125,9 @@ def _without_dominated(problem: Problem) -> tuple[Problem, Tensor]:
     keep = worth_trying(problem) | worth_trying(_in_density(problem))
     keep[:, 0] = True
     order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, : int(keep.sum(1).max())]
-    columns = {
-        name: getattr(problem, name).gather(1, order)
-        for name in ("seconds", "error", "density", "recall")
-    }
+    tables = ("seconds", "error", "density", "recall", "measured")
+    known = {name: getattr(problem, name) for name in tables}
+    columns = {name: x.gather(1, order) for name, x in known.items() if x is not None}
     listed = [
         [patterns[place] for place in places]
         for patterns, places in zip(problem.candidates, order.tolist(), strict=True)

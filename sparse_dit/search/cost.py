@@ -26,6 +26,8 @@ from .nested import Kind
 BUDGETS = (0.02, 0.07, 0.15, 0.3, 0.5, 0.75)
 ORDER_BUDGET = 0.2  # density at which token orders are compared
 REPEATS = 2
+FITS = 0.1  # root mean square of relative residuals up to which a line is taken for what was timed
+EQUAL = 0.06  # token orders that differ by less cost the same: single timings differ by 3 to 5 %
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class CostTable:
         orders: For token orders other than the first of `tilings`, which `sparse` is of: how many times as
             long a head takes at the same density. Tiles that don't divide the video waste part of a block.
         in_generation: How many times as long the same calls take inside a generation; see `pricing.inside`.
+        spread: Root mean square of the timings' relative distances from the line that they were smoothed by,
+            see `smoothed`; None if the costs are as they were timed.
     """
 
     layout: TokenLayout
@@ -61,6 +65,7 @@ class CostTable:
     source: str | None = None
     orders: Mapping[Tile, float] = field(default_factory=dict)
     in_generation: float = 1.0
+    spread: float | None = None
 
     @property
     def stock_seconds(self) -> float:
@@ -101,6 +106,7 @@ class CostTable:
             "device_table": self.source,
             "orders": {tile_text(tile): round(times, 4) for tile, times in self.orders.items()},
             "in_generation": round(self.in_generation, 4),
+            "spread": self.spread and round(self.spread, 4),
         }
 
 
@@ -201,6 +207,36 @@ def rising(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]
     points = sorted(points)
     seconds = np.minimum.accumulate([s for _, s in reversed(points)])[::-1]
     return tuple((d, float(s)) for (d, _), s in zip(points, seconds, strict=True))
+
+
+def smoothed(table: CostTable) -> CostTable:
+    """The table with what single timings are off by taken out, so that a repeated search chooses the same.
+
+    A sparse head costs a fixed part and a part in proportion to its density. One line for all timings, those
+    with a far field and the dense head beside sparse ones among them, replaces them if it fits (`FITS`), by
+    least squares of relative residuals. Else the points stay as they were timed. Token orders that cost the
+    same but for `EQUAL` count as equal.
+
+    Args:
+        table: Costs that were timed on this device.
+    """
+    head = table.dense if table.dense_head is None else table.dense_head
+    points = np.array([*table.sparse[False], *table.sparse[True], (1.0, head)])
+    density, seconds = points.T
+    columns = np.stack([np.ones_like(density), density], 1)
+    line, *_ = np.linalg.lstsq(columns / seconds[:, None], np.ones_like(seconds), rcond=None)
+    spread = float(np.sqrt(np.mean((columns @ line / seconds - 1) ** 2)))
+    orders = {
+        tile: 1.0 if abs(times - 1) <= EQUAL else times for tile, times in table.orders.items()
+    }
+    fixed, rate = max(0.0, float(line[0])), float(line[1])
+    if spread > FITS or rate <= 0:
+        return replace(table, orders=orders)
+    sparse = {
+        far: tuple((d, fixed + rate * d) for d in (0.0, *(d for d, _ in known), 1.0))
+        for far, known in table.sparse.items()
+    }
+    return replace(table, sparse=sparse, dense_head=fixed + rate, orders=orders, spread=spread)
 
 
 def break_even_tokens(

@@ -7,10 +7,11 @@ new search. The file holds the front of an archive: the best choice of each bin 
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +29,9 @@ from .solve import Choice, Problem
 
 FORMAT = "sparse_dit front 1"
 MOST_PSNR = 100.0  # what videos that are equal count as
-Measure = Literal["speedup", "density", "error", "psnr"]
+Measure = Literal["speedup", "density", "error", "psnr", "kl"]
+GREATER_IS_BETTER = ("speedup", "psnr")
+FASTEST_WITHIN = ("error", "psnr", "kl")  # what a plan must keep; the others say how fast it is
 
 
 class Point(BaseModel):
@@ -44,8 +47,9 @@ class Point(BaseModel):
     error: float = Field(ge=0)
     seconds: float = Field(gt=0)
     psnr: float | None = None  # dB, forecast
+    kl: float | None = None  # nats a token, forecast; of a language model
     patterns: list[int]
-    errors: list[float]
+    errors: list[float | None]
 
 
 class _File(BaseModel):
@@ -83,7 +87,15 @@ def model_hash(components: Mapping[str, ComponentPlan]) -> str:
     return config_hash(hashes) if len(hashes) > 1 else next(iter(hashes.values()))
 
 
-def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | None = None) -> Front:
+def front_of(
+    task: Problem,
+    config_hash: str,
+    found: Choice,
+    *,
+    psnr_db: float | None = None,
+    kl_of_loss: float | None = None,
+    heads: Callable[[Choice], Sequence[HeadChoice]] | None = None,
+) -> Front:
     """The front of an archive of the problem; `found` is kept in any case.
 
     Args:
@@ -92,30 +104,37 @@ def front_of(task: Problem, config_hash: str, found: Choice, psnr_db: float | No
         found: The choice that the search made.
         psnr_db: The measured PSNR of `found`; that of the others is forecast from it, as the squared error
             of the video is in proportion to the loss.
+        kl_of_loss: The divergence from dense of a language model, in nats a token for each unit of loss, as
+            measured.
+        heads: A choice as the plan's heads, in its order; each unit is a head if None.
     """
+    listed = heads or functools.partial(_heads, task)
     choices = [*explore(task, [found]).front(), found]
     choices.sort(key=lambda choice: (choice.speedup, -choice.loss))
     numbers: dict[Pattern, int] = {}
     points: list[Point] = []
     for choice in choices:
-        picks = choice.pick.tolist()
-        listed = [
-            numbers.setdefault(task.candidates[unit][pick], len(numbers))
-            for unit, pick in enumerate(picks)
-        ]
-        errors = task.error.gather(1, choice.pick[:, None])[:, 0].sqrt()
+        of_heads = listed(choice)
         point = Point(
             speedup=round(choice.speedup, 4),
             density=round(choice.density, 6),
             error=round(choice.error, 6),
             seconds=round(choice.seconds, 4),
             psnr=_psnr(choice, found, psnr_db),
-            patterns=listed,
-            errors=[round(e, 5) for e in errors.tolist()],
+            kl=None if kl_of_loss is None else round(choice.loss * kl_of_loss, 6),
+            patterns=[numbers.setdefault(head.pattern, len(numbers)) for head in of_heads],
+            errors=[None if head.error is None else round(head.error, 5) for head in of_heads],
         )
         if not points or point.patterns != points[-1].patterns:
             points.append(point)
     return Front(config_hash, task.dense_seconds, tuple(numbers), tuple(points))
+
+
+def _heads(task: Problem, choice: Choice) -> list[HeadChoice]:
+    """A head for each unit."""
+    errors = task.error.gather(1, choice.pick[:, None])[:, 0].sqrt().tolist()
+    picks = zip(task.candidates, choice.pick.tolist(), errors, strict=True)
+    return [HeadChoice(candidates[pick], error) for candidates, pick, error in picks]
 
 
 def _psnr(choice: Choice, found: Choice, psnr_db: float | None) -> float | None:
@@ -147,7 +166,7 @@ def write_front(front: Front, path: Path) -> None:
         masks=masks,
         points=list(front.points),
     )
-    write_text(path, file.model_dump_json())
+    write_text(path, file.model_dump_json(exclude_defaults=True))
 
 
 def read_front(path: Path) -> Front:
@@ -186,7 +205,7 @@ def _check(file: _File, count: int) -> None:
             raise ValueError(f"point {number} must have patterns and errors of {units} heads")
         if not all(0 <= n < count for n in point.patterns):
             raise ValueError(f"point {number} names a pattern that isn't there")
-        if not all(e >= 0 for e in point.errors):
+        if not all(e is None or e >= 0 for e in point.errors):
             raise ValueError(f"point {number} has a negative error")
 
 
@@ -213,13 +232,13 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
     """A point of a front as a plan, without what was measured of the plan that the search wrote.
 
     It is the point of least error with at least that speed-up or at most that density, or the fastest one
-    with at most that error or at least that forecast PSNR.
+    with at most that error or forecast divergence, or at least that forecast PSNR.
 
     Args:
         plan: The plan that the search wrote.
         front: The front that lies beside it.
-        measure: What is asked for: `"speedup"`, `"density"`, `"error"` or `"psnr"`.
-        value: How much of it, in dB for `"psnr"`.
+        measure: What is asked for: `"speedup"`, `"density"`, `"error"`, `"psnr"` or `"kl"`.
+        value: How much of it, in dB for `"psnr"`, in nats a token for `"kl"`.
 
     Raises:
         ValueError: If the front belongs to another model or plan, or no point is like that.
@@ -240,6 +259,8 @@ def pick(plan: Plan, front: Front, measure: Measure, value: float) -> Plan:
     }
     if point.psnr is not None:
         forecast["psnr_db"] = point.psnr
+    if point.kl is not None:
+        forecast["kl"] = point.kl
     return replace(
         plan,
         components=components,
@@ -267,12 +288,12 @@ def _chosen(points: Sequence[Point], measure: Measure, value: float) -> Point:
     known = [point for point in points if getattr(point, measure) is not None]
     if not known:
         raise ValueError(
-            f"the front must hold a forecast of the {measure} to pick by it, got none: its search measured "
-            "no sparse plan; pick by speedup, density or error"
+            f"the front must hold a forecast of the {measure} to pick by it, got none: its search didn't "
+            "measure that; pick by speedup, density or error"
         )
-    sign = 1 if measure in ("speedup", "psnr") else -1
+    sign = 1 if measure in GREATER_IS_BETTER else -1
     good = [p for p in known if sign * getattr(p, measure) >= sign * value]
-    if measure in ("error", "psnr"):
+    if measure in FASTEST_WITHIN:
         best = max(good, key=lambda p: p.speedup, default=None)
     else:
         best = min(good, key=lambda p: (p.error, -p.speedup), default=None)

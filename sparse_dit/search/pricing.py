@@ -1,7 +1,7 @@
 """What attention costs in the searched generation: measured here, or by the table of a target device.
 
-Times that are measured are corrected to the speed that attention has inside a generation. Of a target device
-the user says how long a dense generation takes there.
+Times that are measured are smoothed (see `cost.smoothed`) and corrected to the speed that attention has
+inside a generation. Of a target device the user says how long a dense generation takes there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..integrations import heads_of
 from ..layout import TokenLayout
 from ..words import option
 from .candidates import tilings
-from .cost import Costs, CostTable, measure_cost
+from .cost import Costs, CostTable, measure_cost, smoothed
 from .device_table import DeviceTable, slug
 from .profile import ComponentProfile
 from .verify import Reference
@@ -139,7 +139,7 @@ def cost_tables(
             if key not in known and target_device is not None:
                 known[key] = target_device.cost(layout, head_dim, module.dtype)
             elif key not in known:
-                known[key] = measure_cost(
+                timed = measure_cost(
                     layout,
                     num_heads,
                     head_dim,
@@ -148,6 +148,7 @@ def cost_tables(
                     backend=backend,
                     orders=orders,
                 )
+                known[key] = smoothed(timed)
             tables[name][num_heads, head_dim] = known[key]
     return dict(tables)
 

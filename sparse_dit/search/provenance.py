@@ -93,10 +93,26 @@ def measured_of(
         met = None if foreign else verified.speedup >= speedup
     return {
         quality: round(verified.difference[quality], 3),
+        **least_and_most(quality, [case[quality] for case in verified.by_case]),
         "speedup_on_another_device" if foreign else "speedup": round(verified.speedup, 4),
         **timing_of(verified.pairs),
         "held_out_cases": cases,
         "met": met,
+    }
+
+
+def least_and_most(quality: str, values: Sequence[float]) -> dict[str, float]:
+    """The least and the greatest value of a metric over cases, for a plan's `measured`; empty for one case.
+
+    Args:
+        quality: Name of the metric.
+        values: What it is in each case.
+    """
+    if len(values) < 2:
+        return {}
+    return {
+        f"{quality}_least": round(min(values), 3),
+        f"{quality}_most": round(max(values), 3),
     }
 
 

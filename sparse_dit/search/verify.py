@@ -114,12 +114,14 @@ class Verified:
             sparse.
         sparse_seconds: What all sparse generations took together.
         pairs: How long each case took, dense and sparse; None if no attention call ran sparse.
+        by_case: The differences of each case, in the order of the references.
     """
 
     difference: Mapping[str, float]
     speedup: float
     sparse_seconds: float
     pairs: Pairs | None = None
+    by_case: Sequence[Mapping[str, float]] = ()
 
 
 def verify(
@@ -151,4 +153,5 @@ def verify(
         pairs.speedup if pairs else 1.0,
         sum(taken.seconds for taken in sparse),
         pairs,
+        tuple(found),
     )

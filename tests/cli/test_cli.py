@@ -233,14 +233,19 @@ def test_show_says_what_backs_a_plan(here, capsys):
     ((name, part),) = plan.components.items()
     layer = next(iter(part.layers))
     marked = {name: {layer: [[0, 1]]}}
-    backing = {"row_error": 0.05, "gap": 0.001, "prompt_dependent": marked}
-    replace(plan, provenance={"evidence": backing}).save("backed.json")
+    again = {"spread": 0.04, "same": 0.97, "density": 0.002}
+    backing = {"row_error": 0.05, "gap": 0.001, "prompt_dependent": marked, "repeated": again}
+    measured = {"psnr_db": 33.0, "psnr_db_least": 31.94, "psnr_db_most": 34.0}
+    replace(plan, provenance={"evidence": backing}, measured=measured).save("backed.json")
     assert cli.run(["show", "backed.json", "--heads"]) == 0
     said = " ".join(capsys.readouterr().out.split())
+    assert "timings off by 4.0% each, 97% of the heads choose the same" in said
+    assert "density differs by at most 0.0020" in said and "from 31.9 to 34.0 dB" in said
     assert "standard error 5.0%" in said and "lower by more than 0.10%" in said
     assert re.search(r"depend on the prompt: 1 of \d+ sparse heads", said)
     assert "1*" in said and "*: its best places depend on the prompt" in said
-    for odd in ([], {"prompt_dependent": {name: [1]}}, {"prompt_dependent": {name: {layer: [1]}}}):
+    odds = ([], {"prompt_dependent": {name: [1]}}, {"prompt_dependent": {name: {layer: [1]}}})
+    for odd in (*odds, {"repeated": [1]}, {"repeated": {"same": "all"}}):
         replace(plan, provenance={"evidence": odd}).save("odd.json", overwrite=True)
         assert cli.run(["show", "odd.json", "--heads"]) == 0
     for file in ("backed.json", "odd.json"):

@@ -90,6 +90,7 @@ def test_each_dial_gives_a_plan_that_works(pipe, fast, dial, tmp_path):
     assert sum(record["stage_shares"]["transformer"]) == pytest.approx(1)
     backing = record["evidence"]
     assert 0 < backing["row_error"] < 1 and 0 <= backing["gap"] < 0.2
+    assert backing["repeated"]["same"] == 1.0  # with stubbed costs, which have no spread
     component = plan.components["transformer"]
     for name, layer, stage, head in prompt_dependent(plan):
         assert name == "transformer"

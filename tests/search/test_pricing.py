@@ -8,7 +8,7 @@ from sparse_dit.integrations import workload
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Stencil
 from sparse_dit.search.candidates import tilings
-from sparse_dit.search.cost import CostTable, measure_cost
+from sparse_dit.search.cost import CostTable, measure_cost, smoothed
 from sparse_dit.search.pricing import inside
 from sparse_dit.search.profile import ComponentProfile
 from sparse_dit.search.verify import Reference, dense_reference
@@ -52,6 +52,44 @@ def test_token_orders_are_measured_beside_the_first():
     orders = tilings(LAYOUT)[1:]
     table = measure_cost(LAYOUT, 2, 16, budgets=(0.1, 0.5), orders=orders)
     assert set(table.orders) == set(orders) and all(0 < t < 50 for t in table.orders.values())
+
+
+def timed_table(noise, order=1.02):
+    """Costs of a fixed part and one by density, each timing off by at most `noise`, relative."""
+    generator = torch.Generator().manual_seed(round(1e4 * noise))
+
+    def off(seconds):
+        return seconds * (1 + noise * (2 * torch.rand(1, generator=generator).item() - 1))
+
+    points = {
+        far: tuple((d, off(1e-4 + 8e-3 * d)) for d in (0.02, 0.07, 0.15, 0.3, 0.5, 0.75))
+        for far in (False, True)
+    }
+    orders = {(1, 8, 8): order}
+    return CostTable(LAYOUT, 1e-2, points, "cpu", 1, "cpu", "float32", off(8.1e-3), orders=orders)
+
+
+def test_one_line_takes_what_single_timings_are_off_by():
+    table = smoothed(timed_table(0.05))
+    assert 0.01 < table.spread < 0.05 and table.to_dict()["spread"] == round(table.spread, 4)
+    patterns = [
+        Pattern(LOCAL, tile, far=far) for tile in ((4, 4, 4), (1, 8, 8)) for far in (False, True)
+    ]
+    for density in (0.0, 0.01, 0.2, 0.6, 0.9, 1.0):
+        (seconds,) = {table.seconds(pattern, density) for pattern in patterns}
+        assert seconds == pytest.approx(1e-4 + 8e-3 * density, rel=0.03, abs=1e-5)
+    assert table.seconds(Pattern(Dense()), 1.0) == table.seconds(patterns[0], 1.0)
+
+
+def test_costs_that_are_no_line_stay_as_timed():
+    steps = ((0.1, 1e-3), (0.5, 1e-3), (0.9, 8e-3))
+    table = CostTable(LAYOUT, 1e-2, dict.fromkeys((False, True), steps), "cpu", 1, "cpu", "float32")
+    assert smoothed(table) == table and table.spread is None
+
+
+def test_token_orders_that_cost_clearly_more_stay_dearer():
+    assert smoothed(timed_table(0.01, order=1.2)).orders == {(1, 8, 8): 1.2}
+    assert smoothed(timed_table(0.01, order=0.97)).orders == {(1, 8, 8): 1.0}
 
 
 def test_a_reference_says_what_its_attention_took():

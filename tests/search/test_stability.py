@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from sparse_dit import cli
+from sparse_dit.eval import repeats
 from sparse_dit.eval import stability as module
+from sparse_dit.eval.repeats import spread_of
 from sparse_dit.eval.stability import stability
-from sparse_dit.eval.stability_file import StabilityRequest
+from sparse_dit.eval.stability_file import RepeatRow, StabilityRequest
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.search.check import check_plan
 from sparse_dit.search.profile_file import read_profile
+from sparse_dit.search.verify import verify
+from tests.helpers.search_cases import stub_costs
 from tests.helpers.tiny_pipelines import wan
 
 SETTINGS = GenerationSettings(64, 64, 17, steps=4, guidance=1.0, max_sequence_length=16)
@@ -36,7 +40,7 @@ def done(pipe, tmp_path_factory):
     """A request, its rows, and what was said."""
     said = []
     request = asked(tmp_path_factory.mktemp("stability") / "result.json")
-    return request, stability(pipe, request, said.append), said
+    return request, stability(pipe, request, said.append).rows, said
 
 
 def test_every_count_has_a_row(done):
@@ -46,6 +50,7 @@ def test_every_count_has_a_row(done):
     assert (two.same_pattern, two.same_kind, two.near_density, two.loss) == (1, 1, 1, 1)
     assert one.same_pattern <= one.same_kind <= 1
     assert all(0 < row.held_out_error < 2 and row.psnr_db > 5 for row in (one, two))
+    assert all(row.psnr_least_db == row.psnr_db for row in (one, two))  # of one held-out prompt
 
 
 def test_the_pipeline_is_left_as_it_was(pipe, done):
@@ -104,7 +109,7 @@ def test_a_finished_file_takes_no_runs(pipe, done, monkeypatch):
 
     for name in ("sensitivity", "score_patterns", "verify", "dense_reference"):
         monkeypatch.setattr(module, name, refused)
-    assert stability(pipe, request, lambda _: None) == rows
+    assert stability(pipe, request, lambda _: None).rows == rows
 
 
 def test_a_stopped_run_goes_on(pipe, done, tmp_path, monkeypatch):
@@ -122,7 +127,42 @@ def test_a_stopped_run_goes_on(pipe, done, tmp_path, monkeypatch):
     assert [row["psnr_db"] for row in kept] == [None, None] and kept[0]["loss"] == rows[0].loss
     with monkeypatch.context() as patch:
         patch.setattr(module, "score_patterns", stopped)
-        assert stability(pipe, request, lambda _: None) == rows
+        assert stability(pipe, request, lambda _: None).rows == rows
+
+
+@pytest.fixture
+def repeated(pipe, tmp_path, monkeypatch):
+    """A request of three searches, what they gave, and how many plans were generated with."""
+    stub_costs(monkeypatch)
+    tried = []
+
+    def counted(work, plan, references):
+        tried.append(plan)
+        return verify(work, plan, references)
+
+    monkeypatch.setattr(module, "verify", counted)
+    request = asked(tmp_path / "result.json", counts=(1,), repeats=3)
+    return request, stability(pipe, request, lambda _: None), tried
+
+
+def test_repeated_searches_are_the_same_and_generated_once(pipe, repeated, monkeypatch):
+    request, found, tried = repeated
+    assert len(found.repeats) == 3 and len(tried) == 2  # a plan from one prompt, and one of three
+    first = found.repeats[0]
+    assert all(row == first for row in found.repeats) and first.same_pattern == 1
+    assert 0 < first.density <= 0.4 and len(first.psnr) == 1
+    apart, mean, least, most = spread_of(found.repeats)
+    assert (apart, mean) == (0, 0) and least == most == pytest.approx(first.psnr[0])
+    for name in ("cost_tables", "sensitivity", "profile_pipeline"):
+        monkeypatch.setattr(repeats, name, None)  # nothing is measured again
+    again = stability(pipe, request, lambda _: None)
+    assert again.repeats == found.repeats and len(tried) == 2
+
+
+def test_searches_that_differ_say_by_how_much():
+    rows = [RepeatRow(0.3, 0.1, 1.0, [30.0, 20.0]), RepeatRow(0.3, 0.1, 0.9, [31.0, 16.0])]
+    assert spread_of(rows) == (4.0, 1.5, 18.0, 30.5)
+    assert spread_of([RepeatRow(0.3, 0.1, 1.0)]) is None
 
 
 @pytest.mark.parametrize(
@@ -174,12 +214,12 @@ def test_the_command(pipe, tmp_path, capsys):
         "stability", str(tmp_path / "model"), "--json", str(tmp_path / "s.json"), "--count", "1",
         "--count", "2", "--prompt", "a cat", "--prompt", "a dog", "--held-out", "a boat",
         "--rows", "8", "--height", "64", "--width", "64", "--num-frames", "9", "--steps", "4",
-        "--guidance", "1", "--max-sequence-length", "16",
+        "--guidance", "1", "--max-sequence-length", "16", "--repeat", "2",
     ]  # fmt: skip
     assert cli.run(arguments) == 0, capsys.readouterr().err
     said = capsys.readouterr()
     assert "same kind" in said.out and "not measured" in said.out and "s.json" in said.out
-    assert "profiling 2 prompts" in said.err
+    assert "profiling 2 prompts" in said.err and "search 2 of 2" in said.err
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert [row["prompts"] for row in rows] == [1, 2]
     lacking = [a for a in arguments if a not in ("--held-out", "a boat")]

@@ -3,10 +3,12 @@
 import pytest
 from fastapi.testclient import TestClient
 
+from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations import components
 from sparse_dit.search import search_plan
 from sparse_dit.search.front import front_path, write_front
 from sparse_dit.serve.app import create_app
+from sparse_dit.serve.claims import Claims, Worker
 from sparse_dit.serve.command import Served, prepared
 from sparse_dit.serve.options import ServeOptions
 from sparse_dit.serve.tables import database_url
@@ -19,8 +21,6 @@ ASKED = {"prompt": "a red square moves up over gray checks", "seed": 3, "num_inf
 @pytest.fixture(scope="module")
 def served(short_model, short_pipe, tmp_path_factory):
     """A client, the service, and a worker in this process that has loaded the model once."""
-    from sparse_dit.generation import Case, GenerationSettings
-
     folder = tmp_path_factory.mktemp("served")
     settings = GenerationSettings(32, 64, 9, steps=3, guidance=1.0, max_sequence_length=16)
     with pytest.MonkeyPatch.context() as patched:
@@ -32,7 +32,7 @@ def served(short_model, short_pipe, tmp_path_factory):
     write_front(found.front, front_path(plan))
     options = ServeOptions(store=database_url(str(folder)), files=str(folder / "files"))
     asked = Served(short_model, (str(plan), "tiny-wan"))
-    with pytest.raises(ValueError, match="tiny-wan|model|layers"):
+    with pytest.raises(ValueError, match="layers"):
         prepared(asked, options)  # the shipped plan is for all six layers
     service, (worker,) = prepared(Served(short_model, (str(plan),)), options)
     runner = runner_of(service, worker.load("cpu"))
@@ -45,8 +45,6 @@ def run(served, **asked):
     client, service, runner, _ = served
     answer = client.post("/v1/videos", json=ASKED | asked)
     assert answer.status_code == 200, answer.text
-    from tests.helpers.serve_cases import Claims, Worker
-
     worker = Worker("w", service.card.name, "cpu", service.card.plans.names)
     job = Claims(service.store).claim(worker)
     runner.run(job)
@@ -54,25 +52,29 @@ def run(served, **asked):
 
 
 def test_a_plan_beside_dense_with_the_same_seed(served):
-    client, service, runner, found = served
-    video = run(served, compare=True)
+    client, _, _, found = served
+    middle = min(found.front.points, key=lambda point: abs(point.density - 0.5))
+    video = run(served, compare=True, speedup=middle.speedup)
     assert video["status"] == "completed", video["error"]
     assert video["size"] == "64x32" and video["num_frames"] == 9, "as the plan was made with"
     assert 0 < video["density"] < 1 and video["psnr_db"] > 10 and video["ssim"] > 0
     stages = video["summary"]["stages"]
-    assert sum(stage["sparse_calls"] for stage in stages) > 0 and "density" in video["summary"]["text"]
+    assert (
+        sum(stage["sparse_calls"] for stage in stages) > 0 and "density" in video["summary"]["text"]
+    )
     assert video["inference_time_s"] > 0 and video["dense_time_s"] > 0
     dense = run(served, plan="dense")
     assert dense["summary"] is None and dense["density"] is None
     files = [
         client.get(f"/v1/videos/{one['id']}/content", params={"variant": variant}).content
-        for one, variant in ((video, "dense"), (dense, "video"), (video, "video"))
+        for one, variant in ((video, "dense"), (dense, "video"))
     ]
-    assert files[0] == files[1] != files[2], "stock again, bit for bit, in the same pipeline"
+    assert files[0] == files[1], "stock again, bit for bit, in the same pipeline"
+    assert video["psnr_db"] < 90, "another video than dense"
 
 
 def test_points_of_a_front_are_switched_without_loading(served):
-    client, service, runner, found = served
+    client, _, runner, _ = served
     before = components(runner.engine.pipe)["transformer"]
     (listed,) = client.get("/v1/models").json()["data"][0]["plans"]
     speedups = [point["speedup"] for point in listed["front"]]
@@ -81,14 +83,16 @@ def test_points_of_a_front_are_switched_without_loading(served):
     assert densities[0] < densities[1]
     assert components(runner.engine.pipe)["transformer"] is before
     refused = client.post("/v1/videos", json=ASKED | {"speedup": 900})
-    assert refused.status_code == 400 and "the front goes from" in refused.json()["error"]["message"]
+    assert (
+        refused.status_code == 400 and "the front goes from" in refused.json()["error"]["message"]
+    )
 
 
 def test_what_the_pipeline_takes_is_told_before_a_job_waits(served):
     client = served[0]
     for change, words in (
         ({"size": "40x40"}, "multiple of 16"),
-        ({"guidance_scale_2": 2.0}, "transformer"),
+        ({"guidance_scale_2": 2.0}, "boundary_ratio"),
         ({"input_reference": {"image_url": "data:image/png;base64,aaaa"}}, "takes no image"),
     ):
         answer = client.post("/v1/videos", json=ASKED | change)

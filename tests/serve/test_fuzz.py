@@ -18,7 +18,7 @@ from tests.helpers.plan_cases import small
 from tests.helpers.serve_cases import MODEL, stub_card, stub_service, working
 
 CASES = int(os.environ.get("SPARSE_DIT_FUZZ", "100"))
-ROUTES = 13
+ROUTES = 12
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def schema(tmp_path_factory):
     card = stub_card(plans=Plans([Served("fast", small(), None)]), image="may")
     limits = Limits(pixels=64 * 64, frames=16, steps=20, rate="100000/second")
     service = stub_service(tmp_path_factory.mktemp("fuzz"), card, limits=limits)
-    Claims(service.store).register(Worker("w", MODEL, "cpu", ()), os.getpid(), "idle")
+    Claims(service.store).register(Worker("worker", MODEL, "cpu", ()), os.getpid(), "idle")
     with working(service):
         yield schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
     service.store.close()

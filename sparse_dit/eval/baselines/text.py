@@ -18,8 +18,9 @@ from ...estimate.pooled import block_means
 from ...estimate.rows import BIN, call_rows, sample_rows
 from ...estimate.sums import sampled_sums
 from ...index import SparseIndex
-from ...patterns import Budget, PooledBlocks, SinkWindow, VerticalSlash
+from ...patterns import Budget, Pattern, PooledBlocks, SinkWindow, VerticalSlash
 from ...patterns.estimated import Shape, Share
+from ...search.language.costs import index_of
 from .antidiagonal import antidiagonal_index
 
 SHARES = (0.01, 0.02, 0.035, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45)  # keys a row for each key
@@ -43,12 +44,13 @@ class TextRule:
     numbers: Sequence[float] = SHARES
 
 
-def _for_all_heads(
+def for_all_heads(
     shape: Callable[[float], Shape],
 ) -> Callable[[AttentionCall, float], SparseIndex]:
+    """What a call computes if all heads have one shape, which follows from a number."""
+
     def index(call: AttentionCall, number: float) -> SparseIndex:
-        q, k = heads_first(call)
-        return estimated_index(q, k, [shape(number)] * q.shape[1], scale=call.scale)
+        return index_of(call, [Pattern(shape(number))] * call.q.shape[2])
 
     return index
 
@@ -58,14 +60,15 @@ def heads_first(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return call.q.transpose(1, 2), call.k.transpose(1, 2)
 
 
-def _scale(call: AttentionCall) -> float:
+def scale_of(call: AttentionCall) -> float:
+    """The factor of a call's logits."""
     return call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
 
 
 def _xattention(stride: int) -> Callable[[AttentionCall, float], SparseIndex]:
     def index(call: AttentionCall, threshold: float) -> SparseIndex:
         q, k = heads_first(call)
-        return antidiagonal_index(q, k, stride=stride, threshold=threshold, scale=_scale(call))
+        return antidiagonal_index(q, k, stride=stride, threshold=threshold, scale=scale_of(call))
 
     return index
 
@@ -74,7 +77,7 @@ def _flexprefill(call: AttentionCall, gamma: float) -> SparseIndex:
     q, k = heads_first(call)
     blocks = PooledBlocks(Share(gamma, BIN), sinks=BIN)
     lines = VerticalSlash("last", LAST, Share(gamma, BIN), sinks=BIN)
-    distances = pooled_distance(q, k, _scale(call))
+    distances = pooled_distance(q, k, scale_of(call))
     shapes = [blocks if distance < TAU else lines for distance in distances.tolist()]
     return estimated_index(q, k, shapes, scale=call.scale)
 
@@ -105,17 +108,17 @@ def pooled_distance(q: Tensor, k: Tensor, scale: float) -> Tensor:
 RULES: dict[str, TextRule] = {
     "streaming-llm": TextRule(
         "StreamingLLM, arXiv 2309.17453: 4 first keys and a window; in MInference the A-shape",
-        _for_all_heads(lambda beta: SinkWindow(4, Budget(beta=beta, least=BIN))),
+        for_all_heads(lambda beta: SinkWindow(4, Budget(beta=beta, least=BIN))),
     ),
     "moa-uniform": TextRule(
         "MoA, arXiv 2406.14909, one rule for all heads: 64 first keys and a window that grows with the "
         "length; the paper chooses a rule for each head",
-        _for_all_heads(lambda beta: SinkWindow(BIN, Budget(beta=beta, least=2 * BIN))),
+        for_all_heads(lambda beta: SinkWindow(BIN, Budget(beta=beta, least=2 * BIN))),
     ),
     "minference": TextRule(
         "MInference, arXiv 2407.02490: columns and diagonals by the last 64 rows, 30 first keys and 100 "
         "behind a row always; one budget for both by gain over cost, where the paper has a number of each",
-        _for_all_heads(
+        for_all_heads(
             lambda beta: VerticalSlash("last", 64, Budget(beta=beta, least=BIN), 30, 100)
         ),
     ),
@@ -134,6 +137,6 @@ RULES: dict[str, TextRule] = {
     "xattention-16": TextRule("The same, stride 16", _xattention(16), MASSES),
     "vertical-slash": TextRule(
         "ours, the same for all heads: columns and diagonals by the last and spread rows",
-        _for_all_heads(lambda beta: VerticalSlash(budget=Budget(beta=beta, least=BIN))),
+        for_all_heads(lambda beta: VerticalSlash(budget=Budget(beta=beta, least=BIN))),
     ),
 }

@@ -40,7 +40,7 @@ def evaluate_language_plan(
     """
     quality = evaluate(model, tokenizer, plan, request, say)
     say("what every head computes of the first text")
-    heads = text_heads(model, plan, next(iter(request.read_by(tokenizer).values())))
+    heads = text_heads(model, plan, next(iter(request.read_by(model, tokenizer).values())))
     report = LanguageReport(
         f"{type(model).__name__}: sparse attention against dense",
         plan,

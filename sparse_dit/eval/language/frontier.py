@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from ...search.language.reading import Read, Text, read
 from ...search.language.scores import COMPONENT, is_whole
 from ...timing import Pairs, Timer
 from ...words import option
-from ..baselines.text import RULES
+from ..baselines import text as of_text
+from ..baselines.vision import VISION_RULES
 from ..rows import Row, keep_rows, kept_rows
 from .ask import answers
 from .quality import LanguageRequest, Say, warm_up
@@ -35,6 +36,7 @@ from .tasks import Question, passkey_questions
 
 FORMAT = "sparse_dit language frontier 1"
 DENSITIES = (0.12, 0.25, 0.5)
+RULES = {**of_text.RULES, **VISION_RULES}
 Rule = Callable[[AttentionCall], SparseIndex | None]
 
 
@@ -46,7 +48,7 @@ class LanguageFrontier:
         reading: The texts; rules get their densities on the first one.
         plans: Searched plans by name.
         densities: Computed pairs over those of causal order that rules are measured at.
-        methods: Some of `baselines.text.RULES`.
+        methods: Some of `RULES`.
         file: JSON of the rows; one that is there is gone on with.
 
     Raises:
@@ -56,7 +58,7 @@ class LanguageFrontier:
     reading: LanguageRequest
     plans: dict[str, Plan]
     densities: Sequence[float] = DENSITIES
-    methods: Sequence[str] = tuple(RULES)
+    methods: Sequence[str] = tuple(of_text.RULES)
     file: Path
 
     def __post_init__(self) -> None:
@@ -80,9 +82,14 @@ class LanguageFrontier:
     @property
     def conditions(self) -> dict[str, Any]:
         """What rows of one file have in common."""
-        sizes = {name: len(text) for name, text in self.reading.texts.items()}
+        sizes = {name: _size(text) for name, text in self.reading.texts.items()}
         densities = {name: plan.density for name, plan in self.plans.items()}
         return {"characters": sizes, "tokens": self.reading.tokens, "plans": densities}
+
+
+def _size(text: str | Mapping[str, Tensor]) -> int:
+    """Characters of a text, or tokens of a prompt."""
+    return len(text) if isinstance(text, str) else text["input_ids"].numel()
 
 
 @dataclass(eq=False)
@@ -141,7 +148,8 @@ def frontier(
     Rows are in the file as soon as they are measured. Each has method, source, target (a density, or the plan
     whose time is met), the rule's number, density, seconds and dense_seconds of the texts read in turn,
     speedup, why that says little (`caution`, or None), index_seconds among the seconds, perplexity_increase,
-    kl, kl_floor (dense by another kernel), passkeys, and dense_passkeys.
+    kl, kl_floor (dense by another kernel), agreement (share of places with dense's most likely next token),
+    passkeys, and dense_passkeys; for prompts with images, which are judged by their own text, none is asked.
 
     Args:
         model: A causal language model, not patched.
@@ -152,7 +160,7 @@ def frontier(
     """
     request.check(model)
     rows = kept_rows(request.file, FORMAT, request.conditions)
-    texts = list(request.reading.read_by(tokenizer).values())
+    texts = list(request.reading.read_by(model, tokenizer).values())
     wanted = [(name, name) for name in request.plans]
     wanted += [
         (target, m) for target in (*request.densities, *request.plans) for m in request.methods
@@ -161,7 +169,7 @@ def frontier(
     todo = [pair for pair in wanted if pair not in done]
     if not todo:
         return rows
-    measure = _Measure(model, tokenizer, texts, say)
+    measure = _Measure(model, tokenizer if request.reading.asks else None, texts, say)
     say("densities of the rules on the first text")
     numbers = densities_of(model, texts[0], request.methods)
     provenance = environment(model.device)
@@ -223,7 +231,7 @@ class _Measure:
 
     Args:
         model: Not patched.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None to ask nothing.
         texts: What is read.
         say: Called with a line of text.
     """
@@ -231,12 +239,14 @@ class _Measure:
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[Text], say: Say) -> None:
         self.model, self.texts = model, texts
         say("dense readings and passkeys")
-        warm_up(model, texts[0].ids)
+        warm_up(model, texts[0])
         self.dense = [read(model, text) for text in texts]
         with patch(model, EXACT):
             self.floor = self._kl([read(model, text) for text in texts])
         tokens = max(text.ids.shape[1] for text in texts)
-        self.keys: list[Question] = passkey_questions(tokenizer, tokens, DEPTHS)
+        self.keys: list[Question] = []
+        if tokenizer is not None:
+            self.keys = passkey_questions(tokenizer, tokens, DEPTHS)
         self.found = self._found()
 
     def _kl(self, said: Sequence[Read]) -> float:
@@ -260,6 +270,7 @@ class _Measure:
             mine.perplexity_increase(before, text)
             for mine, before, text in zip(sparse, self.dense, self.texts, strict=True)
         ]
+        same = [mine.agreement(before) for mine, before in zip(sparse, self.dense, strict=True)]
         pairs = Pairs(dense, [said.taken for said in sparse])
         return {
             "density": round(sum(r.density for r in ruled) / len(ruled), 5),
@@ -271,6 +282,7 @@ class _Measure:
             "perplexity_increase": round(sum(more) / len(more), 6),
             "kl": round(self._kl(sparse), 6),
             "kl_floor": round(max(0.0, self.floor), 8),
+            "agreement": round(sum(same) / len(same), 5),
             "passkeys": found,
             "dense_passkeys": self.found,
             "asked": len(self.keys),

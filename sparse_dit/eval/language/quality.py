@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ...patch import EXACT, patch
 from ...plan import Plan
 from ...search.language.options import DEPTHS
+from ...search.language.prompts import read_prompt
 from ...search.language.reading import LEAST_TOKENS, Read, Text, read
 from ...timing import Pairs, Taken
 from .ask import Answered, ask
@@ -31,7 +32,7 @@ class LanguageRequest:
     """What a plan is measured on.
 
     Args:
-        texts: Texts that are read, by name.
+        texts: What is read, by name: texts, or prompts with images or videos as a VLM's processor makes them.
         tokens: The most tokens of a text; what comes later is left out.
         lengths: Lengths of questions in tokens.
         kinds: Kinds of question among `tasks.KINDS`.
@@ -41,7 +42,7 @@ class LanguageRequest:
         ValueError: If anything is out of range.
     """
 
-    texts: dict[str, str]
+    texts: Mapping[str, str | Mapping[str, Tensor]]
     tokens: int = 4096
     lengths: Sequence[int] = ()
     kinds: Sequence[str] = tuple(KINDS)
@@ -63,14 +64,21 @@ class LanguageRequest:
         """Lengths of questions: that of the texts if none is given."""
         return self.lengths or (self.tokens,)
 
-    def read_by(self, tokenizer: Any) -> dict[str, Text]:
+    @property
+    def asks(self) -> bool:
+        """Whether questions about texts are asked; a model that is given prompts alone may know no text."""
+        return any(isinstance(text, str) for text in self.texts.values())
+
+    def read_by(self, model: Any, tokenizer: Any) -> dict[str, Text]:
         """The texts as tokens.
 
         Raises:
-            ValueError: If one is too short.
+            ValueError: If one is too short, or no prompt.
         """
         return {
             name: Text.cut(torch.tensor(tokenizer(text).input_ids), self.tokens, f"{name} has")
+            if isinstance(text, str)
+            else read_prompt(model, text)
             for name, text in self.texts.items()
         }
 
@@ -85,6 +93,7 @@ class TextQuality:
         dense_loss, sparse_loss: Mean negative log-likelihood of its own next tokens, in nats.
         kl: Mean divergence of what is said from dense, in nats a token.
         kl_floor: The same of `NOISE_FLOOR`.
+        agreement: Share of the places whose most likely next token is that of dense.
         density: Computed pairs over those of causal order, in all layers.
         dense, sparse, exact: How long the readings took.
     """
@@ -95,6 +104,7 @@ class TextQuality:
     sparse_loss: float
     kl: float
     kl_floor: float
+    agreement: float
     density: float
     dense: Taken
     sparse: Taken
@@ -172,9 +182,9 @@ def evaluate(
     Raises:
         ValueError: If a text or a length is too short.
     """
-    texts = request.read_by(tokenizer)
-    asked = list(questions(tokenizer, request))
-    warm_up(model, next(iter(texts.values())).ids)
+    texts = request.read_by(model, tokenizer)
+    asked = list(questions(tokenizer, request)) if request.asks else []
+    warm_up(model, next(iter(texts.values())))
     rows, summaries, calls = [], [], 0
     for name, text in texts.items():
         say(f"{name}, {text.ids.shape[1]} tokens, dense and sparse")
@@ -205,9 +215,9 @@ def questions(tokenizer: Any, request: LanguageRequest) -> Iterator[tuple[int, Q
                 yield length, mine, other
 
 
-def warm_up(model: Any, ids: Tensor) -> None:
+def warm_up(model: Any, text: Text) -> None:
     """What happens at the first forward of a process isn't part of what is timed."""
-    short = Text.of(ids[:, :WARM_UP])
+    short = text if text.others else Text.of(text.ids[:, :WARM_UP])
     read(model, short)
     with patch(model, EXACT):
         read(model, short)
@@ -229,6 +239,7 @@ def _read(model: Any, plan: Plan, name: str, text: Text) -> tuple[TextQuality, A
         sparse.loss(text),
         sparse.divergence(dense),
         max(0.0, exact.divergence(dense)),  # rounding may take it below
+        sparse.agreement(dense),
         density,
         dense.taken,
         sparse.taken,

@@ -94,7 +94,7 @@ def findings(report: LanguageReport) -> list[str]:
         what = [q for q in lost if q.question.kind == kind]
         of = sum(q.dense.exact for q in quality.of_kind(kind))
         found.append(f"The plan loses {len(what)} of {of} answers that dense finds: {kind}.")
-    if not lost:
+    if not lost and quality.questions:
         of = sum(q.dense.exact for q in quality.questions)
         found.append(f"The plan loses none of the {of} answers that dense finds.")
     found.append(

@@ -55,7 +55,7 @@ class Tap:
     Args:
         intercept: Gets every self-attention call; None once detached: layers run stock.
         decode: Of an intercept that leaves all calls of one query to stock attention, and counts them: what
-            is told of each, its layer, q and k. None for others.
+            is told of each, its layer, the number of its heads and of its keys. None for others.
         context: Where the last forward stood.
         read: What the masks of the present forward say, by the mask's id and version, with a reference that
             tells whether the mask is still that one.
@@ -70,7 +70,7 @@ class Tap:
         default_factory=dict
     )
     places: dict[tuple[int, int, int], StepContext] = field(default_factory=dict)
-    decode: Callable[[str, Tensor, Tensor], None] | None = field(init=False)
+    decode: Callable[[str, int, int], None] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.decode = getattr(self.intercept, "decode", None)
@@ -247,8 +247,9 @@ def _function(stock: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             function = _stock_function(stock, module)
             return function(module, query, key, value, attention_mask, **given)
         if not torch.compiler.is_compiling():
-            if query.shape[2] == 1 and (decode := seam.tap.decode) is not None:
-                decode(seam.layer, query, key)
+            shape = query.shape
+            if shape[2] == 1 and (decode := seam.tap.decode) is not None:
+                decode(seam.layer, shape[0] * shape[1], key.shape[2])
                 return seam.function(module, query, key, value, attention_mask, **given)
             return seam.call(query, key, value, attention_mask, given)
         if not _traceable(given):

@@ -1,5 +1,5 @@
 """The search of plans for the prefill of causal language models."""
 
-from .engine import search_language_model
+from .engine import SearchedLanguage, search_language_model, search_language_plan
 
-__all__ = ["search_language_model"]
+__all__ = ["SearchedLanguage", "search_language_model", "search_language_plan"]

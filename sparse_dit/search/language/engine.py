@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +14,9 @@ from ...integrations import attached, heads_of, unpatched
 from ...layout import TokenLayout
 from ...on_cpu import on_cpu
 from ...patch import patch
-from ...plan import ComponentPlan, Plan, config_hash
+from ...plan import ComponentPlan, HeadChoice, Plan, config_hash
 from ...timing import Pairs, Taken, timing_of
+from ..front import Front, front_of, model_hash
 from ..local import improve
 from ..options import by_keywords
 from ..provenance import made_with
@@ -34,9 +36,7 @@ ASKED_AT = (0.35, 0.65)  # depths of the questions that patterns are scored on; 
 QUESTIONS = 0.5  # what an answer's divergence counts, beside a text's
 MARGIN = 0.9  # of a limit that is aimed at after it was missed
 NEAR = 0.75  # of a limit that is kept: nearer isn't worth another round
-FIRST_SCALE = (
-    15.0  # measured over forecast divergence, before a round has measured it: 10 to 19 on SmolLM2
-)
+FIRST_SCALE = 15.0  # measured divergence over loss until a round measures it: 10 to 19 on SmolLM2
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +45,17 @@ class Verified:
 
     Attributes:
         kl: Mean divergence in nats a token.
+        expected_kl: What was forecast of it.
         ppl_increase: Mean relative increase of perplexity.
+        agreement: Share of the places whose most likely next token is that of dense attention.
         pairs: The times of the dense and of the sparse readings.
         found: How many passkeys were found with the plan, of those found dense.
     """
 
     kl: float
+    expected_kl: float
     ppl_increase: float
+    agreement: float
     pairs: Pairs
     found: int
 
@@ -68,11 +72,43 @@ class _Search:
     layers: Scores = field(default_factory=dict)
     passkeys: list[Passkey] = field(default_factory=list)
     dense: list[Read] = field(default_factory=list)
+    scale: float = FIRST_SCALE  # rows are scored one by one, but their changes add up over layers
+
+
+@dataclass(frozen=True, eq=False)
+class SearchedLanguage:
+    """A plan with what it was found from.
+
+    Args:
+        plan: The plan that was found.
+        scores: What each pattern changes in each head, by layer and modality.
+        problem: The units, with what each of their candidates costs and spoils.
+        choice: The candidate of each unit that the plan takes.
+        kl_of_loss: The divergence for each unit of the problem's loss, as measured last.
+    """
+
+    plan: Plan
+    scores: Scores
+    problem: Problem
+    choice: Choice
+    kl_of_loss: float
+
+    @functools.cached_property
+    def front(self) -> Front:
+        """Other points of the same problem, with the divergence that the verified plan lets expect."""
+
+        def heads(choice: Choice) -> list[HeadChoice]:
+            layers = planned(self.scores, self.problem, choice)
+            return [head for stages in layers.values() for of in stages for head in of]
+
+        model = model_hash(self.plan.components)
+        return front_of(self.problem, model, self.choice, kl_of_loss=self.kl_of_loss, heads=heads)
 
 
 @by_keywords(LanguageOptions)
-@on_cpu
-def search_language_model(model: Any, texts: Sequence[Given], options: LanguageOptions) -> Plan:
+def search_language_plan(
+    model: Any, texts: Sequence[Given], options: LanguageOptions
+) -> SearchedLanguage:
     """Find a plan for the prefill of a causal language model or VLM of transformers.
 
     The model is left as it was, whatever happens.
@@ -88,6 +124,17 @@ def search_language_model(model: Any, texts: Sequence[Given], options: LanguageO
         TypeError: If the model is none of transformers.
         NotImplementedError: If no layer of it attends in plain causal order.
     """
+    return _found(model, texts, options)
+
+
+@by_keywords(LanguageOptions)
+def search_language_model(model: Any, texts: Sequence[Given], options: LanguageOptions) -> Plan:
+    """The plan of `search_language_plan`, without all that it was found from."""
+    return _found(model, texts, options).plan
+
+
+@on_cpu
+def _found(model: Any, texts: Sequence[Given], options: LanguageOptions) -> SearchedLanguage:
     unpatched(model)
     given, held = options.split(texts)
     was_training = model.training
@@ -111,7 +158,7 @@ def _read(model: Any, text: Given, options: LanguageOptions) -> Text:
     return options.text(text)
 
 
-def _searched(run: _Search) -> Plan:
+def _searched(run: _Search) -> SearchedLanguage:
     options, clock = run.options, run.clock
     patterns = candidates(media=any(text.modalities is not None for text in run.texts))
     costs = _scored(run, patterns)
@@ -127,18 +174,19 @@ def _searched(run: _Search) -> Plan:
     task = problem_of(run.model, run.layers, patterns, costs, seconds)
     choice, verified = _tuned(run, task)
     clock.lap("verify")
-    plan = _plan(run, task, choice)
+    plan = _plan(run, task, choice, verified.expected_kl)
     (name, part), *_ = plan.components.items()
     heads = [head.pattern for stages in part.layers.values() for heads in stages for head in heads]
     least = break_even(costs.call, heads)
     clock.lap("break-even")
     part = replace(part, valid_tokens=(least, None))
-    return replace(
+    plan = replace(
         plan,
         components={name: part},
         provenance=_provenance(run, costs),
         measured=_measured(run, verified),
     )
+    return SearchedLanguage(plan, run.layers, task, choice, run.scale)
 
 
 def _items(run: _Search) -> list[Item]:
@@ -192,7 +240,7 @@ def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:
         limit = task.dense_seconds / options.target_speedup
         choice = improve(task, choice, seconds=limit)
         return choice, _verified(run, task, choice)
-    allowed, best = options.allowed_kl / FIRST_SCALE, None
+    allowed, best = options.allowed_kl / run.scale, None
     for _ in range(options.rounds):
         choice = _within(task, allowed)
         if best is not None and torch.equal(choice.pick, best[0].pick):
@@ -224,24 +272,28 @@ def _within(task: Problem, loss: float) -> Choice:
 
 
 def _verified(run: _Search, task: Problem, choice: Choice) -> Verified:
-    with patch(run.model, _plan(run, task, choice), backend=run.options.backend):
+    expected = choice.loss * run.scale
+    with patch(run.model, _plan(run, task, choice, expected), backend=run.options.backend):
         sparse = [read(run.model, text) for text in run.held_out]
         rows = list(zip(sparse, run.dense, run.held_out, strict=True))
         kl = sum(mine.divergence(dense) for mine, dense, _ in rows) / len(rows)
         more = sum(mine.perplexity_increase(dense, text) for mine, dense, text in rows) / len(rows)
         kept = run.options.keeps(kl, more)  # else there is no need to ask
         found = sum(finds(run.model, passkey) for passkey in run.passkeys if kept)
+    same = sum(mine.agreement(dense) for mine, dense, _ in rows) / len(rows)
+    if choice.loss > 0:
+        run.scale = kl / choice.loss
     taken: list[list[Taken]] = [[one.taken for one in side] for side in (run.dense, sparse)]
-    verified = Verified(kl, more, Pairs(*taken), found)
+    verified = Verified(kl, expected, more, same, Pairs(*taken), found)
     passed = f", {found}/{len(run.passkeys)} passkeys" if run.passkeys and kept else ""
     run.options.say(
         f"density {choice.density:.1%}: {verified.pairs.speedup:.2f}x (forecast {choice.speedup:.2f}x), KL "
-        f"{kl:.4f} (forecast {choice.loss:.4f}), perplexity {more:+.1%}{passed}"
+        f"{kl:.4f} (forecast {expected:.4f}), perplexity {more:+.1%}{passed}"
     )
     return verified
 
 
-def _plan(run: _Search, task: Problem, choice: Choice) -> Plan:
+def _plan(run: _Search, task: Problem, choice: Choice, expected_kl: float) -> Plan:
     heads = heads_of(run.model)
     layers = planned(run.layers, task, choice)
     part = ComponentPlan(
@@ -255,7 +307,7 @@ def _plan(run: _Search, task: Problem, choice: Choice) -> Plan:
     )
     forecast = {
         "speedup": round(choice.speedup, 4),
-        "kl": round(choice.loss, 6),
+        "kl": round(expected_kl, 6),
         "seconds": round(choice.seconds, 4),
         "dense_seconds": round(task.dense_seconds, 4),
     }
@@ -269,6 +321,7 @@ def _measured(run: _Search, verified: Verified) -> dict[str, Any]:
     return {
         "kl": round(verified.kl, 6),
         "ppl_increase": round(verified.ppl_increase, 6),
+        "agreement": round(verified.agreement, 5),
         "speedup": round(verified.pairs.speedup, 4),
         **timing_of(verified.pairs),
         **found,

@@ -119,7 +119,7 @@ def test_requests_out_of_range(changes, words):
 
 def test_a_text_that_is_too_short_is_named():
     with pytest.raises(ValueError, match="at least 256 tokens, a note has 5"):
-        request(texts={"a note": "short"}).read_by(tokenizer())
+        request(texts={"a note": "short"}).read_by(None, tokenizer())
 
 
 @pytest.fixture

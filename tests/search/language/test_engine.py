@@ -9,7 +9,8 @@ import transformers
 import sparse_dit
 from sparse_dit import cli
 from sparse_dit.plan import Plan
-from sparse_dit.search.language import engine
+from sparse_dit.search.front import pick
+from sparse_dit.search.language import engine, search_language_plan
 from sparse_dit.search.language.options import LanguageOptions
 from tests.helpers.language_plans import DENSE, NEAR, SLASH
 from tests.helpers.tiny_language_models import logits, save_language_model, text
@@ -118,9 +119,31 @@ def test_the_command_writes_a_plan(tmp_path, monkeypatch, capsys):
     assert plan.components["model"].kind == "language_model" and plan.measured["met"]
     assert "wrote plan.json" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["version"] == 3
+    assert cli.run(["show", "plan.json", "--front", "--picture", "front.png"]) == 0
+    assert "KL" in capsys.readouterr().out
+    assert cli.run(["show", "plan.json", "--pick", "density=1", "--out", "dense.json"]) == 0
+    assert Plan.load("dense.json").forecast["kl"] == 0.0
     assert cli.run(typed) == 2, "it is there already"
     assert cli.run(["search", "nowhere", "--text", "book.txt", "--max-kl", "1", "--force"]) == 2
     assert "give two texts or more" in capsys.readouterr().err
+
+
+def test_other_points_of_a_search(tiny):
+    model, texts = tiny
+    searched = search_language_plan(model, texts, max_kl=0.05, rows=16)
+    plan, front = searched.plan, searched.front
+    assert [p.speedup for p in front.points] == sorted(p.speedup for p in front.points)
+    if searched.choice.loss > 0:  # what was measured scales what is forecast
+        measured = searched.choice.loss * searched.kl_of_loss
+        assert measured == pytest.approx(plan.measured["kl"], abs=1e-5)
+    own = next(p for p in front.points if p.density == plan.density)
+    assert own.kl == pytest.approx(plan.measured["kl"], abs=1e-5)
+    fastest = pick(plan, front, "kl", 100.0)
+    assert fastest.forecast["speedup"] == front.points[-1].speedup
+    assert fastest.measured == {} and fastest.components["model"].kind == "language_model"
+    with sparse_dit.patch(model, fastest) as handle:
+        logits(model, {"input_ids": texts[1][None]})
+    assert handle.summary().density == pytest.approx(fastest.density, rel=0.2)
 
 
 @pytest.mark.parametrize(

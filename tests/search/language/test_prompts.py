@@ -1,10 +1,14 @@
 """The search on prompts with videos: rows of each modality make a choice of their own."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import sparse_dit
+from sparse_dit import cli
 from sparse_dit.patterns import Budget, ByQuery, Grid, Pattern, SinkWindow, VerticalSlash
 from sparse_dit.plan import Plan
 from sparse_dit.search.language import engine, scores
@@ -12,7 +16,7 @@ from sparse_dit.search.language.candidates import DENSE, by_modality, candidates
 from sparse_dit.search.language.costs import Costs
 from sparse_dit.search.language.items import Item
 from sparse_dit.search.language.prompts import read_prompt
-from tests.helpers.tiny_language_models import END, START, VIDEO, text, tokens, vision
+from tests.helpers.tiny_language_models import END, START, VIDEO, text, tokenizer, tokens, vision
 
 transformers.logging.set_verbosity_error()
 SMALL = Budget(beta=0.1, least=16)
@@ -103,3 +107,46 @@ def test_prompts_that_do_not_do(model):
         short = prompt(10, 0)
         names = ("input_ids", "attention_mask", "mm_token_type_ids")
         read_prompt(model, short | {name: short[name][:, :-1] for name in names})
+
+
+def test_commands_read_prompts_from_files(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(engine, "candidates", few)
+    monkeypatch.setattr(engine, "break_even", lambda *_: 0)
+    monkeypatch.setattr(scores, "costs_of", lambda call, _: Costs(1.0, [1.0, 0.3, 0.4, 0.5], call))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("vlm")
+    tokenizer().save_pretrained("vlm")
+    torch.manual_seed(1)
+    for name, one in (("one", prompt(30, 60)), ("two", prompt(20, 40))):
+        save_file(one, f"{name}.safetensors")
+    save_file({"pixels": torch.ones(2)}, "pixels.safetensors")
+    asked = ["--held-out-text", "two.safetensors", "--max-kl", "0.05"]
+    assert cli.run(["search", "vlm", "--text", "pixels.safetensors", *asked]) == 2
+    assert "must hold what a VLM's processor makes" in capsys.readouterr().err
+    assert cli.run(["search", "vlm", "--text", "one.safetensors", *asked]) == 0
+    plan = Plan.load("plan.json")
+    assert plan.measured["met"] and 0 < plan.measured["agreement"] <= 1
+    assert cli.run(["show", "plan.json", "--pick", "kl=9", "--out", "fast.json"]) == 0
+    fast = Plan.load("fast.json").components["model"]
+    assert any(
+        isinstance(h.pattern.shape, ByQuery) for (heads,) in fast.layers.values() for h in heads
+    )
+    rules = ["--method", "mminference", "--method", "blindsight", "--density", "0.5"]
+    read = [
+        "--model",
+        "vlm",
+        "--text",
+        "two.safetensors",
+        "--plan",
+        "plan.json",
+        "--json",
+        "rows.json",
+    ]
+    assert cli.run(["eval", "frontier", *read, *rules]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"plan", "mminference", "blindsight"}
+    assert all(row["asked"] == 0 and 0 < row["agreement"] <= 1 for row in rows)
+    assert (
+        cli.run(["eval", "vlm", "plan.json", "--text", "two.safetensors", "--out", "report"]) == 0
+    )
+    assert "questions" not in capsys.readouterr().out
