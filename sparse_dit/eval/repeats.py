@@ -36,8 +36,8 @@ def repeat_searches(
     """Search so often as asked for, with everything measured anew, and compare the plans.
 
     Each profiles, measures sensitivities and times costs, and takes the choice by time that has the wanted
-    density. Plans lie in the folder of the profiles, so that a stopped call goes on. Equal plans give the same
-    videos, so one of them is generated with.
+    density. Plans lie in the folder of the profiles, so that a stopped call goes on. Equal plans give the
+    same videos, so one of them is generated with.
 
     Args:
         pipe: A diffusers pipeline with one transformer, not patched.
@@ -99,7 +99,7 @@ def _searched(
         if known.provenance.get("conditions") == state.conditions:
             return known
     say(f"search {number + 1} of {request.repeats}: profile, sensitivity and costs")
-    part = _profiled(pipe, name, request, file.with_suffix(".safetensors"), say)
+    part = _profiled(pipe, name, request, file.with_name(f"{file.stem}-profile.safetensors"), say)
     stages = stages_of(part.sigmas)
     small = workload(pipe, request.settings).reduced()
     weights = sensitivity(small, name, stages, part.layers, request.calibration[0])
