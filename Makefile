@@ -1,4 +1,4 @@
-# Two commands, both plain wrappers: what a person without make types stands in each recipe.
+# Three commands, all plain wrappers: what a person without make types stands in each recipe.
 # constraints.txt decides the versions. Its torch is the default build, which on Linux brings
 # gigabytes of CUDA libraries; pip takes the CPU build instead where it is given the index of CPU
 # wheels (PIP_EXTRA_INDEX_URL, see the install selector on pytorch.org).
@@ -10,10 +10,13 @@ JOBS ?= 2
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --constraint constraints.txt
 INSTALLED_BY := pyproject.toml setup.py constraints.txt $(wildcard sparse_dit/backends/cpu/csrc/*)
 
-.PHONY: demo test clean
+.PHONY: demo serve test clean
 
 demo: .venv/.demo
 	$(BIN)/sparse-dit demo --out $(OUT)
+
+serve: .venv/.demo
+	$(BIN)/sparse-dit serve tiny-wan --plan tiny-wan
 
 test: .venv/.test
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ Letters in shapes: B batch, H heads, N query tokens, M key tokens, G query group
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,6 +137,13 @@ def build_index(
     return SparseIndex(entries, heads, rows)
 
 
+def index_of(entries: Mapping[int, PatternIndex]) -> SparseIndex:
+    """The index of heads' entries, by head from 0 on; those that share one share it in the index too."""
+    distinct = list({id(entry): entry for entry in entries.values()}.values())
+    places = {id(entry): place for place, entry in enumerate(distinct)}
+    return SparseIndex(tuple(distinct), tuple(places[id(e)] for _, e in sorted(entries.items())))
+
+
 @functools.lru_cache(maxsize=256)
 @on_cpu
 def dense_index(
@@ -163,18 +170,42 @@ def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> Pat
     if pattern.computed.is_dense or layout.num_grid == 0:
         return dense_entry(n, n)
     order = tile_order(layout, pattern.tile)
-    exact = seen_cells(pattern, order)
     cells = order.cell_offsets(pattern.cell)
-    tiles = _tile_of_group(order, group)
-    runs, run_offsets = _merge(
-        exact, cells + order.global_before, _global_spans(order, n), tiles.owner
-    )
-    far = None
-    if pattern.far:
-        far = _far_field(exact, cells + order.global_before, tiles.owner, pattern.pool)
+    groups = groups_of(order, order.tile_offsets, group)
+    return entry_of(seen_cells(pattern, order), order, cells, groups, pattern.far, pattern.pool)
+
+
+def entry_of(
+    exact: Tensor,
+    order: TileOrder,
+    cells: Tensor,
+    groups: Groups,
+    far: bool,
+    pool: int | None = None,
+) -> PatternIndex:
+    """The entry of rows that see some cells exactly, the global tokens, and perhaps the rest pooled.
+
+    Args:
+        exact: Bool `[T, C]`: which cells of keys each owner of rows sees.
+        order: Of the tokens.
+        cells: int64 `[C + 1]`, as of `TileOrder.cell_offsets`.
+        groups: The rows, and which of the T each group belongs to; global ones see everything.
+        far, pool: As of a `Pattern`.
+    """
+    n = len(order.order)
+    bounds = cells + order.global_before
+    runs, run_offsets = _merge(exact, bounds, _global_spans(order, n), groups.owner)
+    pooled = _far_field(exact, bounds, groups.owner, pool) if far else None
     permutation = None if order.is_identity else order.order.int()
     return PatternIndex(
-        n, n, permutation, permutation, tiles.offsets.int(), run_offsets.int(), runs.int(), far
+        n,
+        n,
+        permutation,
+        permutation,
+        groups.offsets.int(),
+        run_offsets.int(),
+        runs.int(),
+        pooled,
     )
 
 
@@ -194,24 +225,37 @@ def seen_cells(pattern: Pattern, order: TileOrder) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Groups:
+class Groups:
+    """Groups of sorted query rows.
+
+    Args:
+        offsets: int64 `[G + 1]`: sorted positions.
+        owner: int64 `[G]`: the stretch of rows that each lies in; -1 for rows of global tokens.
+    """
+
     offsets: Tensor
     owner: Tensor
 
 
-def _tile_of_group(order: TileOrder, group: int) -> _Groups:
-    """Groups of sorted rows: each tile in equal parts of at most `group` rows; global ones apart (-1)."""
-    starts, sizes = order.tile_offsets[:-1], order.tile_offsets.diff()
+def groups_of(order: TileOrder, stretches: Tensor, group: int = 64) -> Groups:
+    """Each stretch of the grid's rows in equal parts of at most `group` rows; global ones apart (-1).
+
+    Args:
+        order: Of the tokens.
+        stretches: int64 `[T + 1]`, sorted positions as of `TileOrder.tile_offsets`.
+        group: The largest number of rows.
+    """
+    starts, sizes = stretches[:-1], stretches.diff()
     parts = (sizes + group - 1) // group
     owner = torch.repeat_interleave(torch.arange(len(sizes)), parts)
     rank = torch.arange(len(owner)) - torch.repeat_interleave(parts.cumsum(0) - parts, parts)
     inside = starts[owner] + rank * sizes[owner] // parts[owner] + order.global_before
-    end = order.tile_offsets[-1].item() + order.global_before
+    end = stretches[-1].item() + order.global_before
     before = torch.arange(0, order.global_before, group)
     after = torch.arange(end, len(order.order), group)
     offsets = torch.cat([before, inside, after, torch.tensor([len(order.order)])])
     apart = [torch.full((len(part),), -1) for part in (before, after)]
-    return _Groups(offsets, torch.cat([apart[0], owner, apart[1]]))
+    return Groups(offsets, torch.cat([apart[0], owner, apart[1]]))
 
 
 def _global_spans(order: TileOrder, n: int) -> list[tuple[int, int]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .account import Ran
 from .attention import BACKENDS
+from .call import AttentionCall
 from .exact import Exact
+from .online import RULES, online_plan
 from .plan import Plan, config_hash
 from .runtime import Runtime
 from .summary import Summary, summarise
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from .integrations import Attachment
 
 
-EXACT = "exact"  # in the place of a plan: what the mask lets through, without approximation
+# in the place of a plan
+EXACT = "exact"  # what the mask lets through, without approximation
+AUTO = "auto"  # learned from the first generation
 
 
 def patch(
@@ -29,6 +33,7 @@ def patch(
     *,
     backend: str = "auto",
     nan_guard: bool = False,
+    **options: Any,
 ) -> Handle:
     """Make a pipeline's transformers, or a model of transformers, run attention as the plan says.
 
@@ -36,10 +41,15 @@ def patch(
         pipe_or_transformer: A diffusers pipeline or one of its transformers; a language model or VLM of
             transformers, or a pipeline with one.
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
-            order and sliding windows are skipped instead of masked, with equal results to rounding.
+            order and sliding windows are skipped instead of masked, with equal results to rounding. Nor do
+            `"online"`, `"adaspa"`, `"xattention"` and `"sol"`, by which heads find what they compute while
+            they generate. `"auto"` learns one from the first generation of a diffusers pipeline, which is
+            dense and somewhat slower, and keeps it for later ones.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
             Each sparse call then reads its output once more and waits for the device.
+        options: Of `"online"`, `density`; of the other rules without a plan see `online.RULES`. Of `"auto"`
+            what is asked of the plan, see `auto.AutoOptions`: `min_psnr` or `target_speedup`, `cache`.
 
     Returns:
         The handle that tells what ran and takes the patch off; also a context manager.
@@ -59,8 +69,21 @@ def patch(
     found = unpatched(pipe_or_transformer)
     if not isinstance(plan, Plan | str | os.PathLike):
         raise TypeError(
-            f"plan must be 'exact', a path, a built-in name, a hub id or a Plan, got {type(plan).__name__}"
+            "plan must be 'auto', 'exact', a rule, a path, a built-in name, a hub id or a Plan, got "
+            f"{type(plan).__name__}"
         )
+    if isinstance(plan, str) and plan in RULES:
+        plan, options = online_plan(pipe_or_transformer, plan, **options), {}
+    if options and plan != AUTO:
+        named = ", ".join(sorted(options))
+        raise TypeError(f"{named} can be given with 'auto' and {', '.join(RULES)} alone")
+    if plan == AUTO:
+        from .auto import AutoOptions, attach_auto
+
+        asked = AutoOptions(**options)
+        session, intercepts = attach_auto(pipe_or_transformer, found, asked, backend, nan_guard)
+        attachments = _attached(found, intercepts, pipe_or_transformer)
+        return Handle(None, attachments, intercepts, session)
     if plan == EXACT:
         exact = {name: Exact(name, backend, nan_guard) for name in found}
         return Handle(None, _attached(found, exact, pipe_or_transformer), exact)
@@ -74,7 +97,7 @@ def patch(
 
 
 def _attached(
-    targets: Mapping[str, nn.Module], intercepts: Mapping[str, Runtime | Exact], pipe: Any
+    targets: Mapping[str, nn.Module], intercepts: Mapping[str, Patched], pipe: Any
 ) -> dict[str, Attachment]:
     """Attach to all components, or to none."""
     from .integrations import attach
@@ -100,15 +123,32 @@ def unpatch(pipe_or_transformer: Any) -> None:
 
     for transformer in components(pipe_or_transformer).values():
         if attachment := attachment_of(transformer):
-            if isinstance(attachment.intercept, Runtime | Exact):
+            if isinstance(attachment.intercept, Patched):
                 attachment.intercept.forget()
             attachment.detach()
 
 
+@runtime_checkable
+class Patched(Protocol):
+    """What runs in place of a transformer's attention, and accounts for it."""
+
+    def __call__(self, call: AttentionCall) -> Tensor: ...
+    def forget(self) -> None: ...
+    @property
+    def ran(self) -> tuple[Ran, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+class Learning(Protocol):
+    """What learns a plan while the pipeline runs; `plan` is None until there is one."""
+
+    @property
+    def plan(self) -> Plan | None: ...
+
+
 class Handle:
     """A patch in place: `summary()` says what ran, `remove()` restores the stock objects.
-
-    `plan` is the plan that it follows; None if attention is exact.
 
     As a context manager it removes the patch at the end of the block, and a removed one can't be entered
     again.
@@ -118,11 +158,18 @@ class Handle:
         self,
         plan: Plan | None,
         attachments: dict[str, Attachment],
-        runtimes: Mapping[str, Runtime | Exact],
+        runtimes: Mapping[str, Patched],
+        learning: Learning | None = None,
     ) -> None:
-        self.plan = plan
+        self._plan = plan
         self._attachments = attachments
         self._runtimes = runtimes
+        self._learning = learning
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that is followed; None if attention is exact, or the plan is still being learned."""
+        return self._plan if self._learning is None else self._learning.plan
 
     @property
     def ran(self) -> dict[str, tuple[Ran, ...]]:
@@ -134,7 +181,8 @@ class Handle:
         lost = {name: tuple(a.lost) for name, a in self._attachments.items()}
         replaced = tuple(name for name, a in self._attachments.items() if a.replaced)
         notes = [note for runtime in self._runtimes.values() for note in runtime.notes]
-        return summarise(self.plan, self.ran, lost, replaced, tuple(notes))
+        kind = "exact" if self._learning is None else "learning"
+        return summarise(self.plan, self.ran, lost, replaced, tuple(notes), kind)
 
     def begin_run(self) -> None:
         """Say that the next forward begins a generation, so that it takes nothing from the one before.

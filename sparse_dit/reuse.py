@@ -103,7 +103,7 @@ class Reuse:
         key = self._key(call) if groups else None
         if key is None:
             return NOTHING
-        shape, sigma = _shape(call, stage), call.context.sigma or 0.0
+        shape, sigma = shape_of(call, stage), call.context.sigma or 0.0
         taken = {
             every: kept.out
             for every, kept in self._kept.get(key, {}).items()
@@ -129,7 +129,7 @@ class Reuse:
         for every, heads in turn.groups.items():
             if every not in turn.taken:
                 part = out[:, :, list(heads)].detach()
-                kept[every] = _Kept(part, step, sigma, _shape(call, stage))
+                kept[every] = _Kept(part, step, sigma, shape_of(call, stage))
             elif step - kept[every].step == every - 1:
                 del kept[every]
 
@@ -162,8 +162,8 @@ def without(index: SparseIndex, heads: Sequence[int]) -> SparseIndex:
     return SparseIndex(entries, tuple(place[p] for p in used), index.rows)
 
 
-def _shape(call: AttentionCall, stage: int) -> tuple[object, ...]:
-    """What has to be the same for outputs to be taken again."""
+def shape_of(call: AttentionCall, stage: int) -> tuple[object, ...]:
+    """What has to be the same for what one call gave or found to be used in another."""
     q = call.q
     dtypes = (q.dtype, autocast_dtype(q.device.type))
     return (stage, call.context.layout, q.shape, call.v.shape, dtypes, q.device)

@@ -13,13 +13,15 @@ from torch import Tensor
 from .account import Account, Ran, Way
 from .attention import attend_by, backend_name, sparse_attention
 from .autocast import lowered
+from .backends.attended import Attended
 from .call import AttentionCall, item_of, with_bias
-from .estimate import estimated_index, sighted
+from .estimate import Estimates, estimated_index, sighted
 from .index import PatternIndex, SparseIndex, build_index
 from .intervals import RowIntervals
 from .layout import TokenLayout
+from .patterns import Pattern
 from .plan import ComponentPlan
-from .reuse import Reuse, without
+from .reuse import Reuse, shape_of, without
 
 MAX_LAYOUTS = 8
 
@@ -58,8 +60,15 @@ class Runtime:
             (layer, stage): [head.pattern.shape for head in heads]
             for layer, stages in plan.layers.items()
             for stage, heads in enumerate(stages)
-            if any(head.pattern.is_estimated for head in heads)
+            if any(head.pattern.is_causal for head in heads)
         }
+        self._blockwise = {  # the heads' patterns, where some are found in calls and kept
+            (layer, stage): [head.pattern for head in heads]
+            for layer, stages in plan.layers.items()
+            for stage, heads in enumerate(stages)
+            if any(head.pattern.is_estimated and not head.pattern.is_causal for head in heads)
+        }
+        self._estimates = Estimates(self._account.tell) if self._blockwise else None
         reuses = any(pattern.every > 1 for pattern in plan.distinct_patterns)
         self._reuse = Reuse() if reuses else None
 
@@ -67,7 +76,7 @@ class Runtime:
         """Attention's output `[B, N, H, D]`."""
         context = call.context
         stage = self.plan.stage(context.sigma, context.branch, context.phase)
-        reason = self._planned_dense(call, stage) or self._forced_dense(call)
+        reason = self._planned_dense(call, stage) or self._forced_dense(call, stage)
         if reason or stage is None:
             return self._dense(call, stage, reason or NOT_COVERED)
         if self._reuse is None:
@@ -84,12 +93,16 @@ class Runtime:
         return self._account.decode
 
     def forget(self) -> None:
-        """Drop the outputs that are kept for other steps."""
+        """Drop the outputs and indices that are kept for other steps."""
         if self._reuse is not None:
             self._reuse.forget()
+        if self._estimates is not None:
+            self._estimates.forget()
 
     def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
         """Attention as the plan says for the stage, `[B, N, H, D]`; the heads `skipped` aren't computed."""
+        if patterns := self._blockwise.get((call.layer, stage)):
+            return self._attend_found(call, stage, patterns, skipped)
         shapes = self._shapes.get((call.layer, stage))
         prompts = call.context.modalities
         if shapes and len(prompts) > 1 and sighted(shapes) and len(set(prompts)) > 1:
@@ -106,6 +119,27 @@ class Runtime:
             q, k, v = lowered(call.q, call.k, call.v)
             out, name = call.split.attend(q, k, v, index, call.scale, self.backend, self.nan_guard)
         self._count(call, (call.layer, stage, None, name), index.density)
+        return out
+
+    def _attend_found(
+        self, call: AttentionCall, stage: int, patterns: list[Pattern], skipped: tuple[int, ...]
+    ) -> Tensor:
+        """As `_attend`, where some heads' patterns are found in calls."""
+        assert self._estimates is not None, "the plan has such patterns"
+        found = self._estimates.find(call, patterns, shape_of(call, stage))
+        index, mass = found.index if call.q.is_cpu else found.index.to(call.q.device), None
+        if found.mass_block is None and index.is_dense:
+            out = self._dense(call, stage, ALL_SEEN)
+        else:
+            index = without(index, skipped) if skipped else index
+            if found.mass_block is None:
+                out, name = attend_call(call, index, self.backend, self.nan_guard)
+            else:
+                name, attended = attended_call(call, index, self.backend, found.mass_block)
+                out, mass = attended.out, attended.mass
+            self._count(call, (call.layer, stage, None, name), index.density)
+        if found.learn is not None:
+            found.learn(out, mass)
         return out
 
     def _estimate(self, call: AttentionCall, shapes: list[Any]) -> SparseIndex:
@@ -145,10 +179,12 @@ class Runtime:
         )
         return NOT_COVERED if named else UNKNOWN_BRANCH
 
-    def _forced_dense(self, call: AttentionCall) -> str | None:
+    def _forced_dense(self, call: AttentionCall, stage: int | None) -> str | None:
         """Why the plan can't be followed in this call; None if it can."""
         layout, tokens = call.context.layout, _tokens(call)
         least, most = self.plan.valid_tokens
+        if call.split is not None and (call.layer, stage) in self._blockwise:
+            return "blocks are found in all of a call's tokens, and they lie in several processes"
         if call.unsupported and call.split is None:
             return f"the host asked for {call.unsupported}"
         if layout is None:
@@ -241,23 +277,47 @@ def attend_call(
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: See `sparse_attention`; not for calls with sinks.
     """
+    if not nan_guard:
+        name, found = attended_call(call, index, backend)
+        return found.out, name
+    q, k, v, scale = _as_given(call)
+    rows = call.intervals or RowIntervals()
+    name = backend_name(q, index, backend, value_width=v.shape[-1])
+    limits = {"row_start": rows.start, "row_stop": rows.stop, "scale": scale}
+    out = sparse_attention(q, k, v, index, backend=name, nan_guard=True, **limits)
+    return _host_form(call, out), name
+
+
+def attended_call(
+    call: AttentionCall, index: SparseIndex, backend: str, mass_block: int | None = None
+) -> tuple[str, Attended]:
+    """The backend that computed a call's attention, and what it gave; its output is `[B, N, H, D]`.
+
+    Args:
+        call, index, backend: As for `attend_call`.
+        mass_block: See `attend`.
+    """
+    q, k, v, scale = _as_given(call)
+    rows, sinks = call.intervals or RowIntervals(), call.sinks
+    name, found = attend_by(backend, q, k, v, index, rows, scale, sinks is not None, mass_block)
+    out = found.out
+    if sinks is not None:
+        assert found.lse is not None, "it was asked for"
+        share = torch.sigmoid(found.lse - sinks.float()[:, None])
+        out = out * share[..., None].to(out.dtype)
+    return name, found._replace(out=_host_form(call, out))
+
+
+def _as_given(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k, v `[B, H, N, D]` as the backends take them, a bias within them, and the factor of the logits."""
     q, k, v = lowered(call.q, call.k, call.v)
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     if call.bias is not None:
         q, k, v = with_bias(q, k, v, call.bias, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    rows = call.intervals or RowIntervals()
-    if nan_guard:
-        name = backend_name(q, index, backend, value_width=v.shape[-1])
-        limits = {"row_start": rows.start, "row_stop": rows.stop, "scale": scale}
-        out = sparse_attention(q, k, v, index, backend=name, nan_guard=True, **limits)
-    else:
-        sinks = call.sinks
-        name, found = attend_by(backend, q, k, v, index, rows, scale, sinks is not None)
-        out = found.out
-        if sinks is not None:
-            assert found.lse is not None, "it was asked for"
-            share = torch.sigmoid(found.lse - sinks.float()[:, None])
-            out = out * share[..., None].to(out.dtype)
-    out = out if call.bias is None else out[..., : call.v.shape[-1]]
-    return out.transpose(1, 2), name
+    return q, k, v, scale
+
+
+def _host_form(call: AttentionCall, out: Tensor) -> Tensor:
+    """`[B, N, H, D]` of an output, without what a bias added."""
+    return (out if call.bias is None else out[..., : call.v.shape[-1]]).transpose(1, 2)

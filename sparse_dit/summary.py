@@ -131,15 +131,17 @@ def summarise(
     lost: Mapping[str, tuple[str, ...]],
     replaced: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
+    without_plan: str = "exact",
 ) -> Summary:
-    """The summary of what the runtimes of all transformers counted."""
+    """The summary of what the runtimes of all transformers counted; `without_plan` names what ran by none."""
     stages = []
     for name, records in ran.items():
-        names = [str(stage) for stage in plan.components[name].stages] if plan else []
-        for number, text in [*enumerate(names), (None, "outside" if plan else "exact")]:
-            part = [record for record in records if record.stage == number]
-            if part or number is not None:
-                stages.append(_stage(name, text, part))
+        part = plan.components.get(name) if plan else None
+        names = [str(stage) for stage in part.stages] if part else []
+        for number, text in [*enumerate(names), (None, "outside" if plan else without_plan)]:
+            mine = [record for record in records if record.stage == number]
+            if mine or number is not None:
+                stages.append(_stage(name, text, mine))
     records = [record for part in ran.values() for record in part]
     return Summary(
         density=_density(records),

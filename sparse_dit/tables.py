@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .auto.store import Kept
     from .eval.language.quality import LanguageQuality
     from .eval.report import Report
     from .layout import TokenLayout
@@ -108,13 +111,16 @@ class _Densities:
 
     def of(self, pattern: Pattern, layout: TokenLayout) -> float:
         from .index import pattern_index
+        from .patterns import blockwise
         from .patterns.estimated import density
 
         key = (pattern, layout)
         if key not in self._known:
             computed = 1.0
-            if pattern.is_estimated:
+            if pattern.is_causal:
                 computed = density(pattern.shape, layout.seq_len)
+            elif pattern.is_estimated:
+                computed = blockwise.density(pattern.shape, layout.num_grid)
             elif not pattern.computed.is_dense:
                 computed = pattern_index(*key).density
             self._known[key] = computed / pattern.every  # over a long stage
@@ -247,6 +253,21 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
             f"KL {first['kl_floor']:.6f}",
             highlight=False,
         )
+
+
+def show_kept(kept: Sequence[Kept], folder: Path) -> None:
+    """Plans that were learned, and where they lie."""
+    table = Table("name", "for", "density", "forecast speed-up", "learned from", "on")
+    for one in kept:
+        speed, record = one.plan.forecast.get("speedup"), one.plan.provenance
+        table.add_row(
+            one.name, one.plan.pipeline_class or "transformer", f"{one.plan.density:.3f}",
+            "-" if speed is None else f"{speed:.2f}x", f"{record.get('learned_from', '-')} generations",
+            str(record.get("created", "-")),
+        )  # fmt: skip
+    if kept:
+        out.print(table)
+    out.print(f"{len(kept)} plans in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_front(front: Front) -> None:

@@ -10,6 +10,7 @@ import sparse_dit
 HEAVY = (
     "accelerate",
     "diffusers",
+    "fastapi",
     "gradio",
     "imageio",
     "jinja2",
@@ -17,22 +18,27 @@ HEAVY = (
     "rich",
     "scipy",
     "skimage",
+    "sqlalchemy",
     "tqdm",
     "transformers",
     "triton",
     "typer",
+    "uvicorn",
 )
 
 # what each part of the package must know nothing of, so that arrows point one way
 ABOVE = {
     **dict.fromkeys(
-        ("patterns", "backends", "plan"), ("integrations", "search", "eval", "bench", "demo")
+        ("patterns", "backends", "plan"),
+        ("integrations", "search", "eval", "bench", "demo", "serve"),
     ),
-    "integrations": ("search", "eval", "bench", "demo", "cli"),
-    "search": ("eval", "bench", "demo", "cli"),
-    "eval": ("demo", "cli"),
-    "bench": ("demo", "cli"),
-    "demo": ("cli",),
+    "integrations": ("search", "auto", "eval", "bench", "demo", "serve", "cli"),
+    "search": ("auto", "eval", "bench", "demo", "serve", "cli"),
+    "auto": ("eval", "bench", "demo", "serve", "cli"),
+    "eval": ("demo", "serve", "cli"),
+    "bench": ("demo", "serve", "cli"),
+    "demo": ("serve", "cli"),
+    "serve": ("cli",),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: demo, plan, profile, search, check, stability, show, diff, eval, bench, doctor.
+"""The command line: demo, plan, plans, profile, search, check, stability, show, diff, eval, bench, doctor.
 
 Exit codes: 0 done, 1 something failed (and `search`: the best plan misses what was asked for; `check`:
 heads left their error; `diff`: plans differ; `doctor`: a backend is broken), 2 bad input, 3 done, but a
@@ -24,8 +24,10 @@ from .doctor import doctor as doctor_command
 from .eval import evaluation
 from .options import err
 from .plan import plan as plan_command
+from .plans import plans as plans_command
 from .profile import profile as profile_command
 from .search import search as search_command
+from .serve import serve as serve_command
 from .show import show as show_command
 from .stability import stability as stability_command
 
@@ -39,9 +41,11 @@ app.add_typer(bench, name="bench")
 app.command("demo")(demo_command)
 app.command("check")(check_command)
 app.command("search")(search_command)
+app.command("serve")(serve_command)
 app.command("show")(show_command)
 app.command("stability")(stability_command)
 app.command("plan")(plan_command)
+app.command("plans")(plans_command)
 app.command("profile")(profile_command)
 app.command("doctor")(doctor_command)
 app.add_typer(evaluation, name="eval")

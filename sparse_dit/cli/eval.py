@@ -239,7 +239,7 @@ def frontier(
         reading = Reading(text, tokens)
         return _text_frontier(model, reading, plan or [], density, method, file, plot, place)
     from ..demo.run import CALIBRATION, HELD_OUT, SETTINGS
-    from ..eval.frontier import DENSITIES, METHODS, FrontierRequest, figure_of, started
+    from ..eval.frontier import ALL_METHODS, DENSITIES, FrontierRequest, figure_of, started
     from ..eval.frontier import frontier as measure
     from ..eval.sizes import parse_sizes
     from ..inputs import described, load_pipeline
@@ -259,7 +259,7 @@ def frontier(
             raise ValueError(f"--searched-at takes one size, got {searched_at!r}")
         searched_there = replace(settings, width=other[0], height=other[1], num_frames=other[2])
     request = FrontierRequest(
-        given, later, settings, density or DENSITIES, method or METHODS, file, searched_there
+        given, later, settings, density or DENSITIES, method or ALL_METHODS, file, searched_there
     )
     name, dtype = model or str(shipped("tiny_wan")), place.dtype or (None if model else "float32")
     outputs = _expected(file, plot)

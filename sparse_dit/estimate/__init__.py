@@ -1,6 +1,8 @@
-"""Indices estimated from a call's own queries and keys, for the prefill of causal language models.
+"""Indices estimated from a call's own queries and keys.
 
-`patterns/estimated.py` names what can be estimated, `estimated.py` makes the index. See `docs/estimates.md`.
+For the prefill of causal language models `patterns/estimated.py` names what can be estimated, and
+`estimated.py` makes the index. For the grids of videos and images those are `patterns/blockwise.py` and
+`blockwise.py`, and `kept.py` keeps what was found for later steps. See `docs/estimates.md`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from ..patterns.estimated import (
     VerticalSlash,
 )
 from .estimated import estimated_index, sighted
+from .kept import Estimates
 
 __all__ = [
     "Budget",
     "ByKey",
     "ByQuery",
     "Dense",
+    "Estimates",
     "Grid",
     "OwnPart",
     "PooledBlocks",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..entry import PatternIndex
-from ..index import SparseIndex, dense_entry
+from ..index import SparseIndex, dense_entry, index_of
 from ..intervals import RowIntervals, causal_rows
 from ..modalities import MODALITIES, Modalities
 from ..on_cpu import on_cpu
@@ -80,10 +80,7 @@ def estimated_index(
     seen = _index_rows(call, rows, modalities)
     scope = _Scope(q, k, call, call, factor, seen, modalities)
     found = _entries(scope, dict(enumerate(shapes)))
-    entries = list({id(entry): entry for entry in found.values()}.values())
-    numbers = {id(entry): number for number, entry in enumerate(entries)}
-    places = tuple(numbers[id(found[head])] for head in range(len(shapes)))
-    index = SparseIndex(tuple(entries), places, seen)
+    index = replace(index_of(found), rows=seen)
     return index if q.is_cpu else index.to(q.device)
 
 

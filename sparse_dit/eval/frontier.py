@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from ..environment import environment
 from ..generation import Case, GenerationSettings
 from ..integrations import components, workload
-from ..layout import TokenLayout
 from ..on_cpu import on_cpu
+from ..online import RULES
 from ..outputs import Outputs, check_writable
 from ..plan import Plan
 from ..search.engine import Searched, search_plan
@@ -25,6 +25,7 @@ from .baselines import (
     BaselineScores,
     least_loss_at_density,
     plan_at,
+    rule_plan_at,
     score_baselines,
 )
 from .quality import Quality, evaluate, forecast_speedup
@@ -34,6 +35,7 @@ Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 TRANSFERRED = "searched at another size"
+ALL_METHODS = (*METHODS, *RULES)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FrontierRequest:
         calibration, held_out: Cases to search on, and to measure on.
         settings: Size, steps, guidance.
         densities: Shares of the pairs, each in (0, 1).
-        methods: Some of `METHODS`.
+        methods: Some of `ALL_METHODS`: searched, baselines that are plans, rules without a plan.
         file: JSON of the rows; one that is there is gone on with.
         searched_at: Another size to search at too; its plans, used unchanged, are the method `TRANSFERRED`.
 
@@ -65,9 +67,9 @@ class FrontierRequest:
             raise ValueError(
                 f"{option('densities')} must lie between 0 and 1, got {list(self.densities)}"
             )
-        if unknown := set(self.methods) - set(METHODS):
+        if unknown := set(self.methods) - set(ALL_METHODS):
             raise ValueError(
-                f"{option('methods')} must be among {list(METHODS)}, got {sorted(unknown)}"
+                f"{option('methods')} must be among {list(ALL_METHODS)}, got {sorted(unknown)}"
             )
         if not self.held_out:
             raise ValueError(
@@ -180,20 +182,23 @@ class _Plans:
     """Every method's plans at a size.
 
     Args:
-        layout: The token layout of the size at which plans are measured.
-        searched: The result of a search at that size.
-        scores: The errors and densities of the baselines' patterns.
+        pipe, request: As of `frontier`.
+        searched: The result of a search at that size; None if only rules without a plan are measured.
+        scores: The errors and densities of the baselines' patterns; None likewise.
         transferred: The result of a search at another size, for the method `TRANSFERRED`; None without it.
     """
 
-    layout: TokenLayout
-    searched: Searched
-    scores: BaselineScores
+    pipe: Any
+    request: FrontierRequest
+    searched: Searched | None
+    scores: BaselineScores | None
     transferred: Searched | None
 
     @staticmethod
     def of(pipe: Any, request: FrontierRequest, methods: set[str], say: Say) -> _Plans:
         """Search, and score the baselines' patterns."""
+        if methods <= set(RULES):
+            return _Plans(pipe, request, None, None, None)
         searched = _searched(pipe, request, request.settings, "profile", say)
         ((component, part),) = searched.profile.components.items()
         transferred = None
@@ -202,17 +207,25 @@ class _Plans:
             transferred = _searched(pipe, request, request.searched_at, "elsewhere", say)
         say("scoring the baselines' patterns")
         scores = score_baselines(pipe, component, part, request.calibration[-1], request.settings)
-        return _Plans(part.known_layout, searched, scores, transferred)
+        return _Plans(pipe, request, searched, scores, transferred)
 
     def at(self, method: str, target: float) -> Plan | None:
         """A method's plan at a density; None if it has none there."""
+        request = self.request
+        if method in RULES:
+            case = request.calibration[-1]
+            return rule_plan_at(self.pipe, method, target, case, request.settings)
+        assert self.searched is not None and self.scores is not None, "plans are searched"
         if method == TRANSFERRED:
             assert self.transferred is not None, "it was asked for"
-            return least_loss_at_density(self.transferred, target, self.layout)
+            ((_, part),) = self.searched.profile.components.items()
+            return least_loss_at_density(self.transferred, target, part.known_layout)
         return plan_at(method, self.searched, self.scores, target)
 
     def source(self, method: str) -> str:
         """What a method is, in words."""
+        if method in RULES:
+            return RULES[method].source
         if method != TRANSFERRED:
             return SOURCES[method]
         assert self.transferred is not None, "it was asked for"

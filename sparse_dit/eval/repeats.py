@@ -36,8 +36,8 @@ def repeat_searches(
     """Search so often as asked for, with everything measured anew, and compare the plans.
 
     Each profiles, measures sensitivities and times costs, and takes the choice by time that has the wanted
-    density. Plans lie in the folder of the profiles, so that a stopped call goes on. Equal plans give the
-    same videos, so one of them is generated with.
+    density. Plans lie in the folder of the profiles, so that a stopped call goes on. Equal plans give equal
+    videos, so one of them is generated with.
 
     Args:
         pipe: A diffusers pipeline with one transformer, not patched.

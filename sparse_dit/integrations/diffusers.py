@@ -11,6 +11,7 @@ from .attachment import (
 from .loading import add_lora, load, outline
 from .pipeline import Generation as workload
 from .probe import probe
+from .schedule import noise_level, steps_of
 from .teacher import OneStep as one_step
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "components",
     "heads_of",
     "load",
+    "noise_level",
     "one_step",
     "outline",
     "output_projection",
     "probe",
     "self_attention_layers",
+    "steps_of",
     "workload",
 ]

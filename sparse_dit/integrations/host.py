@@ -141,7 +141,8 @@ class Host(Protocol):
     """The functions of a host's module.
 
     The first five are all that `patch` needs; `sparse_dit.integrations` hands them on and explains them. The
-    next two serve the search, `probe` plans from geometry, `one_step` the report, the rest the command line.
+    next two serve the search, `noise_level` rules without a plan (a language model's host has none), `probe`
+    plans from geometry, `one_step` the report, the rest the command line.
     Components have `config` (a mapping that says what they were made from), `device` and `dtype`.
     """
 
@@ -159,6 +160,10 @@ class Host(Protocol):
 
     def workload(self, model: Any, settings: GenerationSettings, /) -> Workload:
         """How the model is run at a size and in a way."""
+        ...
+
+    def noise_level(self, model: Any, share: float, /) -> float:
+        """The noise level that a generation reaches after a share of its steps, by the model's schedule."""
         ...
 
     def probe(

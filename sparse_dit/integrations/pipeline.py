@@ -7,9 +7,9 @@ differ in the attention alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..timing import Taken, Timer
 from ..words import option
 from .attachment import components
 from .pipeline_size import check_size
+from .schedule import flow_shifted, shifted_scheduler
 
 LARGER = 2  # times the rows and the columns
 
@@ -38,10 +39,14 @@ class Generation:
     Args:
         model: A text-to-video or text-to-image pipeline.
         settings: Size, steps, guidance.
+        more: Further arguments of the pipeline's call.
+        flow_shift: Shift of the noise levels; None keeps the scheduler's own.
     """
 
     model: Any
     settings: GenerationSettings
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    flow_shift: float | None = None
     loss: ClassVar[str] = "mse"
     quality: ClassVar[str] = "psnr_db"
 
@@ -58,7 +63,8 @@ class Generation:
 
     def check(self, case: Case) -> None:
         """Raise ValueError if the pipeline doesn't take a setting, or can't make the size."""
-        call_arguments(self.model, case, self.settings)
+        call_arguments(self.model, case, self.settings, self.more)
+        shifted_scheduler(self.model, self.flow_shift)
 
     def run(
         self, case: Case, after_step: Callable[[torch.Tensor], bool | None] | None = None
@@ -69,10 +75,10 @@ class Generation:
         arguments that the pipeline's `__call__` takes are passed on. One that reports no steps calls nothing
         after them, and runs to its end.
         """
-        arguments = call_arguments(self.model, case, self.settings)
+        arguments = call_arguments(self.model, case, self.settings, self.more)
         if after_step is not None and reports_steps(self.model):
             arguments["callback_on_step_end"] = _step_end(after_step)
-        with progress_bars_off(self.model):
+        with progress_bars_off(self.model), flow_shifted(self.model, self.flow_shift):
             timer = Timer(self.device)
             try:
                 result = self.model(**arguments)
@@ -96,6 +102,10 @@ class Generation:
         if any(getattr(part.config, "guidance_embeds", False) for part in parts):
             return self
         return replace(self, settings=replace(self.settings, guidance=1.0))
+
+    def with_arguments(self, more: Mapping[str, Any], flow_shift: float | None) -> Generation:
+        """The same with further arguments and another shift of the noise levels; see `Generation`."""
+        return replace(self, more=more, flow_shift=flow_shift)
 
     def with_steps(self, steps: int) -> Generation:
         """The same in another number of steps."""
@@ -136,8 +146,10 @@ class Generation:
         return None
 
 
-def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[str, Any]:
-    """What `pipe(...)` is called with, less the callback: only arguments that it takes.
+def call_arguments(
+    pipe: Any, case: Case, settings: GenerationSettings, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `pipe(...)` is called with, less the callback: only arguments that it takes, and `more`.
 
     Raises:
         ValueError: If the pipeline doesn't take a setting, or can't make the size.
@@ -161,6 +173,7 @@ def call_arguments(pipe: Any, case: Case, settings: GenerationSettings) -> dict[
         wanted["max_sequence_length"] = settings.max_sequence_length
     if settings.negative_prompt is not None:
         wanted["negative_prompt"] = settings.negative_prompt
+    wanted.update(more or {})
     if missing := sorted(set(wanted) - set(taken)):
         raise ValueError(
             f"{type(pipe).__name__} takes no {', '.join(map(option, missing))}: leave out what it "

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -72,3 +76,70 @@ class Schedule:
             return "same", False
         self.leads = False  # other noise without a step: not this pipeline's
         return None, True
+
+
+def steps_of(pipe: Any) -> int | None:
+    """Steps of the generation that a pipeline is in, or was in last; None if its scheduler doesn't tell."""
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    if not isinstance(timesteps, Tensor) or not timesteps.numel():
+        return None
+    return len(timesteps.unique())  # second-order schedulers name most of them twice
+
+
+SHIFTS = ("flow_shift", "shift")  # what schedulers call the shift of their noise levels
+
+
+def shifted_scheduler(pipe: Any, shift: float | None) -> Any:
+    """A scheduler like the pipeline's with this shift of the noise levels; the very same for None.
+
+    Raises:
+        ValueError: If the scheduler has no such shift.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if shift is None:
+        return scheduler
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    name = next((name for name in SHIFTS if name in taken), None)
+    if name is None or scheduler is None:
+        raise ValueError(f"{type(scheduler).__name__} has no shift: leave out flow_shift")
+    return type(scheduler).from_config(scheduler.config, **{name: shift})
+
+
+@contextmanager
+def flow_shifted(pipe: Any, shift: float | None) -> Iterator[None]:
+    """Inside the block the pipeline's noise levels are shifted; None leaves them as they are."""
+    if shift is None:
+        yield
+        return
+    before = pipe.scheduler
+    pipe.scheduler = shifted_scheduler(pipe, shift)
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
+
+
+def noise_level(pipe: Any, share: float, steps: int = 50) -> float:
+    """The noise level that a pipeline's schedule reaches after a share of its steps, from 1 to 0.
+
+    Of a pipeline whose scheduler doesn't tell, or of none, levels are taken as even.
+
+    Args:
+        pipe: A pipeline, which isn't changed, or a transformer alone.
+        share: From 0 to 1.
+        steps: How many steps are looked at; between two of them the level is in the middle.
+    """
+    first = round(share * steps)
+    if first <= 0 or first >= steps:
+        return 1.0 if first <= 0 else 0.0
+    scheduler: Any = copy.deepcopy(getattr(pipe, "scheduler", None))
+    try:
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps.flatten().double()
+        levels = times / float(scheduler.config.num_train_timesteps)
+    except (AttributeError, TypeError, ValueError):  # none, or one that needs more than a number
+        return 1 - share
+    if levels[-1] > levels[0]:
+        levels = 1 - levels
+    at = round(share * len(levels))  # schedules of a higher order have more of them
+    return min(1.0, max(0.0, round(float(levels[at - 1] + levels[at]) / 2, 4)))

@@ -7,6 +7,7 @@ adds how tokens are ordered and grouped and what stands for the rest. To add one
 
 from ..curve import Curve
 from .blocks import Blocks
+from .blockwise import Above, Antidiagonal, Mass, Pooled
 from .dense import Dense
 from .estimated import (
     Budget,
@@ -19,7 +20,7 @@ from .estimated import (
     SinkWindow,
     VerticalSlash,
 )
-from .pattern import ESTIMATED, GEOMETRY, PATTERNS, Pattern
+from .pattern import BLOCKWISE, CAUSAL, ESTIMATED, GEOMETRY, PATTERNS, Pattern
 from .skip import Skip
 from .stencil import Stencil
 from .stripe import Stripe
@@ -29,9 +30,13 @@ from .vertical import Vertical
 from .window import Window
 
 __all__ = [
+    "BLOCKWISE",
+    "CAUSAL",
     "ESTIMATED",
     "GEOMETRY",
     "PATTERNS",
+    "Above",
+    "Antidiagonal",
     "Blocks",
     "Budget",
     "ByKey",
@@ -39,8 +44,10 @@ __all__ = [
     "Curve",
     "Dense",
     "Grid",
+    "Mass",
     "OwnPart",
     "Pattern",
+    "Pooled",
     "PooledBlocks",
     "Share",
     "SinkWindow",

@@ -14,6 +14,7 @@ from ..curve import Curve
 from ..layout import Tile
 from ..modalities import MODALITIES
 from .blocks import Blocks
+from .blockwise import Antidiagonal, Mass, Pooled
 from .dense import Dense
 from .estimated import ByKey, ByQuery, Grid, OwnPart, PooledBlocks, SinkWindow, VerticalSlash
 from .fields import CONFIG, Count, Distance, Flag
@@ -36,7 +37,7 @@ GEOMETRY: dict[str, Any] = {  # what is seen follows from where tokens lie
     "blocks": Blocks,
     "union": Union,
 }
-ESTIMATED: dict[str, Any] = {  # what is seen is found anew in each call, for causal language models
+CAUSAL: dict[str, Any] = {  # what is seen is found anew in each call, for causal language models
     "sink_window": SinkWindow,
     "vertical_slash": VerticalSlash,
     "pooled_blocks": PooledBlocks,
@@ -45,6 +46,12 @@ ESTIMATED: dict[str, Any] = {  # what is seen is found anew in each call, for ca
     "by_key": ByKey,
     "by_query": ByQuery,
 }
+BLOCKWISE: dict[str, Any] = {  # blocks of a grid, found in calls and kept for some steps
+    "pooled": Pooled,
+    "antidiagonal": Antidiagonal,
+    "mass": Mass,
+}
+ESTIMATED = CAUSAL | BLOCKWISE
 PATTERNS = GEOMETRY | ESTIMATED
 NAMES = {shape: name for name, shape in PATTERNS.items()}
 
@@ -118,7 +125,7 @@ class Pattern:
         _checked(_FRAME, frame, self.name)
         if self.pool is not None and not self.far:
             raise ValueError(f"{self.name}: pool must be left out without far, got {self.pool}")
-        if self.is_estimated:
+        if self.is_causal:
             _alone({k: v for k, v in frame.items() if v != _DEFAULTS[k]}, self.name)
 
     @property
@@ -138,8 +145,13 @@ class Pattern:
 
     @property
     def is_estimated(self) -> bool:
-        """Whether what is seen is found anew in each call; see `sparse_dit.estimate`."""
+        """Whether what is seen is found in queries and keys; see `sparse_dit.estimate`."""
         return self.name in ESTIMATED
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether that is for language models, in causal order, and in each call anew."""
+        return self.name in CAUSAL
 
     @property
     def computed(self) -> Pattern:
@@ -205,7 +217,7 @@ class Pattern:
                 extra[name] = len(extra[name])
         extra.pop("mask", None)
         tile = tile_text(self.tile)
-        words = [self.name] if self.is_dense or self.is_estimated else [self.name, tile]
+        words = [self.name] if self.is_dense or self.is_causal else [self.name, tile]
         return " ".join(words + [f"{k}={v}".replace(" ", "") for k, v in extra.items()])
 
 

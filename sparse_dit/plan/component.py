@@ -161,7 +161,10 @@ class ComponentPlan:
             _count(f'heads."{layer}": head_dim', head_dim, schema.MAX_HEAD_DIM)
             check_layer(f'layers."{layer}"', stages, len(self.stages), num_heads)
             for number, heads in enumerate(stages):
-                _check_alike(f'layers."{layer}"[{number}]', [head.pattern for head in heads])
+                place, listed = f'layers."{layer}"[{number}]', [head.pattern for head in heads]
+                _check_alike(place, listed)
+                if self.kind != DIFFUSION:
+                    _check_causal(place, listed)
             self._heads[layer] = tuple(tuple(head.pattern for head in heads) for heads in stages)
         object.__setattr__(self, "heads", {layer: self.heads[layer] for layer in self.layers})
 
@@ -251,13 +254,19 @@ def check_layer(place: str, stages: Collection[Sized], num_stages: int, num_head
 
 
 def _check_alike(place: str, patterns: list[Pattern]) -> None:
-    """Raise PlanError if some heads follow a geometry and others are estimated."""
+    """Raise PlanError if some heads are estimated in causal order and others are not."""
     sparse = [pattern for pattern in patterns if not pattern.is_dense]
-    if len({pattern.is_estimated for pattern in sparse}) > 1:
+    if len({pattern.is_causal for pattern in sparse}) > 1:
         names = sorted({pattern.name for pattern in sparse})
         raise PlanError(
             f"{place}: heads must all be estimated or dense, or none of them estimated, got {names}"
         )
+
+
+def _check_causal(place: str, patterns: list[Pattern]) -> None:
+    """Raise PlanError if a language model's heads are to find blocks of a grid."""
+    if names := sorted({p.name for p in patterns if p.is_estimated and not p.is_causal}):
+        raise PlanError(f"{place}: only heads of a {DIFFUSION} find blocks of a grid, got {names}")
 
 
 def matches(name: str, value: Any, form: str) -> None:

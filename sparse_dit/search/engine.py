@@ -13,10 +13,10 @@ from ..on_cpu import on_cpu
 from ..plan import Plan, Stage
 from ..plan.evidence import without_evidence
 from .assemble import forecast_of, layers_of, levels_of, stage_shares
-from .cost import break_even_tokens
+from .cost import Costs, break_even_tokens
 from .front import Front, front_of, model_hash
 from .options import SearchOptions, by_keywords
-from .pricing import cost_tables, dense_generation, inside
+from .pricing import TargetDevice, cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
 from .provenance import evidence, measured_of, provenance
@@ -181,7 +181,7 @@ def _solved(run: _Run, profiled: Profile) -> Searched:
         session, references, options.max_generations * local_seconds, clock
     )
     clock.lap("verify")
-    plan = _with_break_even(session, plan, choice)
+    plan = with_break_even(plan, task, choice, tables, target_device)
     clock.lap("break-even")
     backing = evidence(parts, task, choice)
     backing["repeated"] = repeated(parts, tables, calls, task, choice.loss)
@@ -219,9 +219,22 @@ def _sensitivities(
     }
 
 
-def _with_break_even(session: Session, plan: Plan, choice: Choice) -> Plan:
-    """The plan with the number of tokens under which dense attention is faster, for each transformer."""
-    task, target_device = session.problem, session.options.target_device
+def with_break_even(
+    plan: Plan,
+    task: Problem,
+    choice: Choice,
+    tables: Mapping[str, Costs],
+    target_device: TargetDevice | None = None,
+) -> Plan:
+    """The plan with the number of tokens under which dense attention is faster, for each transformer.
+
+    Args:
+        plan: A choice of the problem as a plan.
+        task: The problem of all transformers together.
+        choice: The candidate of each unit of that problem.
+        tables: What attention costs in each transformer, by component name.
+        target_device: The device whose table these are; None if they were measured here.
+    """
     picked = task.density.gather(1, choice.pick[:, None])[:, 0]
     found = {}
     for name, component in plan.components.items():
@@ -229,7 +242,7 @@ def _with_break_even(session: Session, plan: Plan, choice: Choice) -> Plan:
         sparse, tokens = mine[mine < 1], 0
         if len(sparse):
             density = sparse.mean().item()
-            for (heads, head_dim), table in session.tables[name].items():
+            for (heads, head_dim), table in tables[name].items():
                 others = target_device.smaller(head_dim, table.dtype) if target_device else None
                 here = break_even_tokens(table, density, heads, head_dim, others)
                 tokens = max(tokens, here)

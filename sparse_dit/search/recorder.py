@@ -44,7 +44,8 @@ class Recorder:
 
     Args:
         profile: The profile of the runs before, which the run is added to.
-        phase: `"find"` or `"score"`.
+        phase: `"find"`, `"score"`, or `"both"` on different rows of the same calls; that is summed in
+            `profile` itself, without `keep`.
         rows: How many query rows of each call are sampled.
         seed: The seed by which rows are sampled.
         turns: Steps to record and the half of guidance at each, see `sampling.turns`; all if None. A
@@ -68,7 +69,8 @@ class Recorder:
         projections: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.profile = profile
-        self.run = replace(profile, found={}, scores={}, looks={})
+        alone = replace(profile, found={}, scores={}, looks={})
+        self.run = profile if phase == "both" else alone
         self.phase = phase
         self.rows = rows
         self.turns = turns
@@ -81,7 +83,7 @@ class Recorder:
         layout, sigma = whole_layout(call), call.context.sigma
         if layout is not None and sigma is not None and self._due(call.context):
             timer = Timer(call.q.device)
-            self._record(call, layout, sigma)
+            self.record(call, layout, sigma)
             taken = timer.stop()
             self.seconds += taken.seconds
             self.wall += taken.wall
@@ -99,21 +101,25 @@ class Recorder:
         return half is not None and context.branch in ("any", half)
 
     @in_own_dtypes
-    def _record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
+    def record(self, call: AttentionCall, layout: TokenLayout, sigma: float) -> None:
+        """Add sampled rows of a call of this layout, which `whole_layout` gave, at its noise level."""
         profile = self.profile
         profile.note_layout(layout)
         self.run.layout = profile.layout
         level = self._level(sigma)
         if call.layer not in profile.layers:
             profile.layers.append(call.layer)
-        rows = sample_rows(layout, self.rows, self.generator)
         orders: list[Cells] = [(tile, None) for tile in tilings(layout)]
-        if self.phase == "find":
-            use, wanted = self._finding(level, call.layer), orders
-        else:
-            use, wanted = self._scoring(level, call.layer, orders)
-        for item in items_of(call, layout):
-            each_sum(item, rows, self.projections.get(call.layer), wanted, layout, use)
+        for phase in ("find", "score"):
+            if self.phase not in (phase, "both"):
+                continue
+            rows = sample_rows(layout, self.rows, self.generator)
+            if phase == "find":
+                use, wanted = self._finding(level, call.layer), orders
+            else:
+                use, wanted = self._scoring(level, call.layer, orders)
+            for item in items_of(call, layout):
+                each_sum(item, rows, self.projections.get(call.layer), wanted, layout, use)
 
     def _level(self, sigma: float) -> int:
         """Place of a noise level among the recorded ones; while finding, new ones are added."""

@@ -85,6 +85,19 @@ class Session:
         return self.options.objective.choose(self.problem, loss)
 
 
+def allowed_loss(min_psnr: float | None, scale: float = FIRST_SCALE, floor: float = 0.0) -> float:
+    """The largest forecast loss of a plan that should reach a PSNR in dB; infinite if none is asked for.
+
+    Args:
+        min_psnr: What is asked for.
+        scale: Measured over forecast loss.
+        floor: PSNR to aim at in any case.
+    """
+    if min_psnr is None:
+        return math.inf
+    return 10 ** (-max(min_psnr + MARGIN_DB, floor) / 10) / scale
+
+
 def tune(
     session: Session, references: list[Reference], budget: float, clock: Clock
 ) -> tuple[Choice, Plan, Verified]:
@@ -107,10 +120,7 @@ def tune(
     best: tuple[Choice, Plan, Verified] | None = None  # the fastest that is good
     closest: tuple[Choice, Plan, Verified] | None = None  # of the highest PSNR, if none is
     for number in range(MAX_ROUNDS):
-        limit = math.inf
-        if wanted is not None:
-            limit = 10 ** (-max(wanted + MARGIN_DB, floor) / 10) / scale
-        last = _round(session, session.choose(limit), references)
+        last = _round(session, session.choose(allowed_loss(wanted, scale, floor)), references)
         choice, _, verified = last
         say(
             f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "

@@ -114,6 +114,8 @@ def test_python_and_the_header_say_the_same():
         ("SumsProblem", library.SUMS_FIELDS, library.PACK_SUMS, 2 * 3),
         ("ChoiceProblem", library.CHOICE_FIELDS, library.PACK_CHOICE, 0),
         ("RunsProblem", library.RUNS_FIELDS, library.PACK_RUNS, 0),
+        ("MeansProblem", library.MEANS_FIELDS, library.PACK_MEANS, 3),
+        ("BlocksProblem", library.BLOCKS_FIELDS, library.PACK_BLOCKS, 0),
     ):
         fields = fields_of(header, struct_name)
         assert fields == said.split()

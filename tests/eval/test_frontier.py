@@ -17,6 +17,7 @@ from sparse_dit.eval.baselines import (
     plan_at,
     score_baselines,
 )
+from sparse_dit.eval.baselines import online as online_module
 from sparse_dit.eval.baselines.families import families
 from sparse_dit.eval.baselines.rule import Rule
 from sparse_dit.eval.frontier import TRANSFERRED, FrontierRequest, frontier
@@ -226,6 +227,19 @@ def test_the_command_prints_and_plots(known, short_model, tmp_path, monkeypatch,
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [row["source"] for row in rows] == [SOURCES["searched"], SOURCES["two classes"]]
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rules_without_a_plan_need_no_search(short_pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier_module, "search_plan", None)
+    monkeypatch.setattr(online_module, "RUNS", 3)
+    small = replace(QUICK, height=64, width=64, steps=4)
+    request = FrontierRequest(
+        CALIBRATION[:1], HELD_OUT[:1], small, [0.1, 0.9], ["online"], tmp_path / "f.json"
+    )
+    none, row = frontier(short_pipe, request, lambda line: None)
+    assert none["none"], "one step of four is more"
+    assert 0.3 < row["density"] <= 0.9
+    assert row["source"].startswith("ours") and row["psnr_db"] > row["psnr_flat_db"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan_v1.json"
 GOLDEN_2, GOLDEN_3 = (GOLDEN.with_name(f"plan_v{n}.json") for n in (2, 3))
+GOLDEN_BLOCKS = GOLDEN.with_name("plan_v3_blocks.json")
 HASH = "0123456789abcdef" * 4
 FINGERPRINT = "1f66b5abafbe9f939d764b3f5a370643d17cd3546593c189d912c8168fc149f2"
 DENSE, NEAR = Pattern(Dense()), Pattern(Window(frames=1), far=True)

@@ -65,6 +65,8 @@ READ = {
     "python search/smollm2_135m_instruct.py": "needs that model, and eight minutes",
     "python -m demos.tiny_vlm.train": "45 minutes: tests/test_tiny_vlm.py trains for seconds",
     "python -m demos.tiny_vlm.measure": "minutes: tests/test_tiny_vlm.py measures less",
+    "sparse-dit serve": "runs until it is stopped: tests/serve/test_processes.py starts it",
+    "python -m tests.helpers.serve_load": "minutes: tests/serve/test_processes.py runs less of it",
     "python search/tiny_wan.py": "the demo's search, in minutes; `sparse-dit demo` runs it smaller",
 }
 # neither

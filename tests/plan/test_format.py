@@ -12,6 +12,7 @@ import torch
 
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import (
+    BLOCKWISE,
     GEOMETRY,
     PATTERNS,
     Curve,
@@ -25,7 +26,15 @@ from sparse_dit.patterns import (
 from sparse_dit.plan import Plan
 from sparse_dit.plan.document import render
 from sparse_dit.resources import shipped
-from tests.helpers.plan_cases import FINGERPRINT, GOLDEN, GOLDEN_2, GOLDEN_3, before_3, component
+from tests.helpers.plan_cases import (
+    FINGERPRINT,
+    GOLDEN,
+    GOLDEN_2,
+    GOLDEN_3,
+    GOLDEN_BLOCKS,
+    before_3,
+    component,
+)
 
 
 def test_golden_file_holds_every_pattern():
@@ -33,9 +42,13 @@ def test_golden_file_holds_every_pattern():
     assert {p.name for p in plan.components["transformer"].distinct_patterns} == GEOMETRY.keys()
 
 
-def test_the_golden_file_of_version_3_loads_and_saves_to_the_same_bytes(tmp_path):
-    Plan.load(GOLDEN_3).save(tmp_path / "plan.json")
-    assert (tmp_path / "plan.json").read_bytes() == GOLDEN_3.read_bytes()
+@pytest.mark.parametrize("golden", [GOLDEN_3, GOLDEN_BLOCKS], ids=lambda file: file.name)
+def test_golden_files_of_version_3_load_and_save_to_the_same_bytes(golden, tmp_path):
+    plan = Plan.load(golden)
+    plan.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_bytes() == golden.read_bytes()
+    names = {p.name for p in plan.components["transformer"].distinct_patterns}
+    assert golden is GOLDEN_3 or names >= BLOCKWISE.keys()
 
 
 @pytest.mark.parametrize(("file", "version"), [(GOLDEN, 1), (GOLDEN_2, 2)])

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from . import library
-from .library import ABI_VERSION, PACK_CHOICE, PACK_RUNS, PACK_SUMS, Library
+from .library import (
+    ABI_VERSION,
+    PACK_BLOCKS,
+    PACK_CHOICE,
+    PACK_MEANS,
+    PACK_RUNS,
+    PACK_SUMS,
+    Library,
+)
 from .operator import DTYPES
 
 BIN = GROUP = 64
@@ -132,6 +140,74 @@ def lay_runs(chosen: Tensor, num_queries: int, num_keys: int) -> tuple[Tensor, T
     if len(runs):
         lay(runs.data_ptr())
     return offsets, runs
+
+
+def means_takes(x: Tensor) -> bool:
+    """Whether the library is there and takes the means of such a tensor."""
+    return library.LIBRARY is not None and x.is_cpu and x.dtype in DTYPES
+
+
+def means(x: Tensor, order: Tensor | None, bounds: Tensor) -> Tensor:
+    """float32 `[B, H, S, D]`: means of stretches of sorted tokens.
+
+    Args:
+        x: `[B, H, N, D]`, any strides.
+        order: int32 `[N]`: the token at each sorted position; None if tokens stay in place.
+        bounds: int32 `[S + 1]`: sorted positions.
+    """
+    batch, heads, tokens, channels = x.shape
+    if bounds.dtype != torch.int32 or (
+        order is not None and (order.dtype != torch.int32 or order.shape != (tokens,))
+    ):
+        raise ValueError(f"bounds and order must be int32, and order of {tokens} tokens")
+    bounds, order = bounds.contiguous(), None if order is None else order.contiguous()
+    found = torch.empty(batch, heads, len(bounds) - 1, channels)
+    pointers = (x.data_ptr(), _address(order), bounds.data_ptr(), found.data_ptr())
+    sizes = (batch, heads, tokens, channels, len(bounds) - 1)
+    problem = (ABI_VERSION, DTYPES[x.dtype], *sizes, *pointers, *x.stride())
+    _library().means(PACK_MEANS(*problem, torch.get_num_threads()))
+    return found
+
+
+def lay_blocks(
+    chosen: Tensor, bounds: Tensor, owner: Tensor, tokens: int, pool_of: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Run offsets int32 `[L, G + 1]` and runs `[R, 2]` of what is seen exactly, and the same of pooled keys.
+
+    Args:
+        chosen: Bool `[L, C, C]`: which blocks of keys each block of queries sees.
+        bounds: int32 `[C + 1]`: sorted positions of the blocks.
+        owner: int32 `[G]`: the block of each group's rows; -1 for rows that see everything, -2 for none.
+        tokens: N.
+        pool_of: int32 `[C + 1]`: number of each block's first pooled key; None without a far field.
+    """
+    heads, blocks, _ = chosen.shape
+    if chosen.dtype != torch.bool or chosen.shape[2] != blocks or len(bounds) != blocks + 1:
+        raise ValueError(f"chosen must be bool and of pairs of {len(bounds) - 1} blocks")
+    chosen, bounds, owner = (x.contiguous() for x in (chosen, bounds, owner))
+    pool_of = None if pool_of is None else pool_of.contiguous()
+    offsets = torch.empty(heads, len(owner) + 1, dtype=torch.int32)
+    far_offsets = None if pool_of is None else torch.empty_like(offsets)
+
+    def lay(runs: Tensor | None, far_runs: Tensor | None) -> None:
+        given = (chosen, bounds, owner, pool_of)
+        made = (offsets, runs, far_offsets, far_runs)
+        problem = (ABI_VERSION, heads, tokens, blocks, len(owner), *map(_address, given))
+        problem += (int(runs is not None), *map(_address, made), torch.get_num_threads())
+        _library().lay_blocks(PACK_BLOCKS(*problem))
+
+    lay(None, None)
+    runs, far_runs = (
+        torch.empty(max(1, 0 if of is None else int(of[:, -1].sum())), 2, dtype=torch.int32)
+        for of in (offsets, far_offsets)
+    )
+    lay(runs, far_runs)
+    count, far_count = (0 if of is None else int(of[:, -1].sum()) for of in (offsets, far_offsets))
+    return offsets, runs[:count], far_offsets, far_runs[:far_count]
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _library() -> Library:

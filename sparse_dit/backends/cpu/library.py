@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 NO_MEMORY = 13  # of enum Status in csrc/abi.h
 VARIANT_VARIABLE = "SPARSE_DIT_CPU_VARIANT"  # for tests: the variant to run instead of the best
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -29,7 +29,7 @@ PROBLEM_FIELDS = """
 """
 PACK_PROBLEM = struct.Struct("=9q10Qq20q4qd").pack
 
-# the same for structs SumsProblem, ChoiceProblem and RunsProblem
+# the same for the structs of estimates
 SUMS_FIELDS = """
     abi_version dtype batch heads kv_heads queries keys channels sampled listed local
     q k rows start stop head_list columns diagonals q_strides k_strides threads variant scale
@@ -39,6 +39,15 @@ CHOICE_FIELDS = "abi_version heads candidates scores costs forced budget chosen 
 PACK_CHOICE = struct.Struct("=3q3QqQq").pack
 RUNS_FIELDS = "abi_version heads queries keys chosen offsets runs threads"
 PACK_RUNS = struct.Struct("=4q3Qq").pack
+MEANS_FIELDS = """
+    abi_version dtype batch heads tokens channels stretches x order bounds means strides threads
+"""
+PACK_MEANS = struct.Struct("=7q4Q4qq").pack
+BLOCKS_FIELDS = """
+    abi_version heads tokens blocks groups chosen bounds owner pool_of lay
+    offsets runs far_offsets far_runs threads
+"""
+PACK_BLOCKS = struct.Struct("=5q4Qq4Qq").pack
 
 
 class Library:
@@ -68,9 +77,9 @@ class Library:
             raise ImportError(
                 f"{file} has interface {version}, but this package needs {ABI_VERSION}; reinstall it"
             )
-        self._attend, self._sums, self._choose, self._lay_runs = (
+        self._attend, self._sums, self._choose, self._lay_runs, self._means, self._lay_blocks = (
             _function(getattr(dll, f"sparse_dit_{name}"), ctypes.c_int64, ctypes.c_char_p)
-            for name in ("attend", "sums", "choose", "lay_runs")
+            for name in ("attend", "sums", "choose", "lay_runs", "means", "lay_blocks")
         )
         self._error = _function(dll.sparse_dit_error, ctypes.c_char_p, ctypes.c_int64)
         self._multiply_adds = _function(
@@ -133,6 +142,14 @@ class Library:
     def lay_runs(self, problem: bytes) -> None:
         """Run a packed `RunsProblem`; as `attend`."""
         self._check(self._lay_runs(problem))
+
+    def means(self, problem: bytes) -> None:
+        """Run a packed `MeansProblem`; as `attend`."""
+        self._check(self._means(problem))
+
+    def lay_blocks(self, problem: bytes) -> None:
+        """Run a packed `BlocksProblem`; as `attend`."""
+        self._check(self._lay_blocks(problem))
 
     def _check(self, status: int) -> None:
         if status:

@@ -1,5 +1,6 @@
 """Published ways to choose what attention computes, as plans at a wanted density: what ours must beat."""
 
+from .online import rule_plan_at
 from .plans import METHODS, SOURCES, least_loss_at_density, plan_at
 from .scores import BaselineScores, score_baselines
 
@@ -9,5 +10,6 @@ __all__ = [
     "BaselineScores",
     "least_loss_at_density",
     "plan_at",
+    "rule_plan_at",
     "score_baselines",
 ]

@@ -8,7 +8,7 @@
 
 namespace sparse_dit {
 
-constexpr int64_t ABI_VERSION = 3;
+constexpr int64_t ABI_VERSION = 4;
 
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -103,6 +103,37 @@ struct RunsProblem {
     int64_t threads;
 };
 
+// Means of S stretches of sorted tokens, of each head.
+struct MeansProblem {
+    int64_t abi_version;
+    int64_t dtype;
+    int64_t batch, heads, tokens, channels, stretches;
+    const void *x;          // [B, H, N, D]
+    const int32_t *order;   // [N]: the token at each sorted position; null where tokens stay in place
+    const int32_t *bounds;  // [S + 1]: sorted positions
+    float *means;           // [B, H, S, D] contiguous
+    Strides strides;
+    int64_t threads;
+};
+
+// Key runs of G groups of rows, each of which belongs to one of C blocks of tokens and sees some of them, and
+// all tokens outside of them.
+constexpr int32_t SEES_NOTHING = -2;
+
+struct BlocksProblem {
+    int64_t abi_version;
+    int64_t heads, tokens, blocks, groups;
+    const uint8_t *chosen;   // [H, C, C]: which blocks of keys a block of queries sees
+    const int32_t *bounds;   // [C + 1]: sorted positions
+    const int32_t *owner;    // [G]: block of the group's rows; -1 for rows that see everything, -2: nothing
+    const int32_t *pool_of;  // [C + 1]: number of the first pooled key of each block; null without a far field
+    int64_t lay;             // 0: write offsets alone; 1: read them, and write runs
+    int32_t *offsets;        // [H, G + 1]
+    int32_t *runs;           // [R, 2], one head's after another's; or null
+    int32_t *far_offsets, *far_runs;  // the same of pooled keys that stand for what isn't seen; or null
+    int64_t threads;
+};
+
 enum Status : int64_t {
     OK = 0,
     BAD_ABI,
@@ -121,6 +152,7 @@ enum Status : int64_t {
     BAD_SAMPLE,
     BAD_CHOICE,
     BAD_SIZE,
+    BAD_BLOCKS,
 };
 
 }  // namespace sparse_dit
@@ -134,6 +166,8 @@ int64_t sparse_dit_attend(const sparse_dit::Problem *problem);
 int64_t sparse_dit_sums(const sparse_dit::SumsProblem *problem);
 int64_t sparse_dit_choose(const sparse_dit::ChoiceProblem *problem);
 int64_t sparse_dit_lay_runs(const sparse_dit::RunsProblem *problem);
+int64_t sparse_dit_means(const sparse_dit::MeansProblem *problem);
+int64_t sparse_dit_lay_blocks(const sparse_dit::BlocksProblem *problem);
 // What a Status means, in English.
 const char *sparse_dit_error(int64_t status);
 // Names of the compiled variants, best first, separated by spaces.

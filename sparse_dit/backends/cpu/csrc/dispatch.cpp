@@ -315,6 +315,7 @@ const char *sparse_dit_error(int64_t status) {
         case BAD_SAMPLE: return "sampled rows, their keys or their heads lie outside of the call";
         case BAD_CHOICE: return "costs must be 0 or more, and scores no NaN";
         case BAD_SIZE: return "runs of these sizes don't fit into 32 bits, or there are more queries than keys";
+        case BAD_BLOCKS: return "bounds of blocks must ascend inside of the tokens, and groups belong to them";
         default: return "unknown status";
     }
 }

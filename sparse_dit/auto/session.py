@@ -1,0 +1,301 @@
+"""A pipeline patched by `"auto"`: which sizes are learned, which run by a plan, and the account of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..account import Account, Ran
+from ..call import AttentionCall
+from ..integrations import host_named, library_of
+from ..plan import Plan
+from ..runtime import Runtime
+from ..search.sampling import whole_layout
+from .learner import MOST_REFINED, Learner
+from .options import AutoOptions
+from .store import PlanStore, fingerprint, plan_name, size_class, tokens_of
+
+logger = logging.getLogger("sparse_dit")
+
+LEARNING = "a plan is being learned from this generation"
+PLANNED = {LEARNING}
+
+
+@dataclass(eq=False)
+class _Size:
+    """What is known of one class of lengths.
+
+    Args:
+        name: Of its plan in the store.
+        learner: What records; None if nothing is recorded any more.
+        plan: The plan, once there is one.
+        runtimes: What follows it, by component name.
+        failed: Why there won't be one.
+        runs: The last run of each component, by name, and what it was conditioned on.
+    """
+
+    name: str
+    learner: Learner | None = None
+    plan: Plan | None = None
+    runtimes: dict[str, Runtime] = field(default_factory=dict)
+    failed: str | None = None
+    runs: dict[str, int] = field(default_factory=dict)
+    seen: set[int | None] = field(default_factory=set)
+    refining: bool = False
+
+
+class Session:
+    """What the intercepts of one pipeline's transformers share.
+
+    Args:
+        pipe: The pipeline, or a transformer alone.
+        modules: Its transformers, by component name.
+        options: What is asked for.
+        backend, nan_guard: As `patch` takes them.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        modules: Mapping[str, nn.Module],
+        options: AutoOptions,
+        backend: str,
+        nan_guard: bool,
+    ) -> None:
+        self.modules = dict(modules)
+        self.options = options
+        self.backend = backend
+        self.nan_guard = nan_guard
+        self.store = PlanStore(options.cache)
+        self.sizes: dict[int, _Size] = {}
+        self.present: _Size | None = None
+        self._pipe = None if isinstance(pipe, nn.Module) else weakref.ref(pipe)
+        self._class = "" if isinstance(pipe, nn.Module) else type(pipe).__name__
+        self._model = fingerprint(self.modules)
+
+    def attend(self, name: str, call: AttentionCall, account: Account) -> Tensor:
+        """Attention's output `[B, N, H, D]`: dense and recorded, or by the plan of the call's size."""
+        layout = whole_layout(call)
+        if layout is None:
+            runtime = self.present and self.present.runtimes.get(name)
+            return (
+                runtime(call) if runtime else _stock(call, account, "a call that can't be learned")
+            )
+        size = self._size(name, call, size_class(layout.without_global().seq_len))
+        if size.learner is not None and not size.runtimes:
+            try:
+                out = size.learner.record(name, call)
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                self._fail(size, error)
+            else:
+                _count(call, account, LEARNING)
+                return out
+        runtime = size.runtimes.get(name)
+        if runtime is None:
+            return _stock(call, account, size.failed or "the plan has no such transformer")
+        if size.refining and size.learner is not None:
+            try:
+                size.learner.refine(name, call)
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                size.refining, size.learner = False, None
+                logger.warning("a learned plan isn't refined any more: %s", error)
+        return runtime(call)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the size that ran last; None while it is learned."""
+        size = self.present
+        if size is not None and size.plan is None and size.learner is not None:
+            self._finish(size)
+        return None if size is None else size.plan
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where each size stands."""
+        found = []
+        for number, size in self.sizes.items():
+            what = f"about {tokens_of(number):,} tokens"
+            if size.failed:
+                found.append(f"{what}: dense, as no plan could be learned: {size.failed}")
+            elif size.plan is None:
+                found.append(f"{what}: dense, as a plan is being learned")
+            else:
+                count = size.plan.provenance.get("learned_from", 1)
+                found.append(
+                    f"{what}: by a plan learned from {count} generations, kept as {size.name}"
+                )
+        return tuple(found)
+
+    def _size(self, name: str, call: AttentionCall, number: int) -> _Size:
+        """The state of a call's size, after what begins with the call has begun."""
+        size = self.sizes.get(number)
+        run = call.context.run
+        if size is not None and size.runs.get(name) == run:
+            return size
+        if self.present is None or run not in self.present.runs.values():  # a generation begins
+            self._check_model()
+            size = self.sizes.get(number)
+        if size is None:
+            size = self.sizes[number] = self._found(number)
+        elif name in size.runs and size.learner is not None:
+            self._end(size)
+        size.runs[name] = run
+        self.present = size
+        if size.plan is not None and size.learner is not None:
+            condition = call.context.condition
+            size.refining = size.refining or condition not in size.seen
+            size.seen.add(condition)
+        return size
+
+    def _found(self, number: int) -> _Size:
+        """A size that wasn't seen yet: by its plan in the store, or to be learned."""
+        name = plan_name(self.modules, number, self.options.objective.to_dict())
+        plan = None if self.options.cache == "" else self.store.find(name)
+        size = _Size(name)
+        if plan is not None and set(plan.components) <= set(self.modules):
+            self._follow(size, plan)
+        else:
+            size.learner = Learner(self.modules, self._steps())
+        return size
+
+    def _steps(self) -> int | None:
+        """Steps of the generation that begins, as its pipeline's scheduler says."""
+        pipe = None if self._pipe is None else self._pipe()
+        host: Any = host_named("diffusers")
+        return None if pipe is None else host.steps_of(pipe)
+
+    def _end(self, size: _Size) -> None:
+        """A generation of a size that is being learned is over, as the next one begins."""
+        if size.plan is None:
+            self._finish(size)
+            if size.plan is None and not size.failed:  # cut off: once more
+                size.learner = Learner(self.modules, self._steps())
+        elif size.refining:
+            size.refining = False
+            self._finish(size)
+        size.runs.clear()  # which the other transformers' first calls of this generation don't end again
+
+    def _finish(self, size: _Size) -> None:
+        """Make the plan of what was recorded, if that is a whole generation, and keep it."""
+        learner = size.learner
+        if learner is None or not (size.plan is not None or learner.complete):
+            return
+        try:
+            learner.keep()
+            plan = learner.plan(self._class, self.options.objective, self.backend)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            self._fail(size, error)
+            return
+        self._follow(size, plan)
+        if learner.refined >= MOST_REFINED:
+            size.learner = None
+        if self.options.cache != "":
+            self.store.keep(size.name, plan)
+
+    def _follow(self, size: _Size, plan: Plan) -> None:
+        size.plan = plan
+        size.runtimes = {
+            name: Runtime(name, part, self.backend, self.nan_guard)
+            for name, part in plan.components.items()
+        }
+
+    def _fail(self, size: _Size, error: Exception) -> None:
+        size.learner, size.failed = None, (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("no plan could be learned, attention stays dense: %s", size.failed)
+
+    def _check_model(self) -> None:
+        """Begin anew if the weights aren't what they were: a LoRA came or went."""
+        model = fingerprint(self.modules)
+        if model != self._model:
+            self._model = model
+            self.sizes.clear()
+            self.present = None
+
+
+class Auto:
+    """The intercept of one transformer of a pipeline that is patched by `"auto"`; a copy learns for itself.
+
+    Args:
+        component: Name of the component.
+        session: What the pipeline's transformers share.
+    """
+
+    def __init__(self, component: str, session: Session) -> None:
+        self.component = component
+        self.session = session
+        self._account = Account(component, PLANNED)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Attention's output `[B, N, H, D]`."""
+        return self.session.attend(self.component, call, self._account)
+
+    def forget(self) -> None:
+        """Drop the outputs that are kept for other steps."""
+        for size in self.session.sizes.values():
+            if self.component in size.runtimes:
+                size.runtimes[self.component].forget()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Auto:
+        key = id(self.session)
+        if key not in memo:
+            old = self.session
+            fresh = copy.copy(old)
+            fresh.modules = {name: copy.deepcopy(m, memo) for name, m in old.modules.items()}
+            fresh.sizes, fresh.present, fresh._pipe = {}, None, None
+            memo[key] = fresh
+        session = memo[key]
+        assert isinstance(session, Session)
+        return Auto(self.component, session)
+
+    @property
+    def ran(self) -> tuple[Ran, ...]:
+        """What was learned from, and what ran by the plan of the size that ran last."""
+        present = self.session.present
+        runtime = present.runtimes.get(self.component) if present else None
+        return self._account.ran + (runtime.ran if runtime else ())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where each size stands, from the first transformer alone."""
+        first = next(iter(self.session.modules)) == self.component
+        return self.session.notes if first else ()
+
+
+def attach_auto(
+    pipe: Any,
+    modules: Mapping[str, nn.Module],
+    options: AutoOptions,
+    backend: str,
+    nan_guard: bool,
+) -> tuple[Session, dict[str, Auto]]:
+    """The intercepts of a pipeline's transformers, by component name, and what they share.
+
+    Raises:
+        TypeError: If the model is none of diffusers.
+    """
+    if library_of(pipe) != "diffusers":
+        raise TypeError(
+            f'"auto" learns from a diffusers pipeline, got a {type(pipe).__name__}: search a plan with '
+            "sparse_dit.search(model, texts, ...)"
+        )
+    session = Session(pipe, modules, options, backend, nan_guard)
+    return session, {name: Auto(name, session) for name in modules}
+
+
+def _stock(call: AttentionCall, account: Account, reason: str) -> Tensor:
+    account.warn(reason)
+    out = call.stock()
+    _count(call, account, reason)
+    return out
+
+
+def _count(call: AttentionCall, account: Account, reason: str) -> None:
+    tokens = call.k.shape[1]
+    pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * tokens
+    account.count((call.layer, None, reason, None), tokens, pairs, 1.0)

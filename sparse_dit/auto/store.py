@@ -1,0 +1,153 @@
+"""Learned plans in the user's cache folder: one file for each model, size, device and objective."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from ..integrations import self_attention_layers
+from ..plan import Plan, PlanError, config_hash
+
+logger = logging.getLogger("sparse_dit")
+
+VARIABLE = "SPARSE_DIT_CACHE"  # names another folder
+SAMPLED = 8  # values of each weight by which models are told apart
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A plan in the store: its name, its file, and the plan."""
+
+    name: str
+    file: Path
+    plan: Plan
+
+
+class PlanStore:
+    """Plans in a folder. Whatever is wrong with it costs what would be kept there, and one logged line.
+
+    Args:
+        folder: Where; made when something is kept. None for the user's cache folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        given = os.environ.get(VARIABLE) if folder is None else os.fspath(folder)
+        self.folder = Path(given) if given else platformdirs.user_cache_path("sparse_dit") / "plans"
+        self._told = False
+
+    def find(self, name: str) -> Plan | None:
+        """The plan of a name; None if there is none, or it can't be read."""
+        file = self.file(name)
+        try:
+            return Plan.load(file) if file.is_file() else None
+        except (PlanError, OSError) as error:
+            self._tell(f"a learned plan can't be read and is learned again ({error})")
+            return None
+
+    def keep(self, name: str, plan: Plan) -> None:
+        """Write a plan, unless another process is writing one of that name now."""
+        file = self.file(name)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file}.lock", timeout=0):
+                plan.save(file, overwrite=True)
+        except Timeout:
+            return
+        except OSError as error:
+            self._tell(f"a learned plan can't be kept ({error}); it is learned again next time")
+
+    def file(self, name: str) -> Path:
+        """Where the plan of a name lies."""
+        return self.folder / f"{name}.json"
+
+    def __iter__(self) -> Iterator[Kept]:
+        """All plans that can be read, by name."""
+        for name in self.names():
+            if (plan := self.find(name)) is not None:
+                yield Kept(name, self.file(name), plan)
+
+    def names(self) -> list[str]:
+        """The names of all plans, also of those that can't be read."""
+        return sorted(file.stem for file in self.folder.glob("*.json"))
+
+    def remove(self, name: str) -> None:
+        """Delete a plan.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        file = self.file(name)
+        if file.parent != self.folder or not file.is_file():
+            raise ValueError(f"{self.folder} has no plan {name!r}; `sparse-dit plans` lists them")
+        for path in (*self.folder.glob(f"{file.stem}.safetensors"), file):
+            path.unlink()
+        Path(f"{file}.lock").unlink(missing_ok=True)
+
+    def _tell(self, text: str) -> None:
+        if not self._told:
+            self._told = True
+            logger.warning("%s", text)
+
+
+def plan_name(modules: Mapping[str, nn.Module], size: int, objective: Mapping[str, float]) -> str:
+    """The name of a plan: model, size and a hash of all that it depends on.
+
+    Args:
+        modules: The transformers, by component name.
+        size: The class of the size, see `size_class`.
+        objective: What is asked for.
+    """
+    first = next(iter(modules.values()))
+    device = next(first.parameters()).device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    parts = [fingerprint(modules), str(size), kind, str(threads), json.dumps(dict(objective))]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return re.sub(r"[^\w.-]", "-", f"{type(first).__name__}-{tokens_of(size)}-{digest}")
+
+
+def size_class(tokens: int) -> int:
+    """A number that lengths share which differ by less than a factor of 1.19 from its middle."""
+    return round(2 * torch.tensor(float(tokens), dtype=torch.float64).log2().item())
+
+
+def tokens_of(size: int) -> int:
+    """The middle of a class of lengths."""
+    return round(2 ** (size / 2))
+
+
+def fingerprint(modules: Mapping[str, nn.Module]) -> str:
+    """What tells models apart, also by a LoRA: architecture, and a sample of the attention's weights."""
+    found = hashlib.sha256()
+    for name, module in modules.items():
+        config: Any = module.config
+        found.update(f"{name} {type(module).__name__} {config_hash(config)}".encode())
+        for path, layer in self_attention_layers(module).items():
+            for inner, part in layer.named_modules():
+                if (scaling := getattr(part, "scaling", None)) is not None:
+                    found.update(f"{path} {inner} {scaling}".encode())
+            for inner, weight in layer.named_parameters():
+                found.update(f"{path} {inner} {tuple(weight.shape)}".encode())
+                found.update(_sample(weight))
+    return found.hexdigest()
+
+
+def _sample(weight: Tensor) -> bytes:
+    """Some values; nothing of weights whose values can't be had, as those of offloaded layers."""
+    try:
+        some = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)]
+        return json.dumps(some.float().tolist()).encode()
+    except (NotImplementedError, RuntimeError):
+        return b""

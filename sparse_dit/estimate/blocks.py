@@ -1,0 +1,191 @@
+"""The blocks of a grid that estimates choose among, at one size and in one token order.
+
+Letters in shapes: L heads, N tokens, C blocks, G groups of query rows, R key runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import estimates, library
+from ..entry import FarField, PatternIndex, expand
+from ..index import Groups, entry_of, groups_of
+from ..layout import Tile, TileOrder, TokenLayout, cut_offsets, tile_order
+from ..on_cpu import on_cpu
+from ..patterns import Pattern
+
+GROUP = 64  # query rows
+SEES_NOTHING = -2  # of csrc/abi.h
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Blocks of queries and keys, which are the same stretches of sorted tokens. All tensors are on the CPU.
+
+    Args:
+        order: Of the tokens.
+        cells: int64 `[C + 1]`, as of `TileOrder.cell_offsets`.
+        groups: Rows of every block, and of global tokens.
+        far, pool: As of a `Pattern`.
+        sinks: Bool `[C]`: blocks of keys that all rows see.
+    """
+
+    order: TileOrder
+    cells: Tensor
+    groups: Groups
+    far: bool
+    pool: int | None
+    sinks: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        """C."""
+        return len(self.cells) - 1
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """int64 `[C]`: tokens of each block."""
+        return self.cells.diff()
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """int32 `[C + 1]`: sorted positions where blocks start, and where the last ends."""
+        return (self.cells + self.order.global_before).int()
+
+    @functools.cached_property
+    def permutation(self) -> Tensor | None:
+        """int32 `[N]`: the token at each sorted position; None if tokens stay in place."""
+        return None if self.order.is_identity else self.order.order.int()
+
+    @functools.cached_property
+    def pools(self) -> Tensor:
+        """int32: sorted positions where pooled keys start, and where the last ends."""
+        return (
+            self.bounds if self.pool is None else cut_offsets(self.bounds.long(), self.pool).int()
+        )
+
+    @functools.cached_property
+    def pool_of(self) -> Tensor:
+        """int32 `[C + 1]`: number of the first pooled key of each block."""
+        return torch.searchsorted(self.pools, self.bounds).int()
+
+    @functools.cached_property
+    def q_offsets(self) -> Tensor:
+        """int32 `[G + 1]`."""
+        return self.groups.offsets.int()
+
+    @functools.cached_property
+    def whole(self) -> PatternIndex:
+        """Every row sees every key, in these groups of rows."""
+        everything = torch.ones(self.num_blocks, self.num_blocks, dtype=torch.bool)
+        return self.entries(everything[None])[0]
+
+    def near(self, local: int) -> Tensor:
+        """Bool `[C, C]`: blocks less than `local` places apart in the order, and the sinks."""
+        place = torch.arange(self.num_blocks)
+        return ((place[:, None] - place).abs() < local) | self.sinks
+
+    @on_cpu
+    def entries(self, chosen: Tensor, only: Tensor | None = None) -> list[PatternIndex]:
+        """An entry for each head.
+
+        Args:
+            chosen: Bool `[L, C, C]`: which blocks of keys each block of queries sees exactly.
+            only: Bool `[G]`: groups whose rows see something; None for all.
+        """
+        if library.LIBRARY is None:
+            found = [
+                entry_of(one, self.order, self.cells, self.groups, self.far, self.pool)
+                for one in chosen
+            ]
+            return found if only is None else [restricted(entry, only) for entry in found]
+        owner, pool_of = self.groups.owner.int(), self.pool_of if self.far else None
+        if only is not None:
+            owner = torch.where(only, owner, SEES_NOTHING)
+        offsets, runs, far_offsets, far_runs = estimates.lay_blocks(
+            chosen, self.bounds, owner, self.num_tokens, pool_of
+        )
+        found = []
+        far: Sequence[FarField | None] = [None] * len(chosen)
+        if far_offsets is not None:
+            parts = zip(far_offsets, far_runs.split(far_offsets[:, -1].tolist()), strict=True)
+            far = [FarField(self.pools, of, part) for of, part in parts]
+        parts = runs.split(offsets[:, -1].tolist())
+        for of, part, pooled in zip(offsets, parts, far, strict=True):
+            n, order = self.num_tokens, self.permutation
+            found.append(PatternIndex(n, n, order, order, self.q_offsets, of, part, pooled))
+        return found
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.order.order)
+
+
+def blocks_of(pattern: Pattern, layout: TokenLayout) -> Blocks:
+    """The blocks of a pattern; the same object for patterns that share them."""
+    return _blocks(
+        layout, pattern.tile, pattern.cell, pattern.far, pattern.pool, pattern.sink_frames
+    )
+
+
+@functools.lru_cache(maxsize=256)
+@on_cpu
+def _blocks(layout: TokenLayout, tile, cell, far, pool, sink_frames) -> Blocks:
+    order = tile_order(layout, tile)
+    cells = order.cell_offsets(cell)
+    sinks = order.boxes(cell).lo[:, 0] < sink_frames
+    return Blocks(order, cells, groups_of(order, cells, GROUP), far, pool, sinks)
+
+
+@on_cpu
+def restricted(entry: PatternIndex, only: Tensor) -> PatternIndex:
+    """The entry whose rows see nothing but in some groups, bool `[G]`."""
+
+    def lists(offsets: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
+        counts = offsets.diff() * only
+        picked = runs[expand(torch.stack([offsets[:-1], counts], 1))]
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), picked
+
+    far = entry.far
+    if far is not None:
+        offsets, runs = lists(far.run_offsets, far.runs)
+        far = FarField(far.cell_offsets, offsets, runs)
+    offsets, runs = lists(entry.run_offsets, entry.runs)
+    return replace(entry, run_offsets=offsets, runs=runs, far=far, cache={})
+
+
+@functools.lru_cache(maxsize=64)
+@on_cpu
+def sampled_entry(layout: TokenLayout, every: int) -> PatternIndex:
+    """The entry of a head that sees global tokens, and one of so many keys of the grid, evenly spread.
+
+    Where attention is flat, such keys stand for all of them, while the best blocks don't.
+    """
+    n, order = layout.seq_len, tile_order(layout, (1, None, None))
+    first, place = order.global_before, order.coordinates
+    taken = (place @ torch.tensor([5, 3, 1])) % every == 0
+    grid = order.order[first : first + len(place)]
+    rest = torch.cat([order.order[:first], order.order[first + len(place) :]])
+    keys = torch.cat([rest, grid[taken], grid[~taken]])
+    groups = groups_of(order, order.tile_offsets, GROUP)
+    count = len(groups.owner)
+    seen = torch.where(groups.owner < 0, n, len(rest) + int(taken.sum()))
+    runs = torch.stack([torch.zeros_like(seen), seen], 1).int()
+    rows = None if order.is_identity else order.order.int()
+    offsets, starts = groups.offsets.int(), torch.arange(count + 1).int()
+    return PatternIndex(n, n, rows, keys.int(), offsets, starts, runs)
+
+
+def token_orders(layout: TokenLayout) -> tuple[Tile, ...]:
+    """Tiles of about 64 tokens that a head's order is chosen from: cubes, lines through frames, flat ones."""
+    frames = layout.grid[0]
+    if frames == 1:
+        return ((1, 8, 8), (1, 1, GROUP), (1, GROUP, 1))
+    length = max(1, GROUP // frames)
+    return ((4, 4, 4), (None, 1, length), (None, length, 1), (1, 8, 8))

@@ -1,0 +1,188 @@
+"""Which blocks a head sees, and its entry: bidirectional attention over the grid of a layout.
+
+Letters in shapes: B batch, H heads, L listed heads, N tokens, D channels, C blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..entry import PatternIndex
+from ..index import dense_entry
+from ..layout import TokenLayout
+from ..on_cpu import on_cpu
+from ..patterns import Antidiagonal, Mass, Pattern, Pooled, Share
+from ..patterns.blockwise import Above
+from .blocks import Blocks, blocks_of
+from .budget import fewest, within
+from .scores import MOST_LOGITS, antidiagonal_scores, pooled_logits, pooled_probabilities
+
+GOOD_RECALL = 0.8  # AdaSpa's: of heads that can do with fewer blocks
+
+
+class Estimate(NamedTuple):
+    """What was found for one head.
+
+    Args:
+        entry: On the CPU; dense if it isn't sound.
+        sound: Whether all that it was found from is finite.
+        recall: The share of the probability in what is seen exactly.
+    """
+
+    entry: PatternIndex
+    sound: bool
+    recall: float
+
+
+@on_cpu
+@torch.no_grad()
+def blockwise_entries(
+    q: Tensor,
+    k: Tensor,
+    patterns: Mapping[int, Pattern],
+    layout: TokenLayout,
+    scale: float,
+    only: Tensor | None = None,
+) -> dict[int, Estimate]:
+    """What each listed head sees, by its own queries and keys.
+
+    All batch items share a head's blocks: those with the most probability on average.
+
+    Args:
+        q: `[B, H, N, D]`, any strides.
+        k: `[B, num_kv_heads, N, D]`, any strides; H must be a multiple of `num_kv_heads`.
+        patterns: By head: of shapes that are pooled or antidiagonal.
+        layout: Of the N tokens.
+        scale: Factor of the logits.
+        only: Bool `[G]`: groups of query rows that see something; None for all.
+    """
+    found: dict[int, Estimate] = {}
+    for pattern in dict.fromkeys(patterns.values()):
+        heads = [head for head, of in patterns.items() if of == pattern]
+        blocks = blocks_of(pattern, layout)
+        step = max(1, MOST_LOGITS // (blocks.num_blocks**2 * q.shape[0]))
+        for start in range(0, len(heads), step):
+            part = heads[start : start + step]
+            scores, keep = _scored(q, k, part, pattern.shape, blocks, scale)
+            estimates = estimates_of(scores, keep, pattern.shape, blocks, only)
+            found |= zip(part, estimates, strict=True)
+    return found
+
+
+def _scored(
+    q: Tensor,
+    k: Tensor,
+    heads: Sequence[int],
+    shape: Pooled | Antidiagonal,
+    blocks: Blocks,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities `[L, C, C]`, and bool, the same shape: what is chosen already; None if nothing is."""
+    if isinstance(shape, Antidiagonal):
+        order, first = blocks.order.order, blocks.order.global_before
+        inside = order[first : int(blocks.bounds[-1])].to(q.device)
+        group, bounds = q.shape[1] // k.shape[1], blocks.cells - blocks.cells[0]
+        scores = [
+            torch.stack(
+                [
+                    antidiagonal_scores(
+                        q[b, h, inside], k[b, h // group, inside], bounds, shape.stride, scale
+                    )
+                    for b in range(len(q))
+                ]
+            ).mean(0)
+            for h in heads
+        ]
+        return torch.stack(scores).cpu(), None
+    logits, owner = pooled_logits(q, k, heads, blocks, scale, shape.parts)
+    keep = None
+    if isinstance(shape.keep, Above):
+        row = logits.mean(0)
+        level = row.mean(-1, keepdim=True) + shape.keep.sigmas * row.std(
+            -1, keepdim=True, correction=0
+        )
+        keep = (row > level).cpu()
+    return pooled_probabilities(logits, owner, blocks).mean(0).cpu(), keep
+
+
+def estimates_of(
+    p: Tensor,
+    keep: Tensor | None,
+    shape: Pooled | Antidiagonal | Mass,
+    blocks: Blocks,
+    only: Tensor | None = None,
+) -> list[Estimate]:
+    """What each head sees, by the probability that its blocks have.
+
+    Args:
+        p: `[L, C, C]`: of each pair of blocks.
+        keep: Bool, the same shape: which blocks are chosen; None if that is still to do.
+        shape: How much is chosen.
+        blocks: Where blocks lie.
+        only: Bool `[G]`: groups of query rows that see something; None for all.
+    """
+    sound = p.isfinite().flatten(1).all(1)
+    if keep is None:
+        keep = chosen_blocks(torch.where(sound[:, None, None], p, 0), shape, blocks)
+    keep = keep | blocks.near(shape.local)
+    recall = torch.where(keep, p, 0).sum((1, 2)) / p.sum((1, 2)).clamp_min(1e-12)
+    dense = dense_entry(blocks.num_tokens, blocks.num_tokens)
+    return [
+        Estimate(entry if ok else dense, ok, share)
+        for entry, ok, share in zip(
+            blocks.entries(keep, only), sound.tolist(), recall.tolist(), strict=True
+        )
+    ]
+
+
+def chosen_blocks(p: Tensor, shape: Pooled | Antidiagonal | Mass, blocks: Blocks) -> Tensor:
+    """The blocks that a budget pays for, or that have a share of the probability: bool `[L, C, C]`."""
+    budget, length = shape.keep, int(blocks.cells[-1] - blocks.cells[0])
+    assert not isinstance(budget, Above), "it is of logits"
+    keys = budget.keys(length)
+    if isinstance(shape, Mass) and shape.adaptive:
+        chosen = best_blocks(p, keys, blocks)
+        recall = torch.where(chosen, p, 0).sum((1, 2)) / p.sum((1, 2)).clamp_min(1e-12)
+        for more, heads in adapted(recall):
+            if len(heads):
+                chosen[heads] = best_blocks(p[heads], keys * more, blocks)
+        return chosen
+    chosen = best_blocks(p, keys, blocks)
+    if isinstance(budget, Share):
+        chosen |= fewest(p / blocks.sizes, p, budget.gamma)
+    return chosen
+
+
+def best_blocks(p: Tensor, keys: float, blocks: Blocks) -> Tensor:
+    """The blocks of most probability a key, for about so many keys a row: bool `[L, C, C]`.
+
+    Where that is no whole number of blocks, rows take turns, so that the mean is met.
+    """
+    sizes, (heads, c, _) = blocks.sizes, p.shape
+    if keys >= int(sizes.sum()):
+        return torch.ones_like(p, dtype=torch.bool)
+    scores = (p / sizes).flatten(0, 1)
+    size = int(sizes.max())
+    turn = (torch.arange(c, dtype=torch.float64) * 0.6180339887) % 1 * size + keys % size >= size
+    turn = turn.repeat(heads)
+    chosen = torch.zeros(heads * c, c, dtype=torch.bool)
+    none = torch.zeros(c, dtype=torch.bool)
+    for which, more in ((turn, size), (~turn, 0)):
+        if which.any():
+            chosen[which] = within(scores[which], sizes, none, int(keys // size) * size + more)
+    return chosen.view(heads, c, c)
+
+
+def adapted(recall: Tensor) -> list[tuple[float, list[int]]]:
+    """Heads that see half as many keys, and half as many more: as many of each, by their recall.
+
+    Args:
+        recall: `[L]`: the share of the probability in the blocks that each would see.
+    """
+    count = min(int((recall > GOOD_RECALL).sum()), len(recall) // 2)
+    order = recall.argsort(descending=True).tolist()
+    return [(0.5, order[:count]), (1.5, order[len(order) - count :])]

@@ -1,0 +1,1 @@
+"""A server for generations: the HTTP API, the durable queue, and the workers that hold pipelines."""

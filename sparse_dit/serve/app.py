@@ -1,0 +1,80 @@
+"""The server as an ASGI app: its routes, and what runs beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.responses import RedirectResponse
+from fastapi_offline import FastAPIOffline
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from ..version import VERSION
+from .claims import Claims
+from .errors import add_handlers
+from .housekeeping import Housekeeping
+from .images import image_routes
+from .security import Keyed, Limited, SafeHeaders, same_origin
+from .service import Service
+from .status import health_routes, status_routes
+from .supervisor import Supervisor
+from .videos import video_routes
+from .worker import WorkerOptions
+
+
+def create_app(service: Service, workers: Sequence[WorkerOptions] = ()) -> FastAPI:
+    """The app of a server.
+
+    Args:
+        service: What it serves.
+        workers: Of the processes that are started with it; none if others run the jobs.
+    """
+    options = service.options
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="sparse_dit",
+        version=VERSION,
+        description="Generations of a diffusion transformer with sparse attention.",
+        lifespan=_lifespan(service, workers),
+    )
+    add_handlers(app)
+    keyed, limited = Keyed(options.api_keys), Limited(options.limits.rate)
+    for routes in (
+        video_routes(service, limited),
+        image_routes(service, limited),
+        status_routes(service, int(time.time())),
+    ):
+        app.include_router(routes, dependencies=[Depends(same_origin), Depends(keyed)])
+    app.include_router(health_routes(service))
+
+    @app.get("/", include_in_schema=False)
+    def home() -> RedirectResponse:
+        """The API's own page."""
+        return RedirectResponse("/docs")
+
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=options.limits.body)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts))
+    app.add_middleware(SafeHeaders)
+    return app
+
+
+def _lifespan(service: Service, workers: Sequence[WorkerOptions]) -> Callable[[Any], Any]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.callback(service.store.close)
+            keeping = Housekeeping(service.store, service.files, service.options)
+            keeping.start()
+            stack.callback(keeping.stop)
+            if workers:
+                supervisor = Supervisor(workers, Claims(service.store))
+                supervisor.start()
+                app.state.supervisor = supervisor
+                stack.callback(supervisor.stop)
+            yield
+
+    return lifespan
