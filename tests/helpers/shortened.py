@@ -67,6 +67,7 @@ READ = {
     "python -m demos.tiny_vlm.measure": "minutes: tests/test_tiny_vlm.py measures less",
     "sparse-dit serve": "runs until it is stopped: tests/serve/test_processes.py starts it",
     "python -m tests.helpers.serve_load": "minutes: tests/serve/test_processes.py runs less of it",
+    "python -m tests.helpers.serve_latency": "asks a server of a real model, for minutes",
     "python search/tiny_wan.py": "the demo's search, in minutes; `sparse-dit demo` runs it smaller",
 }
 # neither
