@@ -71,6 +71,7 @@ READ = {
     "sparse-dit eval frontier --model VLM": "needs prompts: tests/search/language/test_prompts.py",
     "sparse-dit serve": "runs until it is stopped: tests/serve/test_processes.py starts it",
     "python -m tests.helpers.serve_load": "minutes: tests/serve/test_processes.py runs less of it",
+    "python -m tests.helpers.serve_latency": "asks a server of a real model, for minutes",
     "python search/tiny_wan.py": "the demo's search, in minutes; `sparse-dit demo` runs it smaller",
 }
 # neither
