@@ -23,7 +23,12 @@ for name, file in (("profiles", "README.md"), ("tiny_wan", "model_index.json")):
     assert folder.is_relative_to(package) and (folder / file).is_file(), folder
 assert (shipped("tiny_wan") / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
 assert "tiny-wan" in built_in(), built_in()
-for file in ("py.typed", "eval/templates/report.html.j2"):
+for file in (
+    "py.typed",
+    "eval/templates/report.html.j2",
+    "serve/templates/page.html.j2",
+    "serve/static/page.js",
+):
     assert (package / file).is_file(), file
 
 assert library.LIBRARY is not None, library.PROBLEM

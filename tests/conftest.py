@@ -28,6 +28,7 @@ SLOW = (  # files of a minute or so; the worker that got one of them last would 
     "bench/test_bench.py",
     "eval/test_report_plan.py",
     "eval/test_report.py",
+    "serve/test_browser.py",
     "cli/test_cli.py",
 )
 

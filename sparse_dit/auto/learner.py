@@ -19,6 +19,7 @@ from ..integrations import heads_of
 from ..plan import Plan, config_hash
 from ..search.assemble import first_plan, stage_shares
 from ..search.candidates import tilings
+from ..search.cost import Costs
 from ..search.engine import with_break_even
 from ..search.objective import Objective
 from ..search.pricing import cost_tables, dense_generation, inside
@@ -78,6 +79,7 @@ class Learner:
         self._until_last = Taken(0.0, 0.0)  # from the first step's begin to the last one's
         self._branch: str | None = None  # that is recorded in the present step
         self._levels = 0
+        self._tables: dict[str, Costs] | None = None
 
     def record(self, name: str, call: AttentionCall) -> Tensor:
         """Stock attention's output `[B, N, H, D]`, of a call that `whole_layout` knows.
@@ -137,7 +139,9 @@ class Learner:
         modules = {name: self.modules[name] for name in parts}
         dense = self._reference()
         calls = {name: dense.calls(name, stages[name]) for name in parts}
-        tables = inside(cost_tables(modules, parts, backend, None), parts, calls, [dense])
+        if self._tables is None:  # the same for plans that are made anew
+            self._tables = inside(cost_tables(modules, parts, backend, None), parts, calls, [dense])
+        tables = self._tables
         seconds = dense_generation(tables, parts, calls, dense.seconds, None)
         matters = {n: assumed_sensitivity(stages[n], len(part.layers)) for n, part in parts.items()}
         problems = {

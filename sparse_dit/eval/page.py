@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -59,16 +59,20 @@ def render_page(
             other_size=other_size(report.plan, report.quality.layout),
             line_limit=LINE_LIMIT,
             forced=_forced(report),
-            atlases=[_atlas(atlas, _thumb(report)) for atlas in report.atlases],
+            atlases=pictured(report.atlases),
             opened=opened(report.atlases),
         )
     )
 
 
-def environment() -> Environment:
-    """The templates, with filters that write numbers."""
+def environment(*packages: str) -> Environment:
+    """The templates, with filters that write numbers.
+
+    Args:
+        packages: Packages whose own templates are looked for before these.
+    """
     made = Environment(
-        loader=PackageLoader("sparse_dit.eval"),
+        loader=ChoiceLoader([PackageLoader(name) for name in (*packages, "sparse_dit.eval")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -198,9 +202,11 @@ def _forced(report: Report) -> Markup | None:
     return Markup(to_svg(figure, "forced", "Teacher-forced error over the noise level"))
 
 
-def _thumb(report: Report) -> int:
-    heads = sum(len(cells) for atlas in report.atlases for cells in atlas.layers.values())
-    return 96 if heads <= MANY_HEADS else 48
+def pictured(atlases: Sequence[StageAtlas]) -> list[dict[str, Any]]:
+    """Atlases with their pictures inside of URIs, as `atlas.html.j2` shows them."""
+    heads = sum(len(cells) for atlas in atlases for cells in atlas.layers.values())
+    side = 96 if heads <= MANY_HEADS else 48
+    return [_atlas(atlas, side) for atlas in atlases]
 
 
 def _atlas(atlas: StageAtlas, side: int) -> dict[str, Any]:

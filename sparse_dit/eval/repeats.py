@@ -99,7 +99,7 @@ def _searched(
         if known.provenance.get("conditions") == state.conditions:
             return known
     say(f"search {number + 1} of {request.repeats}: profile, sensitivity and costs")
-    part = _profiled(pipe, name, request, file.with_suffix(".safetensors"), say)
+    part = _profiled(pipe, name, request, file.with_name(f"{file.stem}-profile.safetensors"), say)
     stages = stages_of(part.sigmas)
     small = workload(pipe, request.settings).reduced()
     weights = sensitivity(small, name, stages, part.layers, request.calibration[0])

@@ -26,8 +26,12 @@ from .nested import Kind
 BUDGETS = (0.02, 0.07, 0.15, 0.3, 0.5, 0.75)
 ORDER_BUDGET = 0.2  # density at which token orders are compared
 REPEATS = 2
-FITS = 0.1  # root mean square of relative residuals up to which a line is taken for what was timed
-EQUAL = 0.06  # token orders that differ by less cost the same: single timings differ by 3 to 5 %
+MOST_REPEATS = 20  # of calls so short that single timings are off by a tenth
+LONG_ENOUGH = 0.5  # seconds that all timings take together, if that takes no more than MOST_REPEATS
+EQUAL = (
+    0.08  # token orders that differ by less cost the same, as single timings of one differ by 5 %
+)
+FITS = 0.2  # root mean square of relative residuals up to which a line is taken for what was timed
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def measure_cost(
     budgets: Sequence[float] = BUDGETS,
     orders: Sequence[Tile] = (),
 ) -> CostTable:
-    """Time dense and sparse attention on random data, interleaved; the fastest of three of each.
+    """Time dense and sparse attention on random data, interleaved; the fastest of at least three of each.
 
     Indices are built beforehand, as they are at run time; how long that takes is timed on its own, for
     the densest pattern with the far field.
@@ -161,10 +165,13 @@ def measure_cost(
         index = build_index([nearest_tiles(layout, ORDER_BUDGET, True, tile)] * num_heads, layout)
         ordered[tile] = index = index.to(device)
         runs["order", tile] = lambda i=index: sparse_attention(q, k, v, i, backend=backend)
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(REPEATS + 1):  # the first fills caches
-        for key, run in runs.items():
-            best[key] = min(best[key], timed(run, q.device))
+    best, spent, rounds = dict.fromkeys(runs, float("inf")), 0.0, 0
+    while rounds <= REPEATS or (spent < LONG_ENOUGH and rounds <= MOST_REPEATS):
+        for key, run in runs.items():  # the first round fills caches
+            seconds = timed(run, q.device)
+            best[key] = min(best[key], seconds)
+            spent += seconds
+        rounds += 1
     first = _first_call(pattern, (q, k, v), layout, backend) - best[last]
     sparse = {
         far: rising([(key[1], s / num_heads) for key, s in best.items() if key[0] is far])
@@ -214,8 +221,8 @@ def smoothed(table: CostTable) -> CostTable:
 
     A sparse head costs a fixed part and a part in proportion to its density. One line for all timings, those
     with a far field and the dense head beside sparse ones among them, replaces them if it fits (`FITS`), by
-    least squares of relative residuals. Else the points stay as they were timed. Token orders that cost the
-    same but for `EQUAL` count as equal.
+    least squares of relative residuals. Else the points stay as they were timed. Token orders that cost
+    the same but for `EQUAL` count as equal, others are told apart in steps of a tenth.
 
     Args:
         table: Costs that were timed on this device.
@@ -227,7 +234,8 @@ def smoothed(table: CostTable) -> CostTable:
     line, *_ = np.linalg.lstsq(columns / seconds[:, None], np.ones_like(seconds), rcond=None)
     spread = float(np.sqrt(np.mean((columns @ line / seconds - 1) ** 2)))
     orders = {
-        tile: 1.0 if abs(times - 1) <= EQUAL else times for tile, times in table.orders.items()
+        tile: 1.0 if abs(times - 1) <= EQUAL else round(times, 1)
+        for tile, times in table.orders.items()
     }
     fixed, rate = max(0.0, float(line[0])), float(line[1])
     if spread > FITS or rate <= 0:

@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -18,6 +17,7 @@ from .claims import Claims
 from .errors import add_handlers
 from .housekeeping import Housekeeping
 from .images import image_routes
+from .page import page_routes
 from .security import Keyed, Limited, SafeHeaders, same_origin
 from .service import Service
 from .status import health_routes, status_routes
@@ -51,11 +51,7 @@ def create_app(service: Service, workers: Sequence[WorkerOptions] = ()) -> FastA
         app.include_router(routes, dependencies=[Depends(same_origin), Depends(keyed)])
     app.include_router(health_routes(service))
 
-    @app.get("/", include_in_schema=False)
-    def home() -> RedirectResponse:
-        """The API's own page."""
-        return RedirectResponse("/docs")
-
+    app.include_router(page_routes(service, keyed))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=options.limits.body)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts))
     app.add_middleware(SafeHeaders)

@@ -78,6 +78,13 @@ class Files:
                 return folder / name
         return None
 
+    def read(self, job: Job, name: str) -> bytes | None:
+        """The bytes of a small file that the job made, complete or not; None if there is none."""
+        for folder in (self.made(job), self.making(job), self.made(job)):  # published meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                return (folder / name).read_bytes()
+        return None
+
     def size(self, job: Job) -> int:
         """Bytes of all that belongs to a job."""
         files = (self.folder / job.id).rglob("*")

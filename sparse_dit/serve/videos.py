@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from .answers import Deleted, Video, VideoList, variants_of, video_of
@@ -113,13 +113,13 @@ def video_routes(service: Service, limited: Callable[..., Any]) -> APIRouter:
         """A file of a finished job."""
         return _file(service, service.job(video_id), variant, CACHED)
 
-    @routes.get("/{video_id}/previews/{step}", response_class=FileResponse, responses=refusals(404))
-    def preview(video_id: Id, step: Annotated[int, Path(ge=1, le=1 << 20)]) -> FileResponse:
+    @routes.get("/{video_id}/previews/{step}", response_class=Response, responses=refusals(404))
+    def preview(video_id: Id, step: Annotated[int, Path(ge=1, le=1 << 20)]) -> Response:
         """The latents after a step as a small WebP picture; the job's `previews` say which steps."""
-        file = service.files.file(service.job(video_id), preview_name(step))
-        if file is None:
+        picture = service.files.read(service.job(video_id), preview_name(step))
+        if picture is None:
             raise not_found(f"there is no preview of step {step}")
-        return FileResponse(file, media_type="image/webp", headers=CACHED)
+        return Response(picture, media_type="image/webp", headers=CACHED)
 
     return routes
 

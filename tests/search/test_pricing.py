@@ -88,8 +88,8 @@ def test_costs_that_are_no_line_stay_as_timed():
 
 
 def test_token_orders_that_cost_clearly_more_stay_dearer():
-    assert smoothed(timed_table(0.01, order=1.2)).orders == {(1, 8, 8): 1.2}
-    assert smoothed(timed_table(0.01, order=0.97)).orders == {(1, 8, 8): 1.0}
+    for order, priced in ((1.22, 1.2), (1.07, 1.0), (0.93, 1.0), (0.87, 0.9)):
+        assert smoothed(timed_table(0.01, order)).orders == {(1, 8, 8): priced}
 
 
 def test_a_reference_says_what_its_attention_took():

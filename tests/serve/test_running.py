@@ -244,6 +244,24 @@ def test_previews_are_few_and_never_of_the_last_step():
     assert preview_steps(50) == {10, 20, 30, 40}
 
 
+def test_a_preview_is_found_while_its_job_is_published(service, monkeypatch):
+    submit(service)
+    job = claimed(service)
+    with service.files.attempt(job) as folder:
+        (folder / "preview-1.webp").write_bytes(b"a picture")
+        assert service.files.read(job, "preview-1.webp") == b"a picture"
+        making = service.files.making
+
+        def published_at_once(job):
+            monkeypatch.undo()
+            service.files.publish(job, {})
+            return making(job)
+
+        monkeypatch.setattr(type(service.files), "making", lambda self, job: published_at_once(job))
+        assert service.files.read(job, "preview-1.webp") == b"a picture"
+    assert service.files.read(job, "preview-2.webp") is None
+
+
 def test_an_attempt_begins_in_an_empty_folder(service):
     id = submit(service)
     job = claimed(service)

@@ -1,0 +1,233 @@
+"""The page that people open: a form, one job with what came out, and the jobs before it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Form, Query, Request
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from jinja2 import Environment
+
+from ..version import VERSION
+from .answers import Video, video_of
+from .dial import PlanChoice, plan_choices, sizes
+from .errors import ApiError, not_found
+from .jobs import Job
+from .plans import DENSE
+from .security import COOKIE, Keyed, Limited, same_origin
+from .service import Service
+from .status import health_of
+
+STATIC = Path(__file__).parent / "static"
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FOREVER = {"Cache-Control": "public, max-age=31536000, immutable"}  # the address has a hash
+HISTORY = 12  # jobs that are shown at once
+LOOKED_AT = 100  # of the newest jobs, for one to begin with
+KEY_RATE = "10/minute"  # keys that one client may try
+WITHIN = re.compile(r"/(jobs/[a-z]+_[0-9a-f]{32})?")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a view of the page is about.
+
+    Attributes:
+        job: The job; None where there is none yet.
+        example: Whether it is there because nothing else was asked for.
+        wrong: What isn't there.
+    """
+
+    job: Job | None
+    example: bool = False
+    wrong: str | None = None
+
+
+def page_routes(service: Service, keyed: Keyed) -> APIRouter:
+    """The routes of the page, which are no part of the API's description.
+
+    Args:
+        service: What they show.
+        keyed: Who may look; others are asked for a key.
+    """
+    routes = APIRouter(include_in_schema=False)
+    templates, addresses = _templates(), _addresses()
+    choices = plan_choices(service.card)
+    offered = sizes(service.card, service.options.limits)
+
+    def render(name: str, status: int = 200, **more: Any) -> HTMLResponse:
+        text = templates.get_template(name).render(
+            static=addresses, version=VERSION, card=service.card, **more
+        )
+        return HTMLResponse(text, status)
+
+    def stranger(request: Request) -> HTMLResponse | None:
+        """The form that asks for a key, unless there is one."""
+        try:
+            keyed(request)
+        except ApiError as error:
+            return render("key.html.j2", error.status, next=request.url.path, wrong=False)
+        return None
+
+    def view(request: Request, shown: Shown, after: str | None, status: int = 200) -> HTMLResponse:
+        jobs, more = service.store.list(
+            service.card.kind, after=after, limit=HISTORY, order="desc"
+        ) or ([], False)
+        job = shown.job
+        return render(
+            "page.html.j2",
+            status,
+            shown=shown,
+            video=None if job is None else video_of(job),
+            address="" if job is None else f"{request.base_url}jobs/{job.id}",
+            history=[video_of(one, whole=False) for one in jobs],
+            older=jobs[-1].id if more else None,
+            after=after,
+            values=_values(service, choices, None if shown.example else job),
+            choices=choices,
+            dense=DENSE,
+            sizes=offered,
+            limits=service.options.limits,
+            health=health_of(service),
+        )
+
+    @routes.get("/")
+    def home(
+        request: Request, after: Annotated[str | None, Query(max_length=64)] = None
+    ) -> Response:
+        """The page with a finished job as an example."""
+        return stranger(request) or view(request, Shown(_example(service), True), after)
+
+    @routes.get("/jobs/{id}")
+    def one(request: Request, id: str) -> Response:
+        """The page with a job."""
+        if ask := stranger(request):
+            return ask
+        job = service.store.get(id, service.card.kind)
+        if job is None:
+            wrong = "There is no such job: it was deleted, or its time was over."
+            return view(request, Shown(None, wrong=wrong), None, 404)
+        return view(request, Shown(job), None)
+
+    @routes.get("/jobs/{id}/atlas")
+    def atlas(request: Request, id: str) -> Response:
+        """The atlas of the heads of a job's plan."""
+        if ask := stranger(request):
+            return ask
+        spec = service.job(id, service.card.kind).spec
+        if spec.plan not in service.card.plans:
+            raise not_found("the job ran dense, or its plan is no longer served")
+        return HTMLResponse(drawn(spec.plan, spec.speedup))
+
+    @functools.lru_cache(maxsize=8)
+    def drawn(name: str, speedup: float | None) -> str:
+        from ..eval.command import plan_atlases  # which draw, and are slow to import
+        from ..eval.page import opened, pictured
+
+        atlases = plan_atlases(service.card.plans[name].at(speedup), {})
+        return templates.get_template("heads.html.j2").render(
+            static=addresses,
+            version=VERSION,
+            card=service.card,
+            plan=name,
+            atlases=pictured(atlases),
+            opened=opened(atlases),
+        )
+
+    @routes.post("/key", dependencies=[Depends(same_origin), Depends(Limited(KEY_RATE))])
+    def key(
+        request: Request,
+        key: Annotated[str, Form(max_length=512)],
+        next: Annotated[str, Form(max_length=128)] = "/",
+    ) -> Response:
+        """Keep a key in a cookie, which scripts can't read."""
+        target = next if WITHIN.fullmatch(next) else "/"
+        if stranger(request) is None:
+            return RedirectResponse(target, 303)
+        if not keyed.knows(key):
+            return render("key.html.j2", 401, next=target, wrong=True)
+        answer = RedirectResponse(target, 303)
+        secure = request.url.scheme == "https"
+        answer.set_cookie(COOKIE, key.strip(), httponly=True, samesite="strict", secure=secure)
+        return answer
+
+    @routes.get("/static/{name}")
+    def static(name: str) -> Response:
+        """The style, the script, the icon."""
+        if name not in addresses:
+            raise not_found("there is no such file")
+        kind = KINDS[Path(name).suffix]
+        return FileResponse(STATIC / name, media_type=kind, headers=FOREVER)
+
+    return routes
+
+
+def _example(service: Service) -> Job | None:
+    """The newest finished job, one that was compared if there is any."""
+    jobs, _ = service.store.list(service.card.kind, after=None, limit=LOOKED_AT, order="desc") or (
+        [],
+        False,
+    )
+    done = [job for job in jobs if job.status == "completed"]
+    return next((job for job in done if job.spec.compare), next(iter(done), None))
+
+
+def _values(service: Service, choices: list[PlanChoice], job: Job | None) -> dict[str, Any]:
+    """What the form holds at first: the defaults, or what a job was asked for."""
+    defaults = service.card.defaults
+    if job is None:
+        chosen = choices[0] if choices else None
+        return {
+            "prompt": "",
+            "negative_prompt": defaults.negative_prompt or "",
+            "seed": "",
+            "size": f"{defaults.width}x{defaults.height}",
+            "num_frames": defaults.num_frames,
+            "steps": defaults.steps,
+            "guidance": defaults.guidance,
+            "plan": service.card.default_plan,
+            "stop": chosen.at if chosen else 0,
+            "compare": chosen is not None,
+        }
+    spec = job.spec
+    chosen = next((one for one in choices if one.name == spec.plan), None)
+    return {
+        "prompt": spec.prompt,
+        "negative_prompt": spec.negative_prompt or "",
+        "seed": spec.seed,
+        "size": f"{spec.width}x{spec.height}",
+        "num_frames": spec.num_frames,
+        "steps": spec.steps,
+        "guidance": spec.guidance,
+        "plan": spec.plan,
+        "stop": chosen.at_speedup(spec.speedup) if chosen else 0,
+        "compare": spec.compare or chosen is None,
+    }
+
+
+def _addresses() -> dict[str, str]:
+    """Where browsers find the files of `static`: another address when a file has changed."""
+    return {
+        file.name: f"/static/{file.name}?{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+        for file in STATIC.iterdir()
+        if file.suffix in KINDS
+    }
+
+
+def _templates() -> Environment:
+    from ..eval.page import environment
+
+    made = environment("sparse_dit.serve")
+    made.filters["against_dense"] = _against_dense
+    return made
+
+
+def _against_dense(video: Video) -> float | None:
+    """The speed-up that was measured."""
+    if not video.dense_time_s or not video.inference_time_s:
+        return None
+    return video.dense_time_s / video.inference_time_s
