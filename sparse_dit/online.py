@@ -51,13 +51,14 @@ Levels = Callable[[float], float]
 Stages = Sequence[tuple[float, Pattern]]
 
 
+DENSE_STEPS = 0.25  # of all, at most
 EARLY = 0.5  # of all: the steps up to here have twice the density of the others
 REFRESH = 6  # steps
 
 
 def _online(density: float, level: Levels) -> Stages:
     """Ours. Errors of early steps move the video the most, so these get the more of the density."""
-    dense = density / 4
+    dense = min(DENSE_STEPS, 0.55 * density)
     late = (density - dense) / (2 * (EARLY - dense) + 1 - EARLY)
     if 2 * late > 1:
         late = (density - EARLY) / (1 - EARLY)
