@@ -8,10 +8,11 @@ import torch
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import sparse_dit
-from demos.tiny_vlm import measure, train
+from demos.tiny_vlm import measure, prompts, train
 from demos.tiny_vlm.clips import Clips, draw_clips
 from demos.tiny_vlm.folder import new_model, write_model
 from demos.tiny_vlm.inputs import to_patches
@@ -187,3 +188,18 @@ def test_measuring_prints_a_row_for_each_way(capsys):
     torch.set_num_threads(threads)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[2] for row in rows if len(row) > 3] == ["way", "chance", "stock", *ways]
+
+
+def test_prompts_for_commands_hold_the_question_and_its_answer(tmp_path, model):
+    prompts.main([str(tmp_path / "prompts"), "--size", "4x2:1"])
+    files = sorted((tmp_path / "prompts").iterdir())
+    assert [file.stem for file in files] == sorted(f"0-{kind}" for kind in QUESTIONS)
+    inputs = load_file(tmp_path / "prompts" / "0-colour.safetensors")
+    (clips,) = measure.clips_of(Size(4, 2, 1))
+    known, right = QUESTIONS["colour"]
+    assert (
+        inputs["input_ids"][0, -3:].tolist()
+        == tokens(("colour", "?", known[right(clips)])).tolist()
+    )
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()

@@ -32,6 +32,7 @@ EQUAL = (
     0.08  # token orders that differ by less cost the same, as single timings of one differ by 5 %
 )
 FITS = 0.2  # root mean square of relative residuals up to which a line is taken for what was timed
+LEAST = 1e-3  # of a dense head's seconds: a head that sees nothing is still written
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def smoothed(table: CostTable) -> CostTable:
         tile: 1.0 if abs(times - 1) <= EQUAL else round(times, 1)
         for tile, times in table.orders.items()
     }
-    fixed, rate = max(0.0, float(line[0])), float(line[1])
+    fixed, rate = max(LEAST * head, float(line[0])), float(line[1])
     if spread > FITS or rate <= 0:
         return replace(table, orders=orders)
     sparse = {

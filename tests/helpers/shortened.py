@@ -69,6 +69,11 @@ READ = {
     "sparse-dit plans --remove": "needs a learned plan: tests/auto/test_store.py",
     "sparse-dit search VLM": "needs prompts: tests/search/language/test_prompts.py",
     "sparse-dit eval frontier --model VLM": "needs prompts: tests/search/language/test_prompts.py",
+    "python -m demos.tiny_vlm.prompts": "tests/test_tiny_vlm.py writes some",
+    "sparse-dit search demos/tiny_vlm/model": "minutes: tests/search/language/test_prompts.py",
+    "sparse-dit eval frontier --model demos/tiny_vlm/model": (
+        "minutes: tests/search/language/test_prompts.py"
+    ),
     "sparse-dit serve": "runs until it is stopped: tests/serve/test_processes.py starts it",
     "python -m tests.helpers.serve_load": "minutes: tests/serve/test_processes.py runs less of it",
     "python -m tests.helpers.serve_latency": "asks a server of a real model, for minutes",
