@@ -33,7 +33,13 @@ def patch(
     *,
     backend: str = "auto",
     nan_guard: bool = False,
-    **options: Any,
+    density: float | None = None,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    tau: float | None = None,
+    min_psnr: float | None = None,
+    target_speedup: float | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Handle:
     """Make a pipeline's transformers, or a model of transformers, run attention as the plan says.
 
@@ -48,8 +54,10 @@ def patch(
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
             Each sparse call then reads its output once more and waits for the device.
-        options: Of `"online"`, `density`; of the other rules without a plan see `online.RULES`. Of `"auto"`
-            what is asked of the plan, see `auto.AutoOptions`: `min_psnr` or `target_speedup`, `cache`.
+        density, sparsity, threshold, tau: Of `"online"`, `"adaspa"`, `"xattention"` and `"sol"` in turn the
+            one number that it takes; see `online.RULES`.
+        min_psnr, target_speedup, cache: Of `"auto"`, what is asked of the plan, and where plans are kept;
+            see `auto.AutoOptions`.
 
     Returns:
         The handle that tells what ran and takes the patch off; also a context manager.
@@ -72,6 +80,11 @@ def patch(
             "plan must be 'auto', 'exact', a rule, a path, a built-in name, a hub id or a Plan, got "
             f"{type(plan).__name__}"
         )
+    given = {
+        "density": density, "sparsity": sparsity, "threshold": threshold, "tau": tau,
+        "min_psnr": min_psnr, "target_speedup": target_speedup, "cache": cache,
+    }  # fmt: skip
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if isinstance(plan, str) and plan in RULES:
         plan, options = online_plan(pipe_or_transformer, plan, **options), {}
     if options and plan != AUTO:
@@ -80,6 +93,8 @@ def patch(
     if plan == AUTO:
         from .auto import AutoOptions, attach_auto
 
+        if other := sorted(options.keys() - {"min_psnr", "target_speedup", "cache"}):
+            raise TypeError(f"'auto' takes min_psnr or target_speedup, and cache, not {other[0]}")
         asked = AutoOptions(**options)
         session, intercepts = attach_auto(pipe_or_transformer, found, asked, backend, nan_guard)
         attachments = _attached(found, intercepts, pipe_or_transformer)
