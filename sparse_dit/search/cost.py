@@ -238,11 +238,14 @@ def smoothed(table: CostTable) -> CostTable:
         tile: 1.0 if abs(times - 1) <= EQUAL else round(times, 1)
         for tile, times in table.orders.items()
     }
-    fixed, rate = max(LEAST * head, float(line[0])), float(line[1])
+    fixed, rate = max(0.0, float(line[0])), float(line[1])
     if spread > FITS or rate <= 0:
         return replace(table, orders=orders)
     sparse = {
-        far: tuple((d, fixed + rate * d) for d in (0.0, *(d for d, _ in known), 1.0))
+        far: (
+            (0.0, max(LEAST * head, fixed)),
+            *((d, fixed + rate * d) for d in (*(d for d, _ in known), 1.0)),
+        )
         for far, known in table.sparse.items()
     }
     return replace(table, sparse=sparse, dense_head=fixed + rate, orders=orders, spread=spread)

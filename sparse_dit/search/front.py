@@ -119,7 +119,7 @@ def front_of(
             speedup=round(choice.speedup, 4),
             density=round(choice.density, 6),
             error=round(choice.error, 6),
-            seconds=round(choice.seconds, 4),
+            seconds=float(f"{choice.seconds:.5g}"),
             psnr=_psnr(choice, found, psnr_db),
             kl=None if kl_of_loss is None else round(choice.loss * kl_of_loss, 6),
             patterns=[numbers.setdefault(head.pattern, len(numbers)) for head in of_heads],
