@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from ..call import AttentionCall, StepContext
 from ..generation import Case
 from ..integrations import heads_of
+from ..layout import TokenLayout
 from ..plan import Plan, config_hash
 from ..search.assemble import first_plan, stage_shares
 from ..search.candidates import tilings
 from ..search.cost import Costs
 from ..search.engine import with_break_even
 from ..search.objective import Objective
-from ..search.pricing import cost_tables, dense_generation, inside
+from ..search.pricing import cost_tables, inside
 from ..search.prior import assumed_sensitivity
 from ..search.profile import ComponentProfile
 from ..search.projection import projections
 from ..search.provenance import made_with
 from ..search.recorder import Recorder
-from ..search.sampling import whole_layout
-from ..search.solve import joined, pair_shares, problem, stages_of
+from ..search.solve import stages_of, whole_problem
 from ..search.statistics import empty_heads
 from ..search.tune import allowed_loss
 from ..search.verify import Reference
@@ -81,8 +81,8 @@ class Learner:
         self._levels = 0
         self._tables: dict[str, Costs] | None = None
 
-    def record(self, name: str, call: AttentionCall) -> Tensor:
-        """Stock attention's output `[B, N, H, D]`, of a call that `whole_layout` knows.
+    def record(self, name: str, call: AttentionCall, layout: TokenLayout) -> Tensor:
+        """Stock attention's output `[B, N, H, D]`, of a call whose `whole_layout` is given.
 
         Raises:
             ValueError: If what is recorded isn't finite, or doesn't fit what was recorded before.
@@ -90,11 +90,11 @@ class Learner:
         part = self._parts.get(name)
         if part is None:
             part = self._parts[name] = self._begun(name)
-        self._follow(part, call)
-        self._look(part.recorder, call)
+        self._follow(part, call, layout)
+        self._look(part.recorder, call, layout)
         return part.attention.run(call.stock, call.q.device)
 
-    def refine(self, name: str, call: AttentionCall) -> None:
+    def refine(self, name: str, call: AttentionCall, layout: TokenLayout) -> None:
         """Score the heads of a later generation, which runs sparse, at one noise level in two."""
         part = self._parts[name]
         if call.layer == part.first:
@@ -102,7 +102,7 @@ class Learner:
             due = level != part.step and level % 2 == self.refined % 2
             part.step = level
             self._branch = "any" if due else None
-        self._look(part.recorder, call)
+        self._look(part.recorder, call, layout)
 
     def keep(self) -> None:
         """Add what a generation gave, and get ready for the next one."""
@@ -142,13 +142,8 @@ class Learner:
         if self._tables is None:  # the same for plans that are made anew
             self._tables = inside(cost_tables(modules, parts, backend, None), parts, calls, [dense])
         tables = self._tables
-        seconds = dense_generation(tables, parts, calls, dense.seconds, None)
         matters = {n: assumed_sensitivity(stages[n], len(part.layers)) for n, part in parts.items()}
-        problems = {
-            name: problem(part, stages[name], matters[name], tables[name], calls[name], seconds)
-            for name, part in parts.items()
-        }
-        task = joined(problems, pair_shares(parts, calls), seconds)
+        task = whole_problem(parts, matters, tables, calls, dense.seconds)
         floor = (objective.min_psnr or 0.0) + MARGIN_DB
         choice = objective.choose(task, allowed_loss(objective.min_psnr, floor=floor))
         plan = first_plan(pipeline_class, parts, task, choice, tables)
@@ -175,7 +170,7 @@ class Learner:
         seed, rows = self.seed + self.refined, ROWS if phase == "both" else REFINING_ROWS
         return Recorder(profile, phase, rows, seed, projections=projections(self.modules[name]))
 
-    def _follow(self, part: _Part, call: AttentionCall) -> None:
+    def _follow(self, part: _Part, call: AttentionCall, layout: TokenLayout) -> None:
         """Note that a forward or a step begins, if one does."""
         context = call.context
         part.first = part.first or call.layer
@@ -196,7 +191,7 @@ class Learner:
         self._branch = ("uncond" if self._levels % 2 else "cond") if due else None
         self._levels += due
         if fresh:
-            self._make_room(part, call)
+            self._make_room(part, layout)
 
     def _due(self, context: StepContext) -> bool:
         if self.steps is not None:
@@ -204,20 +199,19 @@ class Learner:
             return self._taken in {n * self.steps // chosen for n in range(chosen)}
         return self._levels < len(SIGMAS) and (context.sigma or 0.0) <= SIGMAS[self._levels]
 
-    def _make_room(self, part: _Part, call: AttentionCall) -> None:
+    def _make_room(self, part: _Part, layout: TokenLayout) -> None:
         """Candidates depend on how many choices a plan will have, so these are known from the start."""
-        layout = whole_layout(call)
-        assert layout is not None, "the caller asked"
         part.profile.note_layout(layout)
         for layer, (heads, _) in part.profile.heads.items():
             for level in range(LEVELS):
                 room = empty_heads(layout, tilings(layout), heads)
                 part.profile.found.setdefault((level, layer), room)
 
-    def _look(self, recorder: Recorder, call: AttentionCall) -> None:
-        layout, sigma = whole_layout(call), call.context.sigma
+    def _look(self, recorder: Recorder, call: AttentionCall, layout: TokenLayout) -> None:
+        """Record a call if its forward is due."""
+        sigma = call.context.sigma
         due = self._branch == "any" or call.context.branch in ("any", self._branch)
-        if self._branch is None or not due or layout is None or sigma is None:
+        if self._branch is None or not due or sigma is None:
             return
         timer = Timer(call.q.device)
         recorder.record(call, layout, sigma)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..account import Account, Ran
 from ..call import AttentionCall
-from ..integrations import host_named, library_of
+from ..integrations import host_of, library_of
 from ..plan import Plan
 from ..runtime import Runtime
 from ..search.sampling import whole_layout
@@ -72,7 +72,7 @@ class Session:
         self.options = options
         self.backend = backend
         self.nan_guard = nan_guard
-        self.store = PlanStore(options.cache)
+        self.store = None if options.cache == "" else PlanStore(options.cache)
         self.sizes: dict[int, _Size] = {}
         self.present: _Size | None = None
         self._pipe = None if isinstance(pipe, nn.Module) else weakref.ref(pipe)
@@ -87,10 +87,10 @@ class Session:
             return (
                 runtime(call) if runtime else _stock(call, account, "a call that can't be learned")
             )
-        size = self._size(name, call, size_class(layout.without_global().seq_len))
+        size = self._size(name, call, size_class(layout.num_grid))
         if size.learner is not None and not size.runtimes:
             try:
-                out = size.learner.record(name, call)
+                out = size.learner.record(name, call, layout)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 self._fail(size, error)
             else:
@@ -101,7 +101,7 @@ class Session:
             return _stock(call, account, size.failed or "the plan has no such transformer")
         if size.refining and size.learner is not None:
             try:
-                size.learner.refine(name, call)
+                size.learner.refine(name, call, layout)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 size.refining, size.learner = False, None
                 logger.warning("a learned plan isn't refined any more: %s", error)
@@ -156,7 +156,7 @@ class Session:
     def _found(self, number: int) -> _Size:
         """A size that wasn't seen yet: by its plan in the store, or to be learned."""
         name = plan_name(self.modules, number, self.options.objective.to_dict())
-        plan = None if self.options.cache == "" else self.store.find(name)
+        plan = None if self.store is None else self.store.find(name)
         size = _Size(name)
         if plan is not None and set(plan.components) <= set(self.modules):
             self._follow(size, plan)
@@ -167,8 +167,7 @@ class Session:
     def _steps(self) -> int | None:
         """Steps of the generation that begins, as its pipeline's scheduler says."""
         pipe = None if self._pipe is None else self._pipe()
-        host: Any = host_named("diffusers")
-        return None if pipe is None else host.steps_of(pipe)
+        return None if pipe is None else host_of(pipe).steps_of(pipe)
 
     def _end(self, size: _Size) -> None:
         """A generation of a size that is being learned is over, as the next one begins."""
@@ -195,7 +194,7 @@ class Session:
         self._follow(size, plan)
         if learner.refined >= MOST_REFINED:
             size.learner = None
-        if self.options.cache != "":
+        if self.store is not None:
             self.store.keep(size.name, plan)
 
     def _follow(self, size: _Size, plan: Plan) -> None:

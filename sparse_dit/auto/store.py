@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -120,7 +121,7 @@ def plan_name(modules: Mapping[str, nn.Module], size: int, objective: Mapping[st
 
 def size_class(tokens: int) -> int:
     """A number that lengths share which differ by less than a factor of 1.19 from its middle."""
-    return round(2 * torch.tensor(float(tokens), dtype=torch.float64).log2().item())
+    return round(2 * math.log2(tokens))
 
 
 def tokens_of(size: int) -> int:

@@ -141,8 +141,9 @@ class Host(Protocol):
     """The functions of a host's module.
 
     The first five are all that `patch` needs; `sparse_dit.integrations` hands them on and explains them. The
-    next two serve the search, `noise_level` rules without a plan (a language model's host has none), `probe`
-    plans from geometry, `one_step` the report, the rest the command line.
+    next two serve the search, `noise_level` rules without a plan and `steps_of` plans that are learned (a
+    language model's host has neither), `probe` plans from geometry, `one_step` the report, the rest the
+    command line.
     Components have `config` (a mapping that says what they were made from), `device` and `dtype`.
     """
 
@@ -164,6 +165,10 @@ class Host(Protocol):
 
     def noise_level(self, model: Any, share: float, /) -> float:
         """The noise level that a generation reaches after a share of its steps, by the model's schedule."""
+        ...
+
+    def steps_of(self, model: Any, /) -> int | None:
+        """Steps of the generation that a model is in, or was in last; None if that isn't known."""
         ...
 
     def probe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,6 +87,12 @@ class CostTable:
             return head * self.in_generation
         longer = self.orders.get(kind.tile, 1.0) * self.in_generation
         return longer * self._in_the_first_order(kind.far, density)
+
+    def prices(
+        self, kinds: Iterable[Kind | Pattern], densities: Iterable[float], calls: int
+    ) -> list[float]:
+        """Seconds of `calls` calls of a head by each of its candidates, in a layer that isn't all dense."""
+        return [self.seconds(*pair) * calls for pair in zip(kinds, densities, strict=True)]
 
     def _in_the_first_order(self, far: bool, density: float) -> float:
         points = self.sparse[far]

@@ -22,7 +22,7 @@ from .profiling import profile_pipeline
 from .provenance import evidence, measured_of, provenance
 from .repeat import repeated
 from .sensitivity import Sensitivity, sensitivity
-from .solve import Choice, Problem, joined, pair_shares, problem, stages_of
+from .solve import Choice, Problem, stages_of, whole_problem
 from .tune import Clock, Session, tune
 from .verify import Reference, dense_reference
 
@@ -170,11 +170,7 @@ def _solved(run: _Run, profiled: Profile) -> Searched:
     if target_device is None:
         tables = inside(tables, parts, calls, references)
     dense_seconds = dense_generation(tables, parts, calls, local_seconds, target_device)
-    problems = {
-        name: problem(part, stages[name], matters[name], tables[name], calls[name], dense_seconds)
-        for name, part in parts.items()
-    }
-    task = joined(problems, pair_shares(parts, calls), dense_seconds)
+    task = whole_problem(parts, matters, tables, calls, dense_seconds)
     clock.lap("solve")
     session = Session(options, run.work, matters, task, tables, profiled)
     choice, plan, verified = tune(

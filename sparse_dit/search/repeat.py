@@ -98,6 +98,5 @@ def _priced(
         name, level = problem.components[stage], problem.level_of[stage]
         part = parts[name]
         table, kinds = tables[name][part.heads[layer]], part.candidates(level, layer)[head].kinds
-        priced = zip(kinds, densities, strict=True)
-        rows.append([table.seconds(kind, share) * calls[name][level] for kind, share in priced])
+        rows.append(table.prices(kinds, densities, calls[name][level]))
     return replace(problem, seconds=torch.tensor(rows, dtype=torch.float64))

@@ -159,8 +159,7 @@ def problem(
         columns["recall"].append(scores["recall"] / scores["rows"][:, None])
         for head, patterns in enumerate(profile.candidates(stage, layer)):
             dens = densities(patterns, layout)
-            priced = zip(patterns.kinds, dens, strict=True)
-            cost = [table.seconds(kind, share) * calls[stage] for kind, share in priced]
+            cost = table.prices(patterns.kinds, dens, calls[stage])
             columns["density"].append(torch.tensor([dens], dtype=torch.float64))
             columns["seconds"].append(torch.tensor([cost], dtype=torch.float64))
             units.append((stage, layer, head))
@@ -262,6 +261,24 @@ def pair_shares(
     }
     total = max(1, sum(pairs.values()))
     return {name: count / total for name, count in pairs.items()}
+
+
+def whole_problem(
+    parts: Mapping[str, ComponentProfile],
+    sensitivities: Mapping[str, Sensitivity],
+    costs: Mapping[str, Costs],
+    calls: Mapping[str, Sequence[int]],
+    dense_generation: float,
+) -> Problem:
+    """The problem of a pipeline, of what `problem` takes for each of its transformers, by component name."""
+    problems = {
+        name: problem(
+            part, stages_of(part.sigmas), sensitivities[name], costs[name], calls[name],
+            dense_generation,
+        )
+        for name, part in parts.items()
+    }  # fmt: skip
+    return joined(problems, pair_shares(parts, calls), dense_generation)
 
 
 def joined(

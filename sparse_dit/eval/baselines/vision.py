@@ -32,7 +32,9 @@ def _blindsight(call: AttentionCall, share: float) -> SparseIndex:
     where = next(iter(call.context.modalities), None)
     if where is None or not where.media:
         return SparseIndex((dense,), (0,) * heads, rows)
-    entries = (dense, *_classes(where, call_rows(tokens, tokens, None), dense))
+    if "blindsight" not in where.cache:  # the same for all layers
+        where.cache["blindsight"] = _classes(where, call_rows(tokens, tokens, None), dense)
+    entries = (dense, *where.cache["blindsight"])
     classes = blindsight_classes(q[0], k[0], where, share, scale_of(call))
     return SparseIndex(entries, tuple(classes.tolist()), rows)
 

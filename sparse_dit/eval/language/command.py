@@ -38,9 +38,10 @@ def evaluate_language_plan(
         outputs: Of the command.
         overwrite: Whether files in the folder may be replaced.
     """
-    quality = evaluate(model, tokenizer, plan, request, say)
+    texts = request.read_by(model, tokenizer)
+    quality = evaluate(model, tokenizer, plan, request, say, texts)
     say("what every head computes of the first text")
-    heads = text_heads(model, plan, next(iter(request.read_by(model, tokenizer).values())))
+    heads = text_heads(model, plan, next(iter(texts.values())))
     report = LanguageReport(
         f"{type(model).__name__}: sparse attention against dense",
         plan,

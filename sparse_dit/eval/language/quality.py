@@ -168,7 +168,12 @@ class LanguageQuality:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, plan: Plan, request: LanguageRequest, say: Say
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    request: LanguageRequest,
+    say: Say,
+    texts: Mapping[str, Text] | None = None,
 ) -> LanguageQuality:
     """Measure a plan beside dense attention.
 
@@ -178,11 +183,12 @@ def evaluate(
         plan: For that model.
         request: What it is measured on.
         say: Called with a line of text before each part.
+        texts: The request's, as `read_by` gives them, which they are read by if None.
 
     Raises:
         ValueError: If a text or a length is too short.
     """
-    texts = request.read_by(model, tokenizer)
+    texts = request.read_by(model, tokenizer) if texts is None else texts
     asked = list(questions(tokenizer, request)) if request.asks else []
     warm_up(model, next(iter(texts.values())))
     rows, summaries, calls = [], [], 0
