@@ -78,7 +78,7 @@ def best_orders(
 
 
 def stride_of(pattern: Pattern, layout: TokenLayout) -> int:
-    """Of how many keys one is seen where a head sees every n-th, at the cost of its blocks."""
+    """The stride n at which a head that sees every n-th key costs what its blocks cost."""
     length, budget = layout.num_grid, pattern.shape.keep
     assert isinstance(budget, Budget), "own_order goes with a budget"
     keys = min(length, budget.keys(length))

@@ -62,7 +62,7 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """Of the job."""
+        """How much of the job is done, in percent, at most 99 until its files are there."""
         return min(MOST_PERCENT, 100 * self.step // max(1, self._spec.total_steps))
 
     def stepped(self) -> None:

@@ -78,7 +78,7 @@ class Supervisor:
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers that run."""
+        """The process numbers of the workers that run."""
         return [slot.process.pid for slot in self._slots if slot.process is not None]
 
     def _watch(self) -> None:
