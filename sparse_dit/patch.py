@@ -40,6 +40,7 @@ def patch(
     min_psnr: float | None = None,
     target_speedup: float | None = None,
     cache: str | os.PathLike[str] | None = None,
+    verify: bool | None = None,
 ) -> Handle:
     """Make a pipeline's transformers, or a model of transformers, run attention as the plan says.
 
@@ -56,8 +57,8 @@ def patch(
             Each sparse call then reads its output once more and waits for the device.
         density, sparsity, threshold, tau: Of `"online"`, `"adaspa"`, `"xattention"` and `"sol"` in turn the
             one number that it takes; see `online.RULES`.
-        min_psnr, target_speedup, cache: Of `"auto"`, what is asked of the plan, and where plans are kept;
-            see `auto.AutoOptions`.
+        min_psnr, target_speedup, cache, verify: Of `"auto"`, what is asked of the plan, where plans are kept,
+            and whether the first generation is made once more to measure it; see `auto.AutoOptions`.
 
     Returns:
         The handle that tells what ran and takes the patch off; also a context manager.
@@ -82,7 +83,7 @@ def patch(
         )
     given = {
         "density": density, "sparsity": sparsity, "threshold": threshold, "tau": tau,
-        "min_psnr": min_psnr, "target_speedup": target_speedup, "cache": cache,
+        "min_psnr": min_psnr, "target_speedup": target_speedup, "cache": cache, "verify": verify,
     }  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if isinstance(plan, str) and plan in RULES:
@@ -93,8 +94,10 @@ def patch(
     if plan == AUTO:
         from .auto import AutoOptions, attach_auto
 
-        if other := sorted(options.keys() - {"min_psnr", "target_speedup", "cache"}):
-            raise TypeError(f"'auto' takes min_psnr or target_speedup, and cache, not {other[0]}")
+        if other := sorted(options.keys() - {"min_psnr", "target_speedup", "cache", "verify"}):
+            raise TypeError(
+                f"'auto' takes min_psnr or target_speedup, cache and verify, not {other[0]}"
+            )
         asked = AutoOptions(**options)
         session, intercepts = attach_auto(pipe_or_transformer, found, asked, backend, nan_guard)
         attachments = _attached(found, intercepts, pipe_or_transformer)

@@ -80,6 +80,8 @@ class Learner:
         self._branch: str | None = None  # that is recorded in the present step
         self._levels = 0
         self._tables: dict[str, Costs] | None = None
+        self._scale: float | None = None  # measured over forecast loss
+        self._loss = 0.0  # that the last plan was forecast
 
     def record(self, name: str, call: AttentionCall, layout: TokenLayout) -> Tensor:
         """Stock attention's output `[B, N, H, D]`, of a call whose `whole_layout` is given.
@@ -114,6 +116,16 @@ class Learner:
             part.recorder = self._recorder(name, part.profile, "score")
             part.step = -1
 
+    def correct(self, loss: float) -> None:
+        """Take the loss that the last plan was measured to have, for those that are made from now on."""
+        if loss > 0 and self._loss > 0:
+            self._scale = loss / self._loss
+
+    @property
+    def recording(self) -> float:
+        """Seconds that recording has taken."""
+        return self._recording
+
     @property
     def complete(self) -> bool:
         """Whether the generation came to its end, as far as can be told."""
@@ -144,8 +156,13 @@ class Learner:
         tables = self._tables
         matters = {n: assumed_sensitivity(stages[n], len(part.layers)) for n, part in parts.items()}
         task = whole_problem(parts, matters, tables, calls, dense.seconds)
-        floor = (objective.min_psnr or 0.0) + MARGIN_DB
-        choice = objective.choose(task, allowed_loss(objective.min_psnr, floor=floor))
+        if self._scale is None:
+            floor = (objective.min_psnr or 0.0) + MARGIN_DB
+            allowed = allowed_loss(objective.min_psnr, floor=floor)
+        else:
+            allowed = allowed_loss(objective.min_psnr, self._scale)
+        choice = objective.choose(task, allowed)
+        self._loss = choice.loss
         plan = first_plan(pipeline_class, parts, task, choice, tables)
         plan = with_break_even(plan, task, choice, tables)
         record = {

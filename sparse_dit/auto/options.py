@@ -15,10 +15,12 @@ class AutoOptions:
     """What is asked of a learned plan.
 
     Args:
-        min_psnr: The PSNR in dB to aim at; 30 if nothing is asked for. It is a forecast: nothing is generated
-            to measure it.
+        min_psnr: The PSNR in dB to aim at; 30 if nothing is asked for. Without `verify` it is a forecast:
+            nothing is generated to measure it.
         target_speedup: The speed-up of denoising to aim at, with the least error.
         cache: Folder in which plans are kept; `PlanStore.folder` if None, nowhere if empty.
+        verify: Make the first generation of a size once more, by the plan that was learned from it, and
+            correct the plan by what came out. The pipeline's call returns when that is done.
 
     Raises:
         ValueError: If both are given, or one is out of range.
@@ -27,6 +29,7 @@ class AutoOptions:
     min_psnr: float | None = None
     target_speedup: float | None = None
     cache: str | os.PathLike[str] | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
         _ = self.objective

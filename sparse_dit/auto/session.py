@@ -20,6 +20,7 @@ from ..search.sampling import whole_layout
 from .learner import MOST_REFINED, Learner
 from .options import AutoOptions
 from .store import PlanStore, fingerprint, plan_name, size_class, tokens_of
+from .verify import release, watch
 
 logger = logging.getLogger("sparse_dit")
 
@@ -48,6 +49,20 @@ class _Size:
     runs: dict[str, int] = field(default_factory=dict)
     seen: set[int | None] = field(default_factory=set)
     refining: bool = False
+    unverified: str = ""  # why it couldn't be measured
+
+    @property
+    def note(self) -> str:
+        """Where it stands."""
+        if self.failed:
+            return f"dense, as no plan could be learned: {self.failed}"
+        if self.plan is None:
+            return "dense, as a plan is being learned"
+        count, measured = self.plan.provenance.get("learned_from", 1), self.plan.measured
+        text = f"by a plan learned from {count} generations, kept as {self.name}"
+        if measured:
+            text += f"; verified: {measured['psnr_db']:.1f} dB at {measured['speedup']:.2f}x"
+        return text + (f"; not verified: {self.unverified}" if self.unverified else "")
 
 
 class Session:
@@ -78,6 +93,7 @@ class Session:
         self._pipe = None if isinstance(pipe, nn.Module) else weakref.ref(pipe)
         self._class = "" if isinstance(pipe, nn.Module) else type(pipe).__name__
         self._model = fingerprint(self.modules)
+        self.verifying = False  # a generation that was learned from is made again
 
     def attend(self, name: str, call: AttentionCall, account: Account) -> Tensor:
         """Attention's output `[B, N, H, D]`: dense and recorded, or by the plan of the call's size."""
@@ -118,19 +134,46 @@ class Session:
     @property
     def notes(self) -> tuple[str, ...]:
         """Where each size stands."""
-        found = []
-        for number, size in self.sizes.items():
-            what = f"about {tokens_of(number):,} tokens"
-            if size.failed:
-                found.append(f"{what}: dense, as no plan could be learned: {size.failed}")
-            elif size.plan is None:
-                found.append(f"{what}: dense, as a plan is being learned")
-            else:
-                count = size.plan.provenance.get("learned_from", 1)
-                found.append(
-                    f"{what}: by a plan learned from {count} generations, kept as {size.name}"
-                )
-        return tuple(found)
+        return tuple(f"about {tokens_of(n):,} tokens: {s.note}" for n, s in self.sizes.items())
+
+    def learned(self) -> float | None:
+        """Seconds that recording took in the generation that just ended, if it gave a size's first plan."""
+        size = self.present
+        if size is None or size.plan is not None or self.plan is None or size.learner is None:
+            return None
+        return size.learner.recording
+
+    def replan(self, mse: float) -> bool:
+        """Make another plan, by what the newest one came to, and follow it; whether there is one."""
+        size = self.present
+        assert size is not None and size.learner is not None, "it has just been learned"
+        size.learner.correct(mse)
+        try:
+            plan = size.learner.plan(self._class, self.options.objective, self.backend)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            logger.warning("a learned plan can't be corrected: %s", error)
+            return False
+        self._follow(size, plan)
+        return True
+
+    def take(self, plan: Plan) -> None:
+        """Follow a plan of the size that ran last, and keep it."""
+        assert self.present is not None, "it ran"
+        self._follow(self.present, plan)
+        if self.store is not None:
+            self.store.keep(self.present.name, plan)
+
+    def unverified(self, why: str) -> None:
+        """Note why the newest plan couldn't be measured."""
+        logger.warning("a learned plan wasn't verified: %s", why)
+        if self.present is not None:
+            self.present.unverified = why
+
+    def release(self) -> None:
+        """Give the pipeline its own class back, if its calls are verified."""
+        pipe = None if self._pipe is None else self._pipe()
+        if pipe is not None:
+            release(pipe)
 
     def _size(self, name: str, call: AttentionCall, number: int) -> _Size:
         """The state of a call's size, after what begins with the call has begun."""
@@ -149,7 +192,7 @@ class Session:
         self.present = size
         if size.plan is not None and size.learner is not None:
             condition = call.context.condition
-            size.refining = size.refining or condition not in size.seen
+            size.refining |= condition not in size.seen and not self.verifying
             size.seen.add(condition)
         return size
 
@@ -235,10 +278,11 @@ class Auto:
         return self.session.attend(self.component, call, self._account)
 
     def forget(self) -> None:
-        """Drop the outputs that are kept for other steps."""
+        """Drop what is kept for other steps, as the patch is taken off."""
         for size in self.session.sizes.values():
             if self.component in size.runtimes:
                 size.runtimes[self.component].forget()
+        self.session.release()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Auto:
         key = id(self.session)
@@ -283,7 +327,13 @@ def attach_auto(
             f'"auto" learns from a diffusers pipeline, got a {type(pipe).__name__}: search a plan with '
             "sparse_dit.search(model, texts, ...)"
         )
+    if options.verify and isinstance(pipe, nn.Module):
+        raise TypeError(
+            f"verify generates again, which takes the pipeline, got a {type(pipe).__name__}"
+        )
     session = Session(pipe, modules, options, backend, nan_guard)
+    if options.verify:
+        watch(pipe)
     return session, {name: Auto(name, session) for name in modules}
 
 
