@@ -64,7 +64,7 @@ def watch(pipe: Any) -> None:
         def __call__(self, *args: Any, **arguments: Any) -> Any:
             call = functools.partial(cls.__call__, self)
             attachment = attachment_of(next(iter(components(self).values())))
-            session = attachment and getattr(attachment.intercept, "session", None)
+            session: Any = attachment and getattr(attachment.intercept, "session", None)
             if session is None:
                 return call(*args, **arguments)
             return _generated(session, call, args, arguments)
