@@ -7,10 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .account import Account, Ran
+from .attend_call import attend_call
 from .call import AttentionCall
 from .index import dense_index
 from .intervals import RowIntervals
-from .runtime import FEW_QUERIES, LEAST_QUERIES, UNGUARDED, attend_call
+from .runtime import FEW_QUERIES, LEAST_QUERIES, UNGUARDED
 
 ALL_SEEN = "every query sees every key"
 LEAST_PAIRS = 128 * 128  # of a head's queries and keys: below, a call costs more than it saves

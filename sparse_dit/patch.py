@@ -13,9 +13,10 @@ from .account import Ran
 from .attention import BACKENDS
 from .call import AttentionCall
 from .exact import Exact
+from .fastest import FASTEST, STOCK
 from .online import RULES, online_plan
 from .plan import Plan, config_hash
-from .runtime import Runtime
+from .runtime import How, Runtime
 from .summary import Summary, summarise
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def patch(
     *,
     backend: str = "auto",
     nan_guard: bool = False,
+    dense: str = STOCK,
     density: float | None = None,
     sparsity: float | None = None,
     threshold: float | None = None,
@@ -55,6 +57,9 @@ def patch(
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
             Each sparse call then reads its output once more and waits for the device.
+        dense: Who computes calls that the plan leaves dense: `"stock"`, bit for bit what the model gives, or
+            `"fastest"`: whichever exact kernel is found to be the fastest here, equal to rounding;
+            `summary()` says what each took.
         density, sparsity, threshold, tau: Of `"online"`, `"adaspa"`, `"xattention"` and `"sol"` in turn the
             one number that it takes; see `online.RULES`.
         min_psnr, target_speedup, cache, verify: Of `"auto"`, what is asked of the plan, where plans are kept,
@@ -75,7 +80,9 @@ def patch(
         raise ValueError(
             f"unknown backend {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}"
         )
-    found = unpatched(pipe_or_transformer)
+    if dense not in (STOCK, FASTEST):
+        raise ValueError(f"dense must be {STOCK!r} or {FASTEST!r}, got {dense!r}")
+    found, how = unpatched(pipe_or_transformer), How(backend, nan_guard, dense)
     if not isinstance(plan, Plan | str | os.PathLike):
         raise TypeError(
             "plan must be 'auto', 'exact', a rule, a path, a built-in name, a hub id or a Plan, got "
@@ -99,10 +106,14 @@ def patch(
                 f"'auto' takes min_psnr or target_speedup, cache and verify, not {other[0]}"
             )
         asked = AutoOptions(**options)
-        session, intercepts = attach_auto(pipe_or_transformer, found, asked, backend, nan_guard)
+        session, intercepts = attach_auto(pipe_or_transformer, found, asked, how)
         attachments = _attached(found, intercepts, pipe_or_transformer)
         return Handle(None, attachments, intercepts, session)
     if plan == EXACT:
+        if dense != STOCK:
+            raise ValueError(
+                f"'exact' computes by its own kernel or stock attention, got dense={dense!r}"
+            )
         exact = {name: Exact(name, backend, nan_guard) for name in found}
         return Handle(None, _attached(found, exact, pipe_or_transformer), exact)
     if not isinstance(plan, Plan):
@@ -110,7 +121,7 @@ def patch(
     targets = _targets(pipe_or_transformer, found, plan)
     for name, transformer in targets.items():
         check_fits(plan, name, transformer)
-    runtimes = {name: Runtime(name, plan.components[name], backend, nan_guard) for name in targets}
+    runtimes = {name: Runtime(name, plan.components[name], *how) for name in targets}
     return Handle(plan, _attached(targets, runtimes, pipe_or_transformer), runtimes)
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .account import Account, Ran, Way
-from .attention import attend_by, backend_name, sparse_attention
+from .attend_call import attend_call, attended_call
 from .autocast import lowered
-from .backends.attended import Attended
-from .call import AttentionCall, item_of, with_bias
+from .call import AttentionCall, item_of
 from .estimate import Estimates, estimated_index, sighted
+from .fastest import FASTEST, STOCK, Fastest
 from .index import PatternIndex, SparseIndex, build_index
-from .intervals import RowIntervals
 from .layout import TokenLayout
 from .patterns import Pattern
 from .plan import ComponentPlan
@@ -40,6 +39,20 @@ UNKNOWN_BRANCH = (
 )
 
 
+class How(NamedTuple):
+    """In which ways a plan is run, as `patch` takes them.
+
+    Args:
+        backend: `"auto"` or one that `sparse_attention` knows.
+        nan_guard: See `sparse_attention`.
+        dense: Who computes calls that are dense: `"stock"` or `"fastest"`, see `Fastest`.
+    """
+
+    backend: str = "auto"
+    nan_guard: bool = False
+    dense: str = STOCK
+
+
 class Runtime:
     """The intercept of one patched transformer: sparse where its plan says so, stock elsewhere.
 
@@ -47,15 +60,22 @@ class Runtime:
     """
 
     def __init__(
-        self, component: str, plan: ComponentPlan, backend: str, nan_guard: bool = False
+        self,
+        component: str,
+        plan: ComponentPlan,
+        backend: str,
+        nan_guard: bool = False,
+        dense: str = STOCK,
     ) -> None:
         self.component = component
         self.plan = plan
         self.backend = backend
         self.nan_guard = nan_guard
+        self.dense = dense
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
         self._account = Account(component, PLANNED)
+        self._fastest = Fastest(self._account.tell, backend) if dense == FASTEST else None
         self._shapes = {  # of the heads of each layer and stage that is estimated
             (layer, stage): [head.pattern.shape for head in heads]
             for layer, stages in plan.layers.items()
@@ -153,10 +173,10 @@ class Runtime:
         return estimated_index(q, k, shapes, scale=call.scale, rows=rows, modalities=modalities)
 
     def __reduce__(self):
-        return Runtime, (self.component, self.plan, self.backend, self.nan_guard)
+        return Runtime, (self.component, self.plan, self.backend, self.nan_guard, self.dense)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Runtime:
-        return Runtime(self.component, self.plan, self.backend, self.nan_guard)
+        return Runtime(self.component, self.plan, self.backend, self.nan_guard, self.dense)
 
     @property
     def ran(self) -> tuple[Ran, ...]:
@@ -165,8 +185,8 @@ class Runtime:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be done as the plan says, though it ran sparse."""
-        return self._account.notes
+        """What could not be done as the plan says, though it ran sparse; and who computed dense calls."""
+        return self._account.notes + (self._fastest.notes if self._fastest else ())
 
     def _planned_dense(self, call: AttentionCall, stage: int | None) -> str | None:
         if call.layer not in self.plan.layers:
@@ -210,7 +230,10 @@ class Runtime:
 
     def _dense(self, call: AttentionCall, stage: int | None, reason: str) -> Tensor:
         self._account.warn(reason)
-        out = call.stock()
+        if self._fastest is None or call.unsupported or call.split or reason == FEW_QUERIES:
+            out = call.stock()
+        else:
+            out = self._fastest.attend(call)
         self._count(call, (call.layer, stage, reason, None), 1.0)
         return out
 
@@ -264,60 +287,3 @@ def _sees_ahead(call: AttentionCall) -> bool:
         kinds = [item.kinds()[m - n :] == 0 for item in call.context.modalities]
         rows.cache[key] = bool((ahead & torch.stack(kinds) if kinds else ahead).any())
     return bool(rows.cache[key])
-
-
-def attend_call(
-    call: AttentionCall, index: SparseIndex, backend: str = "auto", nan_guard: bool = False
-) -> tuple[Tensor, str]:
-    """Attention of a call over what an index names, `[B, N, H, D]`, and the backend that computed it.
-
-    Args:
-        call: A call that `unsupported` and `split` say nothing of.
-        index: For its heads, queries and keys, on its device.
-        backend: `"auto"` or one that `sparse_attention` knows.
-        nan_guard: See `sparse_attention`; not for calls with sinks.
-    """
-    if not nan_guard:
-        name, found = attended_call(call, index, backend)
-        return found.out, name
-    q, k, v, scale = _as_given(call)
-    rows = call.intervals or RowIntervals()
-    name = backend_name(q, index, backend, value_width=v.shape[-1])
-    limits = {"row_start": rows.start, "row_stop": rows.stop, "scale": scale}
-    out = sparse_attention(q, k, v, index, backend=name, nan_guard=True, **limits)
-    return _host_form(call, out), name
-
-
-def attended_call(
-    call: AttentionCall, index: SparseIndex, backend: str, mass_block: int | None = None
-) -> tuple[str, Attended]:
-    """The backend that computed a call's attention, and what it gave; its output is `[B, N, H, D]`.
-
-    Args:
-        call, index, backend: As for `attend_call`.
-        mass_block: See `attend`.
-    """
-    q, k, v, scale = _as_given(call)
-    rows, sinks = call.intervals or RowIntervals(), call.sinks
-    name, found = attend_by(backend, q, k, v, index, rows, scale, sinks is not None, mass_block)
-    out = found.out
-    if sinks is not None:
-        assert found.lse is not None, "it was asked for"
-        share = torch.sigmoid(found.lse - sinks.float()[:, None])
-        out = out * share[..., None].to(out.dtype)
-    return name, found._replace(out=_host_form(call, out))
-
-
-def _as_given(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, float]:
-    """q, k, v `[B, H, N, D]` as the backends take them, a bias within them, and the factor of the logits."""
-    q, k, v = lowered(call.q, call.k, call.v)
-    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    if call.bias is not None:
-        q, k, v = with_bias(q, k, v, call.bias, scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return q, k, v, scale
-
-
-def _host_form(call: AttentionCall, out: Tensor) -> Tensor:
-    """`[B, N, H, D]` of an output, without what a bias added."""
-    return (out if call.bias is None else out[..., : call.v.shape[-1]]).transpose(1, 2)

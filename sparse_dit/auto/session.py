@@ -15,7 +15,7 @@ from ..account import Account, Ran
 from ..call import AttentionCall
 from ..integrations import host_of, library_of
 from ..plan import Plan
-from ..runtime import Runtime
+from ..runtime import How, Runtime
 from ..search.sampling import whole_layout
 from .learner import MOST_REFINED, Learner
 from .options import AutoOptions
@@ -72,7 +72,7 @@ class Session:
         pipe: The pipeline, or a transformer alone.
         modules: Its transformers, by component name.
         options: What is asked for.
-        backend, nan_guard: As `patch` takes them.
+        how: In which ways plans are run.
     """
 
     def __init__(
@@ -80,13 +80,11 @@ class Session:
         pipe: Any,
         modules: Mapping[str, nn.Module],
         options: AutoOptions,
-        backend: str,
-        nan_guard: bool,
+        how: How,
     ) -> None:
         self.modules = dict(modules)
         self.options = options
-        self.backend = backend
-        self.nan_guard = nan_guard
+        self.how = how
         self.store = None if options.cache == "" else PlanStore(options.cache)
         self.sizes: dict[int, _Size] = {}
         self.present: _Size | None = None
@@ -149,7 +147,7 @@ class Session:
         assert size is not None and size.learner is not None, "it has just been learned"
         size.learner.correct(mse)
         try:
-            plan = size.learner.plan(self._class, self.options.objective, self.backend)
+            plan = size.learner.plan(self._class, self.options.objective, self.how.backend)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             logger.warning("a learned plan can't be corrected: %s", error)
             return False
@@ -230,7 +228,7 @@ class Session:
             return
         try:
             learner.keep()
-            plan = learner.plan(self._class, self.options.objective, self.backend)
+            plan = learner.plan(self._class, self.options.objective, self.how.backend)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             self._fail(size, error)
             return
@@ -243,8 +241,7 @@ class Session:
     def _follow(self, size: _Size, plan: Plan) -> None:
         size.plan = plan
         size.runtimes = {
-            name: Runtime(name, part, self.backend, self.nan_guard)
-            for name, part in plan.components.items()
+            name: Runtime(name, part, *self.how) for name, part in plan.components.items()
         }
 
     def _fail(self, size: _Size, error: Exception) -> None:
@@ -314,8 +311,7 @@ def attach_auto(
     pipe: Any,
     modules: Mapping[str, nn.Module],
     options: AutoOptions,
-    backend: str,
-    nan_guard: bool,
+    how: How,
 ) -> tuple[Session, dict[str, Auto]]:
     """The intercepts of a pipeline's transformers, by component name, and what they share.
 
@@ -331,7 +327,7 @@ def attach_auto(
         raise TypeError(
             f"verify generates again, which takes the pipeline, got a {type(pipe).__name__}"
         )
-    session = Session(pipe, modules, options, backend, nan_guard)
+    session = Session(pipe, modules, options, how)
     if options.verify:
         watch(pipe)
     return session, {name: Auto(name, session) for name in modules}

@@ -102,6 +102,9 @@ def evaluate(
     sizes: Annotated[
         str | None, typer.Option(help="Other sizes to measure at too: 192x192x15,256x256x15.")
     ] = None,
+    dense: Annotated[
+        str, typer.Option(help="Who computes dense calls of the plan: stock or fastest.")
+    ] = "stock",
     reading: Reading,
     place: Place,
     force: Force = False,
@@ -121,10 +124,10 @@ def evaluate(
     loaded = Plan.from_pretrained(plan)
     of_text = any(part.kind == "language_model" for part in loaded.components.values())
     if of_text:
-        if cases.given or drawn_clips or against or sizes or size != Size():
+        if cases.given or drawn_clips or against or sizes or size != Size() or dense != "stock":
             raise ValueError(
-                "prompts, sizes, drawn clips and other plans are for pipelines; a language model's plan is "
-                "measured on --text, --tasks, --lengths"
+                "prompts, sizes, drawn clips, --dense and other plans are for pipelines; a language model's "
+                "plan is measured on --text, --tasks, --lengths"
             )
         return _evaluate_text(model, loaded, reading, place, folder, force)
     if reading != Reading():
@@ -142,6 +145,7 @@ def evaluate(
         front=front_beside(plan, loaded),
         against=(against, Plan.from_pretrained(against)) if against else None,
         sizes=parse_sizes(sizes) if sizes is not None else (),
+        dense=dense,
     )
     outputs = Outputs(replace=force, say=say)
     outputs.expect_folder("--out", folder, FILES)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..bench.seam import share_of_generation
 from ..environment import environment
+from ..fastest import STOCK
 from ..generation import Case, GenerationSettings
 from ..integrations import host_of
 from ..outputs import Outputs
@@ -53,6 +54,7 @@ class Request:
         front: The other choices that the plan's search knew; None if they aren't kept beside it.
         against: Name of another plan, and the plan, to show the difference to.
         sizes: Width, height and frames of other sizes to measure the plan at.
+        dense: Who computes the plan's dense calls, as `patch` takes it.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Request:
     front: Front | None = None
     against: tuple[str, Plan] | None = None
     sizes: Sequence[tuple[int, int, int]] = ()
+    dense: str = STOCK
 
     def check(self, pipe: Any, plan: Plan) -> None:
         """Raise, before anything is generated, if the plan or a size isn't for this pipeline.
@@ -76,7 +79,7 @@ class Request:
             raise ValueError(f"{option('fps')} must be a finite number > 0, got {self.fps}")
         others = [replace(self.settings, width=w, height=h, num_frames=f) for w, h, f in self.sizes]
         check_sizes(pipe, self.cases[0], [self.settings, *others])
-        with patch(pipe, plan):
+        with patch(pipe, plan, dense=self.dense):
             pass
 
 
@@ -102,7 +105,9 @@ def evaluate_plan(
         outputs = Outputs(replace=request.force, say=say)
         outputs.expect_folder("folder", request.folder, FILES)
     request.check(pipe, plan)
-    quality = evaluate(pipe, plan, request.cases, request.settings, progress=say)
+    quality = evaluate(
+        pipe, plan, request.cases, request.settings, dense=request.dense, progress=say
+    )
     say("what the patch itself costs")
     overhead = seam_overhead(plan, quality)
     heads = _heads(pipe, plan, request, say)

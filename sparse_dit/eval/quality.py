@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..fastest import STOCK
 from ..generation import Case, GenerationSettings
 from ..integrations import Workload, attached, components, unpatched, workload
 from ..layout import TokenLayout
@@ -172,6 +173,7 @@ def evaluate(
     noise_cases: int = 1,
     warm_up: bool = True,
     backend: str = "auto",
+    dense: str = STOCK,
     progress: Progress | None = None,
 ) -> Quality:
     """Generate every case dense and sparse and compare.
@@ -189,6 +191,7 @@ def evaluate(
             generation each).
         warm_up: Run two steps of both first, so that first-use costs don't count.
         backend: The backend of sparse attention, as `patch` takes it.
+        dense: Who computes the plan's dense calls, as `patch` takes it. What is compared with is stock.
         progress: Called with a line of text before each generation.
 
     Raises:
@@ -199,21 +202,21 @@ def evaluate(
     say = progress or (lambda text: None)
     work = workload(pipe, settings)
     layout = _layout(work, plan if warm_up else None, cases[0], backend, say)
-    run = _Runs(work, plan, backend, say)
+    run = _Runs(work, plan, backend, dense, say)
     measured: list[CaseQuality] = []
     dense_runs: list[Recorded] = []
     videos: list[np.ndarray] = []
     for number, case in enumerate(cases):
         say(f"case {number + 1} of {len(cases)}: {case.prompt}, seed {case.seed}")
         if references is not None:
-            dense, sparse = references[number], run.sparse(case)
+            stock, sparse = references[number], run.sparse(case)
         elif number % 2:
-            sparse, dense = run.sparse(case), run.dense(case)
+            sparse, stock = run.sparse(case), run.stock(case)
         else:
-            dense, sparse = run.dense(case), run.sparse(case)
-        floor = run.noise_floor(dense) if number < noise_cases else None
-        measured.append(_compare(dense, sparse, floor))
-        dense_runs.append(dense)
+            stock, sparse = run.stock(case), run.sparse(case)
+        floor = run.noise_floor(stock) if number < noise_cases else None
+        measured.append(_compare(stock, sparse, floor))
+        dense_runs.append(stock)
         videos.append(sparse.video)
     assert run.summary is not None and run.summary.density is not None
     return Quality(
@@ -241,17 +244,19 @@ def forecast_speedup(plan: Plan) -> float | None:
 class _Runs:
     """The three ways in which a case is generated."""
 
-    def __init__(self, work: Workload, plan: Plan, backend: str, say: Progress) -> None:
-        self.work, self.plan, self.backend, self.say = work, plan, backend, say
+    def __init__(self, work: Workload, plan: Plan, backend: str, dense: str, say: Progress) -> None:
+        self.work, self.plan, self.say = work, plan, say
+        self.backend, self.dense = backend, dense
         self.summary: Summary | None = None
 
-    def dense(self, case: Case) -> Recorded:
+    def stock(self, case: Case) -> Recorded:
         self.say("  dense")
         return record(self.work, case)
 
     def sparse(self, case: Case) -> Recorded:
         self.say("  sparse")
-        with patch(self.work.model, self.plan, backend=self.backend) as handle:
+        ways = {"backend": self.backend, "dense": self.dense}
+        with patch(self.work.model, self.plan, **ways) as handle:
             result = record(self.work, case)
         self.summary = handle.summary()
         return result

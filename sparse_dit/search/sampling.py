@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..attend_call import attend_call
 from ..call import AttentionCall, StepContext, with_bias
 from ..index import SparseIndex
 from ..layout import TokenLayout
-from ..runtime import attend_call
 from .cells import CellSums, SampledRows, cell_table, sampled_rows
 from .nested import Cells
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_dit.attend_call import attend_call
 from sparse_dit.call import AttentionCall
 from sparse_dit.estimate import estimated_index
 from sparse_dit.integrations import attach, heads_of
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Budget, Dense, Pattern, SinkWindow, VerticalSlash
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
-from sparse_dit.runtime import Runtime, attend_call
+from sparse_dit.runtime import Runtime
 from tests.helpers.tiny_language_models import logits
 
 SMALL = Budget(beta=0.1, least=16)

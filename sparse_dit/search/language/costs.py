@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...attend_call import attend_call
 from ...call import AttentionCall
 from ...estimate import estimated_index
 from ...index import SparseIndex
 from ...intervals import causal_items
 from ...patterns import Pattern
-from ...runtime import attend_call
 from ...timing import timed
 
 REPEATS = 3

@@ -10,10 +10,10 @@ import transformers
 from PIL import Image
 
 import sparse_dit
+from sparse_dit.attend_call import attend_call
 from sparse_dit.estimate import Budget, ByQuery, Grid, OwnPart, VerticalSlash, estimated_index
 from sparse_dit.integrations import attach
 from sparse_dit.patterns import Pattern
-from sparse_dit.runtime import attend_call
 from tests.helpers.documents import ROOT
 from tests.helpers.language_plans import plan_for
 from tests.helpers.tiny_processors import drawn, with_processor

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from sparse_dit.attend_call import attend_call
 from sparse_dit.backends.reference import token_mask
 from sparse_dit.estimate import estimated_index
 from sparse_dit.integrations import attached
-from sparse_dit.runtime import attend_call
 from sparse_dit.search.language import costs as timed_costs
 from sparse_dit.search.language.items import Item, sampled_rows
 from sparse_dit.search.language.reading import Passkey, Text, passkeys, read
