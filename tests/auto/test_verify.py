@@ -64,15 +64,22 @@ def test_a_plan_that_is_too_good_or_too_bad_is_corrected(tiny, tmp_path, monkeyp
         assert handle.plan.density < density < 1
 
 
-def test_global_random_numbers_go_on(tiny):
+def test_global_random_numbers_go_on_and_callbacks_come_once_a_step(tiny):
     pipe, call = tiny
+    steps = []
+
+    def note(pipe, step, timestep, tensors):
+        steps.append(step)
+        return tensors
+
     torch.manual_seed(3)
     want = np.asarray(pipe(**call).frames[0]), torch.rand(1)
     with sparse_dit.patch(pipe, "auto", cache="", min_psnr=20.0, verify=True) as handle:
         torch.manual_seed(3)
-        got = np.asarray(pipe(**call).frames[0]), torch.rand(1)
+        got = np.asarray(pipe(**call, callback_on_step_end=note).frames[0]), torch.rand(1)
         assert handle.plan.measured
     assert np.array_equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert steps == [0, 1, 2]
 
 
 def test_what_cant_be_compared_is_told(tiny):
@@ -81,20 +88,6 @@ def test_what_cant_be_compared_is_told(tiny):
         pipe(**{**call, "output_type": "latent"})
         assert handle.plan is not None and not handle.plan.measured
         assert "not verified: what isn't pixels" in "".join(handle.summary().notes)
-
-
-def test_the_callback_of_the_user_is_called_once_a_step(tiny):
-    pipe, call = tiny
-    steps = []
-
-    def note(pipe, step, timestep, tensors):
-        steps.append(step)
-        return tensors
-
-    with sparse_dit.patch(pipe, "auto", cache="", min_psnr=20.0, verify=True) as handle:
-        pipe(**call, callback_on_step_end=note)
-        assert handle.plan.measured
-    assert steps == [0, 1, 2]
 
 
 def test_copies_are_of_the_stock_class(tiny):
