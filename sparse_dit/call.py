@@ -35,6 +35,9 @@ class StepContext:
         phase: Of a language model: `"decode"` for one query, else `"prefill"`. `"any"` for other models.
         modalities: Where images and videos lie among a VLM's keys, for each item of the batch; empty for
             other models, and for layers that keep the last keys alone. It doesn't count in comparisons.
+        active: Of a diffusion language model: so many last tokens are being denoised; `sigma` is the share of
+            them that is masked still, and the layout has two segments, prompt and generated tokens. 0 for
+            other models.
     """
 
     layout: TokenLayout | None = None
@@ -45,6 +48,7 @@ class StepContext:
     condition: int | None = field(default=None, compare=False)
     phase: Phase = "any"
     modalities: tuple[Modalities, ...] = field(default=(), compare=False)
+    active: int = 0
 
 
 class Split(Protocol):

@@ -8,6 +8,7 @@ the whole run.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from .blocks import blocks_of, sampled_entry
 from .blockwise import Estimate, blockwise_entries, estimates_of
 from .orders import SAMPLED, Order, best_orders, stride_of
 from .scores import mass_by_block, mass_stretch
+
+TURNS = 4  # generations of a diffusion language model whose indices are kept
 
 _Key = tuple[str, str, int | None]  # layer, branch, condition
 
@@ -78,6 +81,19 @@ class _Orders:
     step: int = -1
 
 
+@dataclass(eq=False)
+class _Run:
+    """What is kept of one generation.
+
+    Args:
+        kept: By layer, branch and condition.
+        orders: By layer: both branches of guidance have the same.
+    """
+
+    kept: dict[_Key, _Kept] = field(default_factory=dict)
+    orders: dict[str, _Orders] = field(default_factory=dict)
+
+
 class _Operands(NamedTuple):
     """What makes a call's logits, `[B, H, N, D]`, and the factor."""
 
@@ -96,14 +112,33 @@ class Estimates:
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
-        self._run = -1
-        self._kept: dict[_Key, _Kept] = {}
-        self._orders: dict[str, _Orders] = {}  # by layer: both branches of guidance have the same
+        self._lock = threading.Lock()
+        self._runs: dict[int, _Run] = {}  # the last one used is the last
 
     def forget(self) -> None:
         """Drop what is kept."""
-        self._kept.clear()
-        self._orders.clear()
+        with self._lock:
+            self._runs.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the indices that are kept."""
+        entries = {
+            id(entry): entry
+            for run in self._runs.values()
+            for kept in run.kept.values()
+            for entry in kept.entries.values()
+        }
+        return sum(_num_bytes(entry) for entry in entries.values())
+
+    def _run_of(self, context: StepContext) -> _Run:
+        """What is kept of a call's generation; canvases may take turns, other generations follow each other."""
+        with self._lock:
+            run = self._runs.pop(context.run, None) or _Run()
+            others = [*self._runs][1 - TURNS :] if context.active else []
+            self._runs = {number: self._runs[number] for number in others}
+            self._runs[context.run] = run
+            return run
 
     def find(
         self, call: AttentionCall, patterns: Sequence[Pattern], shape: tuple[object, ...]
@@ -117,16 +152,14 @@ class Estimates:
         """
         context, layout = call.context, call.context.layout
         assert layout is not None, "else this call runs dense"
-        if context.run != self._run:
-            self.forget()
-            self._run = context.run
+        run = self._run_of(context)
         key = (call.layer, context.branch, context.condition)
-        kept, orders = self._kept.get(key), self._orders.get(call.layer)
+        kept, orders = run.kept.get(key), run.orders.get(call.layer)
         if orders is None or orders.layout != layout:
-            orders = self._orders[call.layer] = _Orders(layout)
+            orders = run.orders[call.layer] = _Orders(layout)
         last = -1 if kept is None else max(kept.steps.values(), default=-1)
         if kept is None or kept.shape != shape or context.step < last:
-            kept = self._kept[key] = _Kept(shape)
+            kept = run.kept[key] = _Kept(shape)
         due = [
             head
             for head, pattern in enumerate(patterns)
@@ -197,6 +230,13 @@ class Estimates:
             self._tell(
                 "queries or keys that aren't finite: heads with some are dense in such calls"
             )
+
+
+def _num_bytes(entry: PatternIndex) -> int:
+    far = entry.far
+    parts = [entry.q_order, entry.k_order, entry.q_offsets, entry.run_offsets, entry.runs]
+    parts += [] if far is None else [far.cell_offsets, far.run_offsets, far.runs]
+    return sum(x.numel() * x.element_size() for x in parts if x is not None)
 
 
 def _holds(kept: _Kept, head: int, pattern: Pattern, context: StepContext) -> bool:

@@ -51,9 +51,11 @@ def host_named(name: str) -> Host:
 
 
 def library_of(model: Any) -> str:
-    """The library of a model or pipeline, by the package of its class or of one that this derives from."""
+    """The library of a model, or of a pipeline's model, by the package of its class or of one it derives from."""
     if isinstance(model, nn.Module):
         model = getattr(model, "_orig_mod", model)  # where torch.compile keeps the module itself
+    elif isinstance(inner := getattr(model, "model", None), nn.Module):
+        return library_of(inner)  # as pipelines of diffusers for language models
     packages = (cls.__module__.partition(".")[0] for cls in type(model).__mro__)
     return next((name for name in packages if name in HOSTS), OTHERS)
 

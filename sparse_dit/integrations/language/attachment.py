@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...call import Intercept, StepContext
+from .canvases import Canvases, sees_both_ways
 from .media import Media
 from .registered import NAMES, SEAM, Seam, Tap, register
 
@@ -68,7 +69,7 @@ def attach(model: nn.Module, intercept: Intercept, pipe: Any = None) -> Attachme
             f"something is attached to this {type(found).__name__} already; "
             "detach it first (handle.remove() or sparse_dit.unpatch(model))"
         )
-    return Attachment(found, intercept)
+    return Attachment(found, intercept, pipe)
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -84,9 +85,10 @@ class Attachment:
 
     KEY = "_sparse_dit"
 
-    def __init__(self, model: nn.Module, intercept: Intercept) -> None:
+    def __init__(self, model: nn.Module, intercept: Intercept, pipe: Any = None) -> None:
         self._model = model
-        self._tap = Tap(intercept, media=Media.of(model))
+        canvases = Canvases.of(model, pipe)
+        self._tap = Tap(intercept, media=Media.of(model), canvases=canvases)
         self.layers: dict[str, Any] = self_attention_layers(model)
         configs = {id(m.config): m.config for m in self.layers.values()}
         self._configs = [(config, _stock_name(config, model)) for config in configs.values()]
@@ -100,6 +102,9 @@ class Attachment:
         self._hooks = [model.register_forward_pre_hook(self._before_forward)]
         if self._tap.media is not None:
             self._hooks += self._tap.media.watch(model)
+        if canvases is not None:
+            both_ways = [path for path, module in self.layers.items() if sees_both_ways(module)]
+            self._hooks += canvases.watch(model, both_ways)
         setattr(model, self.KEY, self)
 
     @property

@@ -24,6 +24,7 @@ from ...intervals import RowIntervals, causal_items
 from ...layout import TokenLayout
 from ...modalities import Modalities
 from ..traced import attend_traced, handle_of
+from .canvases import Canvases, sees_both_ways
 from .masks import intervals_of
 from .media import COMPILED, Media
 
@@ -45,6 +46,7 @@ CHANGES: dict[str, Any] = {
 }
 # tensors among the arguments that say where tokens stand, which the mask says too
 HARMLESS = {"position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
+UNKNOWN = StepContext(None, 1.0)  # of a compiled canvas, or one that came as inputs_embeds
 MASKS = 8  # readings kept of one forward: full and sliding layers have one each
 
 
@@ -61,6 +63,7 @@ class Tap:
             tells whether the mask is still that one.
         media: What tells where a VLM's images and videos lie; None for other models.
         places: Where calls of the present forward stand, by their numbers of queries and keys.
+        canvases: What tells where a forward of a diffusion language model stands; None for other models.
     """
 
     intercept: Intercept | None
@@ -70,6 +73,7 @@ class Tap:
         default_factory=dict
     )
     places: dict[tuple[int, int, int], StepContext] = field(default_factory=dict)
+    canvases: Canvases | None = None
     decode: Callable[[str, int, int], None] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +109,11 @@ class Tap:
         return found[1]
 
     def __reduce__(self):
-        return Tap, (self.intercept, self.context, self.media)
+        return functools.partial(Tap, canvases=self.canvases), (
+            self.intercept,
+            self.context,
+            self.media,
+        )
 
 
 class Seam:
@@ -124,6 +132,7 @@ class Seam:
         self.module = module
         self.stock = stock
         self.function = _stock_function(stock, module)
+        self.both_ways = tap.canvases is not None and sees_both_ways(module)
         self.handle = handle_of(self)
 
     def __reduce__(self):
@@ -172,7 +181,7 @@ class Seam:
             filled = q.shape[2] if mask is None else _filled(rows, q.shape[2], k.shape[2])
             k_, v_ = k_[:, :filled], v_[:, :filled]
         sliding = given.get("sliding_window") is not None
-        context = self.tap.stand(q.shape[0], q.shape[2], k_.shape[1], sliding, traced)
+        context = self._stand(q.shape[0], q.shape[2], k_.shape[1], sliding, traced)
         self.tap.context = context
         call = AttentionCall(
             self.layer, q_, k_, v_, mask, None, given.get("scaling"), context, unsupported, stock,
@@ -180,6 +189,12 @@ class Seam:
         )  # fmt: skip
         out = self.tap.intercept(call)
         return out, beside[0]
+
+    def _stand(self, batch: int, n: int, m: int, sliding: bool, traced: bool) -> StepContext:
+        if self.both_ways and self.tap.canvases is not None:
+            known = None if traced else self.tap.canvases.stand(n, m)
+            return UNKNOWN if known is None else known
+        return self.tap.stand(batch, n, m, sliding, traced)
 
     def _rows(
         self, mask: Tensor | None, given: dict[str, Any], q: Tensor, num_keys: int
