@@ -106,8 +106,8 @@ class AttentionCall:
         return valid_rows(self.kv_len.to(self.q.device), self.q.shape[1])
 
 
-def item_of(call: AttentionCall, b: int) -> AttentionCall:
-    """One batch item of a language model's call, as a call of its own."""
+def item_of(call: AttentionCall, b: int, condition: int | None = None) -> AttentionCall:
+    """One batch item of a language model's call, as a call of its own, under a condition of its own."""
     rows = call.rows
     if rows is not None:
         found = rows.cache.get(("item", b))
@@ -123,7 +123,7 @@ def item_of(call: AttentionCall, b: int) -> AttentionCall:
         k=call.k[b : b + 1],
         v=call.v[b : b + 1],
         attn_mask=mask if mask is None or len(mask) == 1 else mask[b : b + 1],
-        context=replace(context, modalities=context.modalities[b : b + 1]),
+        context=replace(context, modalities=context.modalities[b : b + 1], condition=condition),
         stock=lambda: call.stock()[b : b + 1],
         rows=rows,
     )

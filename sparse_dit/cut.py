@@ -60,11 +60,12 @@ def slice_queries(index: SparseIndex, start: int, stop: int) -> SparseIndex:
         )
     bounds = (None, None) if index.rows is None else (index.rows.start, index.rows.stop)
     sliced = [None if x is None else x[start:stop] for x in bounds]
-    entries = tuple(_sliced(entry, start, stop) for entry in index.entries)
+    entries = tuple(slice_entry(entry, start, stop) for entry in index.entries)
     return SparseIndex(entries, index.head_to_pattern, index.rows and RowIntervals(*sliced))
 
 
-def _sliced(entry: PatternIndex, start: int, stop: int) -> PatternIndex:
+def slice_entry(entry: PatternIndex, start: int, stop: int) -> PatternIndex:
+    """As `slice_queries`, of one entry whose queries stay in place."""
     first = int((entry.q_offsets <= start).sum()) - 1
     end = int((entry.q_offsets < stop).sum())
     far = entry.far

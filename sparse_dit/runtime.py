@@ -145,6 +145,10 @@ class Runtime:
         self, call: AttentionCall, stage: int, patterns: list[Pattern], skipped: tuple[int, ...]
     ) -> Tensor:
         """As `_attend`, where some heads' patterns are found in calls."""
+        batch = call.q.shape[0]
+        if call.context.active and batch > 1:  # prompts differ, as do both sides of guidance
+            items = [item_of(call, b, condition=b) for b in range(batch)]
+            return torch.cat([self._attend_found(x, stage, patterns, skipped) for x in items])
         assert self._estimates is not None, "the plan has such patterns"
         found = self._estimates.find(call, patterns, shape_of(call, stage))
         index, mass = found.index if call.q.is_cpu else found.index.to(call.q.device), None

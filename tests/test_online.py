@@ -108,7 +108,7 @@ def test_mass_is_counted_in_a_dense_call_and_kept():
     bounds = blocks.bounds.tolist()
     tokens = [blocks.order.order[a:b] for a, b in itertools.pairwise(bounds)]
     best = torch.stack([p[0, tokens[0]][:, t].sum() for t in tokens]).topk(1).indices.tolist()
-    entry = estimates_of(runtime)._kept[LAYER, "cond", 0].entries[0]
+    entry = estimates_of(runtime)._runs[0].kept[LAYER, "cond", 0].entries[0]
     runs = entry.runs[entry.run_offsets[0] : entry.run_offsets[1]].tolist()
     seen = {key for start, length in runs for key in range(start, start + length)}
     assert all(set(range(bounds[c], bounds[c + 1])) <= seen for c in best)
@@ -121,7 +121,7 @@ def test_above_a_noise_level_every_call_is_dense_and_the_last_one_counts():
         call = call_at(step)
         exact = torch.allclose(runtime(call), dense(call.q, call.k, call.v), atol=1e-4)
         assert exact == (step < 2)
-    assert set(estimates_of(runtime)._kept[LAYER, "cond", 0].steps.values()) == {1}
+    assert set(estimates_of(runtime)._runs[0].kept[LAYER, "cond", 0].steps.values()) == {1}
 
 
 def test_each_head_gets_the_token_order_that_errs_the_least():
@@ -152,7 +152,7 @@ def test_a_head_has_its_own_order_from_the_dense_call_on():
     runtime = runtime_of(*[OWN] * 3)
     call = call_at(0)
     assert torch.equal(runtime(call), dense(call.q, call.k, call.v)), "stock"
-    orders = estimates_of(runtime)._orders[LAYER]
+    orders = estimates_of(runtime)._runs[0].orders[LAYER]
     assert orders.of.keys() == {0, 1, 2} and (orders.dense, orders.step) == (1, 0)
     runtime(call_at(1))
     assert (orders.dense, orders.step) == (2, 1)
@@ -239,8 +239,8 @@ def test_a_copy_starts_with_nothing_found():
         other = copy.deepcopy(pipe)
         assert torch.equal(generate(other, call), out)
         (runtime,) = handle._runtimes.values()
-        assert estimates_of(runtime)._kept
-    assert not estimates_of(runtime)._kept, "removal drops what is kept"
+        assert estimates_of(runtime)._runs
+    assert not estimates_of(runtime)._runs, "removal drops what is kept"
 
 
 def test_one_token_and_budgets_of_nothing_and_of_all():

@@ -31,7 +31,7 @@ class Blocks:
         order: Of the tokens.
         cells: int64 `[C + 1]`, as of `TileOrder.cell_offsets`.
         groups: Rows of every block, and of global tokens.
-        far, pool: As of a `Pattern`.
+        far, pool, cell: As of a `Pattern`.
         sinks: Bool `[C]`: blocks of keys that all rows see.
     """
 
@@ -41,6 +41,7 @@ class Blocks:
     far: bool
     pool: int | None
     sinks: Tensor
+    cell: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -85,10 +86,39 @@ class Blocks:
         everything = torch.ones(self.num_blocks, self.num_blocks, dtype=torch.bool)
         return self.entries(everything[None])[0]
 
-    def near(self, local: int) -> Tensor:
-        """Bool `[C, C]`: blocks less than `local` places apart in the order, and the sinks."""
+    @functools.cached_property
+    def segments(self) -> Tensor:
+        """int64 `[C]`: the frame that each block begins in: of a plain sequence, its segment."""
+        return self.order.boxes(self.cell).lo[:, 0]
+
+    def near(self, local: int, active: int = 0) -> Tensor:
+        """Bool `[C, C]`: blocks less than `local` places apart in the order, sinks, and active blocks.
+
+        Args:
+            local: See a pattern's shape.
+            active: So many last tokens see everything and are seen by all.
+        """
         place = torch.arange(self.num_blocks)
-        return ((place[:, None] - place).abs() < local) | self.sinks
+        near = ((place[:, None] - place).abs() < local) | self.sinks
+        if not active:
+            return near
+        open_ = self.bounds[1:] > self.num_tokens - active
+        return near | open_ | open_[:, None]
+
+    def first_of(self, rows: int) -> int:
+        """The block that the last `rows` tokens begin with.
+
+        Raises:
+            ValueError: If they begin inside a block, or are sorted.
+        """
+        start = self.num_tokens - rows
+        first = int((self.bounds < start).sum())
+        if self.permutation is not None or int(self.bounds[first]) != start:
+            raise ValueError(
+                f"queries that are the last {rows} of {self.num_tokens} tokens need blocks that begin with "
+                "the first of them; use a tile of one frame and one row"
+            )
+        return first
 
     @on_cpu
     def entries(self, chosen: Tensor, only: Tensor | None = None) -> list[PatternIndex]:
@@ -140,7 +170,7 @@ def _blocks(layout: TokenLayout, tile, cell, far, pool, sink_frames) -> Blocks:
     order = tile_order(layout, tile)
     cells = order.cell_offsets(cell)
     sinks = order.boxes(cell).lo[:, 0] < sink_frames
-    return Blocks(order, cells, groups_of(order, cells, GROUP), far, pool, sinks)
+    return Blocks(order, cells, groups_of(order, cells, GROUP), far, pool, sinks, cell)
 
 
 @on_cpu

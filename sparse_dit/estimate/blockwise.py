@@ -47,18 +47,22 @@ def blockwise_entries(
     layout: TokenLayout,
     scale: float,
     only: Tensor | None = None,
+    active: int = 0,
+    valid: tuple[int, int] | None = None,
 ) -> dict[int, Estimate]:
     """What each listed head sees, by its own queries and keys.
 
     All batch items share a head's blocks: those with the most probability on average.
 
     Args:
-        q: `[B, H, N, D]`, any strides.
-        k: `[B, num_kv_heads, N, D]`, any strides; H must be a multiple of `num_kv_heads`.
+        q: `[B, H, N, D]`, any strides; of pooled shapes these may be the last tokens alone.
+        k: `[B, num_kv_heads, M, D]`, any strides; H must be a multiple of `num_kv_heads`.
         patterns: By head: of shapes that are pooled or antidiagonal.
-        layout: Of the N tokens.
+        layout: Of the M tokens.
         scale: Factor of the logits.
         only: Bool `[G]`: groups of query rows that see something; None for all.
+        active: So many last tokens are being denoised, of a diffusion language model.
+        valid: The first key that some row may see, and the last + 1; None for all.
     """
     found: dict[int, Estimate] = {}
     for pattern in dict.fromkeys(patterns.values()):
@@ -68,7 +72,10 @@ def blockwise_entries(
         for start in range(0, len(heads), step):
             part = heads[start : start + step]
             scores, keep = _scored(q, k, part, pattern.shape, blocks, scale)
-            estimates = estimates_of(scores, keep, pattern.shape, blocks, only)
+            if valid is not None:
+                hidden = (blocks.bounds[1:] <= valid[0]) | (blocks.bounds[:-1] >= valid[1])
+                scores = scores.masked_fill(hidden, 0)
+            estimates = estimates_of(scores, keep, pattern.shape, blocks, only, active)
             found |= zip(part, estimates, strict=True)
     return found
 
@@ -115,21 +122,24 @@ def estimates_of(
     shape: Pooled | Antidiagonal | Mass,
     blocks: Blocks,
     only: Tensor | None = None,
+    active: int = 0,
 ) -> list[Estimate]:
     """What each head sees, by the probability that its blocks have.
 
     Args:
-        p: `[L, C, C]`: of each pair of blocks.
+        p: `[L, C, C]`: of each pair of blocks, or of the last blocks of queries with all.
         keep: Bool, the same shape: which blocks are chosen; None if that is still to do.
         shape: How much is chosen.
         blocks: Where blocks lie.
-        only: Bool `[G]`: groups of query rows that see something; None for all.
+        only, active: As for `blockwise_entries`.
     """
     sound = p.isfinite().flatten(1).all(1)
     if keep is None:
         keep = chosen_blocks(torch.where(sound[:, None, None], p, 0), shape, blocks)
-    keep = keep | blocks.near(shape.local)
+    open_canvas = active if getattr(shape, "canvas", False) else 0
+    keep = keep | blocks.near(shape.local, open_canvas)[-p.shape[1] :]
     recall = torch.where(keep, p, 0).sum((1, 2)) / p.sum((1, 2)).clamp_min(1e-12)
+    keep = torch.nn.functional.pad(keep, (0, 0, blocks.num_blocks - p.shape[1], 0))
     dense = dense_entry(blocks.num_tokens, blocks.num_tokens)
     return [
         Estimate(entry if ok else dense, ok, share)
@@ -140,41 +150,57 @@ def estimates_of(
 
 
 def chosen_blocks(p: Tensor, shape: Pooled | Antidiagonal | Mass, blocks: Blocks) -> Tensor:
-    """The blocks that a budget pays for, or that have a share of the probability: bool `[L, C, C]`."""
-    budget, length = shape.keep, int(blocks.cells[-1] - blocks.cells[0])
-    assert not isinstance(budget, Above), "it is of logits"
-    keys = budget.keys(length)
-    if isinstance(shape, Mass) and shape.adaptive:
-        chosen = best_blocks(p, keys, blocks)
-        recall = torch.where(chosen, p, 0).sum((1, 2)) / p.sum((1, 2)).clamp_min(1e-12)
-        for more, heads in adapted(recall):
-            if len(heads):
-                chosen[heads] = best_blocks(p[heads], keys * more, blocks)
-        return chosen
-    chosen = best_blocks(p, keys, blocks)
-    if isinstance(budget, Share):
-        chosen |= fewest(p / blocks.sizes, p, budget.gamma)
+    """The blocks that a budget pays for, or that have a share of the probability: bool, as `p`."""
+    if not getattr(shape, "isolated", False):
+        return _chosen(p, shape, blocks.sizes)
+    chosen = torch.zeros_like(p, dtype=torch.bool)
+    for segment in blocks.segments.unique():
+        mine = blocks.segments == segment
+        chosen[..., mine] = _chosen(p[..., mine], shape, blocks.sizes[mine])
     return chosen
 
 
-def best_blocks(p: Tensor, keys: float, blocks: Blocks) -> Tensor:
-    """The blocks of most probability a key, for about so many keys a row: bool `[L, C, C]`.
+def _chosen(p: Tensor, shape: Pooled | Antidiagonal | Mass, sizes: Tensor) -> Tensor:
+    """`chosen_blocks` among blocks of keys of these sizes, `[K]`: bool `[L, C, K]`."""
+    budget = shape.keep
+    assert not isinstance(budget, Above), "it is of logits"
+    keys = budget.keys(int(sizes.sum()))
+    if isinstance(shape, Mass) and shape.adaptive:
+        chosen = best_blocks(p, keys, sizes)
+        recall = torch.where(chosen, p, 0).sum((1, 2)) / p.sum((1, 2)).clamp_min(1e-12)
+        for more, heads in adapted(recall):
+            if len(heads):
+                chosen[heads] = best_blocks(p[heads], keys * more, sizes)
+        return chosen
+    chosen = best_blocks(p, keys, sizes)
+    if isinstance(budget, Share):
+        chosen |= fewest(p / sizes, p, budget.gamma)
+    return chosen
+
+
+def best_blocks(p: Tensor, keys: float, sizes: Tensor) -> Tensor:
+    """The blocks of most probability a key, for about so many keys a row: bool `[L, C, K]`.
 
     Where that is no whole number of blocks, rows take turns, so that the mean is met.
+
+    Args:
+        p: `[L, C, K]`.
+        keys: How many.
+        sizes: int64 `[K]`: keys in each block.
     """
-    sizes, (heads, c, _) = blocks.sizes, p.shape
+    heads, c, count = p.shape
     if keys >= int(sizes.sum()):
         return torch.ones_like(p, dtype=torch.bool)
     scores = (p / sizes).flatten(0, 1)
     size = int(sizes.max())
     turn = (torch.arange(c, dtype=torch.float64) * 0.6180339887) % 1 * size + keys % size >= size
     turn = turn.repeat(heads)
-    chosen = torch.zeros(heads * c, c, dtype=torch.bool)
-    none = torch.zeros(c, dtype=torch.bool)
+    chosen = torch.zeros(heads * c, count, dtype=torch.bool)
+    none = torch.zeros(count, dtype=torch.bool)
     for which, more in ((turn, size), (~turn, 0)):
         if which.any():
             chosen[which] = within(scores[which], sizes, none, int(keys // size) * size + more)
-    return chosen.view(heads, c, c)
+    return chosen.view(heads, c, count)
 
 
 def adapted(recall: Tensor) -> list[tuple[float, list[int]]]:

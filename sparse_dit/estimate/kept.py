@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..autocast import lowered
 from ..call import AttentionCall, StepContext, with_bias
+from ..cut import slice_entry
 from ..entry import PatternIndex
 from ..index import SparseIndex, dense_entry, index_of, pattern_index
 from ..layout import TokenLayout
@@ -178,7 +180,8 @@ class Estimates:
         kept: _Kept,
         orders: _Orders,
     ) -> Found:
-        step, n = call.context.step, layout.seq_len
+        step, n, rows = call.context.step, layout.seq_len, call.q.shape[1]
+        active = call.context.active
         for head, pattern in enumerate(patterns):
             if not pattern.is_estimated and head not in kept.entries:
                 kept.entries[head] = pattern_index(pattern, layout)
@@ -198,7 +201,8 @@ class Estimates:
                 ordered[head] = replace(told[head], tile=order)
         if ordered:
             q, k, _, scale = _operands(call)
-            found |= blockwise_entries(q, k, ordered, layout, scale)
+            more = {"active": active, "valid": _valid(call)}
+            found |= blockwise_entries(q, k, ordered, layout, scale, **more)
         self._keep(kept, found, step)
         kept.steps |= dict.fromkeys(dense, -1)
         tried = {head: told[head] for head in dense if told[head].shape.own_order}
@@ -214,11 +218,11 @@ class Estimates:
                 best = best_orders(q, k, v, out, tried, layout, scale)
                 orders.of |= {head: order for head, (order, _) in best.items()}
             if mass is not None and mass_block is not None:
-                self._keep(kept, _of_mass(mass, counted, layout, mass_block), step)
-                kept.index = index_of(kept.entries)
+                self._keep(kept, _of_mass(mass, counted, layout, mass_block, rows, active), step)
+                kept.index = _index_of(kept.entries, rows)
 
         now = kept.entries | {head: of.whole for head, of in blocks.items()}
-        index = index_of(now)
+        index = _index_of(now, rows)
         if not counted:
             kept.index = index
         return Found(index, mass_block, learn if tried or counted else None)
@@ -259,16 +263,46 @@ def _tries(orders: _Orders, heads: Mapping[int, Pattern], step: int) -> bool:
     return False
 
 
+def _index_of(entries: Mapping[int, PatternIndex], rows: int) -> SparseIndex:
+    """The index of all heads; of the last `rows` tokens, where entries are of all."""
+    cut: dict[int, PatternIndex] = {}  # entries that heads share stay one
+    for entry in entries.values():
+        n = entry.num_queries
+        if id(entry) not in cut:
+            cut[id(entry)] = entry if n == rows else slice_entry(entry, n - rows, n)
+    return index_of({head: cut[id(entry)] for head, entry in entries.items()})
+
+
+def _valid(call: AttentionCall) -> tuple[int, int] | None:
+    """The keys from the first to the last that some row may see; None for all."""
+    if not call.context.active or call.rows is None:
+        return None
+    first, last = call.rows.valid(call.k.shape[1], call.q.shape[1])[0].tolist()
+    return first, last
+
+
 def _of_mass(
-    mass: Tensor, patterns: Mapping[int, Pattern], layout: TokenLayout, mass_block: int
+    mass: Tensor,
+    patterns: Mapping[int, Pattern],
+    layout: TokenLayout,
+    mass_block: int,
+    rows: int,
+    active: int,
 ) -> dict[int, Estimate]:
-    """What heads see whose mass was counted."""
+    """What heads see whose mass was counted, in calls of the last `rows` tokens."""
     found: dict[int, Estimate] = {}
     for pattern in dict.fromkeys(patterns.values()):
         mine = [head for head, of in patterns.items() if of == pattern]
         blocks = blocks_of(pattern, layout)
-        p = mass_by_block(mass[:, mine], blocks, mass_block).mean(0)
-        found |= zip(mine, estimates_of(p, None, pattern.shape, blocks), strict=True)
+        counted = mass[:, mine]
+        if rows < layout.seq_len:
+            missing = len(blocks.groups.owner) - counted.shape[2]
+            counted = torch.nn.functional.pad(counted, (0, 0, missing, 0))
+        p = mass_by_block(counted, blocks, mass_block).mean(0)
+        if rows < layout.seq_len:
+            p = p[:, blocks.first_of(rows) :]
+        estimates = estimates_of(p, None, pattern.shape, blocks, active=active)
+        found |= zip(mine, estimates, strict=True)
     return found
 
 

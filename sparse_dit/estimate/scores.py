@@ -24,22 +24,29 @@ def pooled_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of mean queries and mean keys, float32 `[B, L, F, F]`, and the block of each part, int64 `[F]`.
 
+    Where queries are the last tokens alone, these are the logits of their blocks, `[B, L, last, C]`.
+
     Args:
         q: `[B, H, N, D]`, any strides.
-        k: `[B, num_kv_heads, N, D]`, any strides.
+        k: `[B, num_kv_heads, M, D]`, any strides.
         heads: Which heads.
         blocks: Where blocks lie.
         scale: Factor of the logits.
-        parts: Each block is cut into at most so many parts.
+        parts: Each block is cut into at most so many parts; not so where queries are the last tokens alone.
     """
     bounds, owner = blocks.bounds, torch.arange(blocks.num_blocks)
-    if parts > 1:
+    if parts > 1 and q.shape[2] == k.shape[2]:
         size = -(-int(blocks.sizes.max()) // parts)
         bounds = cut_offsets(bounds.long(), size).int()
         owner = torch.searchsorted(blocks.bounds.long(), bounds[:-1].long(), right=True) - 1
     group = q.shape[1] // k.shape[1]
     listed = torch.tensor(heads, device=q.device)
-    mean_q = block_means(q, blocks, bounds)[:, listed]
+    if q.shape[2] == k.shape[2]:
+        mean_q = block_means(q, blocks, bounds)[:, listed]
+    else:
+        before = k.shape[2] - q.shape[2]
+        starts = bounds[blocks.first_of(q.shape[2]) :] - before
+        mean_q = means_by_torch(q, torch.arange(q.shape[2]), starts)[:, listed]
     mean_k = block_means(k, blocks, bounds)[:, listed // group]
     return (mean_q @ mean_k.transpose(2, 3)).mul_(scale), owner
 

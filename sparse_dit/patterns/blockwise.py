@@ -49,6 +49,9 @@ class Pooled:
             side too, ...
         refresh: What is found at the first step of a stage is kept for so many steps, itself among them;
             None: for the whole stage.
+        isolated: `keep` is of each segment of the sequence on its own, as SparseD (2509.24014) chooses among
+            the prompt and the generated tokens of a diffusion language model.
+        canvas: Tokens that such a model is denoising see everything and are seen by all.
     """
 
     keep: Budget | Share | Above = Budget(beta=0.25, least=64)
@@ -57,6 +60,8 @@ class Pooled:
     dense_above: Level = 1.0
     local: Distance = 0
     refresh: Refresh = 1
+    isolated: Flag = False
+    canvas: Flag = False
 
     def __post_init__(self) -> None:
         if self.own_order and not isinstance(self.keep, Budget):
@@ -91,7 +96,7 @@ class Mass:
             see half as many keys, and as many others half as many more.
         dense_above: At noise levels above this one the head is dense in every call, and its probability
             counted, so that a generation's first steps are exact and no other step has to be.
-        local, refresh: As for `Pooled`.
+        local, refresh, isolated, canvas: As for `Pooled`.
     """
 
     keep: Budget | Share = Budget(beta=0.25, least=64)
@@ -99,6 +104,12 @@ class Mass:
     dense_above: Level = 1.0
     local: Distance = 0
     refresh: Refresh = None
+    isolated: Flag = False
+    canvas: Flag = False
+
+    def __post_init__(self) -> None:
+        if self.isolated and self.adaptive:
+            raise ValueError("isolated and adaptive can't be had together; leave one of them out")
 
 
 def density(shape: Pooled | Antidiagonal | Mass, length: int) -> float:

@@ -218,7 +218,7 @@ def test_a_budget_is_met_on_average(beta):
     layout = TokenLayout.video(4, 16, 16, text_before=0)
     pattern = Pattern(Pooled(Budget(beta=beta, least=1)), far=True)
     blocks = blocks_of(pattern, layout)
-    chosen = best_blocks(torch.rand(3, 16, 16), Budget(beta=beta, least=1).keys(1024), blocks)
+    chosen = best_blocks(torch.rand(3, 16, 16), Budget(beta=beta, least=1).keys(1024), blocks.sizes)
     assert chosen.float().mean() == pytest.approx(beta, abs=0.02)
     assert chosen.sum(-1).max() - chosen.sum(-1).min() <= 1
     (entry,) = blocks.entries(chosen[:1])
