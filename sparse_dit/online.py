@@ -150,7 +150,7 @@ def online_plan(model: Any, name: str = "online", **options: float) -> Plan:
     if name not in RULES:
         raise ValueError(f"a rule without a plan must be one of {sorted(RULES)}, got {name!r}")
     rule, found = RULES[name], components(model)
-    value = _value(name, rule, options)
+    value = rule_number(name, rule.option, options)
     host = host_of(model)
     if not hasattr(host, "noise_level"):
         raise NotImplementedError(
@@ -171,9 +171,20 @@ def online_plan(model: Any, name: str = "online", **options: float) -> Plan:
     )
 
 
-def _value(name: str, rule: Rule, options: Mapping[str, float]) -> float:
-    """The rule's number."""
-    wanted, default, least, most = rule.option
+def rule_number(
+    name: str, number: tuple[str, float, float, float], options: Mapping[str, float]
+) -> float:
+    """The one number that a rule takes.
+
+    Args:
+        name: Of the rule.
+        number: The number's name, default, least and greatest value.
+        options: What is given.
+
+    Raises:
+        ValueError: If something else is given, or the number is out of range.
+    """
+    wanted, default, least, most = number
     if other := sorted(set(options) - {wanted}):
         raise ValueError(f"{name!r} takes {option(wanted)}, not {', '.join(map(option, other))}")
     value = options.get(wanted, default)

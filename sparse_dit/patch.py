@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .account import Ran
 from .attention import BACKENDS
 from .call import AttentionCall
+from .denoising import DENOISING, denoising_plan, of_text
 from .exact import Exact
 from .fastest import FASTEST, STOCK
 from .online import RULES, online_plan
@@ -39,6 +40,7 @@ def patch(
     sparsity: float | None = None,
     threshold: float | None = None,
     tau: float | None = None,
+    keep: float | None = None,
     min_psnr: float | None = None,
     target_speedup: float | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -52,7 +54,7 @@ def patch(
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
             order and sliding windows are skipped instead of masked, with equal results to rounding. Nor do
             `"online"`, `"adaspa"`, `"xattention"` and `"sol"`, by which heads find what they compute while
-            they generate. `"auto"` learns one from the first generation of a diffusers pipeline, which is
+            they generate; nor, for a diffusion language model, `"online"`, `"sparsed"` and `"mage"`. `"auto"` learns one from the first generation of a diffusers pipeline, which is
             dense and somewhat slower, and keeps it for later ones.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
@@ -62,6 +64,8 @@ def patch(
             `summary()` says what each took.
         density, sparsity, threshold, tau: Of `"online"`, `"adaspa"`, `"xattention"` and `"sol"` in turn the
             one number that it takes; see `online.RULES`.
+        keep: Of `"sparsed"` and `"mage"`: the share of the keys that is seen; see `denoising.DENOISING`, which
+            says what `density` of `"online"` is there.
         min_psnr, target_speedup, cache, verify: Of `"auto"`, what is asked of the plan, where plans are kept,
             and whether the first generation is made once more to measure it; see `auto.AutoOptions`.
 
@@ -89,15 +93,18 @@ def patch(
             f"{type(plan).__name__}"
         )
     given = {
-        "density": density, "sparsity": sparsity, "threshold": threshold, "tau": tau,
+        "density": density, "sparsity": sparsity, "threshold": threshold, "tau": tau, "keep": keep,
         "min_psnr": min_psnr, "target_speedup": target_speedup, "cache": cache, "verify": verify,
     }  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if isinstance(plan, str) and plan in RULES:
+    if isinstance(plan, str) and plan in DENOISING and of_text(pipe_or_transformer, plan):
+        plan, options = denoising_plan(pipe_or_transformer, plan, **options), {}
+    elif isinstance(plan, str) and plan in RULES:
         plan, options = online_plan(pipe_or_transformer, plan, **options), {}
     if options and plan != AUTO:
         named = ", ".join(sorted(options))
-        raise TypeError(f"{named} can be given with 'auto' and {', '.join(RULES)} alone")
+        rules = ", ".join(dict.fromkeys([*RULES, *DENOISING]))
+        raise TypeError(f"{named} can be given with 'auto' and {rules} alone")
     if plan == AUTO:
         from .auto import AutoOptions, attach_auto
 

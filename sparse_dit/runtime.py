@@ -16,11 +16,12 @@ from .autocast import lowered
 from .call import AttentionCall, item_of
 from .estimate import Estimates, estimated_index, sighted
 from .fastest import FASTEST, STOCK, Fastest
-from .index import PatternIndex, SparseIndex, build_index
+from .index import PatternIndex, SparseIndex, build_index, dense_index
 from .layout import TokenLayout
 from .patterns import Pattern
 from .plan import ComponentPlan
 from .reuse import Reuse, shape_of, without
+from .settled import Settled, steps_between
 
 MAX_LAYOUTS = 8
 
@@ -91,6 +92,8 @@ class Runtime:
         self._estimates = Estimates(self._account.tell) if self._blockwise else None
         reuses = any(pattern.every > 1 for pattern in plan.distinct_patterns)
         self._reuse = Reuse() if reuses else None
+        settles = any(pattern.settled_every > 1 for pattern in plan.distinct_patterns)
+        self._settled = Settled() if settles else None
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Attention's output `[B, N, H, D]`."""
@@ -99,10 +102,13 @@ class Runtime:
         reason = self._planned_dense(call, stage) or self._forced_dense(call, stage)
         if reason or stage is None:
             return self._dense(call, stage, reason or NOT_COVERED)
+        patterns = [head.pattern for head in self.plan.layers[call.layer][stage]]
+        if self._settled is not None and (every := steps_between(call, patterns)) > 1:
+            ways = (lambda x: self._attend(x, stage, ())), (lambda x: self._attend_last(x, stage))
+            return self._settled.attend(call, stage, every, *ways)
         if self._reuse is None:
             return self._attend(call, stage, ())
-        patterns = self.plan.layers[call.layer][stage]
-        turn = self._reuse.turn(call, stage, [head.pattern for head in patterns])
+        turn = self._reuse.turn(call, stage, patterns)
         out = turn.filled(self._attend(call, stage, turn.skipped))
         self._reuse.keep(call, stage, turn, out)
         return out
@@ -118,6 +124,16 @@ class Runtime:
             self._reuse.forget()
         if self._estimates is not None:
             self._estimates.forget()
+        if self._settled is not None:
+            self._settled.forget()
+
+    def _attend_last(self, call: AttentionCall, stage: int) -> Tensor:
+        """Attention of a call's last queries over all keys."""
+        index = dense_index(call.q.shape[2], call.q.shape[1], call.k.shape[1], call.q.device)
+        out, name = attend_call(call, index, self.backend, self.nan_guard)
+        density = call.q.shape[1] / call.k.shape[1]
+        self._count(call, (call.layer, stage, None, name), density, call.k.shape[1])
+        return out
 
     def _attend(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> Tensor:
         """Attention as the plan says for the stage, `[B, N, H, D]`; the heads `skipped` aren't computed."""
@@ -241,10 +257,12 @@ class Runtime:
         self._count(call, (call.layer, stage, reason, None), 1.0)
         return out
 
-    def _count(self, call: AttentionCall, way: Way, density: float) -> None:
+    def _count(
+        self, call: AttentionCall, way: Way, density: float, queries: int | None = None
+    ) -> None:
         tokens = _tokens(call)
-        pairs = call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * tokens
-        if call.rows is not None:
+        pairs = call.q.shape[0] * call.q.shape[2] * (queries or call.q.shape[1]) * tokens
+        if call.rows is not None and queries is None:
             pairs = call.rows.pairs(call.k.shape[1], call.q.shape[1]) * call.q.shape[2]
         self._account.count(way, tokens, pairs, density)
 

@@ -123,7 +123,7 @@ class _Densities:
                 computed = blockwise.density(pattern.shape, layout.num_grid)
             elif not pattern.computed.is_dense:
                 computed = pattern_index(*key).density
-            self._known[key] = computed / pattern.every  # over a long stage
+            self._known[key] = computed / max(pattern.every, pattern.settled_every)  # over a long stage
         return self._known[key]
 
 

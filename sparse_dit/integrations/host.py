@@ -142,7 +142,8 @@ class Host(Protocol):
 
     The first five are all that `patch` needs; `sparse_dit.integrations` hands them on and explains them. The
     next two serve the search, `noise_level` rules without a plan and `steps_of` plans that are learned (a
-    language model's host has neither), `probe` plans from geometry, `one_step` the report, the rest the
+    language model's host has neither), `denoising_layers` rules for diffusion language models, which other
+    hosts lack, `probe` plans from geometry, `one_step` the report, the rest the
     command line.
     Components have `config` (a mapping that says what they were made from), `device` and `dtype`.
     """
@@ -154,6 +155,10 @@ class Host(Protocol):
         self, module: nn.Module, intercept: Intercept, pipe: Any = None, /
     ) -> Attachment: ...
     def attachment_of(self, module: nn.Module, /) -> Attachment | None: ...
+
+    def denoising_layers(self, model: Any, /) -> list[str]:
+        """The attention layers that a diffusion language model denoises text with; none of other models."""
+        ...
 
     def output_projection(self, layer: nn.Module, /) -> nn.Module | None:
         """What an attention layer multiplies its heads' outputs by; None if it has no such module."""

@@ -4,6 +4,7 @@ from .language.attachment import (
     attach,
     attachment_of,
     components,
+    denoising_layers,
     heads_of,
     self_attention_layers,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "attach",
     "attachment_of",
     "components",
+    "denoising_layers",
     "heads_of",
     "load",
     "self_attention_layers",

@@ -71,6 +71,7 @@ class _Frame:
     sink_frames: Distance = 0
     every: Steps = 1
     pool: Count | None = None
+    settled_every: Steps = 1
 
 
 _FRAME = TypeAdapter(_Frame)
@@ -96,6 +97,9 @@ class Pattern:
         every: The head is computed at the first step of a stage and at every so many steps from there;
             at the others its output of the step before is taken again.
         pool: With `far`: a pooled key stands for at most this many tokens of a cell; None for whole cells.
+        settled_every: Of a diffusion language model: tokens that aren't being denoised are computed at the
+            first step of a block and at every so many steps from there. Between, their output is taken again,
+            and those being denoised see everything. The least of a layer's heads holds for all of them.
 
     Raises:
         ValueError: If a parameter is out of range.
@@ -108,6 +112,7 @@ class Pattern:
     sink_frames: int = 0
     every: int = 1
     pool: int | None = None
+    settled_every: int = 1
 
     def __post_init__(self) -> None:
         if type(self.shape) not in NAMES:
@@ -125,6 +130,8 @@ class Pattern:
         _checked(_FRAME, frame, self.name)
         if self.pool is not None and not self.far:
             raise ValueError(f"{self.name}: pool must be left out without far, got {self.pool}")
+        if self.every > 1 and self.settled_every > 1:
+            raise ValueError(f"{self.name}: every and settled_every can't both be above 1")
         if self.is_causal:
             _alone({k: v for k, v in frame.items() if v != _DEFAULTS[k]}, self.name)
 
@@ -141,7 +148,7 @@ class Pattern:
     @property
     def is_dense(self) -> bool:
         """Whether everything is computed exactly, at every step."""
-        return isinstance(self.shape, Dense) and self.every == 1
+        return isinstance(self.shape, Dense) and self.every == self.settled_every == 1
 
     @property
     def is_estimated(self) -> bool:
@@ -156,12 +163,14 @@ class Pattern:
     @property
     def computed(self) -> Pattern:
         """What is computed at the steps at which it is."""
-        return self if self.every == 1 else dataclasses.replace(self, every=1)
+        if self.every == self.settled_every == 1:
+            return self
+        return dataclasses.replace(self, every=1, settled_every=1)
 
     @property
     def version(self) -> int:
         """The first version of the plan format that can say this."""
-        if self.is_estimated:
+        if self.is_estimated or self.settled_every > 1:
             return 3
         reaches = any(isinstance(s, Stencil) and s.reach is not None for s in self.shapes)
         later = isinstance(self.tile, Curve) or self.every > 1 or self.pool is not None or reaches

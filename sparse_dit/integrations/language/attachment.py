@@ -56,6 +56,14 @@ def self_attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def denoising_layers(model: Any) -> list[str]:
+    """The layers of a diffusion language model that see both ways, for it or its pipeline; none of others."""
+    (found,) = components(model).values()
+    if Canvases.of(found, model) is None:
+        return []
+    return [path for path, one in self_attention_layers(found).items() if sees_both_ways(one)]
+
+
 def heads_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """`(num_heads, head_dim)` of each of a model's self-attention layers; head_dim is that of q and k."""
     return {path: _heads(module) for path, module in self_attention_layers(model).items()}
