@@ -72,10 +72,11 @@ SETTLED = 64  # steps: as long as a block is denoised, mostly
 
 
 def online(density: float) -> Pattern:
-    """Ours. What isn't being denoised is computed once a block, sparse, with the rest pooled.
+    """Ours. What isn't being denoised is computed at a block's first step alone; what is sees everything.
 
     Args:
-        density: Share of the keys that such a token sees exactly.
+        density: Share of the keys that a token which isn't being denoised sees exactly in that step; the rest
+            is pooled, and the block that is denoised is seen by all.
     """
     if density >= 1:
         return Pattern(Dense(), settled_every=SETTLED)
@@ -85,8 +86,8 @@ def online(density: float) -> Pattern:
 
 DENOISING: dict[str, DenoisingRule] = {
     "online": DenoisingRule(
-        "ours: what isn't being denoised is computed once a block, the rest pooled",
-        ("density", 0.5, 0.01, 1.0),
+        "ours: what isn't being denoised is computed at a block's first step alone",
+        ("density", 1.0, 0.01, 1.0),
         online,
         lambda density: density / 8,
     ),
@@ -127,7 +128,7 @@ def denoising_plan(model: Any, name: str = "online", **options: float) -> Plan:
         raise NotImplementedError(
             f"{name!r} is for diffusion models, and {type(model).__name__} is none that is known: its layers must "
             "see both ways (config.is_causal=False), and config.mask_token_id or the pipeline must say what the "
-            "mask token is; other language models take a plan, or \"exact\""
+            'mask token is; other language models take a plan, or "exact"'
         )
     heads, pattern = heads_of(module), rule.pattern(value)
     planned = {layer: ((HeadChoice(pattern),) * heads[layer][0],) for layer in layers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .texts import lines_of, read_text, unfit
 
 MAX_PROMPT_FILE = 1 << 20  # bytes
 MAX_TEXT_FILE = 1 << 24
+DENOISER = "LLaDA2Pipeline"  # class of diffusion language models' pipelines
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -103,6 +105,35 @@ def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any,
     host: Any = host_named("transformers")
     model, tokenizer = host.load(name, kind)
     return model.to(device), tokenizer
+
+
+def is_denoiser(name: str) -> bool:
+    """Whether a folder holds a diffusion language model, by its configuration files; no for a hub id."""
+    kind = _config(Path(name) / "model_index.json").get("_class_name")
+    return kind == DENOISER or _config(Path(name) / "config.json").get("is_causal") is False
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(file))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def load_denoiser(name: str, device: str, dtype: str | None) -> Any:
+    """The pipeline of a diffusion language model, with its tokenizer.
+
+    Args:
+        name: A folder or hub id.
+        device, dtype: As `load_pipeline` takes them.
+
+    Raises:
+        ValueError: It can't be read or is of another kind, or the device or dtype isn't known here.
+    """
+    kind = _usable(device, dtype)
+    host: Any = host_named("transformers")
+    return host.load_denoiser(name, kind).to(device)
 
 
 def check_model(name: str) -> None:

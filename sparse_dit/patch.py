@@ -212,6 +212,12 @@ class Handle:
         """What ran so far in each component, one entry for each layer, stage and way to run."""
         return {name: runtime.ran for name, runtime in self._runtimes.items()}
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the indices that were found in calls and are kept for later steps."""
+        runtimes = [one for one in self._runtimes.values() if isinstance(one, Runtime)]
+        return sum(runtime.kept_bytes for runtime in runtimes)
+
     def summary(self) -> Summary:
         """What the plan forecasts and what ran so far; prints as a table."""
         lost = {name: tuple(a.lost) for name, a in self._attachments.items()}

@@ -204,6 +204,11 @@ class Runtime:
         return self._account.ran
 
     @property
+    def kept_bytes(self) -> int:
+        """Memory of the indices that are kept for later steps."""
+        return 0 if self._estimates is None else self._estimates.num_bytes
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What could not be done as the plan says, though it ran sparse; and who computed dense calls."""
         return self._account.notes + (self._fastest.notes if self._fastest else ())

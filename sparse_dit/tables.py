@@ -123,7 +123,9 @@ class _Densities:
                 computed = blockwise.density(pattern.shape, layout.num_grid)
             elif not pattern.computed.is_dense:
                 computed = pattern_index(*key).density
-            self._known[key] = computed / max(pattern.every, pattern.settled_every)  # over a long stage
+            self._known[key] = computed / max(
+                pattern.every, pattern.settled_every
+            )  # over a long stage
         return self._known[key]
 
 
@@ -253,6 +255,25 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
             f"KL {first['kl_floor']:.6f}",
             highlight=False,
         )
+
+
+def show_denoising_frontier(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of a diffusion language model's frontier, least divergence first."""
+    table = Table(
+        "method", "number", "density", "speed-up", "of a step", "KL", "agreement", "pass keys", "kept"
+    )  # fmt: skip
+    for row in sorted(rows, key=lambda row: row["kl"]):
+        table.add_row(
+            row["method"], "-" if row["number"] is None else f"{row['number']:g}",
+            f"{row['density']:.3f}", f"{row['speedup']:.2f}x", f"{row['step_speedup']:.2f}x",
+            f"{row['kl']:.4f}", f"{row['agreement']:.1%}", f"{row['passkeys']}/{row['asked']}",
+            f"{row['kept']:.2%}",
+        )  # fmt: skip
+    out.print(table)
+    if rows:
+        first = rows[0]
+        said = f"dense: {first['dense_seconds']:.2f} s, {first['dense_passkeys']} pass keys"
+        out.print(said, highlight=False)
 
 
 def show_kept(kept: Sequence[Kept], folder: Path) -> None:

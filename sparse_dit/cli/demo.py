@@ -1,7 +1,8 @@
-"""`sparse-dit demo`: search, verify and show a plan for the embedded model."""
+"""`sparse-dit demo`: search, verify and show a plan for an embedded model."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +12,32 @@ from ..outputs import Outputs
 from .options import Force, resumable, say
 
 
+class Embedded(StrEnum):
+    """A model that ships."""
+
+    WAN = "wan"
+    DLM = "dlm"
+
+
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("out"),
+    model: Annotated[
+        Embedded, typer.Option(help="wan makes videos; dlm is a diffusion language model.")
+    ] = Embedded.WAN,
     force: Force = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Smaller and sooner, not the demo.")
     ] = False,
 ) -> int:
-    """Search, verify and show a plan for the embedded model."""
+    """Search, verify and show a plan for an embedded model; the diffusion language model has a rule."""
+    outputs = Outputs(replace=force, say=say)
+    if model is Embedded.DLM:
+        from ..demo.writing import run_writing_demo
+
+        run_writing_demo(folder, force=force, quick=quick, outputs=outputs)
+        return outputs.code
     from ..demo.run import run_demo
 
-    outputs = Outputs(replace=force, say=say)
     try:
         run_demo(folder, force=force, quick=quick, outputs=outputs)
     except KeyboardInterrupt:

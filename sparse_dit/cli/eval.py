@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..inputs import is_denoiser
 from ..outputs import Outputs
 from ..tables import (
     out,
@@ -19,6 +20,7 @@ from ..tables import (
     show_language_quality,
     show_quality,
 )
+from .denoising import denoising_frontier
 from .options import Cases, Force, Model, Place, PlanName, Size, say, with_options
 
 if TYPE_CHECKING:
@@ -233,11 +235,15 @@ def frontier(
 ) -> int:
     """Quality over density: searched plans against the published methods, on held-out prompts.
 
-    With --text it is for a language model, against rules for its prefill.
+    With --text it is for a language model, against rules for its prefill, or for a diffusion language model.
     """
     if text or plan:
         if model is None or not text:
             raise ValueError("rules for language models are compared on --model and --text")
+        if is_denoiser(model):
+            return denoising_frontier(
+                model, text, tokens, size.steps, plan or [], method, file, plot, place
+            )
         if cases.given or held_out or searched_at or size != Size():
             raise ValueError("prompts and sizes are for pipelines, and --text for language models")
         reading = Reading(text, tokens)

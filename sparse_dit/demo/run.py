@@ -68,7 +68,7 @@ def run_demo(
     from ..inputs import load_pipeline
     from ..tables import out, show_quality
 
-    say, plan_file, kept = _stamped(), folder / "plan.json", folder / "profile.safetensors"
+    say, plan_file, kept = stamped(), folder / "plan.json", folder / "profile.safetensors"
     outputs = outputs or Outputs(replace=force, say=say)
     outputs.expect_folder("--out", folder, FILES)
     outputs.expect("--out", plan_file, beside=lambda path: [tensor_path(path), front_path(path)])
@@ -215,7 +215,8 @@ def _notes(searched: Searched, quality: Quality) -> list[str]:
     ]
 
 
-def _stamped() -> Say:
+def stamped() -> Say:
+    """Says a text with the time since it was made."""
     started = time.perf_counter()
 
     def say(text: str) -> None:

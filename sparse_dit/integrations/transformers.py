@@ -9,6 +9,7 @@ from .language.attachment import (
     self_attention_layers,
 )
 from .language.loading import load
+from .language.writing import load_denoiser
 
 __all__ = [
     "attach",
@@ -17,5 +18,6 @@ __all__ = [
     "denoising_layers",
     "heads_of",
     "load",
+    "load_denoiser",
     "self_attention_layers",
 ]
