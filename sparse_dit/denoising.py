@@ -42,9 +42,10 @@ class DenoisingRule:
 def sparsed(keep: float, block: int = BLOCK) -> Pattern:
     """SparseD, https://arxiv.org/abs/2509.24014, as the paper says, with its settings of long prompts.
 
-    The first 20 % of the steps are dense, and the last of them counts each block's probability; from there on
-    each block of 128 queries sees the share `keep` of the blocks of keys with the most, of the prompt and of the
-    generated tokens each on its own. In a pipeline that writes block after block the steps are a block's.
+    The first 20 % of the steps are dense, and the last of them counts each block's probability. From there
+    on each block of 128 queries sees the share `keep` of the blocks of keys with the most, of the prompt and
+    of the generated tokens each on its own. In a pipeline that writes block after block the steps are a
+    block's.
 
     Args:
         keep: Share of the keys.
@@ -57,8 +58,8 @@ def sparsed(keep: float, block: int = BLOCK) -> Pattern:
 def mage(keep: float, block: int = BLOCK) -> Pattern:
     """MAGE, https://arxiv.org/abs/2602.14209: keys chosen once a block, in an exact step while all is masked.
 
-    The paper chooses keys of a cache for the block's own queries; where a pipeline computes all tokens in every
-    step, each block of queries chooses its own.
+    The paper chooses keys of a cache for the block's own queries; where a pipeline computes all tokens in
+    every step, each block of queries chooses its own.
 
     Args:
         keep: Share of the keys.
@@ -110,8 +111,8 @@ def denoising_plan(model: Any, name: str = "online", **options: float) -> Plan:
     """The plan of a rule in `DENOISING` for a diffusion language model or its pipeline. Nothing is run.
 
     Args:
-        model: A pipeline (`LLaDA2Pipeline`, `DiffusionGemmaPipeline`), or a model of transformers that sees both
-            ways and says what its mask token is (`config.mask_token_id`) or that it has canvases.
+        model: A pipeline (`LLaDA2Pipeline`, `DiffusionGemmaPipeline`), or a model of transformers that sees
+            both ways and says what its mask token is (`config.mask_token_id`) or that it has canvases.
         name: A name in `DENOISING`.
         options: The rule's one number, by its name.
 
@@ -126,9 +127,9 @@ def denoising_plan(model: Any, name: str = "online", **options: float) -> Plan:
     layers = denoising_layers(model)
     if not layers:
         raise NotImplementedError(
-            f"{name!r} is for diffusion models, and {type(model).__name__} is none that is known: its layers must "
-            "see both ways (config.is_causal=False), and config.mask_token_id or the pipeline must say what the "
-            'mask token is; other language models take a plan, or "exact"'
+            f"{name!r} is for diffusion models, and {type(model).__name__} is none that is known: its layers "
+            "must see both ways (config.is_causal=False), and config.mask_token_id or the pipeline must say "
+            'what the mask token is; other language models take a plan, or "exact"'
         )
     heads, pattern = heads_of(module), rule.pattern(value)
     planned = {layer: ((HeadChoice(pattern),) * heads[layer][0],) for layer in layers}

@@ -155,7 +155,8 @@ def online_plan(model: Any, name: str = "online", **options: float) -> Plan:
     if not hasattr(host, "noise_level"):
         raise NotImplementedError(
             f"{name!r} is for diffusion transformers, and {type(model).__name__} is none: "
-            'language models take a plan, or "exact"'
+            'language models take a plan, or "exact"; one that denoises text must see both ways '
+            "(config.is_causal=False), and config.mask_token_id or its pipeline say what its mask token is"
         )
     stages = rule.stages(value, lambda share: host.noise_level(model, share))
     parts = {part: _component(module, stages, rule.dense_layers) for part, module in found.items()}

@@ -54,7 +54,8 @@ def patch(
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
             order and sliding windows are skipped instead of masked, with equal results to rounding. Nor do
             `"online"`, `"adaspa"`, `"xattention"` and `"sol"`, by which heads find what they compute while
-            they generate; nor, for a diffusion language model, `"online"`, `"sparsed"` and `"mage"`. `"auto"` learns one from the first generation of a diffusers pipeline, which is
+            they generate; nor, for a diffusion language model, `"online"`, `"sparsed"` and `"mage"`.
+            `"auto"` learns one from the first generation of a diffusers pipeline, which is
             dense and somewhat slower, and keeps it for later ones.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
@@ -64,8 +65,8 @@ def patch(
             `summary()` says what each took.
         density, sparsity, threshold, tau: Of `"online"`, `"adaspa"`, `"xattention"` and `"sol"` in turn the
             one number that it takes; see `online.RULES`.
-        keep: Of `"sparsed"` and `"mage"`: the share of the keys that is seen; see `denoising.DENOISING`, which
-            says what `density` of `"online"` is there.
+        keep: Of `"sparsed"` and `"mage"`: the share of the keys that is seen; see `denoising.DENOISING`,
+            which says what `density` of `"online"` is there.
         min_psnr, target_speedup, cache, verify: Of `"auto"`, what is asked of the plan, where plans are kept,
             and whether the first generation is made once more to measure it; see `auto.AutoOptions`.
 

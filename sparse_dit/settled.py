@@ -1,9 +1,9 @@
 """What attention gave for tokens that a diffusion language model isn't denoising, taken again for some steps.
 
-A generation computes all of its tokens in each step, but most of them are the prompt and what is written, and
-they change little while a block of new tokens is denoised. Their attention is computed at some steps; between,
-only that of the tokens being denoised is, over all keys. Fast-dLLM (https://arxiv.org/abs/2505.22618) keeps
-these tokens' keys and values instead, from block to block.
+A generation computes all of its tokens in each step, but most of them are the prompt and what is written,
+and they change little while a block of new tokens is denoised. Their attention is computed at some steps;
+between, only that of the tokens being denoised is, over all keys. Fast-dLLM
+(https://arxiv.org/abs/2505.22618) keeps these tokens' keys and values instead, from block to block.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from ..outputs import Outputs
 from .options import Force, resumable, say
 
 
-class Embedded(StrEnum):
+class Embedded(str, Enum):
     """A model that ships."""
 
     WAN = "wan"

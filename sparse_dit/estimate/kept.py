@@ -134,7 +134,7 @@ class Estimates:
         return sum(_num_bytes(entry) for entry in entries.values())
 
     def _run_of(self, context: StepContext) -> _Run:
-        """What is kept of a call's generation; canvases may take turns, other generations follow each other."""
+        """What is kept of a call's generation; canvases may take turns, others follow each other."""
         with self._lock:
             run = self._runs.pop(context.run, None) or _Run()
             others = [*self._runs][1 - TURNS :] if context.active else []

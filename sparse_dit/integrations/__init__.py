@@ -51,7 +51,7 @@ def host_named(name: str) -> Host:
 
 
 def library_of(model: Any) -> str:
-    """The library of a model, or of a pipeline's model, by the package of its class or of one it derives from."""
+    """The library of a model, or of a pipeline's model, by the package of its class or of a base of it."""
     if isinstance(model, nn.Module):
         model = getattr(model, "_orig_mod", model)  # where torch.compile keeps the module itself
     elif isinstance(inner := getattr(model, "model", None), nn.Module):

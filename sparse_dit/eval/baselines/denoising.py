@@ -80,10 +80,10 @@ def streaming_llm(call: AttentionCall, blocks: Blocks, keep: float) -> Tensor:
 def sparsed_code(call: AttentionCall, blocks: Blocks, keep: float) -> Tensor:
     """What SparseD's released code chooses (github.com/INV-WZQ/SparseD, 52155b4), not its paper.
 
-    Scores are divided by the root of the number of heads, not of head_dim; blocks of the prompt are the best of
-    all keys, of which those of generated tokens are dropped, so that fewer are left; generated ones are the best
-    of their own. In a pipeline that writes block after block the mask is made for each of them. Its third
-    departure, that guidance runs dense, needs guidance.
+    Scores are divided by the root of the number of heads, not of head_dim. Blocks of the prompt are the best
+    of all keys, of which those of generated tokens are dropped, so that fewer are left; generated ones are
+    the best of their own. In a pipeline that writes block after block the mask is made for each of them. Its
+    third departure, that guidance runs dense, needs guidance.
     """
     layout = call.context.layout
     assert layout is not None, "it is known here"

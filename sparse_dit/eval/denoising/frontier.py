@@ -1,4 +1,4 @@
-"""Rules and plans for a diffusion language model: quality over measured time, on the same prompts in one run."""
+"""Rules and plans for a diffusion language model: quality over measured time, on the same prompts."""
 
 from __future__ import annotations
 

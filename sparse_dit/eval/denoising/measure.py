@@ -76,10 +76,10 @@ class Measure:
     def row(self, way: Way) -> Row:
         """The figures of a way: dense and sparse generations in turn, then the trajectories again.
 
-        Of the row, `speedup` is that of whole generations, steps saved or added included; `step_speedup` is of
-        the time of a forward. `agreement` is the share of written tokens that are dense's, `kl` the divergence
-        of what is said of masked tokens along dense's own trajectory, `kept` the indices' share of the memory
-        of a cache of all keys and values.
+        Of the row, `speedup` is that of whole generations, steps saved or added included; `step_speedup` is
+        of the time of a forward. `agreement` is the share of written tokens that are dense's, `kl` the
+        divergence of what is said of masked tokens along dense's own trajectory, `kept` the indices' share
+        of the memory of a cache of all keys and values.
         """
         dense, sparse, same, right, kept = [], [], [], 0, 0
         pairs = computed = 0.0

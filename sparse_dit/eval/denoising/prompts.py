@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -78,6 +79,6 @@ def hidden(
         else:
             raise ValueError(f"the text {name} is too short to hide a pass key in {tokens} tokens")
         parts.insert(round(depth * len(parts)), needle)
-        prompt = torch.tensor([[*sum(parts, []), *question]])
+        prompt = torch.tensor([[*itertools.chain(*parts), *question]])
         found.append(Prompt(f"{name}, pass key at {depth:.0%}", prompt, key))
     return found

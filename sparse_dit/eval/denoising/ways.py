@@ -80,9 +80,11 @@ def of_plan(pipe: Any, plan: Plan) -> Way:
 
 def _rule(name: str) -> Callable[[Any, float], Way]:
     def of(pipe: Any, number: float) -> Way:
+        option: dict[str, Any] = {DENOISING[name].option[0]: number}
+
         @contextmanager
         def way() -> Iterator[Account]:
-            with patch(pipe, name, **{DENOISING[name].option[0]: number}) as handle:
+            with patch(pipe, name, **option) as handle:
                 yield Patched(handle)
 
         return way

@@ -1,8 +1,8 @@
 """Where a forward of a diffusion language model stands: which generation, which step, how much is masked.
 
-A masked model is told by its tokens alone: a forward belongs to the generation whose prompt it begins with and
-whose masks it has, or fewer. So generations that take turns, or run in threads, aren't taken for each other,
-and one that begins again is a new one. A model whose decoder reads a cache is told by the cache.
+A masked model is told by its tokens alone: a forward belongs to the generation whose prompt it begins with
+and whose masks it has, or fewer. So generations that take turns, or run in threads, aren't taken for each
+other, and one that begins again is a new one. A model whose decoder reads a cache is told by the cache.
 """
 
 from __future__ import annotations

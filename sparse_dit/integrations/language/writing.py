@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.llada2 import LLaDA2Pipeline
+from diffusers.schedulers.scheduling_block_refinement import BlockRefinementScheduler
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -84,7 +86,7 @@ class Writing:
 
 @dataclass(eq=False)
 class Trajectory:
-    """The forwards of a generation: what each was given, and what it said of the masked tokens being denoised.
+    """The forwards of a generation: what each was given, and what it said of the tokens being denoised.
 
     Args:
         given: The arguments of each forward.
@@ -139,8 +141,6 @@ def load_denoiser(name: str, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: If it can't be read, or is of another kind.
     """
-    import diffusers
-
     if (Path(name) / "model_index.json").is_file():
         try:
             pipe: Any = load_pipeline(name, dtype)
@@ -156,11 +156,11 @@ def load_denoiser(name: str, dtype: torch.dtype) -> Any:
         model, tokenizer = load(name, dtype)
         if getattr(model.config.get_text_config(), "is_causal", None) is not False:
             raise ValueError(
-                f"{name} is a causal language model; a diffusion language model's config says is_causal: false"
+                f"{name} is a causal language model; the config of one that denoises says is_causal: false"
             )
-        pipe = diffusers.LLaDA2Pipeline(model, diffusers.BlockRefinementScheduler(), tokenizer)
+        pipe = LLaDA2Pipeline(model, BlockRefinementScheduler(), tokenizer)
         pipe.mask_token_id = tokenizer.mask_token_id or getattr(model.config, "mask_token_id", None)
-    if not isinstance(pipe, diffusers.LLaDA2Pipeline):
+    if not isinstance(pipe, LLaDA2Pipeline):
         raise ValueError(f"{name} must be a LLaDA2Pipeline, got a {type(pipe).__name__}")
     if pipe.mask_token_id is None:
         raise ValueError(f"{name} must say what its mask token is: its tokenizer has none")
