@@ -18,6 +18,7 @@ from sparse_dit.patch import Handle
 from tests.helpers.documents import ROOT, pages, prose, snippets
 from tests.helpers.eval_cases import WINDOW, uniform_plan
 from tests.helpers.search_cases import stub_costs
+from tests.helpers.tiny_canvases import bytes_writer
 from tests.helpers.tiny_language_models import save_language_model, vision
 from tests.helpers.tiny_pipelines import wan
 
@@ -84,6 +85,8 @@ def test_python_runs_as_it_is_shown(shown, searched, unknown_model, tmp_path, mo
         vlm, inputs = vision("qwen2_5_vl")
         others = vision("qwen2_5_vl")[1]
         given = {"vlm": vlm, "inputs": inputs, "others": others, "sparse_dit": sparse_dit}
+    elif shown.page == "docs/diffusion-language-models.md":
+        given = {"writer": bytes_writer()}
     stub_costs(monkeypatch)
     monkeypatch.chdir(tmp_path)
     if "add_model" in text:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as T
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from sparse_dit.cli import run
 from sparse_dit.demo import writing
@@ -19,36 +18,16 @@ from sparse_dit.inputs import is_denoiser, load_denoiser
 from sparse_dit.integrations.language.writing import Trajectory, Writing
 from sparse_dit.outputs import Outputs
 from tests.denoising.test_rules import call_of
-from tests.helpers.tiny_canvases import llada2
+from tests.helpers.tiny_canvases import bytes_writer
 from tests.helpers.tiny_language_models import TEXT
 
 WORDS = "A cat has two hats. The dog sleeps in the sun. Nobody knows the number. " * 20
 SMALL = Writing(8, 8, 2)
 
 
-def byte_tokenizer():
-    """A token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<end>", "<mask>"]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*special, *alphabet])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = dict(zip(("pad_token", "eos_token", "mask_token"), special, strict=True))
-    return T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def model_of_bytes():
-    torch.manual_seed(0)
-    config = T.LlamaConfig(**(TEXT | {"vocab_size": 259}), is_causal=False)
-    return T.LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def pipe():
-    made = llada2(model_of_bytes())
-    made.tokenizer = byte_tokenizer()
-    made.mask_token_id = made.tokenizer.mask_token_id
-    return made
+    return bytes_writer()
 
 
 @pytest.fixture(scope="module")

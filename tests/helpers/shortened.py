@@ -74,6 +74,8 @@ READ = {
     "sparse-dit eval frontier --model demos/tiny_vlm/model": (
         "minutes: tests/search/language/test_prompts.py"
     ),
+    "sparse-dit eval frontier --model DLM": "minutes: tests/denoising/test_eval.py runs it smaller",
+    "sparse-dit demo --model dlm": "minutes: tests/denoising/test_eval.py runs it on a random model",
     "sparse-dit serve": "runs until it is stopped: tests/serve/test_processes.py starts it",
     "python -m tests.helpers.serve_load": "minutes: tests/serve/test_processes.py runs less of it",
     "python -m tests.helpers.serve_latency": "asks a server of a real model, for minutes",

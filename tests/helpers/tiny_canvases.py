@@ -8,6 +8,7 @@ from unittest import mock
 import diffusers
 import torch
 import transformers as T
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from tests.helpers.tiny_language_models import TEXT
@@ -28,6 +29,22 @@ def llada2(model: Any = None) -> Any:
     pipe = diffusers.LLaDA2Pipeline(model, diffusers.BlockRefinementScheduler(), None)
     pipe.mask_token_id = MASK
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def bytes_writer() -> Any:
+    """A pipeline with a tokenizer whose tokens are bytes."""
+    special = ["<pad>", "<end>", "<mask>"]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = dict(zip(("pad_token", "eos_token", "mask_token"), special, strict=True))
+    torch.manual_seed(0)
+    config = T.LlamaConfig(**(TEXT | {"vocab_size": len(words)}), is_causal=False)
+    pipe = llada2(T.LlamaForCausalLM(config).eval())
+    pipe.tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    pipe.mask_token_id = pipe.tokenizer.mask_token_id
     return pipe
 
 
