@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...attend_call import attend_call, attended_call
 from ...call import AttentionCall
 from ...estimate.blocks import Blocks, blocks_of
 from ...estimate.scores import mass_by_block, mass_stretch
@@ -18,7 +19,6 @@ from ...index import SparseIndex, index_of
 from ...intervals import RowIntervals
 from ...layout import TokenLayout
 from ...patterns import Mass, Pattern
-from ...runtime import attend_call, attended_call
 
 
 @dataclass(eq=False)
