@@ -565,8 +565,6 @@ def minimax_h3() -> Built:
         num_layers=2,
         num_refiner_layers=1,
         ffn_dim=32,
-        in_channels=4,
-        audio_in_channels=4,
         text_dim=32,
         freq_dim=16,
         time_embed_hidden_dim=16,
@@ -602,8 +600,8 @@ def _minimax_h3_call(
     rows = (video, audio, given_video, given_audio, len(text))
     timestep, indices = levels(*rows, 0.3, 0.6, 0.999, 1.0)
     return {
-        "hidden_states": randn(2, len(video), 16),
-        "audio_hidden_states": randn(2, len(audio), 4),
+        "hidden_states": randn(2, len(video), 96),
+        "audio_hidden_states": randn(2, len(audio), 32),
         "encoder_hidden_states": randn(2, len(text), 32, seed=2),
         "timestep": timestep,
         "timestep_indices": indices,

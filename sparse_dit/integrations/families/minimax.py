@@ -24,8 +24,8 @@ def _minimax_h3(config: Any, arguments: Arguments) -> TokenLayout | None:
 def _packed(positions: Tensor, video: Tensor, _versions: tuple[int, int]) -> TokenLayout | None:
     """The layout of a packed sequence, which all items of a batch share; None if it has no video.
 
-    The last video is the grid: the others are conditions. Cached by identity and version of the tensors, which
-    are those of all steps: they are read back from the device once.
+    The last video is the grid: the others are conditions. Cached by identity and version of the tensors,
+    which are those of all steps: they are read back from the device once.
 
     Args:
         positions: `[N, 3]`: time, row and column of each token, as the rotary embedding has them.
@@ -57,15 +57,12 @@ def _grid(places: Tensor) -> Segment | None:
     falls = row.diff().lt(0) | (row.diff().eq(0) & column.diff().le(0))
     size = len(places) - _last(time.diff().ne(0) | falls)
     width = len(places) - _last(row.diff().ne(0) | falls)
-    if size % width:
+    if size % width or size == 1:
         return None
     whole = len(places) // size
     frames = places[len(places) - whole * size :].view(whole, size // width, width, 3)
     last = frames[-1]
-    if not (
-        last[..., 1].eq(last[:, :1, 1]).all()
-        and last[..., 2].eq(last[:1, :, 2]).all()
-    ):
+    if not (last[..., 1].eq(last[:, :1, 1]).all() and last[..., 2].eq(last[:1, :, 2]).all()):
         return None
     other = frames[:-1, ..., 1:].ne(last[..., 1:]).flatten(1).any(1)
     other |= frames[:-1, ..., 0].ne(frames[:-1, :1, :1, 0]).flatten(1).any(1)
