@@ -88,7 +88,7 @@ def _prompt(file: Path) -> dict[str, Tensor]:
 
 def check_language_model(name: str) -> None:
     """Raise ValueError unless the name is a language model's folder or could be one on the hub."""
-    _check_named(name, "config.json", "a transformers model")
+    _check_named(name, ("config.json",), "a transformers model")
 
 
 def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
@@ -138,15 +138,16 @@ def load_denoiser(name: str, device: str, dtype: str | None) -> Any:
 
 def check_model(name: str) -> None:
     """Raise ValueError unless the name is a pipeline's folder or could be one on the hub."""
-    _check_named(name, "model_index.json", "a diffusers pipeline")
+    files = ("model_index.json", "modular_model_index.json")
+    _check_named(name, files, "a diffusers pipeline")
 
 
-def _check_named(name: str, file: str, what: str) -> None:
-    """Raise ValueError unless there is a folder of this name with such a file, or a hub could know it."""
+def _check_named(name: str, files: tuple[str, ...], what: str) -> None:
+    """Raise ValueError unless a folder of this name has one of the files, or a hub could know it."""
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / file).is_file():
-            raise ValueError(f"{name} has no {file}: it must be {what}")
+        if not any((folder / file).is_file() for file in files):
+            raise ValueError(f"{name} has no {' or '.join(files)}: it must be {what}")
     elif folder.exists():
         raise ValueError(f"{name} is a file: give the folder of {what}")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):

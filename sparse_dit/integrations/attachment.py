@@ -21,7 +21,7 @@ from .step_tracker import StepTracker
 
 logger = logging.getLogger("sparse_dit")
 
-COMPONENTS = ("transformer", "transformer_2")
+COMPONENTS = ("transformer", "transformer_2", "transformer_ref")  # the last is MiniMax-H3's
 
 
 def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from diffusers.modular_pipelines import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
@@ -30,6 +31,8 @@ def load(name: str, dtype: torch.dtype, weights: bool = True) -> Any:
 
     diffusers.utils.logging.disable_progress_bar()
     disable_progress_bar()
+    if is_modular(name):
+        return _modular(name, dtype, weights)
     # the old keyword warns in new versions, the new one is ignored by old versions
     old = tuple(int(part) for part in version("diffusers").split(".")[:2]) < (0, 42)
     options = {"torch_dtype" if old else "dtype": dtype}
@@ -48,11 +51,13 @@ def outline(name: str, dtype: torch.dtype = torch.float32) -> Any | None:
         dtype: The dtype of its models' parameters.
 
     Returns:
-        None for a pipeline that can't be made so: of a class that diffusers doesn't have, say.
+        None for a pipeline that can't be made so: a modular one, or of a class that diffusers doesn't have.
 
     Raises:
         OSError, ValueError: If `name` has no readable `model_index.json`.
     """
+    if is_modular(name):
+        return None
     index: Any = DiffusionPipeline.load_config(name)
     if not isinstance(index, dict):
         raise ValueError(
@@ -71,6 +76,48 @@ def outline(name: str, dtype: torch.dtype = torch.float32) -> Any | None:
                 nn.Module.to(entry, dtype)
         parts[part] = None if entry is inspect.Parameter.empty else entry
     return _tried(kind, **parts)
+
+
+def is_modular(name: str) -> bool:
+    """Whether a folder or hub id holds a modular pipeline, and no stock one."""
+    try:
+        DiffusionPipeline.load_config(name)
+        return False
+    except OSError:
+        pass
+    try:
+        ModularPipeline.load_config(name)
+    except OSError:
+        return False
+    return True
+
+
+def _modular(name: str, dtype: torch.dtype, weights: bool) -> Any:
+    """A modular pipeline, cut to what makes something of a prompt alone if it says what that is.
+
+    Raises:
+        ValueError: If a component can't be read.
+    """
+    pipe = ModularPipeline.from_pretrained(name)
+    workflows: Any = getattr(pipe.blocks, "_workflow_map", None) or {}
+    of_prompts = next((key for key, needs in workflows.items() if needs == {"prompt": True}), None)
+    if of_prompts is not None:
+        pipe = ModularPipeline.from_pretrained(name, workflow=of_prompts)
+    wanted = set(pipe.null_component_names)
+    made = set() if weights else wanted & set(COMPONENTS)
+    pipe.load_components(names=sorted(wanted - made), dtype=dtype)
+    for part in made:
+        spec = pipe.get_component_spec(part)
+        entry = ("diffusers", getattr(spec.type_hint, "__name__", None))
+        place = init_empty_weights(include_buffers=False)
+        module = _described(spec.pretrained_model_name_or_path, spec.subfolder, entry, place)
+        pipe.update_components(**{part: _zeros(module)})
+    if missing := pipe.null_component_names:
+        raise ValueError(
+            f"all components must load, but {', '.join(sorted(missing))} didn't (see the log): is what "
+            "they need installed, and are their files there?"
+        )
+    return pipe
 
 
 def weightless(name: str) -> dict[str, nn.Module]:
@@ -100,8 +147,8 @@ def _zeros(module: nn.Module) -> nn.Module:
 
 
 def _described(
-    name: str,
-    part: str,
+    name: Any,
+    part: Any,
     entry: Sequence[str | None] | None,
     place: AbstractContextManager[Any],
 ) -> Any:

@@ -6,7 +6,6 @@ differ in the attention alone.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from ..generation import Case, GenerationSettings
 from ..timing import Taken, Timer
 from ..words import option
 from .attachment import components
+from .modular import call_parameters, with_progress_bars
 from .pipeline_size import check_size
 from .schedule import flow_shifted, shifted_scheduler
 
@@ -83,7 +83,11 @@ class Generation:
             try:
                 result = self.model(**arguments)
             except BaseException as error:
-                self.model.maybe_free_model_hooks()  # which a whole call ends with
+                free = getattr(
+                    self.model, "maybe_free_model_hooks", None
+                )  # a whole call ends with it
+                if free is not None:
+                    free()
                 if not isinstance(error, _Enough):
                     raise
                 return None, timer.stop()
@@ -157,8 +161,8 @@ def call_arguments(
     """
     if isinstance(pipe, nn.Module):
         raise TypeError(f"it takes the pipeline to generate, got a {type(pipe).__name__}")
-    taken = inspect.signature(type(pipe).__call__).parameters
-    wanted = {
+    taken = call_parameters(pipe)
+    wanted: dict[str, Any] = {
         "prompt": case.prompt,
         "height": settings.height,
         "width": settings.width,
@@ -174,10 +178,12 @@ def call_arguments(
     if settings.negative_prompt is not None:
         wanted["negative_prompt"] = settings.negative_prompt
     wanted.update(more or {})
+    if "guidance_scale" not in taken and settings.guidance == 1:  # which is none
+        del wanted["guidance_scale"]
     if missing := sorted(set(wanted) - set(taken)):
         raise ValueError(
             f"{type(pipe).__name__} takes no {', '.join(map(option, missing))}: leave out what it "
-            "doesn't take"
+            "doesn't take" + f", and give {option('guidance')} 1" * ("guidance_scale" in missing)
         )
     check_size(pipe, settings, wanted)
     return wanted
@@ -186,17 +192,20 @@ def call_arguments(
 @contextmanager
 def progress_bars_off(pipe: Any) -> Iterator[None]:
     """Silence the pipeline's own progress bar inside the block; restore its setting after."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
+    shown = with_progress_bars(pipe)
+    before = [dict(getattr(part, "_progress_bar_config", {})) for part in shown]
+    for part, config in zip(shown, before, strict=True):
+        part.set_progress_bar_config(**{**config, "disable": True})
     try:
         yield
     finally:
-        pipe.set_progress_bar_config(**before)
+        for part, config in zip(shown, before, strict=True):
+            part.set_progress_bar_config(**config)
 
 
 def reports_steps(pipe: Any) -> bool:
     """Whether a pipeline calls back after each step."""
-    return "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    return "callback_on_step_end" in call_parameters(pipe)
 
 
 def _step_end(after_step: Callable[[torch.Tensor], bool | None]) -> Callable[..., dict[str, Any]]:
@@ -210,10 +219,12 @@ def _step_end(after_step: Callable[[torch.Tensor], bool | None]) -> Callable[...
 
 def _video(result: Any) -> np.ndarray:
     """The first video of a pipeline's result, `[T, H, W, 3]`."""
-    if hasattr(result, "frames"):
+    if hasattr(result, "videos"):  # a modular pipeline's
+        video = np.asarray(result.videos[0])
+    elif hasattr(result, "frames"):
         video = np.asarray(result.frames[0])
     elif hasattr(result, "images"):
         video = np.asarray(result.images[0])[None]
     else:
-        raise TypeError(f"{type(result).__name__} has neither frames nor images")
+        raise TypeError(f"{type(result).__name__} has neither frames, videos nor images")
     return video.astype(np.float32, copy=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..generation import GenerationSettings
 from ..words import option
+from .modular import FrameRule, frame_rule
 
 GOOD = 1024  # pixels that every host takes: what it refuses with them isn't about the size
 _SPATIAL = (
@@ -30,6 +31,7 @@ class SizeRule:
         frames: Number of frames `frames * k + first`.
         first: See `frames`.
         rounded: Whether the pipeline makes the next such number of others, instead of failing.
+        of_frames: All that is to be said of frames where their number is bounded; None where it isn't.
     """
 
     height: int = 1
@@ -37,6 +39,7 @@ class SizeRule:
     frames: int = 1
     first: int = 1
     rounded: bool = True
+    of_frames: FrameRule | None = None
 
     def __str__(self) -> str:
         sides = f"{option('height')} must be a multiple of {self.height}, {option('width')} of {self.width}"
@@ -44,6 +47,8 @@ class SizeRule:
             sides = (
                 f"{option('height')} and {option('width')} must each be a multiple of {self.height}"
             )
+        if self.of_frames is not None:
+            return f"{sides}, and {option('num_frames')} {self.of_frames}"
         if self.frames == 1:
             return sides
         form = f"{option('num_frames')} {self.frames} k + {self.first}"
@@ -54,7 +59,10 @@ class SizeRule:
         height = max(1, round(settings.height / self.height)) * self.height
         width = max(1, round(settings.width / self.width)) * self.width
         words = {"height": height, "width": width}
-        if not self.rounded and (settings.num_frames - self.first) % self.frames:
+        if (bound := self.of_frames) is not None:
+            frames = bound.rounded(settings.num_frames)
+            words["num_frames"] = min(max(frames, bound.least), bound.most)
+        elif not self.rounded and (settings.num_frames - self.first) % self.frames:
             steps = max(0, round((settings.num_frames - self.first) / self.frames))
             words["num_frames"] = steps * self.frames + self.first
         return ", ".join(f"{option(name)} {value}" for name, value in words.items())
@@ -72,6 +80,9 @@ def check_size(pipe: Any, settings: GenerationSettings, arguments: Mapping[str, 
     own = _transformer_rule(pipe)
     fits = not _odd(height, own.height, pipe) and not _odd(width, own.width, pipe)
     if not own.rounded and (settings.num_frames // _of(pipe, _TEMPORAL) + 1) % own.latent_frames:
+        fits = False
+    bound = frame_rule(pipe)
+    if bound is not None and not bound.allows(settings.num_frames):
         fits = False
     refused = _refused(pipe, arguments, height, width)
     if fits and refused is None:
@@ -109,6 +120,8 @@ def _rule(pipe: Any, own: _Transformer, arguments: Mapping[str, Any]) -> SizeRul
     (height, width), scale = sides, _of(pipe, _TEMPORAL)
     if "num_frames" not in arguments:
         return SizeRule(height, width)
+    if (bound := frame_rule(pipe)) is not None:
+        return SizeRule(height, width, of_frames=bound)
     if own.rounded:
         return SizeRule(height, width, scale)
     first = scale * (own.latent_frames - 1) + (scale > 1)

@@ -5,7 +5,6 @@ The pipeline is called as for a generation, and stopped at the door of its trans
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,13 +17,14 @@ from ..layout import TokenLayout
 from .attachment import components, image_only_layers
 from .families import Family, family_of, forward_arguments, sigma_of
 from .host import Seen
+from .modular import call_parameters
 from .pipeline import progress_bars_off
 
 PROMPT = "a cat plays the piano"  # any: its words are no geometry
 
 
-class _AtTheDoor(Exception):
-    """Ends a call of a pipeline before its transformer has run."""
+class _AtTheDoor(BaseException):
+    """Ends a call of a pipeline before its transformer has run; no `Exception`, which a host would log."""
 
     def __init__(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
@@ -69,8 +69,7 @@ def _call(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If something is given that the pipeline doesn't take, or it needs something more.
     """
-    parameters = dict(inspect.signature(type(pipe).__call__).parameters)
-    parameters.pop("self", None)
+    parameters = call_parameters(pipe)
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if unknown := sorted(set(given) - set(parameters)) if not any_name else []:
         raise ValueError(

@@ -10,6 +10,7 @@ there is played back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -263,6 +264,7 @@ def replaying(
     before = vars(transformer).get("forward")  # offloading puts its own there
     run, waiting = transformer.forward, list(reversed(outputs))
 
+    @functools.wraps(run)  # hosts drop keyword arguments that its signature lacks
     def forward(*args: Any, **kwargs: Any) -> Any:
         return waiting.pop() if waiting else run(*args, **kwargs)
 

@@ -305,6 +305,8 @@ def generate(pipe: Any, call: dict[str, Any], seed: int = 0, **overrides: Any) -
     """The pipeline's latents of its default call."""
     generator = torch.Generator().manual_seed(seed)
     output = pipe(**{**call, **overrides}, generator=generator)
+    if isinstance(output, torch.Tensor):  # of a modular pipeline, whose call names what it gives
+        return output
     video = output.images if hasattr(output, "images") else output.frames
     return (
         video[-1] if isinstance(video, list) else video

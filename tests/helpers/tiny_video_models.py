@@ -7,10 +7,16 @@ forwards of two guidance branches differ in their text. Whole pipelines: `tests.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.modular_pipelines.minimax_h3.before_denoise import (
+    MiniMaxH3PrepareLayoutStep,
+    MiniMaxH3Ref2VAPrepareLayoutStep,
+    MiniMaxH3SetTimestepsStep,
+)
 from torch import Tensor
 
 Built = tuple[Any, list[dict[str, Any]]]
@@ -545,6 +551,68 @@ def helios(channels: int = 4) -> Built:
     return transformer, calls
 
 
+def minimax_h3() -> Built:
+    """MiniMax-H3: from text, between two keyframes, and with an image and a video as references.
+
+    12 text tokens, conditions, 2 x 5 of sound, then 3 x 8 x 8 of video; one layout for a batch, which the
+    host's own steps make.
+    """
+    torch.manual_seed(0)
+    transformer = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        text_dim=32,
+        freq_dim=16,
+        time_embed_hidden_dim=16,
+        time_embed_dim=16,
+        rope_freq_dim=2,
+    ).eval()
+    sizes = (torch.ones(12), 3, 16, 16, 5, (1, 2, 2), 2, 2, 0)
+    text, *rest = sizes
+    references = (
+        [SimpleNamespace(kind="image"), SimpleNamespace(kind="video", has_audio=True)],
+        [torch.empty(1, 4, 1, 8, 12), torch.empty(1, 4, 2, 16, 16)],
+        [torch.empty(2 * 4, 4)],
+    )
+    between = MiniMaxH3PrepareLayoutStep.build_packed_sequence
+    packed = (
+        between(*sizes),
+        between(*sizes, ("first", "last")),
+        MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(text, *references, *rest),
+    )
+    return transformer, [_minimax_h3_call(*rows) for rows in packed]
+
+
+def _minimax_h3_call(
+    positions: Tensor,
+    tags: Tensor,
+    video: Tensor,
+    audio: Tensor,
+    text: Tensor,
+    given_video: int,
+    given_audio: int,
+) -> dict[str, Any]:
+    levels = MiniMaxH3SetTimestepsStep.build_row_timesteps
+    rows = (video, audio, given_video, given_audio, len(text))
+    timestep, indices = levels(*rows, 0.3, 0.6, 0.999, 1.0)
+    return {
+        "hidden_states": randn(2, len(video), 96),
+        "audio_hidden_states": randn(2, len(audio), 32),
+        "encoder_hidden_states": randn(2, len(text), 32, seed=2),
+        "timestep": timestep,
+        "timestep_indices": indices,
+        "token_tags": tags,
+        "position_ids": positions,
+        "video_indices": video,
+        "audio_indices": audio,
+        "text_indices": text,
+    }
+
+
 BUILDERS: dict[str, Callable[[], Built]] = {
     "wan_i2v": wan_i2v,
     "wan_ti2v": wan_ti2v,
@@ -569,6 +637,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "kandinsky6": kandinsky6,
     "motif": motif,
     "helios": helios,
+    "minimax_h3": minimax_h3,
 }
 
 

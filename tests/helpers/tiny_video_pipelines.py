@@ -12,6 +12,9 @@ from typing import Any
 import diffusers
 import PIL.Image
 import torch
+from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import (
+    MiniMaxH3CoreDenoiseStep,
+)
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -565,6 +568,21 @@ def ltx2_condition_pipeline() -> Pipeline:
     return _finish(pipe, {**call, **_texts(1), **_masks(1), "conditions": frames})
 
 
+def minimax_h3_pipeline() -> Pipeline:
+    """MiniMax-H3 from text, its denoising blocks: 37 x 4 x 4 beside 2 x 207 tokens of sound."""
+    transformer, _ = models.minimax_h3()
+    pipe = MiniMaxH3CoreDenoiseStep().init_pipeline()
+    pipe.update_components(
+        transformer=transformer,
+        scheduler=diffusers.MiniMaxH3Scheduler(shift=12.0),
+        audio_scheduler=diffusers.MiniMaxH3Scheduler(shift=3.0),
+    )
+    text = {"prompt_embeds": randn(1, 12, 32), "text_token_tags": torch.ones(12)}
+    call = {**text, "num_frames": 124, "num_inference_steps": 3, "output": "latents"}
+    pipe, call = _finish(pipe, call)
+    return pipe, {name: value for name, value in call.items() if name != "output_type"}
+
+
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "mochi": mochi_pipeline,
     "allegro": allegro_pipeline,
@@ -593,4 +611,5 @@ PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "helios_pyramid": helios_pyramid_pipeline,
     "skyreels_forcing": skyreels_forcing_pipeline,
     "ltx2_condition": ltx2_condition_pipeline,
+    "minimax_h3": minimax_h3_pipeline,
 }

@@ -55,6 +55,7 @@ LAYERS = {
     ],
     "motif": JOINT,
     "helios": WAN_LAYERS,
+    "minimax_h3": ["transformer_blocks.0.attn", "transformer_blocks.1.attn"],
 }
 
 
@@ -77,6 +78,7 @@ LAYOUTS = {name: [_video(), _video()] for name in BUILDERS} | {
     "joyimage": [TokenLayout.video(1, 8, 8, text_after=64 + 12)] * 2,
     "motif": [_video(after=12), _video(after=12)],
     "helios": [_video(before=64 + 16 + 4)] * 2,
+    "minimax_h3": [_video(before=before + 12 + 10) for before in (0, 2 * 64, 4 * 6 + 8 + 2 * 64)],
 }
 KV_LEN = {
     "hunyuan_i2v": [[204, 199]],

@@ -78,6 +78,7 @@ STEPS = {
     "helios_pyramid": _steps(
         [_video(before=148, side=side) for side in (2, 4, 8)], (0.999, 0.747, 0.387), BOTH
     ),
+    "minimax_h3": _steps(_video(37, before=12 + 2 * 207, side=4), (1, 0.923)),
 }
 LAYERS = MODEL_LAYERS | {
     "skyreels_forcing": WAN_LAYERS,

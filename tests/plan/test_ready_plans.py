@@ -18,6 +18,7 @@ from sparse_dit.plan import ANY_CONFIG, Plan, PlanError, built_in
 from sparse_dit.runtime import NOT_COVERED, NOT_NAMED
 from sparse_dit.search.geometry import NOTE
 from tests.helpers.tiny_pipelines import BUILDERS, generate
+from tests.helpers.tiny_video_pipelines import PIPELINES as VIDEO_PIPELINES
 from tests.test_patch import drift
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,7 @@ CONFIGS = {
         "patch_bias": False,
     },
     "ltx-video-2b-geometry": {},
+    "minimax-h3-geometry": {},
 }  # fmt: skip
 EACH = pytest.mark.parametrize("name", CONFIGS)
 
@@ -102,6 +104,7 @@ TINY = {
     "hunyuanvideo-geometry": ("hunyuan_video", LARGE),
     "cogvideox1.5-5b-geometry": ("cogvideox", LARGE),
     "ltx-video-2b-geometry": ("ltx", {"height": 64, "width": 64, "num_frames": 25}),
+    "minimax-h3-geometry": ("minimax_h3", {"height": 768, "width": 128}),
 }
 
 
@@ -109,7 +112,7 @@ TINY = {
 def test_it_runs_on_a_tiny_model_of_its_class(name):
     """Cut down to the tiny model's heads and layers."""
     family, size = TINY[name]
-    pipe, call = BUILDERS[family]()
+    pipe, call = {**VIDEO_PIPELINES, **BUILDERS}[family]()
     call = {**call, **size}
     stock = generate(pipe, call)
     plan = Plan.from_pretrained(name)

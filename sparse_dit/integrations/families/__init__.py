@@ -27,6 +27,7 @@ from . import (
     krea,
     ltx,
     lumina,
+    minimax,
     mochi,
     motif,
     pixart,
@@ -66,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     **anyflow.FAMILIES,
     **joyimage.FAMILIES,
     **dit.FAMILIES,
+    **minimax.FAMILIES,
 }
 
 # names that pipelines give to `transformer.cache_context`; "cond_uncond" is both in one batch

@@ -47,7 +47,6 @@ UNQUALIFIED: dict[str, str] = {
         "how many tokens a prompt is made into is computed in the forward, and not in its arguments"
     ),
     "Ideogram4Transformer2DModel": _PACKED.format("images and texts"),
-    "MiniMaxH3Transformer3DModel": _PACKED.format("text, images, sound and video"),
     "JoyImageEditPlusTransformer3DModel": _PACKED.format("images of several sizes"),
     "LuminaNextDiT2DModel": "every layer is given a mask of tokens by tokens",
     "OmniGenTransformer2DModel": "every layer is given a mask of tokens by tokens",
