@@ -103,6 +103,12 @@ class PlannedAttention:
                 f"the plan names layers like {planned!r}, and this model has ones like {layer!r}"
             )
 
+    def forget(self) -> None:
+        """Drop outputs and indices that are kept for other steps."""
+        for runtime in self._runtimes.values():
+            runtime.forget()
+        self._generations.clear()
+
     @property
     def ran(self) -> tuple[Ran, ...]:
         """The account of all calls that a plan was looked up for."""

@@ -85,7 +85,8 @@ def _following(base: Any, planned: PlannedAttention) -> Any:
             if self._follows:
                 planned.decline(f"it asks for {', '.join(sorted(more))}")
             return own()
-        return planned.attend(
+        attend = planned.attend  # pyright: ignore[reportAttributeAccessIssue]
+        return attend(
             self._planned_component,
             self._planned_layer,
             (query, key, value),

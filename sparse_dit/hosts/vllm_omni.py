@@ -104,7 +104,8 @@ def _following(base: Any, planned: PlannedAttention) -> Any:
         if self._planned_layout not in (None, "BSND"):
             planned.decline(f"queries lie as {self._planned_layout}, not as BSND")
             return own()
-        return planned.attend(
+        attend = planned.attend  # pyright: ignore[reportAttributeAccessIssue]
+        return attend(
             self._planned_component,
             self._planned_layer,
             (query, key, value),
@@ -130,7 +131,7 @@ def _forward(metadata: Any, tokens: int) -> Forward:
     if context.denoise_timestep is None or context.denoise_step_idx is None:
         raise Unknown("this pipeline doesn't publish its step and timestep (record_denoise_step)")
     layout = None if metadata is None else metadata.video_layout
-    if layout is None or layout.video_spans or layout.latent_grid is None:
+    if metadata is None or layout is None or layout.video_spans or layout.latent_grid is None:
         raise Unknown("this model doesn't publish one video's place in the sequence (video_layout)")
     if metadata.joint_query is not None or metadata.full_attn_spans is not None:
         raise Unknown("queries of a second stream, or spans of causal attention")
@@ -143,7 +144,9 @@ def _forward(metadata: Any, tokens: int) -> Forward:
     if bounds is not None and len(bounds) > 3:
         raise Unknown("several requests in one sequence")
     if metadata.extra.get("valid_kv_length") not in (None, used):
-        raise Unknown(f"{metadata.extra['valid_kv_length']} keys are valid, of which {used} are the video's")
+        raise Unknown(
+            f"{metadata.extra['valid_kv_length']} keys are valid, of which {used} are the video's"
+        )
     return Forward(
         generation=context,
         step=context.denoise_step_idx,

@@ -250,7 +250,8 @@ def _said(
     """What the plan says of a head; nothing where it runs stock attention in a branch."""
     if layer is None or None in stages:
         return []
-    return [part.layers[layer][stage][head].pattern for stage in stages if stage is not None]
+    said = part.layers[layer]
+    return [said[stage][head].pattern for stage in stages if stage is not None]
 
 
 def _widest(found: Sequence[Fitted], whole: GridSize) -> Fitted:
