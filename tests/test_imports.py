@@ -30,12 +30,13 @@ HEAVY = (
 ABOVE = {
     **dict.fromkeys(
         ("patterns", "backends", "plan"),
-        ("integrations", "search", "eval", "bench", "demo", "serve"),
+        ("integrations", "hosts", "search", "eval", "bench", "demo", "serve"),
     ),
-    "integrations": ("search", "auto", "eval", "bench", "demo", "serve", "cli"),
-    "search": ("auto", "eval", "bench", "demo", "serve", "cli"),
-    "auto": ("eval", "bench", "demo", "serve", "cli"),
-    "eval": ("demo", "serve", "cli"),
+    "integrations": ("hosts", "search", "auto", "eval", "bench", "demo", "serve", "cli"),
+    "hosts": ("search", "auto", "eval", "bench", "demo", "serve", "cli"),
+    "search": ("hosts", "auto", "eval", "bench", "demo", "serve", "cli"),
+    "auto": ("hosts", "eval", "bench", "demo", "serve", "cli"),
+    "eval": ("hosts", "demo", "serve", "cli"),
     "bench": ("demo", "serve", "cli"),
     "demo": ("serve", "cli"),
     "serve": ("cli",),

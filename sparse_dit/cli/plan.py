@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,9 @@ def plan(
     ] = None,
     max_sequence_length: Text = None,
     dtype: Dtype = None,
+    from_sta: Annotated[
+        Path | None, typer.Option(help="An STA strategy to take windows from; see docs/hosts.md.")
+    ] = None,
     force: Force = False,
 ) -> int:
     """Write a starting plan from geometry alone: uncalibrated, its quality isn't known.
@@ -51,9 +54,17 @@ def plan(
     check_model(model)
     from ..search.starting import check_shares, geometric_plan
 
+    if from_sta is not None and (density != 0.5 or dense_steps is not None):
+        raise ValueError(
+            "--density and --dense-steps don't go with --from-sta, which says them itself"
+        )
     check_shares(density, dense_steps, ("--density", "--dense-steps"))
     pipe = load_pipeline(model, "cpu", dtype, weights=False)
     call = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    if from_sta is not None:
+        given = {"height": height, "width": width, "num_frames": num_frames}
+        given = {name: value for name, value in given.items() if value is not None}
+        return _import_sta(pipe, from_sta, given | call, steps, plan_file, outputs, force)
     with _warnings_said():
         made = geometric_plan(
             pipe,
@@ -72,6 +83,36 @@ def plan(
         "sparse-dit search finds a better one",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+    return outputs.code
+
+
+def _import_sta(
+    pipe: Any,
+    strategy: Path,
+    given: dict[str, Any],
+    steps: int | None,
+    plan_file: Path,
+    outputs: Outputs,
+    force: bool,
+) -> int:
+    """`plan --from-sta`."""
+    from ..hosts.sta import Strategy, import_sta
+    from ..integrations import host_of
+
+    found = Strategy.load(strategy)
+    if steps not in (None, found.shape[0]):
+        raise ValueError(
+            f"--steps must be the {found.shape[0]} of the strategy, or left out, got {steps}"
+        )
+    seen = host_of(pipe).probe(pipe, {**given, "num_inference_steps": found.shape[0]})
+    if seen.sigmas is None:
+        raise ValueError("this model's schedule doesn't tell the noise levels of its steps")
+    made = import_sta(found, pipe, seen.sigmas, seen.layouts)
+    lies = outputs.write(plan_file, lambda path: made.save(path, overwrite=force))
+    show_plan(made)
+    out.print(
+        f"wrote {lies}: its quality isn't known", markup=False, highlight=False, soft_wrap=True
+    )
     return outputs.code
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..outputs import Outputs
 from ..tables import out, show_front, show_heads, show_plan
-from .options import Force, PlanName, say
+from .options import Force, PlanName, Steps, say
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 
 def show(
@@ -26,10 +29,32 @@ def show(
     plan_file: Annotated[
         Path | None, typer.Option("--out", help="With --pick: plan to write.")
     ] = None,
+    export_sta: Annotated[
+        Path | None, typer.Option(help="Write its windows as an STA strategy; see docs/hosts.md.")
+    ] = None,
+    steps: Steps = None,
+    flow_shift: Annotated[
+        float | None,
+        typer.Option(help="With --export-sta: of the schedule; default the plan's own."),
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="With --export-sta: which of several transformers.")
+    ] = None,
     force: Force = False,
 ) -> int:
     """Show a plan as a table; or other points of the search that it comes from."""
     from ..plan import Plan
+
+    if (export_sta is None) != (steps is None):
+        raise ValueError(
+            "--export-sta and --steps go together: a strategy is for one number of steps"
+        )
+    if export_sta is None and (flow_shift is not None or component is not None):
+        raise ValueError("--flow-shift and --component go with --export-sta")
+    if export_sta is not None and steps is not None:
+        return _export_sta(
+            Plan.from_pretrained(plan), export_sta, steps, flow_shift, component, force
+        )
 
     if (pick is None) != (plan_file is None):
         raise ValueError("--pick and --out go together: which point, and the plan file to write")
@@ -40,6 +65,21 @@ def show(
     if heads:
         show_heads(loaded)
     return 0
+
+
+def _export_sta(
+    plan: Plan, file: Path, steps: int, shift: float | None, component: str | None, force: bool
+) -> int:
+    """`show --export-sta`."""
+    from ..hosts.sta import export_sta, sigmas_of
+
+    outputs = Outputs(replace=force, say=say)
+    outputs.expect("--export-sta", file, ".json")
+    made = export_sta(plan, sigmas_of(plan, steps, shift), component=component)
+    lies = outputs.write(file, lambda path: made.strategy.save(path, overwrite=force))
+    for line in [*made.lines, f"wrote {lies}"]:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    return outputs.code
 
 
 def _show_points(

@@ -1,0 +1,447 @@
+"""A plan in SGLang's and vLLM-Omni's attention layers: numbers, where it declines, and the contract."""
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from sparse_dit.attention import sparse_attention
+from sparse_dit.hosts import planned, sglang, vllm_omni
+from sparse_dit.index import build_index
+from sparse_dit.layout import TokenLayout
+from sparse_dit.patterns import Dense, Pattern, SlidingTile, Window
+from sparse_dit.plan import HeadChoice, PlanError, Stage
+from tests.helpers import host_stand_ins as stand_ins
+from tests.helpers.host_stand_ins import CONTRACTS, FIELDS, FUNCTIONS, Request
+from tests.helpers.plan_cases import component, small
+
+GRID = (3, 8, 8)
+LATENT = (1, 16, 3, 16, 16)
+TOKENS = math.prod(GRID)
+HEADS, DIM = 4, 16
+PATTERNS = [
+    Pattern(Window(rows=0, columns=0), tile=(1, 4, 4), far=True),
+    Pattern(Dense()),
+    Pattern(SlidingTile(1, 1, 1), tile=(1, 4, 4)),
+    Pattern(Window(frames=0), tile=(1, 8, 8)),
+]
+LAYER = "blocks.0.attn1"
+
+
+def plan(**changes):
+    sparse, dense = tuple(map(HeadChoice, PATTERNS)), (HeadChoice(Pattern(Dense())),) * HEADS
+    values = {
+        "layers": {LAYER: (dense, sparse)},
+        "heads": {LAYER: (HEADS, DIM)},
+        "layout": TokenLayout.video(*GRID),
+        "valid_tokens": (0, None),
+    }
+    return small(components={"transformer": component(**(values | changes))})
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    yield
+    planned._loaded.cache_clear()
+    sglang.following.cache_clear()
+    vllm_omni._backend.cache_clear()
+
+
+@pytest.fixture
+def follow(tmp_path, monkeypatch):
+    def write(wanted):
+        wanted.save(tmp_path / "plan.json")
+        monkeypatch.setenv(planned.PLAN, str(tmp_path / "plan.json"))
+
+    return write
+
+
+def qkv(tokens=TOKENS, heads=HEADS, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(3, 2, tokens, heads, DIM).unbind()
+
+
+def wanted(q, k, v, layout, patterns=PATTERNS, used=None):
+    index = build_index(list(patterns), layout)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    more = {}
+    if used is not None:
+        more["row_stop"] = torch.full(q.shape[::2], used, dtype=torch.int32)
+    return sparse_attention(q, k, v, index, backend="reference", **more).transpose(1, 2)
+
+
+def sglang_layer(world, prefix=LAYER, component="transformer", heads=HEADS, **more):
+    """A layer as SGLang builds it, behind what was registered."""
+    ((target, hook, _),) = world.hooks
+    assert target == sglang.SELECTOR
+    backend = hook(stand_ins.Backend, DIM, torch.float32) or stand_ins.Backend
+    world.component = component
+    return backend.get_impl_cls()(
+        num_heads=heads, head_size=DIM, softmax_scale=DIM**-0.5, causal=False, num_kv_heads=heads,
+        prefix=f"{prefix}.impl", is_cross_attention=False, **more,
+    )  # fmt: skip
+
+
+def at(request, step=3):
+    return types.SimpleNamespace(current_timestep=step, attn_metadata=None, forward_batch=request)
+
+
+def request(**changes):
+    values = {"raw_latent_shape": LATENT, "timesteps": torch.tensor([1000.0, 900.0, 700.0, 400.0])}
+    return Request(**(values | changes))
+
+
+def test_sglang_follows_the_plan(follow, monkeypatch):
+    follow(plan())
+    world = stand_ins.install_sglang(monkeypatch)
+    sglang.register()
+    layer, (q, k, v) = sglang_layer(world), qkv()
+    world.context = at(request())
+    out = layer.forward(q, k, v, None)
+    torch.testing.assert_close(out, wanted(q, k, v, TokenLayout.video(*GRID)), atol=2e-6, rtol=1e-5)
+    assert layer.calls == 0
+    assert not layer.forward_into(q, k, v, None, None), "it would pass the plan by"
+    world.context = at(request(), step=1)
+    assert torch.equal(layer.forward(q, k, v, None), stand_ins.dense(q, k, v, DIM**-0.5))
+    assert layer.calls == 1, "dense as planned is the host's own"
+
+
+def test_a_process_computes_its_own_heads(follow, monkeypatch):
+    follow(plan())
+    world = stand_ins.install_sglang(monkeypatch)
+    sglang.register()
+    layer, (q, k, v) = sglang_layer(world, heads=2), qkv()
+    world.context = at(request())
+    expected = wanted(q, k, v, TokenLayout.video(*GRID))
+    for number in range(2):
+        world.ulysses = (number, 2)
+        mine = slice(2 * number, 2 * number + 2)
+        out = layer.forward(*(x[:, :, mine] for x in (q, k, v)), None)
+        torch.testing.assert_close(out, expected[:, :, mine], atol=2e-6, rtol=1e-5)
+    world.tp, world.ulysses = (1, 2), (1, 2)
+    out = layer.forward(*(x[:, :, 3:] for x in (q, k, v)), None)
+    torch.testing.assert_close(out, expected[:, :, 3:], atol=2e-6, rtol=1e-5)
+    assert layer.calls == 0
+
+
+def test_sglang_numbers_hunyuans_blocks_its_own_way(follow, monkeypatch):
+    world = stand_ins.install_sglang(monkeypatch, patch_size=2, num_layers=20)
+    names = {
+        "Hunyuan.double_blocks.7.attn": "transformer_blocks.7.attn",
+        "Hunyuan.single_blocks.23.attn": "single_transformer_blocks.3.attn",
+        LAYER: LAYER,
+    }
+    assert {name: sglang.layer_of(f"{name}.impl") for name in names} == names
+    sparse = (tuple(map(HeadChoice, PATTERNS)),)
+    follow(
+        plan(
+            layers={"transformer_blocks.7.attn": sparse},
+            heads={"transformer_blocks.7.attn": (HEADS, DIM)},
+            stages=(Stage(1.0, 0.0),),
+            layout=TokenLayout.video(*GRID, text_after=9),
+        )
+    )
+    sglang.register()
+    layer, (q, k, v) = sglang_layer(world, "Hunyuan.double_blocks.7.attn"), qkv(TOKENS + 5)
+    world.context = at(request())
+    layout = TokenLayout.video(*GRID, text_after=5)
+    torch.testing.assert_close(
+        layer.forward(q, k, v, None), wanted(q, k, v, layout), atol=2e-6, rtol=1e-5
+    )
+
+
+DECLINED = {
+    "of no request": lambda world: setattr(world, "context", at(None)),
+    "no raw_latent_shape": lambda w: setattr(w, "context", at(request(raw_latent_shape=None))),
+    "no timesteps": lambda world: setattr(world, "context", at(request(timesteps=None))),
+    "isn't among the request's 4": lambda w: setattr(w, "context", at(request(), step=4)),
+    "aren't whole patches": lambda w: setattr(
+        w, "context", at(request(raw_latent_shape=(1, 16, 3, 15, 16)))
+    ),
+    "doesn't say where": lambda w: setattr(
+        w, "context", at(request(raw_latent_shape=(1, 16, 2, 16, 16)))
+    ),
+    "but a grid of": lambda w: setattr(
+        w, "context", at(request(raw_latent_shape=(1, 16, 4, 16, 16)))
+    ),
+    "within 0 and 1": lambda w: setattr(
+        w, "context", at(request(timesteps=torch.tensor([1.0, 2.0, 3.0, 4e6])))
+    ),
+}
+
+
+@pytest.mark.parametrize("words", DECLINED)
+def test_what_isnt_known_is_left_to_sglang_with_one_reason(words, follow, monkeypatch, caplog):
+    follow(plan())
+    world = stand_ins.install_sglang(monkeypatch)
+    sglang.register()
+    layer, (q, k, v) = sglang_layer(world), qkv()
+    DECLINED[words](world)
+    with caplog.at_level(logging.WARNING, "sparse_dit"):
+        for _ in range(2):
+            out = layer.forward(q, k, v, None)
+            assert torch.equal(out, stand_ins.dense(q, k, v, DIM**-0.5))
+    assert layer.calls == 2
+    assert len(caplog.records) == 1 and words in caplog.text
+
+
+def test_parts_of_sequences_and_of_heads_are_left_to_the_host(follow, monkeypatch, caplog):
+    follow(plan())
+    world = stand_ins.install_sglang(monkeypatch)
+    sglang.register()
+    layer, (q, k, v) = sglang_layer(world), qkv()
+    world.context = at(request())
+    layer.forward(q[:, :50], k, v, None)
+    layer.forward(q[:, :, :1], k[:, :, :1], v[:, :, :1], None)
+    world.ring = (0, 2)
+    layer.forward(q[:, :, :1], k[:, :, :1], v[:, :, :1], None)
+    assert layer.calls == 3
+    for words in ("50 queries see", "1 heads in each of 1 processes", "ring attention"):
+        assert words in caplog.text
+
+
+def test_layers_that_the_plan_doesnt_name_are_the_hosts(follow, monkeypatch, caplog):
+    follow(plan())
+    world = stand_ins.install_sglang(monkeypatch)
+    sglang.register()
+    ((_, hook, _),) = world.hooks
+    assert hook(stand_ins.SparseBackend, DIM, torch.float32) is None
+    assert hook(stand_ins.Backend, DIM, torch.float32, is_cross_attention=True) is None
+    other, (q, k, v) = sglang_layer(world, "model.layers.0.self_attn"), qkv()
+    encoder = sglang_layer(world, "encoder.0", component="text_encoder")
+    encoder.forward(q, k, v, None)
+    assert not caplog.records
+    other.forward(q, k, v, None)
+    assert "names layers like 'blocks.0.attn1'" in caplog.text
+    assert other.forward_into(q, k, v, None, None)
+
+
+def test_without_a_plan_nothing_is_registered_and_a_wrong_one_is_told(monkeypatch):
+    monkeypatch.delenv(planned.PLAN, raising=False)
+    world, other = stand_ins.install_sglang(monkeypatch), stand_ins.install_vllm_omni(monkeypatch)
+    sglang.register()
+    vllm_omni.register()
+    assert not world.hooks and not other.overrides
+    monkeypatch.setenv(planned.PLAN, "/nowhere/plan.json")
+    for host in (sglang, vllm_omni):
+        with pytest.raises(PlanError):
+            host.register()
+
+
+def omni_layer(world, name="FLASH_ATTN", **more):
+    """A layer as vLLM-Omni builds it: the class by its path, keywords alone."""
+    path = {member.name: path for member, path in world.overrides.items()}[name]
+    module, _, own = path.rpartition(".")
+    backend = getattr(importlib.import_module(module), own)
+    assert backend.get_name() == "FLASH_ATTN"
+    values = {
+        "num_heads": HEADS, "head_size": DIM, "softmax_scale": DIM**-0.5, "causal": False,
+        "num_kv_heads": HEADS, "qkv_layout": "BSND", "prefix": LAYER, "backend_kwargs": None,
+        "role": "self", "backend_explicit": False,
+    }  # fmt: skip
+    return backend.get_impl_cls()(**(values | more))
+
+
+def published(before=0, used=None, **more):
+    layout = stand_ins.VideoTokenLayout(before, GRID, used)
+    return stand_ins.AttentionMetadata(video_layout=layout, **more)
+
+
+def omni_at(sigma=0.4, step=3):
+    return types.SimpleNamespace(denoise_timestep=sigma, denoise_step_idx=step)
+
+
+@pytest.mark.parametrize(("before", "padding"), [(0, 0), (7, 0), (0, 4), (7, 4)])
+def test_vllm_omni_follows_the_plan(before, padding, follow, monkeypatch):
+    follow(plan())
+    world = stand_ins.install_vllm_omni(monkeypatch)
+    vllm_omni.register()
+    vllm_omni.register()
+    assert {member.name for member in world.overrides} == {"FLASH_ATTN", "TORCH_SDPA"}
+    world.context = type("Context", (), vars(omni_at()))()
+    layer, (q, k, v) = omni_layer(world), qkv(before + TOKENS + padding)
+    out = layer.forward(q, k, v, published(before))
+    used = before + TOKENS
+    layout = TokenLayout.video(*GRID, text_before=before, text_after=padding)
+    expected = wanted(q, k, v, layout, used=used if padding else None)
+    torch.testing.assert_close(out[:, :used], expected[:, :used], atol=2e-6, rtol=1e-5)
+    assert layer.calls == 0
+
+
+OMNI_DECLINED = {
+    "no forward context": (None, published()),
+    "doesn't publish its step": (omni_at(None), published()),
+    "doesn't publish one video": (omni_at(), None),
+    "second stream": (omni_at(), published(joint_query=1)),
+    "several requests": (omni_at(), published(extra={"cu_seqlens_q": torch.arange(4)})),
+    "9 keys are valid": (omni_at(), published(extra={"valid_kv_length": 9})),
+}
+
+
+@pytest.mark.parametrize("words", OMNI_DECLINED)
+def test_what_isnt_known_is_left_to_vllm_omni_with_one_reason(words, follow, monkeypatch, caplog):
+    follow(plan())
+    world = stand_ins.install_vllm_omni(monkeypatch)
+    vllm_omni.register()
+    layer, (q, k, v) = omni_layer(world), qkv()
+    context, metadata = OMNI_DECLINED[words]
+    world.context = context and type("Context", (), vars(context))()
+    for _ in range(2):
+        out = layer.forward(q, k, v, metadata)
+        assert torch.equal(out, stand_ins.dense(q, k, v, DIM**-0.5))
+    assert layer.calls == 2
+    assert len(caplog.records) == 1 and words in caplog.text
+
+
+def test_a_plan_of_two_transformers_needs_to_know_which(follow, monkeypatch, caplog):
+    part = plan().components["transformer"]
+    follow(small(components={"transformer": part, "transformer_2": part}))
+    world = stand_ins.install_vllm_omni(monkeypatch)
+    vllm_omni.register()
+    layer, (q, k, v) = omni_layer(world), qkv()
+    layer.forward(q, k, v, published())
+    assert layer.calls == 1 and "of which transformer" in caplog.text
+
+
+def test_outputs_are_kept_within_a_generation_alone(follow, monkeypatch):
+    kept = Pattern(SlidingTile(1, 1, 1), tile=(1, 4, 4), every=2)
+    part = ((HeadChoice(kept),) * HEADS,)
+    follow(plan(layers={LAYER: part}, stages=(Stage(1.0, 0.0),)))
+    world = stand_ins.install_sglang(monkeypatch)
+    sglang.register()
+    layer = sglang_layer(world)
+    first, second = request(), request()
+    outs = []
+    for number, (of, step) in enumerate([(first, 0), (first, 1), (first, 2), (second, 0)]):
+        world.context = at(of, step)
+        outs.append(layer.forward(*qkv(seed=number), None))
+    assert torch.equal(outs[1], outs[0]), "the output of the step before"
+    assert not torch.equal(outs[2], outs[1])
+    assert not torch.equal(outs[3], outs[2])
+
+
+def absent(package):
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} isn't installed"
+    return None
+
+
+def source(package, file):
+    if reason := absent(package):
+        pytest.skip(reason)
+    path = importlib.metadata.distribution(package).locate_file(file)
+    return ast.parse(path.read_text())
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=[f"{c.package}:{c.name}" for c in CONTRACTS])
+def test_signatures_are_the_packages_own(contract):
+    tree = source(contract.package, contract.file)
+    assert parameters(tree, contract.name) == contract.parameters
+
+
+@pytest.mark.parametrize("place", FIELDS, ids=str)
+def test_fields_are_the_packages_own(place):
+    package, file, name = place
+    assert set(parameters(source(package, file), name)) >= FIELDS[place]
+
+
+@pytest.mark.parametrize("place", FUNCTIONS, ids=str)
+def test_functions_are_the_packages_own(place):
+    tree = source(*place)
+    for name in FUNCTIONS[place]:
+        assert parameters(tree, name) == ()
+
+
+def test_dense_backends_are_the_packages_own():
+    tree = source("vllm-omni", "vllm_omni/diffusion/attention/backends/registry.py")
+    (found,) = (n for n in tree.body if getattr(n, "name", "") == "DiffusionAttentionBackendEnum")
+    names = {n.targets[0].id for n in found.body if isinstance(n, ast.Assign)}
+    assert names - set(vllm_omni.DENSE) == {"FASTVIDEO_VSA", "RAINFUSION_ATTN"}
+
+
+def run_source(package, file):
+    """One of the package's own files, run as a module by itself."""
+    source(package, file)
+    path = importlib.metadata.distribution(package).locate_file(file)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sglangs_own_hooks_put_ours_in(follow, monkeypatch):
+    """Its registry of hooks runs without a GPU; what it hooks here is a stand-in of the selector."""
+    hooks = run_source("sglang", "sglang/srt/plugins/hook_registry.py")
+    follow(plan())
+    world = stand_ins.install_sglang(monkeypatch)
+    importer = types.ModuleType("importer_of_the_selector")
+    selector = importlib.import_module(sglang.SELECTOR.rpartition(".")[0])
+    selector.get_attn_backend = importer.get_attn_backend = lambda *args, **kwargs: (
+        stand_ins.SparseBackend if args[0] == 64 else stand_ins.Backend
+    )
+    monkeypatch.setitem(sys.modules, importer.__name__, importer)
+    plugins = importlib.import_module("sglang.multimodal_gen.runtime.platforms.plugins")
+    plugins.HookRegistry, plugins.HookType = hooks.HookRegistry, hooks.HookType
+    sglang.register()
+    hooks.HookRegistry.apply_hooks()
+    assert importer.get_attn_backend(64, torch.float32) is stand_ins.SparseBackend
+    cross = importer.get_attn_backend(16, torch.float32, is_cross_attention=True)
+    assert cross is stand_ins.Backend
+    found = importer.get_attn_backend(16, torch.float32, is_cross_attention=False)
+    assert issubclass(found, stand_ins.Backend) and found is not stand_ins.Backend
+    assert importer.get_attn_backend(16, torch.float32) is found
+    assert not world.hooks
+
+
+def test_vllm_omnis_own_registry_leads_to_ours(follow, monkeypatch):
+    """Its registry runs with a stand-in of two of vLLM's helpers."""
+    follow(plan())
+    stand_ins.install_vllm_omni(monkeypatch)
+    vllm = {"logger": {"init_logger": logging.getLogger}, "utils": {}, "utils.import_utils": {}}
+    vllm["utils.import_utils"]["resolve_obj_by_qualname"] = lambda name: getattr(
+        importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]
+    )
+    for name, content in vllm.items():
+        stand_ins._module(monkeypatch, f"vllm.{name}", **content)
+    name = "vllm_omni.diffusion.attention.backends.registry"
+    registry = run_source("vllm-omni", f"{name.replace('.', '/')}.py")
+    monkeypatch.setitem(sys.modules, name, registry)
+    own = types.ModuleType("vllm_omni.diffusion.attention.backends.sdpa")
+    own.SDPABackend = stand_ins.Backend
+    monkeypatch.setitem(sys.modules, own.__name__, own)
+    vllm_omni.register()
+    members = registry.DiffusionAttentionBackendEnum
+    assert issubclass(members.TORCH_SDPA.get_class(), stand_ins.Backend)
+    assert members.TORCH_SDPA.get_class() is not stand_ins.Backend
+    assert members.TORCH_SDPA.get_class() is members.TORCH_SDPA.get_class()
+    assert not members.FASTVIDEO_VSA.is_overridden()
+
+
+@pytest.mark.parametrize("name", ["__init__", "forward", "forward_into"])
+def test_the_stand_in_has_the_signatures_of_the_contract(name):
+    (contract,) = (
+        c for c in CONTRACTS if (c.package, c.name) == ("sglang", f"AttentionImpl.{name}")
+    )
+    code = getattr(stand_ins.Impl, name).__code__
+    assert code.co_varnames[1 : code.co_argcount] == contract.parameters
+
+
+def parameters(tree, function):
+    """Names of a function's or method's parameters, or of a class' annotated fields."""
+    *owners, name = function.split(".")
+    for owner in owners:
+        (tree,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner)
+    found = next(n for n in tree.body if getattr(n, "name", None) == name)
+    if isinstance(found, ast.ClassDef):
+        return tuple(n.target.id for n in found.body if isinstance(n, ast.AnnAssign))
+    names = [a.arg for a in found.args.args + found.args.kwonlyargs]
+    return tuple(n for n in names if n != "self")
