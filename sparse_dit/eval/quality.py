@@ -255,8 +255,8 @@ class _Runs:
 
     def sparse(self, case: Case) -> Recorded:
         self.say("  sparse")
-        ways = {"backend": self.backend, "dense": self.dense}
-        with patch(self.work.model, self.plan, **ways) as handle:
+        model, plan = self.work.model, self.plan
+        with patch(model, plan, backend=self.backend, dense=self.dense) as handle:
             result = record(self.work, case)
         self.summary = handle.summary()
         return result
