@@ -15,6 +15,7 @@ HEAVY = (
     "imageio",
     "jinja2",
     "matplotlib",
+    "ray",
     "rich",
     "scipy",
     "skimage",

@@ -57,6 +57,20 @@ class Guard:
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts too.")] = False
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """The options of a server that is several replicas on Ray."""
+
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas on Ray Serve, which share the store.")
+    ] = False
+    min_replicas: Annotated[int, typer.Option(help="With --ray: at least so many.")] = 1
+    max_replicas: Annotated[
+        int, typer.Option(help="With --ray: at most so many, one for each job.")
+    ] = 1
+    replica_cpus: Annotated[float, typer.Option(help="With --ray: processors of each.")] = 1.0
+
+
 @with_options
 def serve(
     model: Annotated[
@@ -76,16 +90,23 @@ def serve(
     size: Size,
     keeping: Keeping,
     guard: Guard,
+    cluster: Cluster,
 ) -> None:
     """Serve generations: /v1/videos in the shape of the OpenAI API, a queue on disk, a page.
 
     The size options are defaults of what requests leave out; without them the first plan says.
     """
     from ..serve.command import Served, serve
+    from ..serve.replicas import Scaling, serve_on_ray
 
     settings = {name: value for name, value in vars(size).items() if value is not None}
     served = Served(model, tuple(plan or ()), tuple(device or ("cpu",)), dtype, settings)
-    serve(served, _options(keeping, guard, fps, host), host=host, port=port)
+    made = _options(keeping, guard, fps, host)
+    if cluster.ray:
+        scaling = Scaling(cluster.min_replicas, cluster.max_replicas, cluster.replica_cpus)
+        serve_on_ray(served, made, scaling, host=host, port=port)
+    else:
+        serve(served, made, host=host, port=port)
 
 
 def _options(keeping: Keeping, guard: Guard, fps: float, host: str) -> ServeOptions:

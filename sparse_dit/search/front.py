@@ -10,6 +10,7 @@ import base64
 import functools
 import itertools
 import json
+import lzma
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,10 @@ from ..whole_file import write_text
 from .archive import explore
 from .solve import Choice, Problem
 
-FORMAT = "sparse_dit front 1"
+FORMAT = (
+    "sparse_dit front 2"  # version 1 had the patterns as they are, which made files of megabytes
+)
+MOST_BYTES = 256 << 20  # of unpacked patterns
 MOST_PSNR = 100.0  # what videos that are equal count as
 Measure = Literal["speedup", "density", "error", "psnr", "kl"]
 GREATER_IS_BETTER = ("speedup", "psnr")
@@ -55,10 +59,10 @@ class Point(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    format: Literal["sparse_dit front 1"]
+    format: Literal["sparse_dit front 1", "sparse_dit front 2"]
     config_hash: str
     dense_seconds: float = Field(gt=0)
-    patterns: list[dict[str, Any]]
+    patterns: list[dict[str, Any]] | str  # JSON, compressed by lzma, in base64
     masks: dict[str, str]
     levels: dict[str, list[Any]] = {}  # of plans with merged stages, which an earlier version made
     points: list[Point] = Field(min_length=1)
@@ -130,6 +134,21 @@ def front_of(
     return Front(config_hash, task.dense_seconds, tuple(numbers), tuple(points))
 
 
+def thinned(front: Front, speedups: Sequence[float]) -> Front:
+    """The points of a front that are nearest to these speed-ups, with the patterns that they use."""
+    chosen = {
+        min(range(len(front.points)), key=lambda n: abs(front.points[n].speedup - one))
+        for one in speedups
+    }
+    numbers: dict[int, int] = {}
+    points = []
+    for place in sorted(chosen):
+        point = front.points[place]
+        patterns = [numbers.setdefault(number, len(numbers)) for number in point.patterns]
+        points.append(point.model_copy(update={"patterns": patterns}))
+    return replace(front, patterns=tuple(front.patterns[n] for n in numbers), points=tuple(points))
+
+
 def _heads(task: Problem, choice: Choice) -> list[HeadChoice]:
     """A head for each unit."""
     errors = task.error.gather(1, choice.pick[:, None])[:, 0].sqrt().tolist()
@@ -162,7 +181,7 @@ def write_front(front: Front, path: Path) -> None:
         format=FORMAT,
         config_hash=front.config_hash,
         dense_seconds=front.dense_seconds,
-        patterns=[pattern.to_dict() for pattern in front.patterns],
+        patterns=_packed([pattern.to_dict() for pattern in front.patterns]),
         masks=masks,
         points=list(front.points),
     )
@@ -185,16 +204,33 @@ def read_front(path: Path) -> Front:
             )
             for name, bits in file.masks.items()
         }
-        patterns = tuple(Pattern.from_dict(data, tensors) for data in file.patterns)
+        listed = _unpacked(file.patterns) if isinstance(file.patterns, str) else file.patterns
+        patterns = tuple(Pattern.from_dict(data, tensors) for data in listed)
         _check(file, len(patterns))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise PlanError(f"{path}: {place}: {first['msg']}; search again") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, lzma.LZMAError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PlanError(f"{path}: damaged ({reason:.200}); search again") from None
     return Front(file.config_hash, file.dense_seconds, patterns, tuple(file.points))
+
+
+def _packed(patterns: list[dict[str, Any]]) -> str:
+    text = json.dumps(patterns, separators=(",", ":"))
+    return base64.b64encode(lzma.compress(text.encode())).decode()
+
+
+def _unpacked(text: str) -> list[dict[str, Any]]:
+    reader = lzma.LZMADecompressor(memlimit=MOST_BYTES)
+    data = reader.decompress(base64.b64decode(text, validate=True), max_length=MOST_BYTES)
+    if not reader.eof:
+        raise ValueError(f"patterns must be whole, and at most {MOST_BYTES >> 20} MiB")
+    listed = json.loads(data)
+    if not isinstance(listed, list):
+        raise ValueError("patterns must be a list")
+    return listed
 
 
 def _check(file: _File, count: int) -> None:

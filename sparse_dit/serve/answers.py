@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from .jobs import Job, Status
-from .media import IMAGE, VARIANTS
+from .media import variants
+from .spec import Kind
 
 
 class JobError(BaseModel):
@@ -18,14 +19,14 @@ class JobError(BaseModel):
 
 
 class Video(BaseModel):
-    """A job, in the shape of the OpenAI API with what this server knows beside it.
+    """A job of a video or an image, in the shape of OpenAI's videos with what this server knows beside it.
 
     `progress` is in percent, times are in seconds since 1970, `seconds` is the length as text. `step` counts
     the steps of all generations of the job. `variants` are what /content has by now.
     """
 
     id: str
-    object: Literal["video"] = "video"
+    object: Kind = "video"
     model: str
     status: Status
     progress: int
@@ -81,7 +82,7 @@ class Deleted(BaseModel):
     """A job that is gone."""
 
     id: str
-    object: Literal["video.deleted"] = "video.deleted"
+    object: Literal["video.deleted", "image.deleted"] = "video.deleted"
     deleted: bool = True
 
 
@@ -111,6 +112,7 @@ def video_of(job: Job, *, whole: bool = True) -> Video:
     shown = job.error if job.status == "failed" else None
     return Video(
         id=job.id,
+        object=spec.kind,
         model=job.model,
         status=job.status,
         progress=job.progress,
@@ -155,13 +157,12 @@ def variants_of(job: Job) -> list[str]:
     """What /content has of a job."""
     if job.status != "completed":
         return []
-    if job.spec.kind == "image":
-        return ["thumbnail"]
-    return [name for name in VARIANTS if job.spec.compare or name not in ("dense", "side_by_side")]
+    needless = () if job.spec.compare else ("dense", "side_by_side")
+    return [name for name in variants(job.spec.kind) if name not in needless]
 
 
 def _main_file(job: Job) -> str:
-    return IMAGE if job.spec.kind == "image" else VARIANTS["video"][0]
+    return next(iter(variants(job.spec.kind).values()))[0]
 
 
 def _time(value: float | None) -> int | None:

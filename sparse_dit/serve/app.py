@@ -17,6 +17,7 @@ from .claims import Claims
 from .errors import add_handlers
 from .housekeeping import Housekeeping
 from .images import image_routes
+from .one_job import job_routes
 from .page import page_routes
 from .security import Keyed, Limited, SafeHeaders, same_origin
 from .service import Service
@@ -45,7 +46,9 @@ def create_app(service: Service, workers: Sequence[WorkerOptions] = ()) -> FastA
     keyed, limited = Keyed(options.api_keys), Limited(options.limits.rate)
     for routes in (
         video_routes(service, limited),
+        job_routes(service, "video"),
         image_routes(service, limited),
+        job_routes(service, "image"),
         status_routes(service, int(time.time())),
     ):
         app.include_router(routes, dependencies=[Depends(same_origin), Depends(keyed)])

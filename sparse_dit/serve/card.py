@@ -15,7 +15,7 @@ from ..generation import Case, GenerationSettings
 from .errors import invalid
 from .options import Limits
 from .plans import DENSE, Plans
-from .requests import GenerationRequest, VideoRequest
+from .requests import GenerationRequest, JobRequest, VideoRequest
 from .spec import JobSpec
 
 SEEDS = 1 << 31
@@ -86,7 +86,7 @@ def spec_of(card: Card, asked: GenerationRequest, has_input: bool, limits: Limit
             max_sequence_length=card.defaults.max_sequence_length,
             plan=_given(asked.plan, card.default_plan),
             speedup=asked.speedup,
-            compare=isinstance(asked, VideoRequest) and asked.compare,
+            compare=isinstance(asked, JobRequest) and asked.compare,
             has_input=has_input,
         )
         card.plans.named(spec.plan, spec.speedup)

@@ -21,6 +21,7 @@ LEASE = 30.0  # seconds without one after which a worker counts as gone
 STARTING = 300.0  # the same for a process that hasn't said anything yet, as it still imports
 CRASHES = 2  # of workers that a job may take part in
 ATTEMPTS = 10  # in all; others than crashes are the server's end, which is no fault of the job
+READY = ("idle", "busy")  # states of a worker that has loaded
 Policy = Literal["restart", "fail"]
 
 
@@ -80,11 +81,11 @@ class Claims:
         with self.store.reading() as connection:  # most often there is none, and nobody waits
             if connection.execute(first).first() is None:
                 return None
-        now = self.store.now()
         with self.store.writing() as connection:
             id = connection.execute(first.with_for_update(skip_locked=True)).scalar()
             if id is None:
                 return None
+            now = self.store.now()
             connection.execute(
                 sa.update(JOBS)
                 .where(JOBS.c.id == id, JOBS.c.status == "queued")

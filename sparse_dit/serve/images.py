@@ -1,4 +1,4 @@
-"""/v1/images/generations, for pipelines that make images."""
+"""/v1/images: submit, and /v1/images/generations, which waits; for pipelines that make images."""
 
 from __future__ import annotations
 
@@ -9,27 +9,38 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
-from .answers import Picture, Pictures
+from .answers import Picture, Pictures, Video, video_of
 from .card import spec_of
 from .errors import invalid, not_found
 from .jobs import Job
-from .media import IMAGE
-from .requests import ImageRequest
+from .media import IMAGE_VARIANTS
+from .one_job import refusals
+from .requests import ImageRequest, JobRequest, read_job_request
 from .service import Service
-from .videos import refusals
+from .videos import Key, submission
 
 
 def image_routes(service: Service, limited: Callable[..., Any]) -> APIRouter:
-    """The route; for its arguments see `video_routes`."""
+    """The routes; for their arguments see `video_routes`."""
     routes = APIRouter(prefix="/v1/images", tags=["images"])
+
+    def check() -> None:
+        if service.card.kind != "image":
+            raise invalid(f"{service.card.name} makes videos: use /v1/videos")
+
+    @routes.post("", **submission(JobRequest, limited))
+    async def create(request: Request, key: Key = None) -> Video:
+        """Put an image into the queue, as a job like those of videos."""
+        check()
+        asked, upload = await read_job_request(request, JobRequest)
+        return video_of(await run_in_threadpool(service.submit, asked, upload, key))
 
     @routes.post(
         "/generations", dependencies=[Depends(limited)], responses=refusals(404, 413, 422, 429)
     )
     async def generate(asked: ImageRequest, request: Request) -> Pictures:
         """Generate images and wait for them; `n` images have seeds that count up."""
-        if service.card.kind != "image":
-            raise invalid(f"{service.card.name} makes videos: use /v1/videos")
+        check()
         jobs = await run_in_threadpool(_submit, service, asked)
         done: list[Job] = []
         for job in jobs:
@@ -59,7 +70,7 @@ def _submit(service: Service, asked: ImageRequest) -> list[Job]:
 
 
 def _picture(service: Service, job: Job) -> Picture:
-    file = service.files.file(job, IMAGE)
+    file = service.files.file(job, IMAGE_VARIANTS["image"][0])
     if file is None:
         raise not_found("the file is gone")
     return Picture(b64_json=base64.b64encode(file.read_bytes()).decode(), seed=job.spec.seed)

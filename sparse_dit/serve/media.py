@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..eval.video import save_video, side_by_side, to_uint8
-from .spec import JobSpec
+from .spec import JobSpec, Kind
 
-# what `variant` may be -> file and content type; an image has no other variants than its own
+# what `variant` may be -> file and content type
 VARIANTS = {
     "video": ("video.mp4", "video/mp4"),
     "thumbnail": ("thumbnail.webp", "image/webp"),
@@ -21,7 +21,11 @@ VARIANTS = {
     "dense": ("dense.mp4", "video/mp4"),
     "side_by_side": ("side_by_side.mp4", "video/mp4"),
 }
-IMAGE = "image.png"
+IMAGE_VARIANTS = {  # of a pipeline that makes images
+    "image": ("image.png", "image/png"),
+    "thumbnail": ("thumbnail.webp", "image/webp"),
+    "dense": ("dense.png", "image/png"),
+}
 THUMBNAIL_SIDE = 320  # pixels, at most
 SPRITES = 16  # frames of a sprite sheet, at most
 SPRITE_COLUMNS = 4
@@ -35,19 +39,26 @@ def write_media(folder: Path, spec: JobSpec, video: np.ndarray, dense: np.ndarra
     Args:
         folder: Where to.
         spec: What was asked for.
-        video: `[T, H, W, 3]`, floats in 0..1; one frame for an image.
+        video: `[T, H, W, 3]`, floats in 0..1, of an image one frame.
         dense: The same without a plan, if it was asked for.
     """
     frames = to_uint8(video)
     _small(frames[len(frames) // 2], THUMBNAIL_SIDE).save(folder / VARIANTS["thumbnail"][0])
     if spec.kind == "image":
-        Image.fromarray(frames[0]).save(folder / IMAGE)
+        Image.fromarray(frames[0]).save(folder / IMAGE_VARIANTS["image"][0])
+        if dense is not None:
+            Image.fromarray(to_uint8(dense)[0]).save(folder / IMAGE_VARIANTS["dense"][0])
         return
     save_video(folder / VARIANTS["video"][0], video, spec.fps)
     _sprites(frames).save(folder / VARIANTS["spritesheet"][0], quality=85)
     if dense is not None:
         save_video(folder / VARIANTS["dense"][0], dense, spec.fps)
         save_video(folder / VARIANTS["side_by_side"][0], side_by_side(dense, video), spec.fps)
+
+
+def variants(kind: Kind) -> dict[str, tuple[str, str]]:
+    """What a job of a kind may make: file and content type by variant, the result itself first."""
+    return VARIANTS if kind == "video" else IMAGE_VARIANTS
 
 
 def preview_name(step: int) -> str:

@@ -14,17 +14,22 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from jinja2 import Environment
 
 from ..version import VERSION
-from .answers import Video, video_of
+from .answers import Video, variants_of, video_of
 from .dial import PlanChoice, plan_choices, sizes
 from .errors import ApiError, not_found
+from .example import SHOWN, STATIC, Example, example_name, shipped_example
 from .jobs import Job
 from .plans import DENSE
 from .security import COOKIE, Keyed, Limited, same_origin
 from .service import Service
 from .status import health_of
 
-STATIC = Path(__file__).parent / "static"
-KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+KINDS = {
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".mp4": "video/mp4",
+    ".svg": "image/svg+xml",
+}
 FOREVER = {"Cache-Control": "public, max-age=31536000, immutable"}  # the address has a hash
 HISTORY = 12  # jobs that are shown at once
 LOOKED_AT = 100  # of the newest jobs, for one to begin with
@@ -39,11 +44,13 @@ class Shown:
     Attributes:
         job: The job; None where there is none yet.
         example: Whether it is there because nothing else was asked for.
+        shipped: What is shown in the place of a job, as there is none yet.
         wrong: What isn't there.
     """
 
     job: Job | None
     example: bool = False
+    shipped: Example | None = None
     wrong: str | None = None
 
 
@@ -82,7 +89,8 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
             "page.html.j2",
             status,
             shown=shown,
-            video=None if job is None else video_of(job),
+            video=_video(shown),
+            contents=_contents(shown, addresses),
             address="" if job is None else f"{request.base_url}jobs/{job.id}",
             history=[video_of(one, whole=False) for one in jobs],
             older=jobs[-1].id if more else None,
@@ -100,7 +108,7 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
         request: Request, after: Annotated[str | None, Query(max_length=64)] = None
     ) -> Response:
         """The page with a finished job as an example."""
-        return stranger(request) or view(request, Shown(_example(service), True), after)
+        return stranger(request) or view(request, _first(service), after)
 
     @routes.get("/jobs/{id}")
     def one(request: Request, id: str) -> Response:
@@ -166,14 +174,32 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
     return routes
 
 
-def _example(service: Service) -> Job | None:
-    """The newest finished job, one that was compared if there is any."""
+def _first(service: Service) -> Shown:
+    """The newest finished job, one that was compared if there is any; without one, what ships."""
     jobs, _ = service.store.list(service.card.kind, after=None, limit=LOOKED_AT, order="desc") or (
         [],
         False,
     )
     done = [job for job in jobs if job.status == "completed"]
-    return next((job for job in done if job.spec.compare), next(iter(done), None))
+    found = next((job for job in done if job.spec.compare), next(iter(done), None))
+    if found is None and service.card.kind == "video":
+        return Shown(None, True, shipped_example())
+    return Shown(found, True)
+
+
+def _video(shown: Shown) -> Video | None:
+    """What is said of what is shown."""
+    if shown.job is not None:
+        return video_of(shown.job)
+    return shown.shipped.video if shown.shipped else None
+
+
+def _contents(shown: Shown, addresses: dict[str, str]) -> dict[str, str]:
+    """Where browsers find what a job made, by variant."""
+    if shown.job is not None:
+        at = f"/v1/{shown.job.spec.kind}s/{shown.job.id}/content?variant="
+        return {variant: at + variant for variant in variants_of(shown.job)}
+    return {name: addresses[example_name(name)] for name in SHOWN} if shown.shipped else {}
 
 
 def _values(service: Service, choices: list[PlanChoice], job: Job | None) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .spec import JobSpec
 
 KEPT = 64  # kinds of job whose times are remembered
 MOST_PERCENT = 99  # until the files are in place
+LATEST = 8  # steps that tell how fast the machine is now
 
 
 class Times:
@@ -37,7 +39,7 @@ class Progress:
     Args:
         spec: The job.
         times: Those of earlier jobs.
-        forecast: The seconds that the plan expects of the whole job, if it does.
+        forecast: The seconds that the plan expects of each generation of the job; empty if it doesn't.
         clock: Seconds.
     """
 
@@ -45,12 +47,13 @@ class Progress:
         self,
         spec: JobSpec,
         times: Times,
-        forecast: float | None = None,
+        forecast: Sequence[float] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._spec, self._clock = spec, clock
-        self._times, self._forecast = times, forecast
-        self._known = times.of(spec)
+        self._spec, self._clock, self._times = spec, clock, times
+        known = times.of(spec)
+        self._told = known is not None or len(forecast) > 0
+        self._expected = known or _spread(spec, forecast)
         self._begun = clock()
         self._marks: list[float] = []
         self.previews: list[int] = []
@@ -77,19 +80,27 @@ class Progress:
         return seconds
 
     def seconds_left(self) -> float | None:
-        """From what an earlier job took, else from the plan's forecast, corrected by the steps so far."""
+        """What is left of an earlier job's seconds, or of the forecast, at the speed of the latest steps.
+
+        Before there are two steps, whose distance tells that speed, it counts as what was expected.
+        """
         elapsed = self._clock() - self._begun
-        if self._known is not None:
-            whole, there = self._known[-1], self._known[self.step - 1] if self.step else 0.0
-            ratio = self._marks[-1] / there if self.step and there > 0 else 1.0
-            return max(0.0, whole * ratio - elapsed)
-        if self.step:
-            by_steps = self._marks[-1] / self.step * self._spec.total_steps
-            if self._forecast is None:
-                return max(0.0, by_steps - elapsed)
-            share = self.step / self._spec.total_steps
-            return max(0.0, share * by_steps + (1 - share) * self._forecast - elapsed)
-        return None if self._forecast is None else max(0.0, self._forecast - elapsed)
+        marks, expected = self._marks, self._expected
+        if len(marks) < 2 and not self._told:
+            if not marks:
+                return None
+            slower = marks[0] / expected[0]
+        else:
+            slower = self._slower()
+        done, since = (expected[self.step - 1], elapsed - marks[-1]) if marks else (0.0, elapsed)
+        return max(0.0, slower * (expected[-1] - done) - since)
+
+    def _slower(self) -> float:
+        """How many times as long as expected the latest steps took; 1 before there are two."""
+        last = len(self._marks) - 1
+        first = max(0, last - LATEST)
+        expected = self._expected[last] - self._expected[first] if last > 0 else 0.0
+        return (self._marks[last] - self._marks[first]) / expected if expected > 0 else 1.0
 
     def detail(self, phase: str) -> dict[str, Any]:
         """What the store keeps of it."""
@@ -101,6 +112,15 @@ class Progress:
             "seconds_left": None if left is None else round(left, 2),
             "previews": list(self.previews),
         }
+
+
+def _spread(spec: JobSpec, forecast: Sequence[float]) -> list[float]:
+    """As `Times.of` has them, of seconds that are forecast of each generation, or of steps of a second."""
+    each = [seconds / spec.steps for seconds in forecast] or [1.0] * (
+        spec.total_steps // spec.steps
+    )
+    marks = list(itertools.accumulate(step for step in each for _ in range(spec.steps)))
+    return [*marks, marks[-1]]
 
 
 def _kind(spec: JobSpec) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -18,6 +18,7 @@ from .errors import ApiError, invalid, invalid_field
 
 MOST_FORM_FIELDS = 64
 SIZE = r"^[1-9]\d{0,4}x[1-9]\d{0,4}$"
+Asked = TypeVar("Asked", bound="JobRequest")
 _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1, le=1 << 16)]
 _Scale = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -66,7 +67,16 @@ class GenerationRequest(BaseModel):
         return text
 
 
-class VideoRequest(GenerationRequest):
+class JobRequest(GenerationRequest):
+    """The body of POST /v1/images, and what it has in common with that of POST /v1/videos."""
+
+    input_reference: ImageReference | None = Field(
+        default=None, description="The image to begin with; in a form, a file."
+    )
+    compare: bool = Field(default=False, description="Also generate dense, and compare.")
+
+
+class VideoRequest(JobRequest):
     """The body of POST /v1/videos."""
 
     seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] | None = Field(
@@ -74,10 +84,6 @@ class VideoRequest(GenerationRequest):
     )
     num_frames: _Count | None = None
     fps: Annotated[float, Field(gt=0, le=240, allow_inf_nan=False)] | None = None
-    input_reference: ImageReference | None = Field(
-        default=None, description="The image that a video begins with; in a form, a file."
-    )
-    compare: bool = Field(default=False, description="Also generate dense, and compare.")
 
 
 class ImageRequest(GenerationRequest):
@@ -87,26 +93,30 @@ class ImageRequest(GenerationRequest):
     response_format: Annotated[str, Field(pattern="^b64_json$")] = "b64_json"
 
 
-async def read_video_request(request: Request) -> tuple[VideoRequest, bytes | None]:
+async def read_job_request(request: Request, kind: type[Asked]) -> tuple[Asked, bytes | None]:
     """The fields of a request, and the image that came with it.
+
+    Args:
+        request: What came.
+        kind: What its body is to be.
 
     Raises:
         ApiError: If it is neither JSON nor a form, or a field is wrong.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    form = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     upload = None
-    if kind == "multipart/form-data":
+    if form == "multipart/form-data":
         fields, upload = await _form(request)
-    elif kind in ("application/json", ""):
+    elif form in ("application/json", ""):
         fields = await _json(request)
     else:
         raise ApiError(
             415,
             "unsupported_media_type",
-            f"the body must be application/json or multipart/form-data, got {kind:.80}",
+            f"the body must be application/json or multipart/form-data, got {form:.80}",
         )
     try:
-        asked = VideoRequest.model_validate(fields)
+        asked = kind.model_validate(fields)
     except ValidationError as error:
         raise invalid_field(error) from None
     if asked.input_reference is not None and upload is None:

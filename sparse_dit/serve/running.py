@@ -152,15 +152,12 @@ class Runner:
         if self.claims.store.get(job.id) is None:
             self.files.remove(job.id)
 
-    def _forecast(self, spec: JobSpec) -> float | None:
+    def _forecast(self, spec: JobSpec) -> list[float]:
+        """The seconds that the plan expects of each generation; empty if it doesn't know one of them."""
         served = self.engine.plans.get(spec.plan)
-        if served is None:
-            return None
-        expected = served.forecast(spec)
-        seconds = expected.get("seconds")
-        if seconds is not None and spec.compare:
-            seconds += expected.get("dense_seconds", 0.0)
-        return seconds
+        expected = served.forecast(spec) if served is not None else {}
+        names = ("seconds", "dense_seconds") if spec.compare else ("seconds",)
+        return [expected[name] for name in names] if expected.keys() >= {*names} else []
 
 
 def explained(error: Exception) -> tuple[str, str]:

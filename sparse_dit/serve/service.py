@@ -15,7 +15,7 @@ from .files import Files
 from .jobs import Job, new_id
 from .options import ServeOptions
 from .requests import GenerationRequest, fingerprint
-from .spec import JobSpec
+from .spec import JobSpec, Kind
 from .store import OtherRequest, QueueFull, Store
 
 WAIT = 0.1  # seconds between two looks at a job that a client waits for
@@ -95,7 +95,7 @@ class Service:
             self.files.remove(id)
         return job
 
-    def job(self, id: str, kind: str = "video") -> Job:
+    def job(self, id: str, kind: Kind) -> Job:
         """The job of an id.
 
         Raises:
@@ -106,13 +106,17 @@ class Service:
             raise not_found(f"there is no {kind} {id:.80}")
         return job
 
-    def delete(self, id: str) -> None:
-        """Remove a job with its files; one that runs ends before its next step."""
-        self.job(id)
+    def delete(self, id: str, kind: Kind) -> None:
+        """Remove a job with its files; one that runs ends before its next step.
+
+        Raises:
+            ApiError: If there is none.
+        """
+        self.job(id, kind)
         self.store.delete(id)
         self.files.remove(id)
 
-    async def ended(self, id: str, kind: str, gone: Callable[[], Awaitable[bool]]) -> Job:
+    async def ended(self, id: str, kind: Kind, gone: Callable[[], Awaitable[bool]]) -> Job:
         """The job of an id when it has ended; it is cancelled if the client goes away.
 
         Raises:

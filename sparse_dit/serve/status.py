@@ -9,15 +9,22 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from .claims import overdue
+from .claims import READY, overdue
 from .metrics import registry_of
 from .options import Limits
 from .plans import Served
 from .service import Service
+from .troubles import Troubles
+
+UNTOLD = "a worker ended before it was ready"
 
 
 class PlanPoint(BaseModel):
-    """A point of a plan's front. `seconds` is of attention's forecast at the size the plan was made at."""
+    """A point of a plan's front.
+
+    `seconds` is the forecast of a whole generation at the size and on the device that the plan was made for,
+    `psnr_db` that of its PSNR against dense.
+    """
 
     speedup: float
     density: float
@@ -68,11 +75,20 @@ class WorkerHealth(BaseModel):
     seconds_since_beat: float
 
 
+class Trouble(BaseModel):
+    """Why a worker ended before it was ready; where keys are set, the page and the log alone say more."""
+
+    device: str
+    message: str
+    seconds_ago: float
+
+
 class Health(BaseModel):
-    """`ok` if a worker is ready; `loading` while none is yet; `failing` if there is none."""
+    """`ok` if a worker is ready, `loading` while none is yet, `failing` if none is there or can load."""
 
     status: Literal["ok", "loading", "failing"]
     workers: list[WorkerHealth]
+    troubles: list[Trouble]
     jobs: dict[str, int]
 
 
@@ -102,6 +118,9 @@ def health_routes(service: Service) -> APIRouter:
     def health() -> JSONResponse:
         """Whether jobs are run; 503 if no worker is there."""
         found = health_of(service)
+        if service.options.api_keys:  # who has none may still ask for the health
+            for trouble in found.troubles:
+                trouble.message = UNTOLD
         code = 503 if found.status == "failing" else 200
         return JSONResponse(found.model_dump(), status_code=code)
 
@@ -120,14 +139,18 @@ def health_of(service: Service) -> Health:
         for row in rows
         if row["model"] == service.card.name
     ]
-    there = [row for row in rows if not overdue(row, now)]
-    states = {row["state"] for row in there if row["model"] == service.card.name}
+    model = service.card.name
+    states = {r["state"] for r in rows if r["model"] == model and not overdue(r, now)}
+    troubles = [
+        Trouble(device=row["device"], message=row["message"], seconds_ago=round(now - row["at"], 1))
+        for row in Troubles(service.store).recent(model)
+    ]
     status = "failing"
-    if states & {"idle", "busy"}:
+    if states & {*READY}:
         status = "ok"
-    elif states:
+    elif states and not troubles:
         status = "loading"
-    return Health(status=status, workers=workers, jobs=service.store.counts())
+    return Health(status=status, workers=workers, troubles=troubles, jobs=service.store.counts())
 
 
 def model_of(service: Service, created: int) -> Model:

@@ -118,6 +118,8 @@ class Store:
 
     def get(self, id: str, kind: str | None = None) -> Job | None:
         """The job of an id; None if there is none, or it is of another kind."""
+        if "\0" in id:  # which Postgres doesn't take
+            return None
         wanted = SELECT.where(JOBS.c.id == id)
         if kind is not None:
             wanted = wanted.where(JOBS.c.kind == kind)
@@ -129,6 +131,8 @@ class Store:
         self, kind: str, *, after: str | None, limit: int, order: Literal["asc", "desc"]
     ) -> tuple[list[Job], bool] | None:
         """Jobs of a kind by when they came, and whether there are more; None if `after` isn't known."""
+        if after is not None and "\0" in after:
+            return None
         wanted = SELECT.where(JOBS.c.kind == kind)
         with self.reading() as connection:
             if after is not None:
@@ -163,12 +167,13 @@ class Store:
         with self.writing() as connection:
             return connection.execute(sa.delete(JOBS).where(JOBS.c.id == id)).rowcount > 0
 
-    def counts(self) -> dict[str, int]:
-        """How many jobs there are, by status."""
+    def counts(self, model: str | None = None) -> dict[str, int]:
+        """How many jobs there are, by status, for one model if it is named."""
+        wanted = sa.select(JOBS.c.status, sa.func.count()).group_by(JOBS.c.status)
+        if model is not None:
+            wanted = wanted.where(JOBS.c.model == model)
         with self.reading() as connection:
-            rows = connection.execute(
-                sa.select(JOBS.c.status, sa.func.count()).group_by(JOBS.c.status)
-            ).all()
+            rows = connection.execute(wanted).all()
         return {**dict.fromkeys(("queued", "in_progress", *ENDED), 0), **dict(map(tuple, rows))}
 
     def totals(self) -> dict[str, float]:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .claims import Claims, Worker, overdue
+from .claims import READY, Claims, Worker, overdue
+from .troubles import Troubles
 from .worker import WorkerOptions, run_worker
 
 WATCH = 0.2  # seconds between two looks at the workers
@@ -53,6 +54,7 @@ class Supervisor:
     def __init__(self, options: Sequence[WorkerOptions], claims: Claims) -> None:
         self._slots = [_Slot(one) for one in options]
         self._claims = claims
+        self._troubles = Troubles(claims.store)
         self._context = multiprocessing.get_context("spawn")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -103,6 +105,9 @@ class Supervisor:
         slot.process.close()
         slot.process = None
         logger.error("the worker on %s %s", slot.options.device, why)
+        row = self._row(slot)
+        if row is not None and row["state"] not in READY:
+            self._troubles.note(_worker(slot), f"the worker {why} before it was ready")
         self._claims.crashed(slot.id, f"the worker {why}")
         slot.failures = 0 if now - slot.started > SETTLED else slot.failures + 1
         slot.start_at = now + BACKOFF[min(slot.failures, len(BACKOFF) - 1)]
@@ -113,17 +118,23 @@ class Supervisor:
             target=run_worker, args=(slot.options, slot.id), daemon=True
         )
         slot.process.start()
-        worker = Worker(slot.id, slot.options.model, slot.options.device, ())
-        self._claims.register(worker, slot.process.pid, "starting")
+        self._claims.register(_worker(slot), slot.process.pid, "starting")
 
     def _end_if_stuck(self, slot: _Slot) -> None:
         """Kill a worker that gave no sign of life for too long."""
-        now = self._claims.store.now()
-        rows = [row for row in self._claims.store.workers() if row["id"] == slot.id]
-        if rows and overdue(rows[0], now):
+        row = self._row(slot)
+        if row is not None and overdue(row, self._claims.store.now()):
             slot.stuck = True
             slot.process.kill()
             slot.process.join()
+
+    def _row(self, slot: _Slot) -> dict[str, Any] | None:
+        """What the store knows of a worker; None after it said that it ends."""
+        return next((r for r in self._claims.store.workers() if r["id"] == slot.id), None)
+
+
+def _worker(slot: _Slot) -> Worker:
+    return Worker(slot.id, slot.options.model, slot.options.device, ())
 
 
 def ended_because(code: int) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 VERSION = 1  # of the tables
 BUSY_SECONDS = 30  # that a writer waits for another one
+LOCK = 0x5D17  # of Postgres, held while tables are made
 
 _METADATA = sa.MetaData()
 _NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -61,6 +62,16 @@ WORKERS = sa.Table(
     Column("beat", sa.Float, nullable=False),
     Column("state", sa.String(16), nullable=False),
 )
+TROUBLES = sa.Table(  # came later than the others; a store without it gets it as it is opened
+    "troubles",
+    _METADATA,
+    Column("worker", sa.String(64), primary_key=True),
+    Column("host", sa.String(256), nullable=False),
+    Column("model", sa.String(256), nullable=False),
+    Column("device", sa.String(64), nullable=False),
+    Column("at", sa.Float, nullable=False),
+    Column("message", sa.Text, nullable=False),
+)
 
 
 def database_url(store: str) -> str:
@@ -80,10 +91,12 @@ def open_database(url: str, *, durable: bool) -> sa.Engine:
         ValueError: If the database can't be opened, or has tables of another version.
     """
     try:
-        engine = sa.create_engine(url)
+        engine = sa.create_engine(url, pool_pre_ping=True)  # as databases are started again too
         if engine.dialect.name == "sqlite":
             _prepare_sqlite(engine, durable)
         with engine.begin() as connection:
+            if engine.dialect.name == "postgresql":  # or two that make the same tables fail
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
             _METADATA.create_all(connection)
             found = connection.execute(sa.select(STORE.c.version)).scalar()
             if found is None:

@@ -18,6 +18,7 @@ from .claims import BEAT, Claims, Worker
 from .files import Files
 from .running import Generator, Runner
 from .store import Store
+from .troubles import Troubles
 
 POLL = 0.05  # seconds between two looks at an empty queue
 logger = logging.getLogger("sparse_dit.serve")
@@ -56,14 +57,25 @@ def run_worker(options: WorkerOptions, id: str) -> None:
     worker = Worker(id, options.model, options.device, ())
     claims.beat(worker, state["now"])
     threading.Thread(target=_beat, args=(claims, worker, state), daemon=True).start()
+    engine = _loaded(options, worker, Troubles(store))
+    state["now"] = "idle"
+    claims.beat(worker, state["now"])
+    worker = replace(worker, plans=engine.plans.names)
+    files = Files(Path(options.folder))
+    _serve(worker, Runner(engine, claims, files, options.most_pixels, stop.is_set), state, stop)
+    claims.gone(id)
+
+
+def _loaded(options: WorkerOptions, worker: Worker, troubles: Troubles) -> Generator:
+    """What runs the jobs; if it can't be loaded, the store has why."""
     try:
         engine = options.load(options.device)
-        worker = replace(worker, plans=engine.plans.names)
-        files = Files(Path(options.folder))
-        runner = Runner(engine, claims, files, options.most_pixels, stop.is_set)
-        _serve(worker, runner, state, stop)
-    finally:
-        claims.gone(id)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        troubles.note(worker, f"the model can't be loaded: {type(error).__name__}: {text}")
+        raise
+    troubles.over(worker)
+    return engine
 
 
 def _serve(worker: Worker, runner: Runner, state: dict[str, str], stop: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ from sparse_dit.serve.worker import WorkerOptions
 from sparse_dit.timing import Taken
 
 MODEL = "stub"
+# of a database that tests may fill; all tests of the server then run on it: `postgresql+psycopg://...`
+POSTGRES = os.environ.get("SPARSE_DIT_TEST_POSTGRES")
 SPEC = JobSpec(
     kind="video", prompt="a cat", seed=0, width=32, height=16, num_frames=2, steps=3,
     guidance=1.0, plan="dense",
@@ -110,9 +114,10 @@ class LoadStub:
 
     step_seconds: float = 0.0
     ends: Path | None = None
+    encode: bool = False
 
     def __call__(self, device: str) -> StubEngine:
-        return StubEngine(self.step_seconds, ends=self.ends)
+        return StubEngine(self.step_seconds, ends=self.ends, encode=self.encode)
 
 
 def check_stub(spec: JobSpec) -> None:
@@ -128,11 +133,25 @@ def stub_card(kind: Any = "video", plans: Plans | None = None, image: Any = "no"
     return Card(MODEL, kind, settings, 8, plans or Plans([]), image, check_stub)
 
 
+def store_url(folder: Path) -> str:
+    """The database of a folder: SQLite in it, or a schema of its own where a Postgres is named."""
+    if POSTGRES is None:
+        return database_url(str(folder))
+    schema = f"folder_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    engine = sa.create_engine(POSTGRES)
+    with engine.begin() as connection:
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(1)))
+        connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+    engine.dispose()
+    url = sa.make_url(POSTGRES).update_query_dict({"options": f"-csearch_path={schema}"})
+    return url.render_as_string(hide_password=False)
+
+
 def stub_service(folder: Path, card: Card | None = None, **options: Any) -> Service:
     """A server without HTTP, in a folder."""
     files = folder / "files"
     folder.mkdir(parents=True, exist_ok=True)
-    made = ServeOptions(store=database_url(str(folder)), files=str(files), **options)
+    made = ServeOptions(store=store_url(folder), files=str(files), **options)
     return Service(Store(made.store), Files(files), card or stub_card(), made)
 
 

@@ -25,7 +25,7 @@ import psutil
 
 from sparse_dit.serve.jobs import ENDED, Job
 from sparse_dit.serve.store import Store
-from sparse_dit.serve.tables import database_url
+from tests.helpers.serve_cases import store_url
 
 PATIENCE = 240.0  # seconds for anything, on a busy machine
 
@@ -37,6 +37,8 @@ class StubServer:
     folder: Path
     workers: int = 1
     step_seconds: float = 0.01
+    ttl: float | None = None
+    encode: bool = False
     port: int = 0
     process: Any = None
 
@@ -49,6 +51,8 @@ class StubServer:
         words = [sys.executable, "-m", "tests.helpers.stub_server", str(self.folder)]
         words += [str(self.port), "--workers", str(self.workers)]
         words += ["--step-seconds", str(self.step_seconds)]
+        words += ["--ttl", str(self.ttl)] if self.ttl is not None else []
+        words += ["--encode"] if self.encode else []
         self.process = subprocess.Popen(words, cwd=Path(__file__).parents[2])
         wait_until(self.answers)
 
@@ -145,7 +149,7 @@ def run_load(
 ) -> tuple[Load, list[Job]]:
     """Let clients submit while the server is killed; wait for the end of all jobs, and give them by order."""
     load, chance = Load(), random.Random(seed)
-    store = Store(database_url(str(server.folder)), durable=False)
+    store = Store(store_url(server.folder), durable=False)
     with ThreadPoolExecutor(clients + 1) as pool:
         killing = pool.submit(_kill, server, store, jobs, kills, worker_kills, chance)
         each = jobs // clients

@@ -78,7 +78,10 @@ READ = {
     "sparse-dit demo --model dlm": "minutes: tests/denoising/test_eval.py runs it on a random model",
     "sparse-dit serve": "runs until it is stopped: tests/serve/test_processes.py starts it",
     "python -m tests.helpers.serve_load": "minutes: tests/serve/test_processes.py runs less of it",
-    "python -m tests.helpers.serve_latency": "asks a server of a real model, for minutes",
+    "python benchmarks/serve_latency.py": "runs a server of a real model, for minutes",
+    "python -m benchmarks.serve_day": "minutes: tests/serve/test_processes.py runs such a server",
+    "python benchmarks/serve_batches.py": "generates for minutes",
+    "python -m demos.tiny_wan.example": "writes what ships: tests/serve/test_page.py looks at it",
     "python search/tiny_wan.py": "the demo's search, in minutes; `sparse-dit demo` runs it smaller",
 }
 # neither

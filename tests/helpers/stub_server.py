@@ -20,11 +20,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--step-seconds", type=float, default=0.01)
     parser.add_argument("--ttl", type=float, default=None)
+    parser.add_argument("--encode", action="store_true", help="write real videos")
     given = parser.parse_args()
     service = stub_service(
         given.folder, queue_size=1000, ttl=given.ttl, limits=Limits(rate="100000/second")
     )
-    load = LoadStub(given.step_seconds, given.folder / "ends.txt")
+    load = LoadStub(given.step_seconds, given.folder / "ends.txt", given.encode)
     app = create_app(service, stub_workers(service, load, given.workers))
     uvicorn.run(app, host="127.0.0.1", port=given.port, log_level="warning")
 

@@ -1,7 +1,9 @@
 """The front of a search: other points without a new search, and files that lie."""
 
+import base64
 import dataclasses
 import json
+import lzma
 import re
 
 import pytest
@@ -10,8 +12,18 @@ from sparse_dit import cli
 from sparse_dit.demo.run import CALIBRATION, QUICK
 from sparse_dit.eval.front import figure_of
 from sparse_dit.plan import Plan, PlanError
+from sparse_dit.search import front as fronts
 from sparse_dit.search import search_plan
-from sparse_dit.search.front import front_of, front_path, parse_pick, pick, read_front, write_front
+from sparse_dit.search.front import (
+    _packed,
+    front_of,
+    front_path,
+    parse_pick,
+    pick,
+    read_front,
+    thinned,
+    write_front,
+)
 from sparse_dit.search.solve import at_price
 
 SAID: list[str] = []  # what the one search of this file reported
@@ -122,7 +134,17 @@ def _spoil(data, change):
     elif change == "extra":
         data["run"] = "rm"
     elif change == "hostile pattern":
-        data["patterns"][0] = {"name": "import os"}
+        data["patterns"] = _packed([{"name": "import os"}])
+    elif change == "hostile pattern of version 1":
+        data |= {"format": "sparse_dit front 1", "patterns": [{"name": "import os"}]}
+    elif change == "no list":
+        data["patterns"] = _packed({"name": "dense"})
+    elif change == "cut patterns":
+        data["patterns"] = data["patterns"][: len(data["patterns"]) // 8 * 4]
+    elif change == "no base64":
+        data["patterns"] = "~" + data["patterns"]
+    elif change == "not compressed":
+        data["patterns"] = base64.b64encode(b"[]").decode()
     elif change == "no points":
         data["points"] = []
     return data
@@ -136,6 +158,11 @@ def _spoil(data, change):
         "infinite",
         "extra",
         "hostile pattern",
+        "hostile pattern of version 1",
+        "no list",
+        "cut patterns",
+        "no base64",
+        "not compressed",
         "no points",
         "not json",
         "missing",
@@ -152,6 +179,36 @@ def test_damaged_files_are_named_in_one_line(plan_file, change):
     with pytest.raises(PlanError, match=r"search again|a search writes it") as caught:
         read_front(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_patterns_that_grow_beyond_all_bounds_are_refused(plan_file, monkeypatch):
+    path = front_path(plan_file)
+    monkeypatch.setattr(fronts, "MOST_BYTES", 1 << 20)
+    bomb = base64.b64encode(lzma.compress(bytes(8 << 20), preset=0)).decode()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"patterns": bomb}))
+    with pytest.raises(PlanError, match=r"damaged \(.*search again"):
+        read_front(path)
+
+
+def test_a_file_of_version_1_gives_the_same_front(searched, plan_file):
+    path = front_path(plan_file)
+    listed = [pattern.to_dict() for pattern in searched.front.patterns]
+    old = {"format": "sparse_dit front 1", "patterns": listed}
+    path.write_text(json.dumps(json.loads(path.read_text()) | old))
+    assert read_front(path) == searched.front
+
+
+def test_a_thinned_front_keeps_the_nearest_points_and_their_patterns(searched):
+    front = searched.front
+    places = (0, 2, len(front.points) - 1)
+    kept = [front.points[place] for place in places]
+    small = thinned(front, [point.speedup for point in (kept[2], kept[0], kept[1])])
+    assert [point.speedup for point in small.points] == [point.speedup for point in kept]
+    assert len(small.patterns) < len(front.patterns)
+    for point, whole in zip(small.points, kept, strict=True):
+        same = [small.patterns[number] for number in point.patterns]
+        assert same == [front.patterns[number] for number in whole.patterns]
+        assert point.errors == whole.errors
 
 
 def test_another_models_front_is_refused(searched, plan_file):
@@ -183,7 +240,7 @@ def test_a_picture_alone_is_written(plan_file, capsys):
     assert cli.run(["show", str(plan_file), "--picture", "front.xyz"]) == 2
     assert "must name a file that ends in" in capsys.readouterr().err
     other = str(picture.with_name("other.svg"))
-    assert cli.run(["show", "tiny-wan", "--picture", other]) == 2
+    assert cli.run(["show", "ltx-video-2b-geometry", "--picture", other]) == 2
     assert "a search writes it beside its plan" in capsys.readouterr().err
 
 
@@ -197,5 +254,5 @@ def test_the_commands(plan_file, capsys):
     assert Plan.load(other).density <= 0.3
     assert cli.run(command) == 2  # the file is there
     assert cli.run(["show", str(plan_file), "--pick", "density=0.3"]) == 2
-    assert cli.run(["show", "tiny-wan", "--front"]) == 2
+    assert cli.run(["show", "ltx-video-2b-geometry", "--front"]) == 2
     assert "a search writes it beside its plan" in capsys.readouterr().err

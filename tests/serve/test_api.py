@@ -260,7 +260,7 @@ def test_images_are_for_models_that_make_images(tmp_path, client):
     assert "makes videos" in client.post("/v1/images/generations", json=ASKED).text
     service = stub_service(tmp_path / "images", stub_card("image"))
     client = TestClient(create_app(service))
-    assert "makes images" in client.post("/v1/videos", json=ASKED).text
+    assert "use /v1/images" in client.post("/v1/videos", json=ASKED).text
     with working(service, StubEngine(encode=True)):
         answer = client.post("/v1/images/generations", json=ASKED | {"n": 2, "seed": 5}).json()
     assert [picture["seed"] for picture in answer["data"]] == [5, 6]

@@ -18,7 +18,7 @@ from tests.helpers.plan_cases import small
 from tests.helpers.serve_cases import MODEL, stub_card, stub_service, working
 
 CASES = int(os.environ.get("SPARSE_DIT_FUZZ", "100"))
-ROUTES = 12
+ROUTES = 19
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,25 @@
 """The page without a browser: what it shows in every state, what it offers, and whom it lets in."""
 
+import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from fastapi.testclient import TestClient
 
+from sparse_dit.resources import shipped
+from sparse_dit.search.front import front_path
 from sparse_dit.serve.app import create_app
 from sparse_dit.serve.card import spec_of
 from sparse_dit.serve.dial import plan_choices, sizes
+from sparse_dit.serve.example import shipped_example
 from sparse_dit.serve.options import Limits
-from sparse_dit.serve.plans import Plans, Served
+from sparse_dit.serve.plans import Plans, Served, load_plans
 from sparse_dit.serve.requests import VideoRequest
 from tests.helpers.page_cases import FORECASTS, PageEngine, page_card, page_plans
 from tests.helpers.plan_cases import small
-from tests.helpers.serve_cases import claimed, stub_card, stub_service, work
+from tests.helpers.serve_cases import StubEngine, claimed, stub_card, stub_service, work
 
 NASTY = """"><script>alert(1)</script> 'x' {{ 77777 * 77777 }} &amp; <img src=x onerror=alert(2)>"""
 LONG_AGO = "video_" + "0" * 32
@@ -77,13 +82,27 @@ def in_every_state(service, client, prompt):
     return ["/", *(f"/jobs/{id}" for id in ids), f"/jobs/{ids[0]}/atlas", f"/jobs/{LONG_AGO}"]
 
 
-def test_the_first_visit_invites(client):
+def test_the_first_visit_shows_an_example_that_says_that_it_ships(client):
     page = client.get("/")
-    assert page.status_code == 200 and "Nothing was generated yet" in page.text
-    fields = Elements(page.text).values("name")
+    assert page.status_code == 200
+    for words in ("an example that ships with sparse_dit", "a toy model", "not by this server"):
+        assert words in page.text, words
+    example = shipped_example()
+    assert example.machine in page.text and str(example.made) in page.text
+    assert f"{example.video.psnr_db:.1f} dB" in page.text
+    elements = Elements(page.text)
     wanted = {"prompt", "size", "seed", "plan", "compare", "negative_prompt", "num_frames"}
-    assert wanted < {*fields}
-    assert "No worker is running" in page.text, "a server without workers says so"
+    assert wanted < {*elements.values("name")}
+    assert "No worker is ready" in page.text, "a server without workers says so"
+    assert re.search(r'<textarea id="prompt"[^>]*></textarea>', page.text), "the form is empty"
+    films = [attrs["src"] for tag, attrs in elements.found if tag == "video"]
+    sizes = []
+    for address in films:
+        answer = client.get(address, headers={"Range": "bytes=0-99"})
+        assert answer.status_code == 206 and answer.headers["content-type"] == "video/mp4"
+        sizes.append(int(answer.headers["content-range"].rpartition("/")[2]))
+    assert len(films) == 2 and sum(sizes) < 300_000
+    assert not re.search(r"/(jobs|v1/videos)/video_", page.text), "it is no job of this server"
 
 
 def test_an_example_is_the_newest_that_was_compared(service, client):
@@ -185,6 +204,27 @@ def test_points_that_no_request_gets_are_no_stops():
     assert 1.1 not in [stop.speedup for stop in choice.stops] and len(choice.stops) == 4
 
 
+def test_the_embedded_models_plan_has_a_dial():
+    folder = shipped("profiles") / "tiny-wan"
+    assert front_path(folder / "plan.json").stat().st_size <= 60_000
+    plans = load_plans(["tiny-wan"])
+    (choice,) = plan_choices(replace(page_card(), plans=plans))
+    own, stops = choice.stops[choice.at], choice.stops
+    assert len(stops) >= 8 and 0 < choice.at < len(stops) - 1
+    assert (
+        own.ask is None
+        and own.measured
+        and own.psnr_db == plans["tiny-wan"].plan.measured["psnr_db"]
+    )
+    for less, more in itertools.pairwise(stops):
+        assert less.speedup < more.speedup and less.seconds > more.seconds
+        assert less.psnr_db > more.psnr_db and less.density > more.density
+    for stop in stops:
+        plan = plans.named("tiny-wan", stop.ask)
+        assert plan.forecast["speedup"] == pytest.approx(stop.speedup)
+        assert plan.density == pytest.approx(stop.density)
+
+
 def test_every_size_that_is_offered_can_be_made():
     card, limits = page_card(), Limits(pixels=128 * 96)
     offered = sizes(card, limits)
@@ -227,10 +267,31 @@ def test_static_files_are_kept_by_browsers_for_as_long_as_they_are_the_same(clie
     assert client.get("/").headers["cache-control"] == "no-store"
 
 
-def test_a_pipeline_of_images_points_to_its_call(tmp_path):
-    service = stub_service(tmp_path, stub_card("image"))
-    page = TestClient(create_app(service)).get("/").text
-    assert "POST /v1/images/generations" in page and 'id="ask"' not in page
+def test_a_pipeline_of_images_has_the_same_page(tmp_path):
+    plans = Plans([Served("fast", small(), None)])
+    service = stub_service(tmp_path, stub_card("image", plans=plans))
+    client = TestClient(create_app(service))
+    first = client.get("/").text
+    assert "Nothing was generated yet" in first and "The image is made twice" in first
+    assert 'action="/v1/images"' in first and 'name="num_frames"' not in first
+    form = {"prompt": (None, "a cat"), "compare": (None, "true"), "seed": (None, "")}
+    job = client.post("/v1/images", files=form).json()
+    address = f"/v1/images/{job['id']}"
+    assert f'data-address="{address}"' in client.get(f"/jobs/{job['id']}").text
+    work(service, StubEngine(plans=plans, encode=True))
+    elements = Elements(client.get("/").text)
+    shown = [attrs for tag, attrs in elements.found if tag == "img" and "class" in attrs]
+    assert [attrs["class"] for attrs in shown] == ["sparse", "dense"]
+    for attrs in shown:
+        answer = client.get(attrs["src"])
+        assert answer.headers["content-type"] == "image/png" and answer.content
+    done = client.get(address).json()
+    assert (done["object"], done["file_name"]) == ("image", "image.png")
+    assert done["variants"] == ["image", "thumbnail", "dense"] and done["psnr_db"] > 30
+    assert client.get(f"{address}/content").headers["content-type"] == "image/png"
+    assert "it makes images" in client.get(f"{address}/content?variant=video").text
+    assert client.get(f"/v1/videos/{job['id']}").status_code == 404
+    assert client.delete(address).json()["object"] == "image.deleted"
     service.store.close()
 
 

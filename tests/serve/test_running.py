@@ -115,7 +115,7 @@ def test_a_cancelled_job_ends_within_a_step(service):
 
 def test_a_deleted_job_ends_within_a_step_and_leaves_nothing(service):
     id = submit(service, steps=9)
-    engine = Meddling(lambda: service.delete(id))
+    engine = Meddling(lambda: service.delete(id, "video"))
     work(service, engine)
     assert engine.steps == 1 and service.store.get(id) is None
     assert not (service.files.folder / id).exists()
@@ -197,31 +197,48 @@ def test_files_of_no_job_are_removed_when_they_are_old(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", known]
 
 
-def test_time_left_is_the_forecasts_then_that_of_the_steps_then_that_of_an_equal_job():
+def test_time_left_is_the_forecasts_or_that_of_an_equal_job_at_the_speed_of_the_latest_steps():
     now = [0.0]
     times, spec = Times(), SPEC.model_copy(update={"steps": 4})
 
-    def begun(forecast=None):
+    def begun(*forecast):
         return Progress(spec, times, forecast, clock=lambda: now[0])
 
-    first = begun(forecast=10.0)
+    def lefts(progress, *seconds):
+        left = []
+        for one in seconds:
+            now[0] += one
+            progress.stepped()
+            left.append(progress.seconds_left())
+        return left
+
+    first = begun(10.0)
     assert first.seconds_left() == 10.0 and begun().seconds_left() is None
-    left = []
-    for _ in range(4):  # twice as long as was forecast
-        now[0] += 5
-        first.stepped()
-        left.append(first.seconds_left())
-    assert left == [7.5, 5.0, 2.5, 0.0]
+    # the first step has the set-up in it; the others take twice as long as was forecast
+    assert lefts(first, 8, 5, 5, 5) == [7.5, 10.0, 5.0, 0.0]
+    assert lefts(begun(), 6, 2, 2) == [18.0, 4.0, 2.0], "by the steps alone"
     now[0] += 2
-    assert first.finished() == 22.0
-    second = begun(forecast=10.0)
-    assert second.seconds_left() == 22.0
-    now[0] += 2.5  # twice as fast as the first
-    second.stepped()
-    assert second.seconds_left() == pytest.approx(22 / 2 - 2.5)
-    assert begun().detail("dense")["seconds_left"] == 22.0
-    other = Progress(spec.model_copy(update={"width": 64}), times, None)
+    assert first.finished() == 23 + 10 + 2
+    times.keep(spec, [8.0, 13.0, 18.0, 23.0, 25.0])
+    second = begun(10.0)
+    assert second.seconds_left() == 25.0
+    assert lefts(second, 4, 2.5) == [25 - 8, (25 - 13) / 2], "twice as fast"
+    now[0] += 1
+    assert second.seconds_left() == 5.0 and second.detail("dense")["seconds_left"] == 5.0
+    other = Progress(spec.model_copy(update={"width": 64}), times)
     assert other.seconds_left() is None
+
+
+def test_time_left_of_a_comparison_counts_its_dense_steps_as_slower():
+    now = [0.0]
+    spec = SPEC.model_copy(update={"steps": 2, "compare": True, "plan": "fast"})
+    progress = Progress(spec, Times(), (4.0, 8.0), clock=lambda: now[0])
+    left = []
+    for seconds in (4, 4, 8):  # twice as slow as forecast
+        now[0] += seconds
+        progress.stepped()
+        left.append(progress.seconds_left())
+    assert left == [10.0, 16.0, 8.0]
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 3, 6, 8), (1, 4, 6, 8), (2, 1, 6, 8), (1, 2, 6, 8)])

@@ -40,8 +40,7 @@ function duration(seconds) {
 /* ---- a job that waits or runs ---- */
 
 function follow(section) {
-  const id = section.dataset.id;
-  const address = `/v1/videos/${id}`;
+  const address = section.dataset.address;
   const seen = { status: section.dataset.status, left: null, at: 0, spoken: "", beats: 0 };
   byId("cancel").addEventListener("click", () => cancel(address));
   watch();
@@ -101,7 +100,7 @@ function follow(section) {
   async function health() {
     try {
       const { body } = await ask("/health");
-      const words = { loading: "the model is being loaded", failing: "no worker is running" };
+      const words = { loading: "the model is being loaded", failing: "no worker is ready" };
       seen.health = words[body.status] || "";
     } catch {
       seen.health = "";
@@ -222,6 +221,7 @@ function compare(stage) {
   };
   split.addEventListener("input", place);
   place();
+  if (play === null) return; // pictures
 
   const follow = () => {
     if (Math.abs(dense.currentTime - sparse.currentTime) > SYNCED) {
@@ -324,10 +324,11 @@ function form(element) {
     const made = chosen.settings;
     if (!made.width) return "The plan doesn't say what these are for.";
     const device = chosen.device ? ` on ${chosen.device}` : "";
-    const size = `${made.width} × ${made.height}, ${made.num_frames} frames, ${made.steps} steps`;
+    const frames = byId("frames") === null ? "" : `, ${made.num_frames} frames`;
+    const size = `${made.width} × ${made.height}${frames}, ${made.steps} steps`;
     const same =
       byId("size").value === `${made.width}x${made.height}` &&
-      Number(byId("frames").value) === made.num_frames &&
+      (byId("frames") === null || Number(byId("frames").value) === made.num_frames) &&
       Number(byId("steps").value) === made.steps;
     return same
       ? `For one sparse generation${device}, where the plan was made.`
@@ -348,7 +349,7 @@ function form(element) {
     button.disabled = true;
     attempt = attempt || randomKey();
     try {
-      const answer = await ask("/v1/videos", {
+      const answer = await ask(element.getAttribute("action"), {
         method: "POST",
         body: fields,
         headers: { "Idempotency-Key": attempt },
@@ -404,7 +405,7 @@ function start() {
   else result(section);
 }
 
-// a notice that no worker is ready goes as soon as one is
+// a notice that no worker is ready says why as that changes, and goes as soon as one is
 async function awaitWorkers(notice) {
   for (;;) {
     await sleep(HEALTH);
@@ -414,6 +415,12 @@ async function awaitWorkers(notice) {
         notice.remove();
         return;
       }
+      const state = `${body.status} ${body.troubles.length}`;
+      if (state === notice.dataset.state) continue;
+      const text = await (await fetch(location.href, { credentials: "same-origin" })).text();
+      const made = new DOMParser().parseFromString(text, "text/html").getElementById("unready");
+      if (made) notice.textContent = made.textContent;
+      notice.dataset.state = state;
     } catch {
       // asked again
     }
