@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from demos.tiny_dlm.tokens import build_tokenizer
@@ -30,7 +31,7 @@ def new_model(seed: int) -> Qwen3ForCausalLM:
     """The untrained model, in float32; every token attends to all."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    return Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             **ARCHITECTURE,
             vocab_size=len(tokenizer),
@@ -39,6 +40,23 @@ def new_model(seed: int) -> Qwen3ForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    set_numbers(model.get_input_embeddings().weight, model.config.initializer_range)
+    return model
+
+
+@torch.no_grad()
+def set_numbers(embedding: Tensor, std: float) -> None:
+    """Let the vector of each token of two or three digits be the sum of one for each digit at its place.
+
+    So what is learned about one number holds for others: to copy them, too few of each are seen.
+    """
+    for digits in (2, 3):
+        known = torch.randn(digits, 10, embedding.shape[1]) * std
+        for number in range(10**digits):
+            word = f"{number:0{digits}d}"
+            token = build_tokenizer().convert_tokens_to_ids(word)
+            if token is not None:
+                embedding[token] = sum(known[place, int(digit)] for place, digit in enumerate(word))
 
 
 def write_pipeline(model: PreTrainedModel, folder: Path) -> None:
@@ -53,14 +71,14 @@ def write_pipeline(model: PreTrainedModel, folder: Path) -> None:
         LLaDA2Pipeline(copy, BlockRefinementScheduler()).save_pretrained(partial)
         build_tokenizer().save_pretrained(partial / "tokenizer")
         for path in partial.rglob("*.json"):
-            _clean(path)
+            _clean(path, drop="tokenizer" if path.name == "model_index.json" else "_name_or_path")
 
 
-def _clean(path: Path) -> None:
-    """Drop where a part was loaded from; name the tokenizer so that transformers 4 knows it too."""
+def _clean(path: Path, drop: str) -> None:
+    """Drop an entry, if it is there; name the tokenizer so that transformers 4 knows it too."""
     text = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
     content = json.loads(text)
-    if content.pop("_name_or_path", None) is not None:
+    if content.pop(drop, None) is not None:
         text = json.dumps(content, indent=2) + "\n"
     path.write_text(text)
 

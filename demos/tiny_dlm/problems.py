@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import chain
 from random import Random
 
-from demos.tiny_dlm.lessons import fill_text, found_for
-from demos.tiny_dlm.questions import fact, pass_key_of
+from demos.tiny_dlm.lessons import encode, fill_text, found_for
+from demos.tiny_dlm.questions import fact, pass_key, pass_key_of
 from demos.tiny_dlm.tokens import build_tokenizer
 
 CANVAS = 16  # tokens for an answer
-DECOYS = 3  # pass keys of others in the same text
+KINDS = ("key", "named", "fact")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def draw_problem(tokens: int, kind: str, depth: float, random: Random) -> Proble
 
     Args:
         tokens: Tokens of the prompt and the canvas of `CANVAS` tokens.
-        kind: `"key"`, one of four people's pass keys, or `"fact"`, something about one of the people.
+        kind: `"key"`, the one pass key of a text, `"named"`, one of three people's pass keys, or `"fact"`,
+            something about one of the people.
         depth: Where the answer is hidden, from 0, the start, to 1, just before the question.
         random: Where the text and the question are drawn from.
 
@@ -46,21 +47,19 @@ def draw_problem(tokens: int, kind: str, depth: float, random: Random) -> Proble
     """
     if tokens < 192:
         raise ValueError(f"a problem has at least 192 tokens, got {tokens}; ask for a longer one")
-    if kind not in ("key", "fact"):
-        raise ValueError(f"kind must be 'key' or 'fact', got {kind!r}")
-    encode = build_tokenizer()
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     village = found_for(tokens, random)
-    names = random.sample(
-        [who.name for who in village.people], min(DECOYS, len(village.people) - 1) + 1
-    )
-    keys = [pass_key_of(name, random) for name in names]
-    question = keys[0] if kind == "key" else fact(village, random)
-    asked = encode(question.prompt).input_ids
-    others = keys[1:]
-    hidden = [encode(other.hidden).input_ids for other in others]
-    answer = encode(question.hidden).input_ids
-    left = tokens - CANVAS - len(asked) - len(answer) - sum(map(len, hidden))
-    text = fill_text(left, village, random)
+    names = random.sample([who.name for who in village.people], 3)
+    if kind == "key":
+        question, others = pass_key(random), []
+    elif kind == "named":
+        question, *others = [pass_key_of(name, random) for name in names]
+    else:
+        question, others = fact(village, random), []
+    asked, answer = encode(question.prompt), encode(question.hidden)
+    hidden = [encode(other.hidden) for other in others]
+    text = fill_text(tokens - CANVAS - sum(map(len, (asked, answer, *hidden))), village, random)
     for one in hidden:
         text.insert(random.randint(1, len(text)), one)
     text.insert(1 + round(depth * (len(text) - 1)), answer)

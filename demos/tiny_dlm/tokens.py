@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE with each digit a token, learned from texts of `text.py`."""
+"""The tokenizer: byte-level BPE with up to three digits a token, learned from texts of `text.py`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from demos.tiny_dlm.questions import fact, pass_key, pass_key_of
 from demos.tiny_dlm.text import NAMES, found_village, passages
 
 PAD, END, MASK = "<|pad|>", "<|end|>", "<|mask|>"
-VOCABULARY = 1024
-_WORDS = r" ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
+VOCABULARY = 2048
+_WORDS = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 @cache
@@ -47,7 +47,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _texts() -> list[str]:
-    random, texts = Random(0), []
+    random, texts = Random(0), [str(number) for number in range(1000)] * 20
     for _ in range(40):
         village = found_village(len(NAMES), random)
         texts += islice(passages(village, random), 60)

@@ -28,7 +28,7 @@ from sparse_dit.whole_file import whole_file
 
 # tokens of a lesson, lessons a step
 LEVELS = ((64, 48), (128, 24), (256, 14), (512, 8), (1024, 4), (2048, 2), (4096, 1), (8192, 1))
-ENOUGH, LONGEST_STAY = 0.9, 0.3  # share of digits found; share of the budget on one level
+ENOUGH, LONGEST_STAY = 0.8, 0.06  # share of digits found; share of the budget on one level
 NEWEST = 0.5  # share of the steps on the newest level
 MUON_LR, ADAM_LR, WARMUP_STEPS, DECAY_FROM = 4e-3, 4e-3, 40, 0.6
 
