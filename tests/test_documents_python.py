@@ -34,6 +34,7 @@ SMALLER = {
     r"num_inference_steps=\d+": "num_inference_steps=1",
     r'"demos/tiny_wan/model"': repr(str(ROOT / "demos" / "tiny_wan" / "model")),
     r'"demos/tiny_vlm/model"': repr(str(ROOT / "demos" / "tiny_vlm" / "model")),
+    r'"demos/tiny_dlm/model"': repr(str(ROOT / "demos" / "tiny_dlm" / "model")),
     r"video\(21, 30, 52": "video(3, 8, 8",
     r'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"language-model"',
     r"max_kl=0\.03": "max_kl=0.03, rows=4, passkey_depths=()",

@@ -65,6 +65,8 @@ READ = {
     "python search/smollm2_135m_instruct.py": "needs that model, and eight minutes",
     "python -m demos.tiny_vlm.train": "45 minutes: tests/test_tiny_vlm.py trains for seconds",
     "python -m demos.tiny_vlm.measure": "minutes: tests/test_tiny_vlm.py measures less",
+    "python -m demos.tiny_dlm.train": "an hour: tests/test_tiny_dlm.py trains for seconds",
+    "python -m demos.tiny_dlm.measure": "minutes: tests/test_tiny_dlm.py measures less",
     "sparse-dit plans --show": "needs a learned plan: tests/auto/test_store.py",
     "sparse-dit plans --remove": "needs a learned plan: tests/auto/test_store.py",
     "sparse-dit search VLM": "needs prompts: tests/search/language/test_prompts.py",
