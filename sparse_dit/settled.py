@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from .call import AttentionCall
+from .call import AttentionCall, StepContext
 from .intervals import RowIntervals
 from .patterns import Pattern
 from .reuse import shape_of
 
-TURNS = 4  # generations whose outputs are kept
+TURNS = 4  # generations whose outputs are kept at once
+IDLE = 2 * TURNS  # forwards of others after which a generation is taken to have ended
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,14 @@ class _Kept:
     shape: tuple[object, ...]
 
 
+@dataclass(eq=False)
+class _Run:
+    """What is kept of one generation, by layer and branch, and the number of its last forward."""
+
+    kept: dict[tuple[str, str], _Kept] = field(default_factory=dict)
+    last: int = 0
+
+
 class Settled:
     """Outputs of one model that are kept for later steps: for each layer batch x tokens x heads x head_dim.
 
@@ -41,18 +50,32 @@ class Settled:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[int, dict[tuple[str, str], _Kept]] = {}
+        self._runs: dict[int, _Run] = {}  # the one used last is the last
+        self._forwards = 0
+        self._now = (-1, -1)  # run and step
 
     def forget(self) -> None:
         """Drop all that is kept."""
         with self._lock:
-            self._kept.clear()
+            self._runs.clear()
 
     @property
     def num_bytes(self) -> int:
         """Memory of what is kept."""
-        outs = [kept.out for run in self._kept.values() for kept in run.values()]
+        outs = [kept.out for run in self._runs.values() for kept in run.kept.values()]
         return sum(out.numel() * out.element_size() for out in outs)
+
+    def _run_of(self, context: StepContext) -> _Run:
+        """What is kept of a forward's generation; others that have ended are dropped."""
+        with self._lock:
+            if self._now != (context.run, context.step):
+                self._now, self._forwards = (context.run, context.step), self._forwards + 1
+            run = self._runs.pop(context.run, None) or _Run()
+            run.last = self._forwards
+            others = [*self._runs.items()][1 - TURNS :]
+            self._runs = {n: one for n, one in others if self._forwards - one.last <= IDLE}
+            self._runs[context.run] = run
+            return run
 
     def attend(
         self,
@@ -72,12 +95,9 @@ class Settled:
             part: Computes a call of the last tokens alone, over all keys.
         """
         context = call.context
-        with self._lock:
-            run = self._kept.pop(context.run, {})
-            others = [*self._kept][1 - TURNS :]
-            self._kept = {number: self._kept[number] for number in others} | {context.run: run}
+        run = self._run_of(context)
         key, shape = (call.layer, context.branch), shape_of(call, stage)
-        kept, before = run.get(key), call.q.shape[1] - context.active
+        kept, before = run.kept.get(key), call.q.shape[1] - context.active
         if (
             kept is not None
             and kept.active == context.active
@@ -89,7 +109,7 @@ class Settled:
             out[:, before:] = part(_last(call, context.active))
             return out
         out = whole(call)
-        run[key] = _Kept(out[:, :before].detach().clone(), context.step, context.active, shape)
+        run.kept[key] = _Kept(out[:, :before].detach().clone(), context.step, context.active, shape)
         return out
 
 

@@ -170,7 +170,11 @@ def test_what_isnt_denoised_is_taken_again_and_what_is_sees_everything():
     assert torch.equal(runtime(other), other.stock()), "and of another generation nothing is taken"
     back = runtime(call_of(4, 0.2, seed=5))
     assert torch.equal(back[:, :70], call.stock()[:, :70]), "generations may take turns"
-    assert runtime._settled is not None and runtime._settled.num_bytes == 2 * 70 * 2 * 16 * 4
+    one = 70 * 2 * 16 * 4
+    assert runtime._settled is not None and runtime._settled.num_bytes == 2 * one
+    for step in range(12):
+        runtime(call_of(step, 1.0, run=2))
+    assert runtime._settled.num_bytes == one, "those that have ended are dropped"
     runtime.forget()
     assert runtime._settled.num_bytes == 0
     changed = call_of(5, 0.1, seed=6, n=100)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.llada2 import LLaDA2Pipeline
+from diffusers.pipelines.llada2.pipeline_llada2 import LLaDA2Pipeline
 from diffusers.schedulers.scheduling_block_refinement import BlockRefinementScheduler
 from torch import Tensor
 from transformers import AutoTokenizer
