@@ -21,6 +21,8 @@ from .step_tracker import StepTracker
 
 logger = logging.getLogger("sparse_dit")
 
+# attention layers that project the outputs of the layout's tokens by another module than `to_out`
+OF_VIDEO = {"Cosmos3PackedMoTAttention": "to_add_out"}
 COMPONENTS = ("transformer", "transformer_2", "transformer_ref")  # the last is MiniMax-H3's
 
 
@@ -83,7 +85,7 @@ def heads_of(transformer: nn.Module) -> dict[str, tuple[int, int]]:
 
 def output_projection(layer: nn.Module) -> nn.Module | None:
     """A layer's output projection, in the usual place; None in blocks that project it with their MLP."""
-    out: Any = getattr(layer, "to_out", None)
+    out: Any = getattr(layer, OF_VIDEO.get(type(layer).__name__, "to_out"), None)
     return out[0] if isinstance(out, nn.ModuleList | nn.Sequential) and len(out) else out
 
 

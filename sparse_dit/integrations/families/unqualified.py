@@ -9,7 +9,6 @@ from __future__ import annotations
 _LINEAR = "its self-attention is linear: no pairs of tokens are computed, so there are none to skip"
 _SOUND = "it makes sound: one sequence in time, no frames, rows and columns"
 _CACHED = "its image's tokens also attend to keys that are no queries: {}"
-_PACKED = "its caller packs {} into one sequence, whose order isn't read yet"
 
 UNQUALIFIED: dict[str, str] = {
     "SanaTransformer2DModel": _LINEAR,
@@ -39,15 +38,6 @@ UNQUALIFIED: dict[str, str] = {
         "its attention has a sparse pattern of its own over cached reference frames"
     ),
     "Kandinsky6SRTransformer3DModel": "its attention has a sparse pattern of its own (NABLA)",
-    "Cosmos3OmniTransformer": _CACHED.format("the text's, which a causal path makes"),
-    "NucleusMoEImageTransformer2DModel": _CACHED.format("the text's"),
-    "PRXTransformer2DModel": _CACHED.format("the text's"),
-    "QwenImage21Transformer2DModel": _CACHED.format("those of a block-causal prefill"),
-    "BriaFibo2Transformer2DModel": (
-        "how many tokens a prompt is made into is computed in the forward, and not in its arguments"
-    ),
-    "Ideogram4Transformer2DModel": _PACKED.format("images and texts"),
-    "JoyImageEditPlusTransformer3DModel": _PACKED.format("images of several sizes"),
     "LuminaNextDiT2DModel": "every layer is given a mask of tokens by tokens",
     "OmniGenTransformer2DModel": "every layer is given a mask of tokens by tokens",
 }
