@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from torch import Tensor
 
 Built = tuple[Any, dict[str, Any]]
@@ -369,6 +369,33 @@ def bria_fibo2(lengths: tuple[int, ...] = (7, 4)) -> Built:
     }
 
 
+def lumina_next() -> Built:
+    """Lumina-Next: text by cross-attention, two queries to a key."""
+    torch.manual_seed(0)
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=32,
+    ).eval()
+    for name, parameter in transformer.named_parameters():
+        if name.endswith("norm1.linear.weight"):  # the host starts gates at zero
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.zeros_(transformer.pad_token)
+    return transformer, {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.full((2,), 0.75),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "encoder_mask": TWO_TEXTS,
+        "cross_attention_kwargs": {},
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 8, 12),
+    }
+
+
 BUILDERS = {
     "longcat": longcat,
     "ovis": ovis,
@@ -387,4 +414,5 @@ BUILDERS = {
     "ideogram": ideogram,
     "joyimage_plus": joyimage_plus,
     "bria_fibo2": bria_fibo2,
+    "lumina_next": lumina_next,
 }

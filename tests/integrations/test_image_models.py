@@ -604,6 +604,7 @@ BARE_LAYERS = dict.fromkeys(("longcat", "ovis", "bria", "bria_fibo"), JOINT) | {
     "nucleus": ["transformer_blocks.0.attn", "transformer_blocks.1.attn"],
     "ideogram": ["layers.0.attention", "layers.1.attention"],
     "joyimage_plus": ["double_blocks.0.attn", "double_blocks.1.attn"],
+    "lumina_next": ["layers.0.attn1", "layers.1.attn1"],
     "bria_fibo2": ["layers.0.attention", "layers.1.attention"],
 }
 _IMAGE = Segment.grid(1, 4, 6)
@@ -625,6 +626,7 @@ BARE_LAYOUT = {
     "dit": TokenLayout((_IMAGE,)),
     "hunyuan_dit": TokenLayout((_IMAGE,)),
     "ideogram": _TEXT_FIRST,
+    "lumina_next": TokenLayout((_IMAGE,)),
     **dict.fromkeys(("prx", "nucleus", "joyimage_plus", "bria_fibo2"), _IMAGE_FIRST),
 }
 BARE_PADDED = ("bria_fibo", "krea2", "ernie", "prx", "nucleus", "joyimage_plus", "bria_fibo2")

@@ -1,20 +1,27 @@
-"""Models that pack a prompt with what they make: keys that are no queries, padding, images of several sizes."""
+"""Models that pack a prompt with what they make: keys that are no queries, padding, several sizes."""
 
 import functools
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
 from sparse_dit.index import SparseIndex
 from sparse_dit.integrations.arrangement import Arrangement
-from sparse_dit.integrations.diffusers import attach, output_projection, self_attention_layers
+from sparse_dit.integrations.diffusers import (
+    attach,
+    components,
+    output_projection,
+    self_attention_layers,
+)
 from sparse_dit.integrations.families import FAMILIES
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patch import patch
 from tests.helpers import tiny_image_transformers as images
 from tests.helpers.tiny_keyed_models import cosmos3, qwen21
+from tests.helpers.tiny_pipelines import generate
 from tests.integrations.test_video_models import NARROW, WIDE, Recorder, drift, plan_for
 
 IMAGE = Segment.grid(1, 4, 6)
@@ -211,3 +218,38 @@ def test_gists_of_bria_fibo_2_come_first_where_none_is_padded():
     assert {c.context.layout for c in calls} == {layout}
     _, calls = calls_of(transformer, {**inputs, "encoder_attention_mask": None})
     assert {c.context.layout for c in calls} == {layout}
+
+
+def test_ideogram_with_a_transformer_of_its_own_for_no_prompt():
+    """Both run in every step, each by its own part of the plan."""
+    parts = [images.ideogram((7,))[0] for _ in range(2)]
+    pipe = diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=parts[0],
+        unconditional_transformer=parts[1],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    text = torch.randn(1, 7 + 96, 32, generator=torch.Generator().manual_seed(1))
+    packed = pipe._prepare_ids([5], 8, 12, 7, torch.device("cpu"))
+    pipe.encode_prompt = lambda **options: (text, *packed)
+    call = {"prompt": "a cat", "height": 128, "width": 192, "max_sequence_length": 7}
+    call |= {"num_inference_steps": 3, "guidance_scale": 3.0, "guidance_schedule": None}
+    call["output_type"] = "latent"
+    stock = generate(pipe, call)
+    plan = plan_for(parts[0], NARROW)
+    both = dict.fromkeys(sorted(components(pipe)), plan.components["transformer"])
+    assert list(both) == ["transformer", "unconditional_transformer"]
+    with patch(pipe, replace(plan, components=both)) as handle:
+        sparse = generate(pipe, call)
+        first, second = (a.context for a in handle._attachments.values())
+    assert (first.run, first.step, second.run, second.step) == (0, 2, 0, 2)
+    assert first.sigma == second.sigma
+    assert first.layout == TokenLayout.video(1, 8, 12, text_after=7)
+    assert second.layout == TokenLayout.video(1, 8, 12)
+    for ran in handle.ran.values():
+        assert {(r.dense_because, r.calls) for r in ran} == {(None, 3)}
+    assert 0 < drift(sparse, stock) < 0.5
+    assert torch.equal(generate(pipe, call), stock)
