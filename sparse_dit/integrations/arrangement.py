@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import Segment, TokenLayout
@@ -25,25 +26,43 @@ class Arrangement:
         kv_len: int64 `[B]`, keys of `layout` from here on are padding; None if there is none.
         bias: float `[B, N]`, whose outer product an item's mask adds to the logits; None if it
             adds nothing.
+        only_keys: How many of the host's tokens, first and last ones, are keys that are no queries.
+            Queries of zeros stand for them, whose outputs are dropped: rows that are computed in vain.
     """
 
     layout: TokenLayout
     order: Tensor | None = None
     kv_len: Tensor | None = None
     bias: Tensor | None = None
+    only_keys: tuple[int, int] = (0, 0)
+
+    def widens(self, q: Tensor, k: Tensor) -> bool:
+        """Whether a layer's queries `[B, N, H, D]` lack just the tokens that are keys alone."""
+        missing = sum(self.only_keys)
+        return missing > 0 and q.shape[1] + missing == k.shape[1] == self.layout.seq_len
 
     def fits(self, x: Tensor) -> bool:
         """Whether a layer's tokens `[B, N, H, D]` are those of the forward."""
-        known = (self.order, self.bias)
-        return all(y is None or y.shape == x.shape[:2] for y in known)
+        if any(self.only_keys) and x.shape[1] + sum(self.only_keys) != self.layout.seq_len:
+            return False
+        known = [y.shape for y in (self.order, self.bias) if y is not None]
+        return all(shape == (len(x), x.shape[1] + sum(self.only_keys)) for shape in known)
 
     def arrange(self, x: Tensor) -> Tensor:
         """The host's tokens `[B, N, H, D]` in the layout's order."""
         return x if self.order is None else _take(x, self.order)
 
+    def arrange_queries(self, x: Tensor) -> Tensor:
+        """The same of a layer's queries, or of its output, which may lack tokens that are keys alone."""
+        if any(self.only_keys):
+            x = F.pad(x, (0, 0, 0, 0, *self.only_keys))
+        return self.arrange(x)
+
     def restore(self, x: Tensor) -> Tensor:
-        """The inverse of `arrange`."""
-        return x if self._back is None else _take(x, self._back)
+        """The inverse of `arrange_queries`."""
+        x = x if self._back is None else _take(x, self._back)
+        first, last = self.only_keys
+        return x[:, first : x.shape[1] - last] if first or last else x
 
     @functools.cached_property
     def _back(self) -> Tensor | None:

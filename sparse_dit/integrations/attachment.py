@@ -21,7 +21,10 @@ from .step_tracker import StepTracker
 
 logger = logging.getLogger("sparse_dit")
 
-COMPONENTS = ("transformer", "transformer_2", "transformer_ref")  # the last is MiniMax-H3's
+# attention layers that project the outputs of the layout's tokens by another module than `to_out`
+OF_VIDEO = {"Cosmos3PackedMoTAttention": "to_add_out"}
+# the last two are MiniMax-H3's and Ideogram 4's
+COMPONENTS = ("transformer", "transformer_2", "transformer_ref", "unconditional_transformer")
 
 
 def components(pipe_or_transformer: Any) -> dict[str, nn.Module]:
@@ -83,7 +86,9 @@ def heads_of(transformer: nn.Module) -> dict[str, tuple[int, int]]:
 
 def output_projection(layer: nn.Module) -> nn.Module | None:
     """A layer's output projection, in the usual place; None in blocks that project it with their MLP."""
-    out: Any = getattr(layer, "to_out", None)
+    out: Any = getattr(layer, OF_VIDEO.get(type(layer).__name__, "to_out"), None)
+    if isinstance(out, nn.Identity):  # Lumina-Next projects them together with cross-attention's
+        return None
     return out[0] if isinstance(out, nn.ModuleList | nn.Sequential) and len(out) else out
 
 

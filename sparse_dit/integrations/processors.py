@@ -233,13 +233,15 @@ def _attend(seam: Seam, host: Host, args: tuple, kwargs: dict[str, Any]) -> Tens
     q, k, v = (options.pop(name) for name in PARAMETERS[:3])
     if heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if tap.intercept is None or q.shape[1] != k.shape[1]:  # keys of an image adapter, say
-        return host.find()(*args, **kwargs)
+    arrangement = tap.arrangement
+    widened = arrangement is not None and arrangement.widens(q, k)
+    if tap.intercept is None or (q.shape[1] != k.shape[1] and not widened):
+        return host.find()(*args, **kwargs)  # keys of an image adapter, say
 
     mask = options.get("attn_mask")
     unsupported = _unsupported(options)
     kv_len = bias = split = None
-    scale, context, arrangement = options.get("scale"), seam.context, tap.arrangement
+    scale, context = options.get("scale"), seam.context
     if tap.unpadded and context.layout is not None:
         context = replace(context, layout=context.layout.cut(q.shape[1]))
     if unsupported == CONTEXT_PARALLELISM:
@@ -249,7 +251,7 @@ def _attend(seam: Seam, host: Host, args: tuple, kwargs: dict[str, Any]) -> Tens
     elif arrangement is not None and not arrangement.fits(q):
         arrangement, unsupported = None, unsupported or "a mask of other tokens than the forward's"
     elif arrangement is not None:
-        q, k, v = arrangement.arrange(q), arrangement.arrange(k), arrangement.arrange(v)
+        q, k, v = arrangement.arrange_queries(q), arrangement.arrange(k), arrangement.arrange(v)
         kv_len, bias = (arrangement.kv_len, arrangement.bias) if mask is not None else (None, None)
     elif unsupported is None:
         kv_len, unsupported = tap.read_mask(mask, k.shape[1])
@@ -268,7 +270,7 @@ def _stock(
 ) -> Tensor:
     out = host.find()(*args, **kwargs)
     out = out.transpose(1, 2) if host.heads_first else out
-    return arrangement.arrange(out) if arrangement else out
+    return arrangement.arrange_queries(out) if arrangement else out
 
 
 # a compiled block breaks its graph here, if the host asks for what the operator can't hand on

@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from torch import Tensor
 
 Built = tuple[Any, dict[str, Any]]
@@ -257,6 +257,145 @@ def hunyuan_dit() -> Built:
     }
 
 
+TWO_TEXTS = torch.arange(7) < torch.tensor([[7], [4]])
+
+
+def prx() -> Built:
+    """PRX: keys of masked text before those of the image."""
+    torch.manual_seed(0)
+    transformer = diffusers.PRXTransformer2DModel(
+        in_channels=4, context_in_dim=32, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8]
+    ).eval()
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:  # the host starts them at zero: no layer would do anything
+            torch.nn.init.normal_(parameter, std=0.3)
+    return transformer, {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.full((2,), 0.25),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "attention_mask": TWO_TEXTS,
+    }
+
+
+def nucleus() -> Built:
+    """Nucleus-Image: keys of masked text after those of the image, two queries to a key."""
+    torch.manual_seed(0)
+    transformer = diffusers.NucleusMoEImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        moe_enabled=False,
+    ).eval()
+    return transformer, {
+        "hidden_states": torch.randn(2, 24, 16),
+        "img_shapes": [(1, 4, 6)] * 2,
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "encoder_hidden_states_mask": TWO_TEXTS,
+        "timestep": torch.full((2,), 0.25),
+    }
+
+
+def ideogram(lengths: tuple[int, ...] = (7, 7)) -> Built:
+    """Ideogram 4: texts of these lengths, padded before them, then the image."""
+    torch.manual_seed(0)
+    transformer = diffusers.Ideogram4Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=16,
+        llm_features_dim=32,
+        mrope_section=(4, 2, 2),
+    ).eval()
+    ids = diffusers.Ideogram4Pipeline._prepare_ids(list(lengths), 4, 6, 7, torch.device("cpu"))
+    return transformer, {
+        "hidden_states": torch.randn(2, 31, 16),
+        "timestep": torch.full((2,), 0.75),
+        "encoder_hidden_states": torch.randn(2, 31, 32),
+        **dict(zip(("position_ids", "segment_ids", "indicator"), ids, strict=True)),
+    }
+
+
+def joyimage_plus() -> Built:
+    """JoyImage Edit Plus: edited images of 3 and 1 tokens after the image, padded, then masked text."""
+    torch.manual_seed(0)
+    transformer = diffusers.JoyImageEditPlusTransformer3DModel(
+        in_channels=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        text_dim=32,
+        num_layers=2,
+        rope_dim_list=[4, 6, 6],
+    ).eval()
+    return transformer, {
+        "hidden_states": torch.randn(2, 27, 4, 1, 2, 2),
+        "timestep": torch.full((2,), 250.0),
+        "encoder_hidden_states": torch.randn(2, 4, 32),
+        "encoder_hidden_states_mask": (torch.arange(4) < torch.tensor([[4], [3]])).float(),
+        "shape_list": [[(1, 4, 6), (1, 1, 3)], [(1, 4, 6), (1, 1, 1)]],
+    }
+
+
+def bria_fibo2(lengths: tuple[int, ...] = (7, 4)) -> Built:
+    """Bria Fibo 2: prompts of these lengths are made into as many tokens, padded at the end."""
+    torch.manual_seed(0)
+    transformer = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=32,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=7,
+        gist_step=1,
+        gist_min_text_len=4,
+        gist_max_text_len=7,
+        axes_dims=(4, 6, 6),
+    ).eval()
+    return transformer, {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.full((2,), 0.25),
+        "encoder_hidden_states": torch.randn(2, 2, 7, 32),
+        "encoder_attention_mask": torch.arange(7) < torch.tensor(lengths)[:, None],
+    }
+
+
+def lumina_next() -> Built:
+    """Lumina-Next: text by cross-attention, two queries to a key."""
+    torch.manual_seed(0)
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=32,
+    ).eval()
+    for name, parameter in transformer.named_parameters():
+        if name.endswith("norm1.linear.weight"):  # the host starts gates at zero
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.zeros_(transformer.pad_token)
+    return transformer, {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.full((2,), 0.75),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "encoder_mask": TWO_TEXTS,
+        "cross_attention_kwargs": {},
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 8, 12),
+    }
+
+
 BUILDERS = {
     "longcat": longcat,
     "ovis": ovis,
@@ -270,4 +409,10 @@ BUILDERS = {
     "flux3": flux3,
     "dit": dit,
     "hunyuan_dit": hunyuan_dit,
+    "prx": prx,
+    "nucleus": nucleus,
+    "ideogram": ideogram,
+    "joyimage_plus": joyimage_plus,
+    "bria_fibo2": bria_fibo2,
+    "lumina_next": lumina_next,
 }

@@ -600,6 +600,12 @@ BARE_LAYERS = dict.fromkeys(("longcat", "ovis", "bria", "bria_fibo"), JOINT) | {
     "flux3": ["mode_blocks.image.0.attn", "single_transformer_blocks.0.attn"],
     "dit": ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"],
     "hunyuan_dit": ["blocks.0.attn1", "blocks.1.attn1"],
+    "prx": ["blocks.0.attention", "blocks.1.attention"],
+    "nucleus": ["transformer_blocks.0.attn", "transformer_blocks.1.attn"],
+    "ideogram": ["layers.0.attention", "layers.1.attention"],
+    "joyimage_plus": ["double_blocks.0.attn", "double_blocks.1.attn"],
+    "lumina_next": ["layers.0.attn1", "layers.1.attn1"],
+    "bria_fibo2": ["layers.0.attention", "layers.1.attention"],
 }
 _IMAGE = Segment.grid(1, 4, 6)
 _TEXT_FIRST, _IMAGE_FIRST = (
@@ -619,7 +625,11 @@ BARE_LAYOUT = {
     "flux3": TokenLayout((Segment.global_(7), _IMAGE, Segment.global_(10))),
     "dit": TokenLayout((_IMAGE,)),
     "hunyuan_dit": TokenLayout((_IMAGE,)),
+    "ideogram": _TEXT_FIRST,
+    "lumina_next": TokenLayout((_IMAGE,)),
+    **dict.fromkeys(("prx", "nucleus", "joyimage_plus", "bria_fibo2"), _IMAGE_FIRST),
 }
+BARE_PADDED = ("bria_fibo", "krea2", "ernie", "prx", "nucleus", "joyimage_plus", "bria_fibo2")
 
 
 @functools.cache
@@ -644,7 +654,7 @@ def test_bare_transformers_are_told_so_and_bit_equal_through_the_seam(bare):
         assert c.context.sigma == 0.25
         assert c.q.shape[1:] == (layout.seq_len, *heads_of(transformer)[c.layer])
         assert c.unsupported is None
-    padded = bare in ("bria_fibo", "krea2", "ernie")
+    padded = bare in BARE_PADDED
     assert {tuple(c.kv_len.tolist()) if padded else c.kv_len for c in calls} == {
         (31, 28) if padded else None
     }

@@ -11,6 +11,7 @@ from . import (
     allegro,
     anyflow,
     auraflow,
+    bria,
     cogvideox,
     cogview,
     cosmos,
@@ -22,6 +23,7 @@ from . import (
     hidream,
     hunyuan,
     hunyuan_image,
+    ideogram,
     joyimage,
     kandinsky,
     krea,
@@ -31,6 +33,7 @@ from . import (
     mochi,
     motif,
     pixart,
+    prx,
     qwen,
     sd3,
     wan,
@@ -68,6 +71,9 @@ FAMILIES: dict[str, Family] = {
     **joyimage.FAMILIES,
     **dit.FAMILIES,
     **minimax.FAMILIES,
+    **ideogram.FAMILIES,
+    **bria.FAMILIES,
+    **prx.FAMILIES,
 }
 
 # names that pipelines give to `transformer.cache_context`; "cond_uncond" is both in one batch

@@ -72,6 +72,8 @@ def sigma_of(family: Family, config: Any, arguments: Arguments) -> float:
     timestep = arguments[family.timestep]
     span = family.max_timestep - family.clean_timestep
     if isinstance(timestep, Tensor):
+        if not timestep.numel():  # no token is noisy
+            return 0.0
         timestep = (timestep.max() if span > 0 else timestep.min()).item()
     if family.noise is not None:
         return family.noise(config, float(timestep))

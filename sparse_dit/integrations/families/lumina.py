@@ -1,4 +1,4 @@
-"""Lumina 2: each item's valid text tokens, then its image tokens, then padding."""
+"""Lumina 2: each item's valid text tokens, then its image tokens, then padding. Lumina-Next: no text."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def _rows_and_columns(config: Any, arguments: Arguments) -> tuple[int, int]:
     return height // config.patch_size, width // config.patch_size
 
 
+def _next(config: Any, arguments: Arguments) -> Arrangement:
+    """Layers expand a mask of ones to one of tokens by tokens, each anew: it is never read."""
+    return Arrangement(_image(config, arguments))
+
+
 def _image(config: Any, arguments: Arguments) -> TokenLayout:
     return TokenLayout.video(1, *_rows_and_columns(config, arguments))
 
@@ -65,5 +70,14 @@ FAMILIES = {
         heads=_heads,
         arrange=_padded,
         two_calls=True,
+    ),
+    "LuminaNextDiT2DModel": Family(
+        r"layers\.\d+\.attn1",
+        _image,
+        max_timestep=0.0,
+        clean_timestep=1.0,
+        heads=_heads,
+        arrange=_next,
+        tested="transformer",
     ),
 }

@@ -1,11 +1,20 @@
-"""Qwen-Image: text tokens, then image tokens, then those of the images that are edited."""
+"""Qwen-Image: text tokens, then image tokens, then those of the images that are edited.
+
+In Qwen-Image 2.1 text and edited images come first, and don't see the image: their keys are cached after the
+first step, or attended to block by block.
+"""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...layout import Segment, TokenLayout
-from ..arrangement import Arrangement, padding_last, version_of
+from ..arrangement import Arrangement, image_first, padding_last, version_of
 from .family import Arguments, Family
 
 
@@ -27,7 +36,51 @@ def _padded(config: Any, arguments: Arguments) -> Arrangement | None:
     return padding_last(mask, version_of(mask), layout)
 
 
+def _qwen21(config: Any, arguments: Arguments) -> TokenLayout:
+    return _prefixed(config, arguments).layout
+
+
+def _prefixed(config: Any, arguments: Arguments) -> Arrangement:
+    """The image's queries lack the tokens before it, in all steps."""
+    slots, mask = arguments["img_mask"], arguments.get("encoder_hidden_states_mask")
+    versions = (version_of(slots), None if mask is None else version_of(mask))
+    image = TokenLayout.video(*(int(n) for n in arguments["img_shapes"][0][-1]))
+    return _prefix_keys(slots, mask, versions, image)
+
+
+@functools.lru_cache(maxsize=4)
+def _prefix_keys(
+    slots: Tensor, mask: Tensor | None, _versions: tuple[int | None, ...], image: TokenLayout
+) -> Arrangement:
+    """Cached by identity and version of the tensors: a pipeline passes the same to all steps.
+
+    Args:
+        slots: bool `[B, V]`, the same for all items: places of images, each of which is `SLOT` tokens.
+        mask: `[B, text]`, where a token of text is valid, edited images' places included.
+        image: Layout of the image alone.
+    """
+    pictures = slots[0].repeat_interleave(torch.where(slots[0], SLOT, 1))
+    start = len(pictures) - image.seq_len
+    prefix = (start, 0)
+    if mask is not None:
+        valid = slots.new_ones(len(mask), len(pictures))
+        valid[:, ~pictures] = mask.bool()[:, ~slots[0][: mask.shape[1]]]
+        if not bool(valid.all()):
+            return replace(image_first(valid, start, image), only_keys=prefix)
+    parts = (Segment.global_(start), *image.segments) if start else image.segments
+    return Arrangement(TokenLayout(parts), only_keys=prefix)
+
+
+SLOT = 4
+
 FAMILIES = {
+    "QwenImage21Transformer2DModel": Family(
+        r"transformer_blocks\.\d+\.attn",
+        _qwen21,
+        max_timestep=1.0,
+        arrange=_prefixed,
+        tested="transformer",
+    ),
     "QwenImageTransformer2DModel": Family(
         r"transformer_blocks\.\d+\.attn", _qwen, max_timestep=1.0, arrange=_padded, two_calls=True
     ),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 _LINEAR = "its self-attention is linear: no pairs of tokens are computed, so there are none to skip"
 _SOUND = "it makes sound: one sequence in time, no frames, rows and columns"
-_CACHED = "its image's tokens also attend to keys that are no queries: {}"
-_PACKED = "its caller packs {} into one sequence, whose order isn't read yet"
 
 UNQUALIFIED: dict[str, str] = {
     "SanaTransformer2DModel": _LINEAR,
@@ -19,9 +17,13 @@ UNQUALIFIED: dict[str, str] = {
     ),
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMTransformer3DModel": (
-        "its self-attention is linear but for every fourth layer, which has no processor to redirect"
+        "its self-attention is linear but for every fourth layer, which has no processor to redirect: "
+        "what could be saved there is left"
     ),
-    "SanaWMLTX2RefinerTransformer3DModel": _CACHED.format("a window of earlier video"),
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "its video also attends to a window of earlier video, whose frames are part of its grid but no "
+        "queries: it attends over all of it"
+    ),
     "AceStepTransformer1DModel": _SOUND,
     "LongCatAudioDiTTransformer": _SOUND,
     "MiniMaxMusic3RVQDepthDecoder": _SOUND,
@@ -34,20 +36,16 @@ UNQUALIFIED: dict[str, str] = {
     "Transformer2DModel": "it is one stage of a U-Net, not a model of its own",
     "DreamLiteTransformer2DModel": ("it is one stage of a U-Net, not a model of its own"),
     "TransformerTemporalModel": "it attends over time at one place: short sequences, nothing to skip",
-    "AnyFlowFARTransformer3DModel": "its attention is block-causal, with cached frames as keys",
+    "AnyFlowFARTransformer3DModel": (
+        "its attention is block-causal, with cached frames as keys: long videos attend to all that was"
+    ),
     "WanAnimate2Transformer3DModel": (
-        "its attention has a sparse pattern of its own over cached reference frames"
+        "its attention has a sparse pattern of its own over cached reference frames: that one stays"
     ),
-    "Kandinsky6SRTransformer3DModel": "its attention has a sparse pattern of its own (NABLA)",
-    "Cosmos3OmniTransformer": _CACHED.format("the text's, which a causal path makes"),
-    "NucleusMoEImageTransformer2DModel": _CACHED.format("the text's"),
-    "PRXTransformer2DModel": _CACHED.format("the text's"),
-    "QwenImage21Transformer2DModel": _CACHED.format("those of a block-causal prefill"),
-    "BriaFibo2Transformer2DModel": (
-        "how many tokens a prompt is made into is computed in the forward, and not in its arguments"
+    "Kandinsky6SRTransformer3DModel": (
+        "its attention has a sparse pattern of its own (NABLA): that one stays"
     ),
-    "Ideogram4Transformer2DModel": _PACKED.format("images and texts"),
-    "JoyImageEditPlusTransformer3DModel": _PACKED.format("images of several sizes"),
-    "LuminaNextDiT2DModel": "every layer is given a mask of tokens by tokens",
-    "OmniGenTransformer2DModel": "every layer is given a mask of tokens by tokens",
+    "OmniGenTransformer2DModel": (
+        "a mask of tokens by tokens makes its text causal before its image: images attend to all"
+    ),
 }
