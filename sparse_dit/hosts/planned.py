@@ -68,25 +68,32 @@ class PlannedAttention:
         self._declined: set[str] = set()
         self._matched = False
 
-    def component(self, name: str | None) -> str | None:
-        """The plan's component for a host's transformer; None if the plan has none for it.
+    def knows(self, name: str | None) -> bool:
+        """Whether the plan may be for a host's transformer, by the pipeline's name of it; None: any."""
+        return name is None or name in self.plan.components
+
+    def component(self, name: str | None, layer: str) -> str | None:
+        """The plan's component that a layer is of, if the plan names it; to be asked when it is made.
 
         Args:
-            name: The host's own name of it, which is the pipeline's; None if it isn't known.
+            name: The pipeline's name of the layer's transformer; None if the host doesn't tell.
+            layer: The layer's module path.
         """
-        if name is None and len(self.plan.components) == 1:
-            (name,) = self.plan.components
-        return name if name in self.plan.components else None
-
-    def covers(self, component: str | None, layer: str) -> bool:
-        """Whether the plan names a layer; to be asked of each when it is made."""
-        found = component is not None and layer in self.plan.components[component].layers
-        if found and not self._matched:
+        parts = self.plan.components.items()
+        found = [x for x, part in parts if layer in part.layers and name in (None, x)]
+        if len(found) > 1:
+            self.decline(
+                f"the plan is for {sorted(found)}, and layers don't say of which transformer they are; use a "
+                "plan with one component"
+            )
+        if len(found) != 1:
+            return None
+        if not self._matched:
             self._matched = True
             logger.info(
-                "%s: attention follows a plan, in %s from %s on", self.host, component, layer
+                "%s: attention follows a plan, in %s from %s on", self.host, found[0], layer
             )
-        return found
+        return found[0]
 
     def decline(self, reason: str) -> None:
         """Log once why the host's own attention runs."""

@@ -65,12 +65,15 @@ def following(backend: Any) -> Any:
 def _following(base: Any, planned: PlannedAttention) -> Any:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
-        self._planned_component = planned.component(_component())
-        self._planned_layer = layer_of(str(kwargs.get("prefix", "")))
-        self._planned_scale = kwargs["softmax_scale"]
-        covered = planned.covers(self._planned_component, self._planned_layer)
+        name, self._planned_layer = _component(), layer_of(str(kwargs.get("prefix", "")))
+        self._planned_scale = kwargs.get("softmax_scale")
+        self._planned_known = planned.knows(name)
+        self._planned_component = planned.component(name, self._planned_layer)
         self._follows = (
-            covered and not kwargs.get("causal") and not kwargs.get("is_cross_attention")
+            self._planned_component is not None
+            and self._planned_scale is not None
+            and not kwargs.get("causal")
+            and not kwargs.get("is_cross_attention")
         )
 
     def forward(
@@ -80,7 +83,7 @@ def _following(base: Any, planned: PlannedAttention) -> Any:
             return base.forward(self, query, key, value, attn_metadata, **more)
 
         if not self._follows or more:
-            if self._planned_component is not None:
+            if self._planned_known:
                 planned.unmatched(self._planned_layer)
             if self._follows:
                 planned.decline(f"it asks for {', '.join(sorted(more))}")

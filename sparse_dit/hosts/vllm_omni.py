@@ -79,16 +79,10 @@ def _backend(name: str) -> Any:
 def _following(base: Any, planned: PlannedAttention) -> Any:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
-        self._planned_component = planned.component(None)
         self._planned_layer = kwargs.get("prefix", "")
         self._planned_scale = kwargs["softmax_scale"]
-        covered = planned.covers(self._planned_component, self._planned_layer)
-        if self._planned_component is None and kwargs.get("role") == "self":
-            planned.decline(
-                f"the plan is for {sorted(planned.plan.components)}, and layers don't say of which "
-                "transformer they are; use a plan with one component"
-            )
-        self._follows = covered and not kwargs.get("causal")
+        self._planned_component = planned.component(None, self._planned_layer)
+        self._follows = self._planned_component is not None and not kwargs.get("causal")
         self._planned_layout = kwargs.get("qkv_layout")
 
     def forward(
@@ -98,8 +92,7 @@ def _following(base: Any, planned: PlannedAttention) -> Any:
             return base.forward(self, query, key, value, attn_metadata)
 
         if not self._follows:
-            if self._planned_component is not None:
-                planned.unmatched(self._planned_layer)
+            planned.unmatched(self._planned_layer)
             return own()
         if self._planned_layout not in (None, "BSND"):
             planned.decline(f"queries lie as {self._planned_layout}, not as BSND")

@@ -69,6 +69,8 @@ READ = {
     "python -m demos.tiny_dlm.measure": "minutes: tests/test_tiny_dlm.py measures less",
     "sparse-dit plans --show": "needs a learned plan: tests/auto/test_store.py",
     "sparse-dit plans --remove": "needs a learned plan: tests/auto/test_store.py",
+    "sparse-dit show windows.json --export-sta": "needs such a plan: tests/hosts/test_sta.py",
+    "sparse-dit plan MODEL --from-sta": "needs a strategy: tests/hosts/test_sta.py",
     "sparse-dit search VLM": "needs prompts: tests/search/language/test_prompts.py",
     "sparse-dit eval frontier --model VLM": "needs prompts: tests/search/language/test_prompts.py",
     "python -m demos.tiny_vlm.prompts": "tests/test_tiny_vlm.py writes some",

@@ -191,7 +191,7 @@ def _step(
 def _component(plan: Plan, name: str | None) -> ComponentPlan:
     if name is None and len(plan.components) == 1:
         (name,) = plan.components
-    if name not in plan.components:
+    if name is None or name not in plan.components:
         raise PlanError(
             f"an STA strategy is for one transformer: component must be one of {sorted(plan.components)}, "
             f"got {name!r}"
