@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers.modular_pipelines import ModularPipeline
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 

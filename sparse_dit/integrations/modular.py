@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.modular_pipelines import ModularPipeline
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 
 
 def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
@@ -73,10 +73,12 @@ def frame_rule(pipe: Any) -> FrameRule | None:
         *("vae_frames_per_chunk", "vae_latents_per_chunk"),
         *("fps", "min_duration", "max_duration"),
     )
-    told = [getattr(pipe, name, None) for name in names]
-    if not all(isinstance(value, int | float) for value in told):
+    found = (getattr(pipe, name, None) for name in names)
+    told = [value for value in found if isinstance(value, int | float)]
+    if len(told) < len(names):
         return None
-    step, first, fps, shortest, longest = told
+    step, first = (int(value) for value in told[:2])
+    fps, shortest, longest = told[2:]
     most = int(longest * fps)
     bound = FrameRule(step, first, 0, 0)
     return FrameRule(step, first, bound.rounded(int(shortest * fps)), most - (most - first) % step)
