@@ -72,8 +72,7 @@ def _following(base: Any, planned: PlannedAttention) -> Any:
         self._follows = (
             self._planned_component is not None
             and self._planned_scale is not None
-            and not kwargs.get("causal")
-            and not kwargs.get("is_cross_attention")
+            and not any(kwargs.get(k) for k in ("causal", "is_cross_attention", "dropout_p"))
         )
 
     def forward(

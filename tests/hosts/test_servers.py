@@ -68,6 +68,10 @@ def qkv(tokens=TOKENS, heads=HEADS, seed=0):
     return torch.randn(3, 2, tokens, heads, DIM).unbind()
 
 
+def near(a, b):
+    torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
 def wanted(q, k, v, layout, patterns=PATTERNS, used=None):
     index = build_index(list(patterns), layout)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -105,7 +109,7 @@ def test_sglang_follows_the_plan(follow, monkeypatch):
     layer, (q, k, v) = sglang_layer(world), qkv()
     world.context = at(request())
     out = layer.forward(q, k, v, None)
-    torch.testing.assert_close(out, wanted(q, k, v, TokenLayout.video(*GRID)), atol=2e-6, rtol=1e-5)
+    near(out, wanted(q, k, v, TokenLayout.video(*GRID)))
     assert layer.calls == 0
     assert not layer.forward_into(q, k, v, None, None), "it would pass the plan by"
     world.context = at(request(), step=1)
@@ -124,10 +128,10 @@ def test_a_process_computes_its_own_heads(follow, monkeypatch):
         world.ulysses = (number, 2)
         mine = slice(2 * number, 2 * number + 2)
         out = layer.forward(*(x[:, :, mine] for x in (q, k, v)), None)
-        torch.testing.assert_close(out, expected[:, :, mine], atol=2e-6, rtol=1e-5)
+        near(out, expected[:, :, mine])
     world.tp, world.ulysses = (1, 2), (1, 2)
     out = layer.forward(*(x[:, :, 3:] for x in (q, k, v)), None)
-    torch.testing.assert_close(out, expected[:, :, 3:], atol=2e-6, rtol=1e-5)
+    near(out, expected[:, :, 3:])
     assert layer.calls == 0
 
 
@@ -152,9 +156,7 @@ def test_sglang_numbers_hunyuans_blocks_its_own_way(follow, monkeypatch):
     layer, (q, k, v) = sglang_layer(world, "Hunyuan.double_blocks.7.attn"), qkv(TOKENS + 5)
     world.context = at(request())
     layout = TokenLayout.video(*GRID, text_after=5)
-    torch.testing.assert_close(
-        layer.forward(q, k, v, None), wanted(q, k, v, layout), atol=2e-6, rtol=1e-5
-    )
+    near(layer.forward(q, k, v, None), wanted(q, k, v, layout))
 
 
 DECLINED = {
@@ -271,7 +273,7 @@ def test_vllm_omni_follows_the_plan(before, padding, follow, monkeypatch):
     used = before + TOKENS
     layout = TokenLayout.video(*GRID, text_before=before, text_after=padding)
     expected = wanted(q, k, v, layout, used=used if padding else None)
-    torch.testing.assert_close(out[:, :used], expected[:, :used], atol=2e-6, rtol=1e-5)
+    near(out[:, :used], expected[:, :used])
     assert layer.calls == 0
 
 
@@ -368,17 +370,96 @@ def test_dense_backends_are_the_packages_own():
     assert names - set(vllm_omni.DENSE) == {"FASTVIDEO_VSA", "RAINFUSION_ATTN"}
 
 
-def run_source(package, file):
-    """One of the package's own files, run as a module by itself."""
-    source(package, file)
-    path = importlib.metadata.distribution(package).locate_file(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def run_source(monkeypatch):
+    """Runs one of a package's own files as a module by itself, under a name if it is to be imported."""
+
+    def run(package, file, name=None):
+        source(package, file)
+        path = importlib.metadata.distribution(package).locate_file(file)
+        spec = importlib.util.spec_from_file_location(name or path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        if name is not None:
+            monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return run
 
 
-def test_sglangs_own_hooks_put_ours_in(follow, monkeypatch):
+def test_sglangs_own_sdpa_backend_follows_the_plan(follow, monkeypatch, run_source):
+    """Its base classes and its SDPA backend run on a CPU, with stand-ins of a logger and an enum."""
+    follow(plan())
+    world = stand_ins.install_sglang(monkeypatch)
+    package = "sglang.multimodal_gen.runtime"
+    kinds = types.SimpleNamespace(TORCH_SDPA=types.SimpleNamespace(is_sparse=False))
+    stand_ins._module(
+        monkeypatch, "sglang.kernels.kernel_api_logging",
+        wrap_method_with_debug_kernel_once=lambda impl, *args, **kwargs: impl,
+    )  # fmt: skip
+    stand_ins._module(monkeypatch, f"{package}.platforms", AttentionBackendEnum=kinds)
+    stand_ins._module(monkeypatch, f"{package}.utils.logging_utils", init_logger=logging.getLogger)
+    found = None
+    for name in ("attention_backend", "sdpa"):
+        path = f"{package}.layers.attention.backends.{name}"
+        found = run_source("sglang", f"{path.replace('.', '/')}.py", path)
+    backend = sglang.chosen(found.SDPABackend, DIM, torch.float32, is_cross_attention=False)
+    assert issubclass(backend, found.SDPABackend)
+    assert backend.supports_packed_varlen() == found.SDPABackend.supports_packed_varlen()
+    world.component = "transformer"
+    layer = backend.get_impl_cls()(
+        num_heads=HEADS, head_size=DIM, causal=False, softmax_scale=DIM**-0.5,
+        num_kv_heads=HEADS, prefix=f"{LAYER}.impl", is_cross_attention=False,
+    )  # fmt: skip
+    q, k, v = qkv()
+    world.context = at(request())
+    near(layer.forward(q, k, v, None), wanted(q, k, v, TokenLayout.video(*GRID)))
+    world.context = at(request(), step=0)
+    assert torch.equal(layer.forward(q, k, v, None), stand_ins.dense(q, k, v, DIM**-0.5))
+
+
+def test_vllm_omnis_own_sdpa_backend_follows_the_plan(follow, monkeypatch, run_source):
+    """Its base classes and its SDPA backend run on a CPU that says it is a GPU."""
+    follow(plan())
+    world = stand_ins.install_vllm_omni(monkeypatch)
+    package = "vllm_omni.diffusion.attention.backends"
+    platform = types.SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: True)
+    stand_ins._module(monkeypatch, "vllm.logger", init_logger=logging.getLogger)
+    stand_ins._module(monkeypatch, "vllm_omni.platforms", current_omni_platform=platform)
+    stand_ins._module(
+        monkeypatch,
+        f"{package}.utils.attn_runtime_selector",
+        can_sdpa_use_fused_gqa=lambda *args: True,
+    )
+    found = {}
+    for name in ("abstract", "sdpa"):
+        path = f"{package}.{name}"
+        found[name] = run_source("vllm-omni", f"{path.replace('.', '/')}.py", path)
+    member = types.SimpleNamespace(value=f"{package}.sdpa.SDPABackend")
+    registry = importlib.import_module(f"{package}.registry")
+    registry.DiffusionAttentionBackendEnum = types.SimpleNamespace(
+        __members__={"TORCH_SDPA": member}
+    )
+    backend, abstract = vllm_omni.TORCH_SDPA, found["abstract"]
+    assert issubclass(backend, found["sdpa"].SDPABackend)
+    layer = backend.get_impl_cls()(
+        num_heads=HEADS, head_size=DIM, softmax_scale=DIM**-0.5, causal=False, num_kv_heads=HEADS,
+        qkv_layout="BSND", prefix=LAYER, backend_kwargs=None, role="self", backend_explicit=False,
+    )  # fmt: skip
+    layout = abstract.VideoTokenLayout(prefix_len=0, latent_grid=GRID, used_len=TOKENS)
+    mask = torch.arange(TOKENS + 6).expand(2, -1) < TOKENS
+    metadata = abstract.AttentionMetadata(attn_mask=mask, video_layout=layout)
+    q, k, v = qkv(TOKENS + 6)
+    world.context = type("Context", (), vars(omni_at()))()
+    out = layer.forward(q, k, v, metadata)
+    expected = wanted(q, k, v, TokenLayout.video(*GRID, text_after=6), used=TOKENS)
+    near(out[:, :TOKENS], expected[:, :TOKENS])
+    world.context.denoise_timestep = 0.9
+    dense = stand_ins.dense(q[:, :TOKENS], k[:, :TOKENS], v[:, :TOKENS], DIM**-0.5)
+    near(layer.forward(q, k, v, metadata)[:, :TOKENS], dense)
+
+
+def test_sglangs_own_hooks_put_ours_in(follow, monkeypatch, run_source):
     """Its registry of hooks runs without a GPU; what it hooks here is a stand-in of the selector."""
     hooks = run_source("sglang", "sglang/srt/plugins/hook_registry.py")
     follow(plan())
@@ -402,7 +483,7 @@ def test_sglangs_own_hooks_put_ours_in(follow, monkeypatch):
     assert not world.hooks
 
 
-def test_vllm_omnis_own_registry_leads_to_ours(follow, monkeypatch):
+def test_vllm_omnis_own_registry_leads_to_ours(follow, monkeypatch, run_source):
     """Its registry runs with a stand-in of two of vLLM's helpers."""
     follow(plan())
     stand_ins.install_vllm_omni(monkeypatch)
