@@ -43,13 +43,13 @@ def prepare(folder: Path, step_seconds: float) -> tuple[Service, Sequence[Worker
 
 def main() -> None:
     """Start a cluster on this machine, run the jobs, and print what came of them."""
-    import ray
-    from ray import serve
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=40)
     parser.add_argument("--step-seconds", type=float, default=0.2)
     given = parser.parse_args()
+    import ray
+    from ray import serve
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

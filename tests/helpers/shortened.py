@@ -83,6 +83,7 @@ READ = {
     "sparse-dit serve": "runs until it is stopped: tests/serve/test_processes.py starts it",
     "python -m tests.helpers.serve_load": "minutes: tests/serve/test_processes.py runs less of it",
     "python benchmarks/serve_latency.py": "runs a server of a real model, for minutes",
+    "python -m tests.helpers.ray_load": "needs Ray: tests/serve/test_ray.py runs it",
     "python -m benchmarks.serve_day": "minutes: tests/serve/test_processes.py runs such a server",
     "python benchmarks/serve_batches.py": "generates for minutes",
     "python -m demos.tiny_wan.example": "writes what ships: tests/serve/test_page.py looks at it",

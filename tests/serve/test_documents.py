@@ -65,5 +65,9 @@ def test_every_call_is_answered(tmp_path):
         for method in methods
     }
     shown = {(method, path.replace("ID", "X")) for method, path in seen}
-    assert every - shown == {("POST", "/v1/images/generations")}, "a curl for each call"
+    images = {call for call in every if call[1].startswith("/v1/images")}
+    assert every - images <= shown, "a curl for each call"
+    alike = {(method, path.replace("/v1/videos", "/v1/images")) for method, path in shown}
+    own = ("POST", "/v1/images/generations")
+    assert own in images and images - {own} <= alike, "the same as of videos"
     service.store.close()
