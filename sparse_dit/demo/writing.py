@@ -13,8 +13,8 @@ from torch import Tensor
 from ..environment import environment
 from ..eval.denoising.prompts import Prompt, begun, hidden
 from ..eval.denoising.ways import Patched
+from ..eval.denoising.writing import Trajectory, Writing
 from ..eval.page import environment as templates
-from ..integrations.language.writing import Trajectory, Writing
 from ..outputs import Outputs
 from ..patch import patch
 from ..resources import shipped
