@@ -64,8 +64,7 @@ class Writing:
             ValueError: See `check`.
         """
         self.check(pipe, ids.shape[1])
-        host: Any = host_of(pipe)
-        return host.write(pipe, ids, **vars(self), after_step=after_step)
+        return host_of(pipe).write(pipe, ids, **vars(self), after_step=after_step)
 
 
 @dataclass(eq=False)
