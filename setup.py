@@ -6,7 +6,8 @@ The kernel is plain C++ without Python or torch, so the compiler at hand is call
 Where there is no compiler the package installs without the library, and says so when it runs.
 
 Plans and model lie at the top of the repository, where a reader looks for them; an installed package
-carries them as `sparse_dit/_profiles` and `sparse_dit/_tiny_wan` (see `sparse_dit/resources.py`).
+carries them as `sparse_dit/_profiles`, `sparse_dit/_tiny_wan` and `sparse_dit/_tiny_dlm` (see
+`sparse_dit/resources.py`).
 """
 
 import os
@@ -25,7 +26,11 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = {"_profiles": HERE / "profiles", "_tiny_wan": HERE / "demos" / "tiny_wan" / "model"}
+SHIPPED = {
+    "_profiles": HERE / "profiles",
+    "_tiny_wan": HERE / "demos" / "tiny_wan" / "model",
+    "_tiny_dlm": HERE / "demos" / "tiny_dlm" / "model",
+}
 IGNORED = shutil.ignore_patterns(".*", "__pycache__")
 
 LIBRARY = Path("sparse_dit/backends/cpu/libsparse_dit_cpu")

@@ -22,9 +22,9 @@ def denoising_frontier(
     """Compare plans and rules on texts and pass keys, and write and show the rows."""
     from ..eval.denoising.frontier import DenoisingFrontier, figure_of, frontier
     from ..eval.denoising.ways import METHODS
+    from ..eval.denoising.writing import Writing
     from ..eval.figures import save_figure
     from ..inputs import load_denoiser, read_texts
-    from ..integrations.language.writing import Writing
     from ..outputs import Outputs
     from ..plan import Plan
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..environment import environment
 from ..eval.denoising.prompts import Prompt, begun, hidden
 from ..eval.denoising.ways import Patched
+from ..eval.denoising.writing import Trajectory, Writing
 from ..eval.page import environment as templates
-from ..integrations.language.writing import Trajectory, Writing
 from ..outputs import Outputs
 from ..patch import patch
 from ..resources import shipped
@@ -116,11 +116,10 @@ def compare(
     dense, sparse, divergences, trajectories = [], [], [], []
     computed = pairs = 0.0
     summary, kept = "", 0
-    write(pipe, prompts[0], writing)  # warms up
     for prompt in prompts:
         say(f"{prompt.name}: dense, then sparse")
         trajectories.append(Trajectory(pipe.mask_token_id, writing.block))
-        with trajectories[-1].recorded(pipe):
+        with trajectories[-1].recorded(pipe):  # which warms up too
             write(pipe, prompt, writing)
         dense.append(write(pipe, prompt, writing))
         with patch(pipe, RULE) as handle:

@@ -142,8 +142,8 @@ class Host(Protocol):
 
     The first five are all that `patch` needs; `sparse_dit.integrations` hands them on and explains them. The
     next two serve the search, `noise_level` rules without a plan and `steps_of` plans that are learned (a
-    language model's host has neither), `denoising_layers` rules for diffusion language models, which other
-    hosts lack, `probe` plans from geometry, `one_step` the report, the rest the
+    language model's host has neither), `denoising_layers`, `write` and `load_denoiser` diffusion
+    language models, which other hosts lack, `probe` plans from geometry, `one_step` the report, the rest the
     command line.
     Components have `config` (a mapping that says what they were made from), `device` and `dtype`.
     """
@@ -158,6 +158,14 @@ class Host(Protocol):
 
     def denoising_layers(self, model: Any, /) -> list[str]:
         """The attention layers that a diffusion language model denoises text with; none of other models."""
+        ...
+
+    def write(self, pipe: Any, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Taken]:
+        """What a diffusion language model writes after a prompt, and how long it took."""
+        ...
+
+    def load_denoiser(self, name: str, dtype: torch.dtype, /) -> Any:
+        """The pipeline of a diffusion language model, from a folder or hub id."""
         ...
 
     def output_projection(self, layer: nn.Module, /) -> nn.Module | None:

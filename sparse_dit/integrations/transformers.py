@@ -9,7 +9,7 @@ from .language.attachment import (
     self_attention_layers,
 )
 from .language.loading import load
-from .language.writing import load_denoiser
+from .language.writing import load_denoiser, write
 
 __all__ = [
     "attach",
@@ -20,4 +20,5 @@ __all__ = [
     "load",
     "load_denoiser",
     "self_attention_layers",
+    "write",
 ]

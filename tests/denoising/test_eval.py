@@ -14,8 +14,8 @@ from sparse_dit.eval.baselines.denoising import Baseline, sparsed_code, streamin
 from sparse_dit.eval.denoising import ways
 from sparse_dit.eval.denoising.frontier import DenoisingFrontier, figure_of, frontier
 from sparse_dit.eval.denoising.prompts import begun, hidden
+from sparse_dit.eval.denoising.writing import Trajectory, Writing
 from sparse_dit.inputs import is_denoiser, load_denoiser
-from sparse_dit.integrations.language.writing import Trajectory, Writing
 from sparse_dit.outputs import Outputs
 from tests.denoising.test_rules import call_of
 from tests.helpers.tiny_canvases import bytes_writer

@@ -11,7 +11,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ...environment import environment
-from ...integrations.language.writing import Writing
 from ...outputs import Outputs, check_writable
 from ...plan import Plan
 from ...words import option
@@ -19,6 +18,7 @@ from ..rows import Row, keep_rows, kept_rows
 from .measure import Measure
 from .prompts import Prompt, begun, hidden
 from .ways import METHODS, of_plan
+from .writing import Writing
 
 FORMAT = "sparse_dit denoising frontier 1"
 DEPTHS = (0.2, 0.8)

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...integrations.language.writing import Trajectory, Writing
 from ...timing import Pairs, Taken
 from ..rows import Row
 from .prompts import Prompt
+from .writing import Trajectory, Writing
 
 
 class Account(Protocol):

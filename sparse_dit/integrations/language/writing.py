@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,114 +18,36 @@ from ..pipeline import progress_bars_off
 from .loading import load
 
 
-@dataclass(frozen=True)
-class Writing:
-    """How a pipeline like `LLaDA2Pipeline` writes: how much, in what blocks, in how many steps a block.
-
-    Tokens are the most likely ones. The rest is the pipeline's own: it writes what it is sure of at once, and
-    may change what it wrote.
+def write(
+    pipe: Any,
+    ids: Tensor,
+    *,
+    length: int,
+    block: int,
+    steps: int,
+    after_step: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Taken]:
+    """What a `LLaDA2Pipeline` writes after a prompt, int64 `[length]` on the CPU, and how long it took.
 
     Args:
-        length: Tokens that are written.
+        pipe: The pipeline.
+        ids: int64 `[1, N]`.
+        length: Tokens that are written, each the most likely one.
         block: Tokens that are denoised together.
         steps: Steps for a block, at most.
-
-    Raises:
-        ValueError: If one of them isn't at least 1.
+        after_step: Called after each step with all tokens up to the block's end, int64 `[M]`.
     """
-
-    length: int = 64
-    block: int = 32
-    steps: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("length", "block", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def check(self, pipe: Any, tokens: int) -> None:
-        """Raise ValueError unless a prompt of so many tokens, and what follows it, fit into the model."""
-        if tokens < 1:
-            raise ValueError("a prompt must have at least one token, got an empty one")
-        most = getattr(pipe.model.config, "max_position_embeddings", None)
-        total = -(-(tokens + self.length) // self.block) * self.block
-        if most is not None and total > most:
-            raise ValueError(
-                f"prompt and answer must fit into the model's {most} tokens, got {total}; give fewer"
-            )
-
-    def run(
-        self, pipe: Any, ids: Tensor, after_step: Callable[[Tensor], None] | None = None
-    ) -> tuple[Tensor, Taken]:
-        """What a pipeline writes after a prompt, int64 `[length]` on the CPU, and how long it took.
-
-        Args:
-            pipe: The pipeline.
-            ids: int64 `[1, N]`.
-            after_step: Called after each step with all tokens up to the block's end, int64 `[M]`.
-
-        Raises:
-            ValueError: See `check`.
-        """
-        self.check(pipe, ids.shape[1])
-        options: dict[str, Any] = {}
-        if after_step is not None:
-            options["callback_on_step_end"] = _step_end(after_step)
-        with progress_bars_off(pipe):
-            timer = Timer(pipe.model.device)
-            found = pipe(
-                input_ids=ids, gen_length=self.length, block_length=self.block,
-                num_inference_steps=self.steps, temperature=0.0, output_type="seq",
-                eos_early_stop=False, **options,
-            )  # fmt: skip
-            taken = timer.stop()
-        return found.sequences[0].cpu(), taken
-
-
-@dataclass(eq=False)
-class Trajectory:
-    """The forwards of a generation: what each was given, and what it said of the tokens being denoised.
-
-    Args:
-        given: The arguments of each forward.
-        places: Of each, int64 `[P]`: the masked tokens that are denoised.
-        said: float32 `[P, V]` of each: log-probabilities.
-    """
-
-    mask_token: int
-    block: int
-    given: list[dict[str, Any]] = field(default_factory=list)
-    places: list[Tensor] = field(default_factory=list)
-    said: list[Tensor] = field(default_factory=list)
-
-    @contextmanager
-    def recorded(self, pipe: Any) -> Iterator[None]:
-        """Inside the block, forwards of the pipeline's model are added."""
-
-        def after(_: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-            ids = args[0]
-            masked = (ids[0, -self.block :] == self.mask_token).nonzero()[:, 0]
-            if not len(masked):  # nothing is left but to change what stands
-                return
-            self.given.append({"input_ids": ids.clone(), **kwargs})
-            self.places.append(masked + ids.shape[1] - self.block)
-            self.said.append(out.logits[0, self.places[-1]].float().log_softmax(-1).cpu())
-
-        hook = pipe.model.register_forward_hook(after, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    @torch.no_grad()
-    def divergence(self, pipe: Any) -> float:
-        """Mean KL divergence of what the model says now from what it said, in nats a masked token."""
-        total, count = 0.0, 0
-        for given, places, told in zip(self.given, self.places, self.said, strict=True):
-            says = pipe.model(**given).logits[0, places].float().log_softmax(-1).cpu()
-            total += float((told.exp() * (told - says)).sum())
-            count += len(places)
-        return total / max(1, count)
+    options: dict[str, Any] = {}
+    if after_step is not None:
+        options["callback_on_step_end"] = _step_end(after_step)
+    with progress_bars_off(pipe):
+        timer = Timer(pipe.model.device)
+        found = pipe(
+            input_ids=ids, gen_length=length, block_length=block, num_inference_steps=steps,
+            temperature=0.0, output_type="seq", eos_early_stop=False, **options,
+        )  # fmt: skip
+        taken = timer.stop()
+    return found.sequences[0].cpu(), taken
 
 
 def load_denoiser(name: str, dtype: torch.dtype) -> Any:
