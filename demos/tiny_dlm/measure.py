@@ -30,7 +30,7 @@ from demos.tiny_dlm.folder import load_pipeline
 from demos.tiny_dlm.problems import CANVAS, KINDS, Problem, draw_problem, draw_text
 
 FIRST_SEED = 1_000_000  # of the measured texts; training draws all of its own from one seed
-STEPS = 8  # of one answer
+STEPS = 8  # of one answer, unless told
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def parse_size(text: str) -> Size:
     return Size(*map(int, match.groups()))
 
 
-def answer(pipe: LLaDA2Pipeline, problem: Problem) -> str:
+def answer(pipe: LLaDA2Pipeline, problem: Problem, steps: int = STEPS) -> str:
     """What the pipeline writes behind a problem's prompt, up to the end token."""
     return (
         pipe(
             input_ids=torch.tensor([problem.tokens]),
             gen_length=CANVAS,
             block_length=CANVAS,
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
             editing_threshold=None,
         )
         .texts[0]
@@ -110,7 +110,7 @@ def infill(pipe: LLaDA2Pipeline, seen: Tensor, steps: int = 16) -> Tensor:
     return seen
 
 
-def ask_all(pipes: dict[str, LLaDA2Pipeline], size: Size) -> dict[str, Score]:
+def ask_all(pipes: dict[str, LLaDA2Pipeline], size: Size, steps: int = STEPS) -> dict[str, Score]:
     """Every problem of a size, by all pipelines in turn; the first is what divergence is measured from."""
     scores = {way: Score() for way in pipes}
     for number in range(size.problems):
@@ -124,7 +124,7 @@ def ask_all(pipes: dict[str, LLaDA2Pipeline], size: Size) -> dict[str, Score]:
             score = scores[way]
             start = time.process_time()
             for kind, problem in problems.items():
-                score.right[kind] += is_right(answer(pipe, problem), problem)
+                score.right[kind] += is_right(answer(pipe, problem, steps), problem)
             score.cpu_seconds += (time.process_time() - start) / len(KINDS)
             log_probs = log_probs_of(pipe, seen)
             stock = log_probs if stock is None else stock
@@ -135,7 +135,7 @@ def ask_all(pipes: dict[str, LLaDA2Pipeline], size: Size) -> dict[str, Score]:
     return scores
 
 
-def measure(pipe: LLaDA2Pipeline, sizes: list[Size], ways: list[str]) -> None:
+def measure(pipe: LLaDA2Pipeline, sizes: list[Size], ways: list[str], steps: int = STEPS) -> None:
     """Print one table: a row for each size and way."""
     print(
         "| tokens | problems | way | density | pass key | named | fact | loss | KL | CPU s an answer |"
@@ -147,7 +147,7 @@ def measure(pipe: LLaDA2Pipeline, sizes: list[Size], ways: list[str]) -> None:
             handles = {
                 way: stack.enter_context(sparse_dit.patch(pipes[way].model, way)) for way in ways
             }
-            scores = ask_all(pipes, size)
+            scores = ask_all(pipes, size, steps)
         for way, score in scores.items():
             density = handles[way].summary().density if way in handles else 1.0
             n = size.problems
@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         help="problems to ask, as TOKENS:PROBLEMS",
     )
     parser.add_argument("--ways", nargs="*", default=["exact"], help="beside stock")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of one answer, at most 16")
     parser.add_argument("--show", type=int, default=0, help="texts to fill in and print")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in range(args.show):
         show(pipe, Random(FIRST_SEED + number))
     if args.sizes:
-        measure(pipe, args.sizes, args.ways)
+        measure(pipe, args.sizes, args.ways, args.steps)
 
 
 if __name__ == "__main__":
