@@ -14,7 +14,7 @@ from typing import Any
 from .curve import Curve
 from .integrations import components, heads_of, host_of
 from .layout import TokenLayout
-from .patterns import Above, Antidiagonal, Budget, Dense, Mass, Pattern, Pooled, Share
+from .patterns import Above, Antidiagonal, Budget, Cluster, Dense, Mass, Pattern, Pooled, Share
 from .plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from .version import VERSION
 from .words import option
@@ -103,6 +103,14 @@ def _sol(tau: float, level: Levels) -> Stages:
     return [(level(0.2), DENSE), (0.0, pattern)]
 
 
+def _svg2(top_p: float, level: Levels) -> Stages:
+    """SVG2, https://arxiv.org/abs/2505.18875, with its settings for Wan; see `Cluster` for what departs.
+
+    The first fifth of the steps and the first layer are dense; clusters go on from those of the step before.
+    """
+    return [(level(0.2), DENSE), (0.0, Pattern(Cluster(Share(top_p, 1))))]
+
+
 RULES: dict[str, Rule] = {
     "online": Rule(
         "ours: pooled queries and keys, each head in its own token order, the rest pooled",
@@ -128,6 +136,14 @@ RULES: dict[str, Rule] = {
         ("tau", 0.5, 0.0, 64.0),
         _sol,
         lambda tau: 0.2 + 0.8 / (1 + tau**2),
+        exact=False,
+        dense_layers=1,
+    ),
+    "svg2": Rule(
+        "SVG2 (arXiv 2505.18875)",
+        ("top_p", 0.9, 0.0, 1.0),
+        _svg2,
+        lambda top_p: 0.2 + 0.8 * max(0.1, top_p),
         exact=False,
         dense_layers=1,
     ),

@@ -40,6 +40,7 @@ def patch(
     sparsity: float | None = None,
     threshold: float | None = None,
     tau: float | None = None,
+    top_p: float | None = None,
     keep: float | None = None,
     min_psnr: float | None = None,
     target_speedup: float | None = None,
@@ -53,9 +54,9 @@ def patch(
             transformers, or a pipeline with one.
         plan: A path, a folder, a built-in name, a hub id, or a `Plan`. `"exact"` needs none: padding, causal
             order and sliding windows are skipped instead of masked, with equal results to rounding. Nor do
-            `"online"`, `"adaspa"`, `"xattention"` and `"sol"`, by which heads find what they compute while
-            they generate; nor, for a diffusion language model, `"online"`, `"sparsed"` and `"mage"`.
-            `"auto"` learns one from the first generation of a diffusers pipeline, which is
+            `"online"`, `"adaspa"`, `"xattention"`, `"sol"` and `"svg2"`, by which heads find what they
+            compute while they generate; nor, for a diffusion language model, `"online"`, `"sparsed"` and
+            `"mage"`. `"auto"` learns one from the first generation of a diffusers pipeline, which is
             dense and somewhat slower, and keeps it for later ones.
         backend: `"auto"` or one that `sparse_attention` knows.
         nan_guard: Compute heads that come out of sparse attention with NaN or Inf dense instead, logged once.
@@ -63,8 +64,8 @@ def patch(
         dense: Who computes calls that the plan leaves dense: `"stock"`, bit for bit what the model gives, or
             `"fastest"`: whichever exact kernel is found to be the fastest here, equal to rounding;
             `summary()` says what each took.
-        density, sparsity, threshold, tau: Of `"online"`, `"adaspa"`, `"xattention"` and `"sol"` in turn the
-            one number that it takes; see `online.RULES`.
+        density, sparsity, threshold, tau, top_p: Of `"online"`, `"adaspa"`, `"xattention"`, `"sol"` and
+            `"svg2"` in turn the one number that it takes; see `online.RULES`.
         keep: Of `"sparsed"` and `"mage"`: the share of the keys that is seen; see `denoising.DENOISING`,
             which says what `density` of `"online"` is there.
         min_psnr, target_speedup, cache, verify: Of `"auto"`, what is asked of the plan, where plans are kept,
@@ -94,7 +95,8 @@ def patch(
             f"{type(plan).__name__}"
         )
     given = {
-        "density": density, "sparsity": sparsity, "threshold": threshold, "tau": tau, "keep": keep,
+        "density": density, "sparsity": sparsity, "threshold": threshold, "tau": tau, "top_p": top_p,
+        "keep": keep,
         "min_psnr": min_psnr, "target_speedup": target_speedup, "cache": cache, "verify": verify,
     }  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -178,8 +178,8 @@ class Runtime:
                 name, attended = attended_call(call, index, self.backend, found.mass_block)
                 out, mass = attended.out, attended.mass
             self._count(call, (call.layer, stage, None, name), index.density)
-        if found.learn is not None:
-            found.learn(out, mass)
+        if found.learn is not None and mass is not None:
+            found.learn(mass)
         return out
 
     def _estimate(self, call: AttentionCall, shapes: list[Any]) -> SparseIndex:

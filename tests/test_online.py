@@ -13,8 +13,16 @@ import torch
 from sparse_dit import words
 from sparse_dit.attention import sparse_attention
 from sparse_dit.curve import Curve
-from sparse_dit.estimate.blocks import blocks_of, sampled_entry, token_orders
+from sparse_dit.estimate import clusters
+from sparse_dit.estimate.blocks import (
+    Chosen,
+    blocks_of,
+    entries_of,
+    sampled_entry,
+    token_orders,
+)
 from sparse_dit.estimate.blockwise import blockwise_entries
+from sparse_dit.estimate.clusters import clustered
 from sparse_dit.estimate.orders import SAMPLED, best_orders, stride_of
 from sparse_dit.index import SparseIndex, index_of
 from sparse_dit.integrations import heads_of
@@ -22,7 +30,7 @@ from sparse_dit.integrations.schedule import noise_level
 from sparse_dit.layout import TokenLayout
 from sparse_dit.online import RULES, online_plan
 from sparse_dit.patch import patch
-from sparse_dit.patterns import Above, Budget, Dense, Mass, Pattern, Pooled, Window
+from sparse_dit.patterns import Above, Budget, Cluster, Dense, Mass, Pattern, Pooled, Share, Window
 from sparse_dit.plan import Plan, PlanError, Stage
 from sparse_dit.runtime import Runtime
 from tests.helpers.tiny_language_models import text
@@ -108,7 +116,7 @@ def test_mass_is_counted_in_a_dense_call_and_kept():
     bounds = blocks.bounds.tolist()
     tokens = [blocks.order.order[a:b] for a, b in itertools.pairwise(bounds)]
     best = torch.stack([p[0, tokens[0]][:, t].sum() for t in tokens]).topk(1).indices.tolist()
-    entry = estimates_of(runtime)._runs[0].kept[LAYER, "cond", 0].entries[0]
+    entry = entries_of(estimates_of(runtime)._runs[0].kept[LAYER, "cond", 0].seen)[0]
     runs = entry.runs[entry.run_offsets[0] : entry.run_offsets[1]].tolist()
     seen = {key for start, length in runs for key in range(start, start + length)}
     assert all(set(range(bounds[c], bounds[c + 1])) <= seen for c in best)
@@ -140,24 +148,24 @@ def test_each_head_gets_the_token_order_that_errs_the_least():
     )
     q[0, 2] *= 0.01  # flat: looks at everything alike, and values differ from place to place
     pattern = Pattern(Pooled(Budget(beta=0.1, least=1), own_order=True))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    found = best_orders(q, k, v, out, dict.fromkeys(range(3), pattern), layout, 0.25)
+    found = best_orders(q, k, v, dict.fromkeys(range(3), pattern), layout, 0.25)
     orders = [found[head][0] for head in range(3)]
     assert orders == [(None, 8, 1), (None, 1, 8), SAMPLED]
     assert all(tile in token_orders(layout) for tile in orders[:2])
     assert 0 < found[0][1] < 0.1
 
 
-def test_a_head_has_its_own_order_from_the_dense_call_on():
+def test_a_head_has_its_own_order_from_the_first_call_on_that_is_not_dense():
     runtime = runtime_of(*[OWN] * 3)
-    call = call_at(0)
-    assert torch.equal(runtime(call), dense(call.q, call.k, call.v)), "stock"
-    orders = estimates_of(runtime)._runs[0].orders[LAYER]
-    assert orders.of.keys() == {0, 1, 2} and (orders.dense, orders.step) == (1, 0)
-    runtime(call_at(1))
-    assert (orders.dense, orders.step) == (2, 1)
-    orders.of = {0: SAMPLED, 1: (2, 2, 1), 2: SMALL}
-    call = call_at(2)
+    for step in range(2):  # sigma 1, .9
+        call = call_at(step)
+        assert torch.equal(runtime(call), dense(call.q, call.k, call.v)), "stock"
+        assert not any(estimates_of(runtime)._runs[0].orders.values())
+    runtime(call_at(2))
+    orders = estimates_of(runtime)._runs[0].orders
+    assert orders[LAYER, LAYOUT].keys() == {0, 1, 2}
+    orders[LAYER, LAYOUT] = {0: SAMPLED, 1: (2, 2, 1), 2: SMALL}
+    call = call_at(2, branch="uncond")
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     wanted = {1: replace(OWN, tile=(2, 2, 1)), 2: OWN}
     entries = {h: e.entry for h, e in blockwise_entries(q, k, wanted, LAYOUT, 8**-0.5).items()}
@@ -243,6 +251,35 @@ def test_a_copy_starts_with_nothing_found():
     assert not estimates_of(runtime)._runs, "removal drops what is kept"
 
 
+def test_what_is_kept_is_a_bit_for_a_pair_of_blocks():
+    runtime = runtime_of(*[POOLED] * 3)
+    runtime(call_at(0))
+    (kept,) = estimates_of(runtime)._runs[0].kept.values()
+    blocks = blocks_of(POOLED, LAYOUT)
+    held = [chosen for chosen in kept.seen.values() if isinstance(chosen, Chosen)]
+    assert [chosen.blocks for chosen in held] == [blocks] * 3
+    assert sum(chosen.bits.nbytes for chosen in held) == 3 * -(-(blocks.num_blocks**2) // 8)
+
+
+def test_clusters_go_on_from_those_of_the_step_before(monkeypatch):
+    started = []
+
+    def watched(x, count, start=None):
+        started.append(start)
+        return clustered(x, count, start)
+
+    monkeypatch.setattr(clusters, "clustered", watched)
+    pattern = Pattern(Cluster(Share(0.3, 1), refresh=2))
+    runtime = runtime_of(*[pattern] * 3)
+    outs = [runtime(call_at(step)) for step in range(3)]
+    assert len(started) == 12 and started[:6] == [None] * 6 and None not in started[6:]
+    assert all(out.isfinite().all() for out in outs)
+    want = dense(call_at(0).q, call_at(0).k, call_at(0).v)
+    assert not torch.allclose(outs[0], want, atol=1e-3), "sparse"
+    runtime(call_at(0, run=1))
+    assert started[12:] == [None] * 6, "another generation starts anew"
+
+
 def test_one_token_and_budgets_of_nothing_and_of_all():
     for shape in (Pooled(Budget(beta=0.0, least=1)), Pooled(Budget(beta=1.0))):
         runtime = runtime_of(*[Pattern(shape, tile=SMALL, far=True)] * 3)
@@ -285,7 +322,8 @@ def test_published_defaults():
     first, *others = heads_of(pipe.transformer)
     assert sol[first][1][0].pattern == Pattern(Dense())
     assert sol[others[0]][1][0].pattern.tile == Curve("video", tokens=64)
-    assert [len(part.stages) for part in found.values()] == [2, 2, 2, 2]
+    assert [len(part.stages) for part in found.values()] == [2] * len(RULES)
+    assert found["svg2"].layers[others[0]][1][0].pattern == Pattern(Cluster())
     assert found["adaspa"].layers[first][0][0].pattern.shape.adaptive
     levels = [noise_level(pipe, share) for share in (0.0, 0.1, 0.2, 0.6, 1.0)]
     assert levels[0] == 1 and levels[-1] == 0 and levels == sorted(levels, reverse=True)

@@ -6,10 +6,12 @@ Letters in shapes: L heads, N tokens, C blocks, G groups of query rows, R key ru
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backends.cpu import estimates, library
@@ -20,7 +22,6 @@ from ..on_cpu import on_cpu
 from ..patterns import Pattern
 
 GROUP = 64  # query rows
-SEES_NOTHING = -2  # of csrc/abi.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,22 +122,25 @@ class Blocks:
         return first
 
     @on_cpu
-    def entries(self, chosen: Tensor, only: Tensor | None = None) -> list[PatternIndex]:
+    def entries(self, chosen: Tensor, groups: Tensor | None = None) -> list[PatternIndex]:
         """An entry for each head.
 
         Args:
             chosen: Bool `[L, C, C]`: which blocks of keys each block of queries sees exactly.
-            only: Bool `[G]`: groups whose rows see something; None for all.
+            groups: int64 `[g]`: the groups whose rows the entries are of, see `part_of`; None for all.
         """
         if library.LIBRARY is None:
             found = [
                 entry_of(one, self.order, self.cells, self.groups, self.far, self.pool)
                 for one in chosen
             ]
-            return found if only is None else [restricted(entry, only) for entry in found]
+            return found if groups is None else [part_of(entry, groups) for entry in found]
         owner, pool_of = self.groups.owner.int(), self.pool_of if self.far else None
-        if only is not None:
-            owner = torch.where(only, owner, SEES_NOTHING)
+        num_queries, q_order, q_offsets = self.num_tokens, self.permutation, self.q_offsets
+        if groups is not None:
+            owner, q_order = owner[groups], None
+            q_offsets = bounds_of(q_offsets.diff()[groups])
+            num_queries = int(q_offsets[-1])
         offsets, runs, far_offsets, far_runs = estimates.lay_blocks(
             chosen, self.bounds, owner, self.num_tokens, pool_of
         )
@@ -147,14 +151,62 @@ class Blocks:
             far = [FarField(self.pools, of, part) for of, part in parts]
         parts = runs.split(offsets[:, -1].tolist())
         for of, part, pooled in zip(offsets, parts, far, strict=True):
-            n, order = self.num_tokens, self.permutation
-            found.append(PatternIndex(n, n, order, order, self.q_offsets, of, part, pooled))
+            k_order = self.permutation
+            found.append(
+                PatternIndex(
+                    num_queries, self.num_tokens, q_order, k_order, q_offsets, of, part, pooled
+                )
+            )
         return found
 
     @property
     def num_tokens(self) -> int:
         """N."""
         return len(self.order.order)
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The blocks that a head sees, as they are kept: a bit for each pair of blocks.
+
+    Args:
+        blocks: Where they lie.
+        bits: Of bool `[C, C]`, row by row, 8 to a byte.
+    """
+
+    blocks: Blocks
+    bits: NDArray[np.uint8]
+
+    @staticmethod
+    def of(blocks: Blocks, chosen: Tensor) -> Chosen:
+        """From bool `[C, C]`."""
+        return Chosen(blocks, np.packbits(chosen.numpy()))
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool `[C, C]`."""
+        c = self.blocks.num_blocks
+        return torch.from_numpy(np.unpackbits(self.bits, count=c * c)).view(torch.bool).view(c, c)
+
+
+Seen = PatternIndex | Chosen
+
+
+@on_cpu
+def entries_of(seen: Mapping[int, Seen]) -> dict[int, PatternIndex]:
+    """The entry of each head; those of blocks are laid out, others stay as they are."""
+    entries: dict[int, PatternIndex] = {}
+    alike: dict[int, list[tuple[int, Chosen]]] = {}
+    for head, what in seen.items():
+        if isinstance(what, Chosen):
+            alike.setdefault(id(what.blocks), []).append((head, what))
+        else:
+            entries[head] = what
+    for listed in alike.values():
+        masks = torch.stack([chosen.mask for _, chosen in listed])
+        laid = listed[0][1].blocks.entries(masks)
+        entries |= zip((head for head, _ in listed), laid, strict=True)
+    return entries
 
 
 def blocks_of(pattern: Pattern, layout: TokenLayout) -> Blocks:
@@ -174,20 +226,31 @@ def _blocks(layout: TokenLayout, tile, cell, far, pool, sink_frames) -> Blocks:
 
 
 @on_cpu
-def restricted(entry: PatternIndex, only: Tensor) -> PatternIndex:
-    """The entry whose rows see nothing but in some groups, bool `[G]`."""
+def part_of(entry: PatternIndex, groups: Tensor) -> PatternIndex:
+    """The entry of the rows of some groups, int64 `[g]`, alone: as many queries, in its order."""
 
     def lists(offsets: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
-        counts = offsets.diff() * only
-        picked = runs[expand(torch.stack([offsets[:-1], counts], 1))]
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), picked
+        counts = offsets.diff()[groups]
+        return bounds_of(counts), runs[expand(torch.stack([offsets[:-1][groups], counts], 1))]
 
     far = entry.far
     if far is not None:
-        offsets, runs = lists(far.run_offsets, far.runs)
-        far = FarField(far.cell_offsets, offsets, runs)
+        far = FarField(far.cell_offsets, *lists(far.run_offsets, far.runs))
     offsets, runs = lists(entry.run_offsets, entry.runs)
-    return replace(entry, run_offsets=offsets, runs=runs, far=far, cache={})
+    rows = bounds_of(entry.q_offsets.diff()[groups])
+    n, m = int(rows[-1]), entry.num_keys
+    return PatternIndex(n, m, None, entry.k_order, rows, offsets, runs, far)
+
+
+@on_cpu
+def tokens_of(order: Tensor, offsets: Tensor, groups: Tensor) -> Tensor:
+    """int64: the tokens of some groups, int64 `[g]`, by all tokens' order and where groups start."""
+    return order[expand(torch.stack([offsets[:-1], offsets.diff()], 1)[groups])].long()
+
+
+def bounds_of(counts: Tensor) -> Tensor:
+    """int32 `[n + 1]`: where stretches of so many things begin, and where the last ends."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
 @functools.lru_cache(maxsize=64)

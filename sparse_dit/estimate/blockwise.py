@@ -17,7 +17,7 @@ from ..layout import TokenLayout
 from ..on_cpu import on_cpu
 from ..patterns import Antidiagonal, Mass, Pattern, Pooled, Share
 from ..patterns.blockwise import Above
-from .blocks import Blocks, blocks_of
+from .blocks import Blocks, Chosen, Seen, blocks_of, entries_of
 from .budget import fewest, within
 from .scores import MOST_LOGITS, antidiagonal_scores, pooled_logits, pooled_probabilities
 
@@ -28,14 +28,19 @@ class Estimate(NamedTuple):
     """What was found for one head.
 
     Args:
-        entry: On the CPU; dense if it isn't sound.
+        seen: Blocks, or an entry on the CPU; dense if it isn't sound.
         sound: Whether all that it was found from is finite.
         recall: The share of the probability in what is seen exactly.
     """
 
-    entry: PatternIndex
+    seen: Seen
     sound: bool
     recall: float
+
+    @property
+    def entry(self) -> PatternIndex:
+        """What is seen, laid out; of several heads `entries_of` does it at once."""
+        return entries_of({0: self.seen})[0]
 
 
 @on_cpu
@@ -46,7 +51,6 @@ def blockwise_entries(
     patterns: Mapping[int, Pattern],
     layout: TokenLayout,
     scale: float,
-    only: Tensor | None = None,
     active: int = 0,
     valid: tuple[int, int] | None = None,
 ) -> dict[int, Estimate]:
@@ -60,7 +64,6 @@ def blockwise_entries(
         patterns: By head: of shapes that are pooled or antidiagonal.
         layout: Of the M tokens.
         scale: Factor of the logits.
-        only: Bool `[G]`: groups of query rows that see something; None for all.
         active: So many last tokens are being denoised, of a diffusion language model.
         valid: The first key that some row may see, and the last + 1; None for all.
     """
@@ -75,7 +78,7 @@ def blockwise_entries(
             if valid is not None:
                 hidden = (blocks.bounds[1:] <= valid[0]) | (blocks.bounds[:-1] >= valid[1])
                 scores = scores.masked_fill(hidden, 0)
-            estimates = estimates_of(scores, keep, pattern.shape, blocks, only, active)
+            estimates = estimates_of(scores, keep, pattern.shape, blocks, active)
             found |= zip(part, estimates, strict=True)
     return found
 
@@ -121,7 +124,6 @@ def estimates_of(
     keep: Tensor | None,
     shape: Pooled | Antidiagonal | Mass,
     blocks: Blocks,
-    only: Tensor | None = None,
     active: int = 0,
 ) -> list[Estimate]:
     """What each head sees, by the probability that its blocks have.
@@ -131,7 +133,7 @@ def estimates_of(
         keep: Bool, the same shape: which blocks are chosen; None if that is still to do.
         shape: How much is chosen.
         blocks: Where blocks lie.
-        only, active: As for `blockwise_entries`.
+        active: As for `blockwise_entries`.
     """
     sound = p.isfinite().flatten(1).all(1)
     if keep is None:
@@ -142,25 +144,34 @@ def estimates_of(
     keep = torch.nn.functional.pad(keep, (0, 0, blocks.num_blocks - p.shape[1], 0))
     dense = dense_entry(blocks.num_tokens, blocks.num_tokens)
     return [
-        Estimate(entry if ok else dense, ok, share)
-        for entry, ok, share in zip(
-            blocks.entries(keep, only), sound.tolist(), recall.tolist(), strict=True
-        )
+        Estimate(Chosen.of(blocks, chosen) if ok else dense, ok, share)
+        for chosen, ok, share in zip(keep, sound.tolist(), recall.tolist(), strict=True)
     ]
 
 
-def chosen_blocks(p: Tensor, shape: Pooled | Antidiagonal | Mass, blocks: Blocks) -> Tensor:
-    """The blocks that a budget pays for, or that have a share of the probability: bool, as `p`."""
+def chosen_blocks(
+    p: Tensor, shape: Pooled | Antidiagonal | Mass, blocks: Blocks, rows: Tensor | None = None
+) -> Tensor:
+    """The blocks that a budget pays for, or that have a share of the probability: bool, as `p`.
+
+    Args:
+        p: `[L, C, C]`: of each pair of blocks.
+        shape: How much is chosen.
+        blocks: Where blocks lie.
+        rows: int64 `[r]`: the blocks of queries that p is of, `[L, r, C]`; None for all.
+    """
     if not getattr(shape, "isolated", False):
-        return _chosen(p, shape, blocks.sizes)
+        return _chosen(p, shape, blocks.sizes, rows)
     chosen = torch.zeros_like(p, dtype=torch.bool)
     for segment in blocks.segments.unique():
         mine = blocks.segments == segment
-        chosen[..., mine] = _chosen(p[..., mine], shape, blocks.sizes[mine])
+        chosen[..., mine] = _chosen(p[..., mine], shape, blocks.sizes[mine], rows)
     return chosen
 
 
-def _chosen(p: Tensor, shape: Pooled | Antidiagonal | Mass, sizes: Tensor) -> Tensor:
+def _chosen(
+    p: Tensor, shape: Pooled | Antidiagonal | Mass, sizes: Tensor, rows: Tensor | None
+) -> Tensor:
     """`chosen_blocks` among blocks of keys of these sizes, `[K]`: bool `[L, C, K]`."""
     budget = shape.keep
     assert not isinstance(budget, Above), "it is of logits"
@@ -172,13 +183,13 @@ def _chosen(p: Tensor, shape: Pooled | Antidiagonal | Mass, sizes: Tensor) -> Te
             if len(heads):
                 chosen[heads] = best_blocks(p[heads], keys * more, sizes)
         return chosen
-    chosen = best_blocks(p, keys, sizes)
+    chosen = best_blocks(p, keys, sizes, rows)
     if isinstance(budget, Share):
         chosen |= fewest(p / sizes, p, budget.gamma)
     return chosen
 
 
-def best_blocks(p: Tensor, keys: float, sizes: Tensor) -> Tensor:
+def best_blocks(p: Tensor, keys: float, sizes: Tensor, rows: Tensor | None = None) -> Tensor:
     """The blocks of most probability a key, for about so many keys a row: bool `[L, C, K]`.
 
     Where that is no whole number of blocks, rows take turns, so that the mean is met.
@@ -187,14 +198,15 @@ def best_blocks(p: Tensor, keys: float, sizes: Tensor) -> Tensor:
         p: `[L, C, K]`.
         keys: How many.
         sizes: int64 `[K]`: keys in each block.
+        rows: int64 `[C]`: which blocks of queries p is of; None for the first C.
     """
     heads, c, count = p.shape
     if keys >= int(sizes.sum()):
         return torch.ones_like(p, dtype=torch.bool)
     scores = (p / sizes).flatten(0, 1)
     size = int(sizes.max())
-    turn = (torch.arange(c, dtype=torch.float64) * 0.6180339887) % 1 * size + keys % size >= size
-    turn = turn.repeat(heads)
+    place = torch.arange(c) if rows is None else rows
+    turn = ((place.double() * 0.6180339887) % 1 * size + keys % size >= size).repeat(heads)
     chosen = torch.zeros(heads * c, count, dtype=torch.bool)
     none = torch.zeros(count, dtype=torch.bool)
     for which, more in ((turn, size), (~turn, 0)):

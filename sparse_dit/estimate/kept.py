@@ -22,12 +22,14 @@ from ..cut import slice_entry
 from ..entry import PatternIndex
 from ..index import SparseIndex, dense_entry, index_of, pattern_index
 from ..layout import TokenLayout
-from ..patterns import Mass, Pattern
-from .blocks import blocks_of, sampled_entry
+from ..patterns import Cluster, Mass, Pattern
+from .blocks import Chosen, Seen, blocks_of, entries_of, sampled_entry
 from .blockwise import Estimate, blockwise_entries, estimates_of
+from .clusters import Centroids, cluster_entries
 from .orders import SAMPLED, Order, best_orders, stride_of
 from .scores import mass_by_block, mass_stretch
 
+LAID = 4096  # tokens up to which what is laid out is kept: it takes less than 2 % of k and v there
 TURNS = 4  # generations of a diffusion language model whose indices are kept
 
 _Key = tuple[str, str, int | None]  # layer, branch, condition
@@ -40,13 +42,12 @@ class Found:
     Args:
         index: On the CPU.
         mass_block: If the call has to count the probability of stretches of keys: of so many; else None.
-        learn: If not None, takes the call's output `[B, N, H, D]`, and what was counted, float32
-            `[B, H, P, S]`.
+        learn: Takes what was counted, float32 `[B, H, P, S]`; None if nothing is.
     """
 
     index: SparseIndex
     mass_block: int | None = None
-    learn: Callable[[Tensor, Tensor | None], None] | None = None
+    learn: Callable[[Tensor], None] | None = None
 
 
 @dataclass(eq=False)
@@ -55,32 +56,17 @@ class _Kept:
 
     Args:
         shape: What has to be the same for it to be used.
-        index: Of all heads, as of the last step.
-        entries: By head.
-        steps: By head the step at which its entry was found; -1 if it doesn't hold for another.
+        index: Of all heads, as of the last step, in sequences of up to `LAID` tokens.
+        seen: By head.
+        steps: By head the step at which that was found; -1 if it doesn't hold for another.
+        centroids: By head those of its clusters.
     """
 
     shape: tuple[object, ...]
     index: SparseIndex | None = None
-    entries: dict[int, PatternIndex] = field(default_factory=dict)
+    seen: dict[int, Seen] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Orders:
-    """The token orders of one layer's heads.
-
-    Args:
-        layout: Where they hold.
-        of: By head.
-        dense: At how many steps there were dense calls.
-        step: The last one of them.
-    """
-
-    layout: TokenLayout
-    of: dict[int, Order] = field(default_factory=dict)
-    dense: int = 0
-    step: int = -1
+    centroids: dict[int, Centroids] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -89,11 +75,11 @@ class _Run:
 
     Args:
         kept: By layer, branch and condition.
-        orders: By layer: both branches of guidance have the same.
+        orders: By layer and layout those of heads: both branches of guidance have the same.
     """
 
     kept: dict[_Key, _Kept] = field(default_factory=dict)
-    orders: dict[str, _Orders] = field(default_factory=dict)
+    orders: dict[tuple[str, TokenLayout], dict[int, Order]] = field(default_factory=dict)
 
 
 class _Operands(NamedTuple):
@@ -125,13 +111,12 @@ class Estimates:
     @property
     def num_bytes(self) -> int:
         """Memory of the indices that are kept."""
-        entries = {
-            id(entry): entry
-            for run in self._runs.values()
-            for kept in run.kept.values()
-            for entry in kept.entries.values()
-        }
-        return sum(_num_bytes(entry) for entry in entries.values())
+        seen: dict[int, Seen] = {}
+        for run in self._runs.values():
+            for kept in run.kept.values():
+                laid = () if kept.index is None else kept.index.entries
+                seen |= {id(what): what for what in (*kept.seen.values(), *laid)}
+        return sum(map(_num_bytes, seen.values()))
 
     def _run_of(self, context: StepContext) -> _Run:
         """What is kept of a call's generation; canvases may take turns, others follow each other."""
@@ -156,9 +141,7 @@ class Estimates:
         assert layout is not None, "else this call runs dense"
         run = self._run_of(context)
         key = (call.layer, context.branch, context.condition)
-        kept, orders = run.kept.get(key), run.orders.get(call.layer)
-        if orders is None or orders.layout != layout:
-            orders = run.orders[call.layer] = _Orders(layout)
+        kept, orders = run.kept.get(key), run.orders.setdefault((call.layer, layout), {})
         last = -1 if kept is None else max(kept.steps.values(), default=-1)
         if kept is None or kept.shape != shape or context.step < last:
             kept = run.kept[key] = _Kept(shape)
@@ -169,6 +152,8 @@ class Estimates:
         ]
         if not due and kept.index is not None:
             return Found(kept.index)
+        if not due and len(kept.seen) == len(patterns):
+            return Found(_index_of(entries_of(kept.seen), call.q.shape[1]))
         return self._found(call, layout, patterns, due, kept, orders)
 
     def _found(
@@ -178,22 +163,26 @@ class Estimates:
         patterns: Sequence[Pattern],
         due: Sequence[int],
         kept: _Kept,
-        orders: _Orders,
+        orders: dict[int, Order],
     ) -> Found:
         step, n, rows = call.context.step, layout.seq_len, call.q.shape[1]
         active = call.context.active
         for head, pattern in enumerate(patterns):
-            if not pattern.is_estimated and head not in kept.entries:
-                kept.entries[head] = pattern_index(pattern, layout)
+            if not pattern.is_estimated and head not in kept.seen:
+                kept.seen[head] = pattern_index(pattern, layout)
         counted = {head: patterns[head] for head in due if isinstance(patterns[head].shape, Mass)}
-        told = {head: patterns[head] for head in due if head not in counted}
+        clustered = {
+            head: patterns[head] for head in due if isinstance(patterns[head].shape, Cluster)
+        }
+        others = counted.keys() | clustered
+        told = {head: patterns[head] for head in due if head not in others}
         dense = [head for head, pattern in told.items() if _is_dense_at(pattern, call.context)]
         found = {head: Estimate(dense_entry(n, n), True, 1.0) for head in dense}
-        estimated = {head: orders.of.get(head, of.tile) for head, of in told.items()}
+        told = {head: of for head, of in told.items() if head not in found}
+        _try_orders(call, layout, told, orders)
         ordered: dict[int, Pattern] = {}
-        for head, order in estimated.items():
-            if head in found:
-                continue
+        for head, of in told.items():
+            order = orders.get(head, of.tile)
             if order is SAMPLED:
                 entry = sampled_entry(layout, stride_of(told[head], layout))
                 found[head] = Estimate(entry, True, math.nan)
@@ -203,32 +192,27 @@ class Estimates:
             q, k, _, scale = _operands(call)
             more = {"active": active, "valid": _valid(call)}
             found |= blockwise_entries(q, k, ordered, layout, scale, **more)
+        if clustered:
+            q, k, _, scale = _operands(call)
+            found |= cluster_entries(q, k, clustered, layout, scale, kept.centroids)
         self._keep(kept, found, step)
         kept.steps |= dict.fromkeys(dense, -1)
-        tried = {head: told[head] for head in dense if told[head].shape.own_order}
-        if not _tries(orders, tried, step):
-            tried = {}
         blocks = {head: blocks_of(pattern, layout) for head, pattern in counted.items()}
-        mass_block = math.gcd(*map(mass_stretch, set(blocks.values()))) if counted else None
+        mass_block = math.gcd(*map(mass_stretch, set(blocks.values())))
 
-        def learn(out: Tensor, mass: Tensor | None) -> None:
-            if tried:
-                q, k, v, scale = _operands(call)
-                out = out.transpose(1, 2)
-                best = best_orders(q, k, v, out, tried, layout, scale)
-                orders.of |= {head: order for head, (order, _) in best.items()}
-            if mass is not None and mass_block is not None:
-                self._keep(kept, _of_mass(mass, counted, layout, mass_block, rows, active), step)
-                kept.index = _index_of(kept.entries, rows)
+        def learn(mass: Tensor) -> None:
+            self._keep(kept, _of_mass(mass, counted, layout, mass_block, rows, active), step)
+            kept.index = _index_of(entries_of(kept.seen), rows) if n <= LAID else None
 
-        now = kept.entries | {head: of.whole for head, of in blocks.items()}
-        index = _index_of(now, rows)
-        if not counted:
-            kept.index = index
-        return Found(index, mass_block, learn if tried or counted else None)
+        now = kept.seen | {head: of.whole for head, of in blocks.items()}
+        index = _index_of(entries_of(now), rows)
+        if counted:
+            return Found(index, mass_block, learn)
+        kept.index = index if n <= LAID else None
+        return Found(index)
 
     def _keep(self, kept: _Kept, found: Mapping[int, Estimate], step: int) -> None:
-        kept.entries |= {head: estimate.entry for head, estimate in found.items()}
+        kept.seen |= {head: estimate.seen for head, estimate in found.items()}
         kept.steps |= {head: step if estimate.sound else -1 for head, estimate in found.items()}
         if not all(estimate.sound for estimate in found.values()):
             self._tell(
@@ -236,7 +220,9 @@ class Estimates:
             )
 
 
-def _num_bytes(entry: PatternIndex) -> int:
+def _num_bytes(entry: Seen) -> int:
+    if isinstance(entry, Chosen):
+        return entry.bits.nbytes
     far = entry.far
     parts = [entry.q_order, entry.k_order, entry.q_offsets, entry.run_offsets, entry.runs]
     parts += [] if far is None else [far.cell_offsets, far.run_offsets, far.runs]
@@ -255,12 +241,22 @@ def _is_dense_at(pattern: Pattern, context: StepContext) -> bool:
     return (context.sigma or 0.0) > getattr(pattern.shape, "dense_above", 1.0)
 
 
-def _tries(orders: _Orders, heads: Mapping[int, Pattern], step: int) -> bool:
-    """Whether orders are tried in a dense call: the first of the first, third, seventh, ... dense step."""
-    if heads and step != orders.step:
-        orders.dense, orders.step = orders.dense + 1, step
-        return orders.dense & (orders.dense + 1) == 0
-    return False
+def _try_orders(
+    call: AttentionCall,
+    layout: TokenLayout,
+    patterns: Mapping[int, Pattern],
+    orders: dict[int, Order],
+) -> None:
+    """Add the token orders of heads that have their own, and whose isn't known yet."""
+    tried = {
+        head: pattern
+        for head, pattern in patterns.items()
+        if getattr(pattern.shape, "own_order", False) and head not in orders
+    }
+    if tried and call.q.shape[1] == layout.seq_len:
+        q, k, v, scale = _operands(call)
+        best = best_orders(q, k, v, tried, layout, scale)
+        orders |= {head: order for head, (order, _) in best.items()}
 
 
 def _index_of(entries: Mapping[int, PatternIndex], rows: int) -> SparseIndex:

@@ -20,7 +20,13 @@ MOST_LOGITS = 1 << 22  # of heads that are estimated at once
 
 
 def pooled_logits(
-    q: Tensor, k: Tensor, heads: Sequence[int], blocks: Blocks, scale: float, parts: int = 1
+    q: Tensor,
+    k: Tensor,
+    heads: Sequence[int],
+    blocks: Blocks,
+    scale: float,
+    parts: int = 1,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of mean queries and mean keys, float32 `[B, L, F, F]`, and the block of each part, int64 `[F]`.
 
@@ -33,6 +39,7 @@ def pooled_logits(
         blocks: Where blocks lie.
         scale: Factor of the logits.
         parts: Each block is cut into at most so many parts; not so where queries are the last tokens alone.
+        rows: int64 `[r]`: the blocks of queries that are wanted, `[B, L, r, F]`; None for all, as with parts.
     """
     bounds, owner = blocks.bounds, torch.arange(blocks.num_blocks)
     if parts > 1 and q.shape[2] == k.shape[2]:
@@ -41,7 +48,9 @@ def pooled_logits(
         owner = torch.searchsorted(blocks.bounds.long(), bounds[:-1].long(), right=True) - 1
     group = q.shape[1] // k.shape[1]
     listed = torch.tensor(heads, device=q.device)
-    if q.shape[2] == k.shape[2]:
+    if rows is not None and parts == 1:
+        mean_q = means_of(q, blocks, rows)[:, listed]
+    elif q.shape[2] == k.shape[2]:
         mean_q = block_means(q, blocks, bounds)[:, listed]
     else:
         before = k.shape[2] - q.shape[2]
@@ -80,6 +89,13 @@ def block_means(x: Tensor, blocks: Blocks, bounds: Tensor) -> Tensor:
     if library.LIBRARY is not None and x.is_cpu and estimates.means_takes(x):
         return estimates.means(x, blocks.permutation, bounds)
     return means_by_torch(x, blocks.order.order, bounds)
+
+
+def means_of(x: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+    """Means of some blocks, int64 `[r]`: float32 `[B, H, r, D]`."""
+    order, bounds = blocks.order.order, blocks.bounds.tolist()
+    tokens = [order[bounds[row] : bounds[row + 1]].to(x.device) for row in rows.tolist()]
+    return torch.stack([x[:, :, of].float().mean(2) for of in tokens], 2)
 
 
 def means_by_torch(x: Tensor, order: Tensor, bounds: Tensor) -> Tensor:

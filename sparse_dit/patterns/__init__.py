@@ -8,6 +8,7 @@ adds how tokens are ordered and grouped and what stands for the rest. To add one
 from ..curve import Curve
 from .blocks import Blocks
 from .blockwise import Above, Antidiagonal, Mass, Pooled
+from .cluster import Cluster
 from .dense import Dense
 from .estimated import (
     Budget,
@@ -41,6 +42,7 @@ __all__ = [
     "Budget",
     "ByKey",
     "ByQuery",
+    "Cluster",
     "Curve",
     "Dense",
     "Grid",

@@ -12,14 +12,14 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from .cluster import Cluster
 from .estimated import Budget, Share
-from .fields import CONFIG, Distance, Flag
+from .fields import CONFIG, Distance, Flag, Refresh
 
 Parts = Annotated[int, Field(strict=True, ge=1, le=16)]
 Stride = Annotated[int, Field(strict=True, ge=1, le=64)]
 Sigmas = Annotated[float, Field(strict=True, ge=-64, le=64)]
 Level = Annotated[float, Field(strict=True, ge=0, le=1)]
-Refresh = Annotated[int, Field(strict=True, ge=1, le=1 << 14)] | None
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -42,8 +42,8 @@ class Pooled:
             the row's mean.
         parts: Blocks are pooled in so many equal parts, whose probabilities are added up.
         own_order: Each head has the token order that errs the least, out of cubes, flat tiles and lines
-            through all frames, or sees every n-th key instead; tried on a few rows where the head is dense.
-            Until then it has the pattern's tile.
+            through all frames, or sees every n-th key instead; tried on a few rows at the first step at which
+            it isn't dense.
         dense_above: At noise levels above this one the head is dense.
         local: Blocks that are seen anyway, along the token order: 0 none, 1 a query's own, 2 one on either
             side too, ...
@@ -112,7 +112,7 @@ class Mass:
             raise ValueError("isolated and adaptive can't be had together; leave one of them out")
 
 
-def density(shape: Pooled | Antidiagonal | Mass, length: int) -> float:
+def density(shape: Pooled | Antidiagonal | Mass | Cluster, length: int) -> float:
     """The share of the keys that a row sees exactly where it isn't dense; the most of it, where calls decide.
 
     A share of the probability needs at most as large a share of equal blocks; and no more than
@@ -126,4 +126,6 @@ def density(shape: Pooled | Antidiagonal | Mass, length: int) -> float:
     if isinstance(keep, Above):
         return 1 / (1 + max(0.0, keep.sigmas) ** 2)
     least = keep.keys(length) / max(1, length)
+    if isinstance(shape, Cluster):
+        least = max(least, shape.least)
     return min(1.0, max(least, keep.gamma) if isinstance(keep, Share) else least)

@@ -20,6 +20,7 @@ Elastic = tuple[
 ]
 Extent = Distance | Elastic | None
 Lattice = tuple[Count, Count, Count]
+Refresh = Annotated[int, Field(strict=True, ge=1, le=1 << 14)] | None  # steps
 
 
 def extent(value: Any, length: int) -> int:

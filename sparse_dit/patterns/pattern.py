@@ -15,6 +15,7 @@ from ..layout import Tile
 from ..modalities import MODALITIES
 from .blocks import Blocks
 from .blockwise import Antidiagonal, Mass, Pooled
+from .cluster import Cluster
 from .dense import Dense
 from .estimated import ByKey, ByQuery, Grid, OwnPart, PooledBlocks, SinkWindow, VerticalSlash
 from .fields import CONFIG, Count, Distance, Flag
@@ -50,6 +51,7 @@ BLOCKWISE: dict[str, Any] = {  # blocks of a grid, found in calls and kept for s
     "pooled": Pooled,
     "antidiagonal": Antidiagonal,
     "mass": Mass,
+    "cluster": Cluster,
 }
 ESTIMATED = CAUSAL | BLOCKWISE
 PATTERNS = GEOMETRY | ESTIMATED
@@ -132,8 +134,11 @@ class Pattern:
             raise ValueError(f"{self.name}: pool must be left out without far, got {self.pool}")
         if self.every > 1 and self.settled_every > 1:
             raise ValueError(f"{self.name}: every and settled_every can't both be above 1")
-        if self.is_causal:
-            _alone({k: v for k, v in frame.items() if v != _DEFAULTS[k]}, self.name)
+        given = {k: v for k, v in frame.items() if v != _DEFAULTS[k]}
+        if self.is_causal and given:
+            raise ValueError(f"{self.name}: takes none of a grid's parameters, got {sorted(given)}")
+        if isinstance(self.shape, Cluster) and (order := given.keys() & {"tile", "cell", "pool"}):
+            raise ValueError(f"{self.name}: has an order of its own, and takes no {sorted(order)}")
 
     @property
     def name(self) -> str:
@@ -226,13 +231,9 @@ class Pattern:
                 extra[name] = len(extra[name])
         extra.pop("mask", None)
         tile = tile_text(self.tile)
-        words = [self.name] if self.is_dense or self.is_causal else [self.name, tile]
+        own_order = self.is_dense or self.is_causal or isinstance(self.shape, Cluster)
+        words = [self.name] if own_order else [self.name, tile]
         return " ".join(words + [f"{k}={v}".replace(" ", "") for k, v in extra.items()])
-
-
-def _alone(given: dict[str, Any], name: str) -> None:
-    if given:
-        raise ValueError(f"{name}: takes none of a grid's parameters, got {sorted(given)}")
 
 
 def tile_text(tile: Tile) -> str:

@@ -177,7 +177,7 @@ def lay_blocks(
     Args:
         chosen: Bool `[L, C, C]`: which blocks of keys each block of queries sees.
         bounds: int32 `[C + 1]`: sorted positions of the blocks.
-        owner: int32 `[G]`: the block of each group's rows; -1 for rows that see everything, -2 for none.
+        owner: int32 `[G]`: the block of each group's rows; -1 for rows that see everything.
         tokens: N.
         pool_of: int32 `[C + 1]`: number of each block's first pooled key; None without a far field.
     """

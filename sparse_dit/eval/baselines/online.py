@@ -28,7 +28,7 @@ def rule_plan_at(
     """
     option, _, least, most = RULES[name].option
     most = min(most, MOST_TAU)
-    sparse, dense = (least, most) if option in ("density", "threshold") else (most, least)
+    sparse, dense = (least, most) if option in ("density", "threshold", "top_p") else (most, least)
     best = None
     value = sparse
     for _ in range(RUNS):

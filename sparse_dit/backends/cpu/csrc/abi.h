@@ -118,14 +118,12 @@ struct MeansProblem {
 
 // Key runs of G groups of rows, each of which belongs to one of C blocks of tokens and sees some of them, and
 // all tokens outside of them.
-constexpr int32_t SEES_NOTHING = -2;
-
 struct BlocksProblem {
     int64_t abi_version;
     int64_t heads, tokens, blocks, groups;
     const uint8_t *chosen;   // [H, C, C]: which blocks of keys a block of queries sees
     const int32_t *bounds;   // [C + 1]: sorted positions
-    const int32_t *owner;    // [G]: block of the group's rows; -1 for rows that see everything, -2: nothing
+    const int32_t *owner;    // [G]: block of the group's rows; -1 for rows that see everything
     const int32_t *pool_of;  // [C + 1]: number of the first pooled key of each block; null without a far field
     int64_t lay;             // 0: write offsets alone; 1: read them, and write runs
     int32_t *offsets;        // [H, G + 1]

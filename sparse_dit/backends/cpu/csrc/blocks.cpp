@@ -126,7 +126,6 @@ struct RunList {
 // What the rows of block `owner` see exactly, or of which pooled keys.
 int64_t lay_exact(const BlocksProblem &p, const uint8_t *chosen, int32_t owner, int32_t *to) {
     RunList list{to};
-    if (owner == SEES_NOTHING) return 0;
     if (owner < 0) {
         list.add(0, p.tokens);
     } else {
@@ -182,7 +181,7 @@ int64_t lay_blocks(const BlocksProblem &p) {
     if (!are_bounds(p.bounds, p.blocks, p.tokens)) return BAD_BLOCKS;
     if (p.pool_of && !are_bounds(p.pool_of, p.blocks, p.tokens)) return BAD_BLOCKS;
     for (int64_t g = 0; g < p.groups; g++)
-        if (p.owner[g] < SEES_NOTHING || p.owner[g] >= p.blocks) return BAD_BLOCKS;
+        if (p.owner[g] < -1 || p.owner[g] >= p.blocks) return BAD_BLOCKS;
     BlocksProblem problem = p;
     run_items(
         p.threads, p.heads,
