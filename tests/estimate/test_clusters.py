@@ -81,6 +81,7 @@ def test_clusters_see_what_a_plain_restatement_says(shape, sinks, far):
         assert (pooled is None) != far
         if pooled is not None:
             assert not pooled[text].any()
+            assert estimate.entry.far is not None
             cells = estimate.entry.far.cell_offsets.diff().float()
             count = (exact.sum(1) + pooled.float() @ cells)[~text]
             assert (count == n).all()
