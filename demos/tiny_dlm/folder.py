@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from diffusers.pipelines.llada2.pipeline_llada2 import LLaDA2Pipeline
+from diffusers.schedulers.scheduling_block_refinement import BlockRefinementScheduler
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from demos.tiny_dlm.tokens import build_tokenizer
+from demos.tiny_dlm.tokens import END, PAD, build_tokenizer, number_of
 from sparse_dit.whole_file import whole_folder
 
 ARCHITECTURE = {
@@ -30,17 +32,16 @@ ARCHITECTURE = {
 def new_model(seed: int) -> Qwen3ForCausalLM:
     """The untrained model, in float32; every token attends to all."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
     model = Qwen3ForCausalLM(
         Qwen3Config(
             **ARCHITECTURE,
-            vocab_size=len(tokenizer),
+            vocab_size=len(build_tokenizer()),
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=number_of(END),
+            pad_token_id=number_of(PAD),
         )
     )
-    set_numbers(model.get_input_embeddings().weight, model.config.initializer_range)
+    set_numbers(model.model.embed_tokens.weight, model.config.initializer_range)
     return model
 
 
@@ -56,7 +57,7 @@ def set_numbers(embedding: Tensor, std: float) -> None:
             word = f"{number:0{digits}d}"
             token = build_tokenizer().convert_tokens_to_ids(word)
             if token is not None:
-                embedding[token] = sum(known[place, int(digit)] for place, digit in enumerate(word))
+                embedding[token] = known[range(digits), [int(digit) for digit in word]].sum(0)
 
 
 def write_pipeline(model: PreTrainedModel, folder: Path) -> None:
@@ -65,7 +66,8 @@ def write_pipeline(model: PreTrainedModel, folder: Path) -> None:
     The tokenizer lies beside the pipeline's parts and is not in its index: diffusers 0.42 neither saves
     nor loads this pipeline's tokenizer. Files beside the pipeline's own, such as the model card, stay.
     """
-    copy = type(model)(model.config).to(torch.bfloat16)
+    copy: Any = type(model)(model.config)
+    copy.to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     with whole_folder(folder) as partial:
         LLaDA2Pipeline(copy, BlockRefinementScheduler()).save_pretrained(partial)
@@ -83,7 +85,7 @@ def _clean(path: Path, drop: str) -> None:
     path.write_text(text)
 
 
-def load_pipeline(folder: str | Path) -> LLaDA2Pipeline:
+def load_pipeline(folder: str | Path) -> Any:
     """The pipeline of a folder in float32, with its tokenizer and without progress bars."""
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
     pipe = LLaDA2Pipeline.from_pretrained(folder, tokenizer=tokenizer, dtype=torch.float32)

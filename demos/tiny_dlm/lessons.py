@@ -18,7 +18,7 @@ from torch import Tensor
 
 from demos.tiny_dlm.questions import Question, fact, pass_key, pass_key_of
 from demos.tiny_dlm.text import NAMES, Village, found_village, passages
-from demos.tiny_dlm.tokens import END, build_tokenizer
+from demos.tiny_dlm.tokens import END, MASK, build_tokenizer, number_of
 
 LONGEST = 8192 + 64  # positions; shorter lessons are spread over as many
 LEAST_MASKED = 0.05  # t is at least this
@@ -62,7 +62,7 @@ def draw_lessons(batch: int, length: int, random: Random) -> Lessons:
     open_ = (share > 0) & ~masked
     replaced = open_ & (left < REPLACED * (1 - share))
     kept = open_ & ~replaced & (left < (REPLACED + KEPT) * (1 - share))
-    mask = build_tokenizer().mask_token_id
+    mask = number_of(MASK)
     seen = torch.where(masked, mask, torch.where(replaced, noise, truth))
     weight = torch.where(masked, 1 / share.clamp(min=LEAST_MASKED), (replaced | kept).float())
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
@@ -153,7 +153,7 @@ def _question_row(length: int, random: Random) -> _Row:
         hidden.append(one)
         if is_asked:
             asked.append((prompt, answer))
-    end = build_tokenizer().convert_tokens_to_ids(END)
+    end = number_of(END)
     answers = [[*answer, end] for _, answer in asked]
     answers[-1] += [end] * last
     if random.random() < 0.3:  # the block ends within the answer, and the text is longer instead

@@ -18,10 +18,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from diffusers.pipelines.llada2.pipeline_llada2 import LLaDA2Pipeline
+from diffusers.schedulers.scheduling_block_refinement import BlockRefinementScheduler
 from torch import Tensor
 from transformers.utils import logging
 
@@ -59,7 +61,7 @@ def parse_size(text: str) -> Size:
     return Size(*map(int, match.groups()))
 
 
-def answer(pipe: LLaDA2Pipeline, problem: Problem, steps: int = STEPS) -> str:
+def answer(pipe: Any, problem: Problem, steps: int = STEPS) -> str:
     """What the pipeline writes behind a problem's prompt, up to the end token."""
     return (
         pipe(
@@ -80,7 +82,7 @@ def is_right(said: str, problem: Problem) -> bool:
     return said[:5] == digits if digits.isdecimal() else said == problem.answer
 
 
-def masked_text(pipe: LLaDA2Pipeline, tokens: int, random: Random) -> tuple[Tensor, Tensor]:
+def masked_text(pipe: Any, tokens: int, random: Random) -> tuple[Tensor, Tensor]:
     """A text, `[1, tokens]`, and the same with half of its last 128 tokens masked."""
     text = torch.tensor([draw_text(tokens, random)])
     last = range(tokens - min(128, tokens), tokens)
@@ -90,17 +92,17 @@ def masked_text(pipe: LLaDA2Pipeline, tokens: int, random: Random) -> tuple[Tens
 
 
 @torch.no_grad()
-def log_probs_of(pipe: LLaDA2Pipeline, seen: Tensor) -> Tensor:
+def log_probs_of(pipe: Any, seen: Tensor) -> Tensor:
     """Log-probabilities at the masked tokens, `[masked, vocabulary]`."""
     logits = pipe.model(seen, attention_mask=torch.ones_like(seen)).logits
     return logits[seen == pipe.tokenizer.mask_token_id].log_softmax(-1)
 
 
 @torch.no_grad()
-def infill(pipe: LLaDA2Pipeline, seen: Tensor, steps: int = 16) -> Tensor:
+def infill(pipe: Any, seen: Tensor, steps: int = 16) -> Tensor:
     """The text `[1, N]` with its masked tokens filled in, in that many steps at most."""
     mask = pipe.tokenizer.mask_token_id
-    scheduler = BlockRefinementScheduler.from_config(pipe.scheduler.config)
+    scheduler: Any = BlockRefinementScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps, block_length=int((seen == mask).sum()))
     for step in range(steps):
         if not (seen == mask).any():
@@ -110,7 +112,7 @@ def infill(pipe: LLaDA2Pipeline, seen: Tensor, steps: int = 16) -> Tensor:
     return seen
 
 
-def ask_all(pipes: dict[str, LLaDA2Pipeline], size: Size, steps: int = STEPS) -> dict[str, Score]:
+def ask_all(pipes: dict[str, Any], size: Size, steps: int = STEPS) -> dict[str, Score]:
     """Every problem of a size, by all pipelines in turn; the first is what divergence is measured from."""
     scores = {way: Score() for way in pipes}
     for number in range(size.problems):
@@ -135,7 +137,7 @@ def ask_all(pipes: dict[str, LLaDA2Pipeline], size: Size, steps: int = STEPS) ->
     return scores
 
 
-def measure(pipe: LLaDA2Pipeline, sizes: list[Size], ways: list[str], steps: int = STEPS) -> None:
+def measure(pipe: Any, sizes: list[Size], ways: list[str], steps: int = STEPS) -> None:
     """Print one table: a row for each size and way."""
     print(
         "| tokens | problems | way | density | pass key | named | fact | loss | KL | CPU s an answer |"
@@ -159,13 +161,13 @@ def measure(pipe: LLaDA2Pipeline, sizes: list[Size], ways: list[str], steps: int
             )
 
 
-def _copy(pipe: LLaDA2Pipeline) -> LLaDA2Pipeline:
+def _copy(pipe: Any) -> Any:
     twin = LLaDA2Pipeline(copy.deepcopy(pipe.model), pipe.scheduler, pipe.tokenizer)
     twin.set_progress_bar_config(disable=True)
     return twin
 
 
-def show(pipe: LLaDA2Pipeline, random: Random) -> None:
+def show(pipe: Any, random: Random) -> None:
     """Print a text with masks, what the model fills in, and what was there."""
     text, seen = masked_text(pipe, 128, random)
     shown = {"masked": seen, "filled": infill(pipe, seen), "true": text}

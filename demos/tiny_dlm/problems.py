@@ -24,7 +24,7 @@ class Problem:
     @property
     def prompt(self) -> str:
         """The prompt as text; it may begin within a sentence."""
-        return build_tokenizer().decode(self.tokens).removeprefix(" ")
+        return str(build_tokenizer().decode(self.tokens)).removeprefix(" ")
 
 
 def draw_text(tokens: int, random: Random) -> list[int]:

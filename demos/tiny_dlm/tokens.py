@@ -46,6 +46,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def number_of(token: str) -> int:
+    """The number of a token such as `MASK`."""
+    return build_tokenizer().get_vocab()[token]
+
+
 def _texts() -> list[str]:
     random, texts = Random(0), [str(number) for number in range(1000)] * 20
     for _ in range(40):

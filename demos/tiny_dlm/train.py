@@ -19,6 +19,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Qwen3ForCausalLM
 from transformers.utils import logging
 
 from demos.tiny_dlm.folder import new_model, write_pipeline
@@ -37,7 +38,7 @@ MUON_LR, ADAM_LR, WARMUP_STEPS, DECAY_FROM = 4e-3, 4e-3, 40, 0.6
 class Training:
     """All that changes while training, and all that a checkpoint holds."""
 
-    model: nn.Module
+    model: Qwen3ForCausalLM
     random: Random
     step: int = 0
     tokens: int = 0
