@@ -142,13 +142,11 @@ def measure(pipe: Any, sizes: list[Size], ways: list[str], steps: int = STEPS) -
     print(
         "| tokens | problems | way | density | pass key | named | fact | loss | KL | CPU s an answer |"
     )
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for size in sizes:
         with ExitStack() as stack:
             pipes = {"stock": pipe} | {way: _copy(pipe) for way in ways}
-            handles = {
-                way: stack.enter_context(sparse_dit.patch(pipes[way].model, way)) for way in ways
-            }
+            handles = {way: stack.enter_context(sparse_dit.patch(pipes[way], way)) for way in ways}
             scores = ask_all(pipes, size, steps)
         for way, score in scores.items():
             density = handles[way].summary().density if way in handles else 1.0
