@@ -20,11 +20,12 @@ def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
         parameters.pop("self", None)
         return parameters
     kind = inspect.Parameter.KEYWORD_ONLY
-    return {
+    taken = {
         given.name: inspect.Parameter(given.name, kind, default=given.default)
         for given in pipe.blocks.inputs
         if given.name
     }
+    return {"output": inspect.Parameter("output", kind, default=None), **taken}
 
 
 def with_progress_bars(pipe: Any) -> list[Any]:
