@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .integrations import components, heads_of, host_of
-from .layout import TokenLayout
-from .online import RULES, rule_number
+from .online import ANY_SIZE, RULES, rule_number
 from .patterns import Budget, Dense, Mass, Pattern, Pooled
 from .plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from .version import VERSION
 
-ANY_SIZE = TokenLayout.sequence(4096)  # a plan names one, but these hold at every size
 FIRST = 0.999  # only where all of a block is masked there is more
 BLOCK = 128  # tokens
 

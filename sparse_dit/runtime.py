@@ -102,6 +102,8 @@ class Runtime:
         reason = self._planned_dense(call, stage) or self._forced_dense(call, stage)
         if reason or stage is None:
             return self._dense(call, stage, reason or NOT_COVERED)
+        if self._settled is None and self._reuse is None:
+            return self._attend(call, stage, ())
         patterns = [head.pattern for head in self.plan.layers[call.layer][stage]]
         if self._settled is not None and (every := steps_between(call, patterns)) > 1:
             ways = (lambda x: self._attend(x, stage, ())), (lambda x: self._attend_last(x, stage))

@@ -157,9 +157,7 @@ class Session:
     def take(self, plan: Plan) -> None:
         """Follow a plan of the size that ran last, and keep it."""
         assert self.present is not None, "it ran"
-        self._follow(self.present, plan)
-        if self.store is not None:
-            self.store.keep(self.present.name, plan)
+        self._take(self.present, plan)
 
     def unverified(self, why: str) -> None:
         """Note why the newest plan couldn't be measured."""
@@ -232,9 +230,12 @@ class Session:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             self._fail(size, error)
             return
-        self._follow(size, plan)
         if learner.refined >= MOST_REFINED:
             size.learner = None
+        self._take(size, plan)
+
+    def _take(self, size: _Size, plan: Plan) -> None:
+        self._follow(size, plan)
         if self.store is not None:
             self.store.keep(size.name, plan)
 

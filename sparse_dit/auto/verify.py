@@ -70,9 +70,8 @@ def watch(pipe: Any) -> None:
             return _generated(session, call, args, arguments)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            made, (_, *rest), *state = super().__reduce_ex__(
-                protocol
-            )  # a copy is of the stock class
+            # a copy is of the stock class
+            made, (_, *rest), *state = super().__reduce_ex__(protocol)
             return (made, (cls, *rest), *state)
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):

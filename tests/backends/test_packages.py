@@ -21,6 +21,7 @@ from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
 from tests.helpers.kernel_cases import in_order, until
+from tests.helpers.signatures import parameters
 
 NAMES = ("cudnn", "flash_attn_4", "flashinfer", "sparge", "block_sparse_attn")
 CONTRACTS = [contract for name in NAMES for contract in BACKENDS[name].CONTRACTS]
@@ -292,15 +293,3 @@ def test_signature_is_that_of_the_installed_package(contract):
         pytest.skip(reason)
     file = importlib.metadata.distribution(contract.package).locate_file(contract.file)
     assert parameters(ast.parse(file.read_text()), contract.function) == contract.parameters
-
-
-def parameters(tree, function):
-    """Names of a function's, method's or named tuple's parameters."""
-    *owners, name = function.split(".")
-    for owner in owners:
-        (tree,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner)
-    found = next(n for n in tree.body if getattr(n, "name", None) == name)
-    if isinstance(found, ast.ClassDef):
-        return tuple(n.target.id for n in found.body if isinstance(n, ast.AnnAssign))
-    names = [a.arg for a in found.args.args + found.args.kwonlyargs]
-    return tuple(n for n in names if n != "self")

@@ -56,7 +56,7 @@ def test_isolated_selection_keeps_its_share_of_each_segment():
     pattern = Pattern(Mass(Budget(beta=0.4, least=16), isolated=True), tile=ROW)
     blocks = blocks_of(pattern, LAYOUT)
     assert blocks.segments.tolist() == [0] * 5 + [1] * 2
-    p = torch.rand(3, 7, 7)
+    p = torch.rand(300, 7, 7, generator=torch.Generator().manual_seed(0))  # shares are of many rows
     p[..., 5:] += 10  # all would be of the second segment
     chosen = chosen_blocks(p, pattern.shape, blocks)
     tokens = (chosen * blocks.sizes).sum(-1).float()

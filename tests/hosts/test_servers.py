@@ -21,6 +21,7 @@ from sparse_dit.plan import HeadChoice, PlanError, Stage
 from tests.helpers import host_stand_ins as stand_ins
 from tests.helpers.host_stand_ins import CONTRACTS, FIELDS, FUNCTIONS, Request
 from tests.helpers.plan_cases import component, small
+from tests.helpers.signatures import parameters
 
 GRID = (3, 8, 8)
 LATENT = (1, 16, 3, 16, 16)
@@ -514,15 +515,3 @@ def test_the_stand_in_has_the_signatures_of_the_contract(name):
     )
     code = getattr(stand_ins.Impl, name).__code__
     assert code.co_varnames[1 : code.co_argcount] == contract.parameters
-
-
-def parameters(tree, function):
-    """Names of a function's or method's parameters, or of a class' annotated fields."""
-    *owners, name = function.split(".")
-    for owner in owners:
-        (tree,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner)
-    found = next(n for n in tree.body if getattr(n, "name", None) == name)
-    if isinstance(found, ast.ClassDef):
-        return tuple(n.target.id for n in found.body if isinstance(n, ast.AnnAssign))
-    names = [a.arg for a in found.args.args + found.args.kwonlyargs]
-    return tuple(n for n in names if n != "self")
