@@ -66,10 +66,14 @@ class Timer:
 
 
 class Stopwatch:
-    """Adds up the seconds of calls without making a GPU wait: by events in its queue, read at the end."""
+    """Adds up the seconds of calls without making a GPU wait: by events in its queue, read at the end.
 
-    def __init__(self) -> None:
-        self._seconds = 0.0
+    Args:
+        seconds: What is counted already.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
         self._events: list[tuple[torch.Event, torch.Event]] = []
 
     def run(self, work: Callable[[], Result], device: torch.device) -> Result:

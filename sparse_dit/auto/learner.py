@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ..search.objective import Objective
 from ..search.pricing import cost_tables, inside
 from ..search.prior import assumed_sensitivity
 from ..search.profile import ComponentProfile
+from ..search.profile_file import read_parts, size_of, write_parts
 from ..search.projection import projections
 from ..search.provenance import made_with
 from ..search.recorder import Recorder
@@ -44,6 +46,8 @@ MOST_REFINED = 3  # later generations whose heads are scored too
 # embedded model at 4,608 tokens it is 26 to 35 dB where 31.5 are forecast
 MARGIN_DB = 4.0
 LEAST_STEPS = 2
+FORMAT = "sparse_dit learned profile 1"
+MOST_BYTES = 1 << 29  # of what is kept between processes
 
 
 @dataclass(eq=False)
@@ -65,6 +69,10 @@ class Learner:
         modules: The pipeline's transformers, by component name.
         steps: Denoising steps of the generation; None if that isn't known.
         seed: The seed by which rows are sampled.
+
+    Attributes:
+        refined: How many later generations are in it.
+        waiting: Whether something was added since the last plan was made.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], steps: int | None, seed: int = 0) -> None:
@@ -72,6 +80,7 @@ class Learner:
         self.steps = steps
         self.seed = seed
         self.refined = 0
+        self.waiting = False
         self._parts: dict[str, _Part] = {}
         self._taken = 0  # steps that have begun
         self._timer: Timer | None = None
@@ -115,6 +124,60 @@ class Learner:
         for name, part in self._parts.items():
             part.recorder = self._recorder(name, part.profile, "score")
             part.step = -1
+        self.waiting = True
+
+    def write(self, path: Path) -> bool:
+        """Write what is known to a file, from which another process goes on; False if it is too large.
+
+        Raises:
+            OSError: If it can't be written.
+        """
+        parts = {name: part.profile for name, part in self._parts.items()}
+        for part in parts.values():
+            part.drop_unscored()
+        if sum(map(size_of, parts.values())) > MOST_BYTES:
+            return False
+        header = {
+            "waiting": self.waiting,
+            "steps": self.steps,
+            "seed": self.seed,
+            "refined": self.refined,
+            "taken": self._taken,
+            "until_last": [self._until_last.seconds, self._until_last.wall],
+            "scale": self._scale,
+            "forwards": {
+                name: {"sigmas": p.sigmas, "seconds": p.attention.seconds, "first": p.first}
+                for name, p in self._parts.items()
+            },
+        }
+        write_parts(parts, path, FORMAT, header)
+        return True
+
+    @staticmethod
+    def read(path: Path, modules: Mapping[str, nn.Module]) -> Learner:
+        """Inverse of `write`, for the same transformers.
+
+        Raises:
+            PlanError: If the file is missing or damaged, of another version, or of other transformers.
+        """
+
+        def restored(
+            parts: dict[str, ComponentProfile], header: dict[str, Any], _: dict[str, Tensor]
+        ) -> Learner:
+            learner = Learner(modules, header["steps"], int(header["seed"]))
+            learner.waiting = bool(header["waiting"])
+            learner.refined, learner._taken = int(header["refined"]), int(header["taken"])
+            learner._until_last = Taken(*map(float, header["until_last"]))
+            learner._scale = None if header["scale"] is None else float(header["scale"])
+            for name, profile in parts.items():
+                ran = header["forwards"][name]
+                recorder = learner._recorder(name, profile, "score")
+                watch = Stopwatch(float(ran["seconds"]))
+                sigmas = [float(sigma) for sigma in ran["sigmas"]]
+                learner._parts[name] = _Part(profile, recorder, sigmas, watch, str(ran["first"]))
+            return learner
+
+        return read_parts(path, (FORMAT,), restored)
 
     def correct(self, loss: float) -> None:
         """Take the loss that the last plan was measured to have, for those that are made from now on."""
@@ -162,7 +225,7 @@ class Learner:
         else:
             allowed = allowed_loss(objective.min_psnr, self._scale)
         choice = objective.choose(task, allowed)
-        self._loss = choice.loss
+        self._loss, self.waiting = choice.loss, False
         plan = first_plan(pipeline_class, parts, task, choice, tables)
         plan = with_break_even(plan, task, choice, tables)
         record = {
@@ -220,7 +283,7 @@ class Learner:
         """Candidates depend on how many choices a plan will have, so these are known from the start."""
         part.profile.note_layout(layout)
         for layer, (heads, _) in part.profile.heads.items():
-            for level in range(LEVELS):
+            for level in range(min(LEVELS, self.steps or LEVELS)):
                 room = empty_heads(layout, tilings(layout), heads)
                 part.profile.found.setdefault((level, layer), room)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..runtime import How, Runtime
 from ..search.sampling import whole_layout
 from .learner import MOST_REFINED, Learner
 from .options import AutoOptions
+from .size import Size
 from .store import PlanStore, fingerprint, plan_name, size_class, tokens_of
 from .verify import release, watch
 
@@ -26,43 +27,7 @@ logger = logging.getLogger("sparse_dit")
 
 LEARNING = "a plan is being learned from this generation"
 PLANNED = {LEARNING}
-
-
-@dataclass(eq=False)
-class _Size:
-    """What is known of one class of lengths.
-
-    Args:
-        name: Of its plan in the store.
-        learner: What records; None if nothing is recorded any more.
-        plan: The plan, once there is one.
-        runtimes: What follows it, by component name.
-        failed: Why there won't be one.
-        runs: The last run of each component, by name, and what it was conditioned on.
-    """
-
-    name: str
-    learner: Learner | None = None
-    plan: Plan | None = None
-    runtimes: dict[str, Runtime] = field(default_factory=dict)
-    failed: str | None = None
-    runs: dict[str, int] = field(default_factory=dict)
-    seen: set[int | None] = field(default_factory=set)
-    refining: bool = False
-    unverified: str = ""  # why it couldn't be measured
-
-    @property
-    def note(self) -> str:
-        """Where it stands."""
-        if self.failed:
-            return f"dense, as no plan could be learned: {self.failed}"
-        if self.plan is None:
-            return "dense, as a plan is being learned"
-        count, measured = self.plan.provenance.get("learned_from", 1), self.plan.measured
-        text = f"by a plan learned from {count} generations, kept as {self.name}"
-        if measured:
-            text += f"; verified: {measured['psnr_db']:.1f} dB at {measured['speedup']:.2f}x"
-        return text + (f"; not verified: {self.unverified}" if self.unverified else "")
+_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 class Session:
@@ -86,8 +51,8 @@ class Session:
         self.options = options
         self.how = how
         self.store = None if options.cache == "" else PlanStore(options.cache)
-        self.sizes: dict[int, _Size] = {}
-        self.present: _Size | None = None
+        self.sizes: dict[int, Size] = {}
+        self.present: Size | None = None
         self._pipe = None if isinstance(pipe, nn.Module) else weakref.ref(pipe)
         self._class = "" if isinstance(pipe, nn.Module) else type(pipe).__name__
         self._model = fingerprint(self.modules)
@@ -117,8 +82,7 @@ class Session:
             try:
                 size.learner.refine(name, call, layout)
             except (ValueError, RuntimeError, NotImplementedError) as error:
-                size.refining, size.learner = False, None
-                logger.warning("a learned plan isn't refined any more: %s", error)
+                self._stop_refining(size, error)
         return runtime(call)
 
     @property
@@ -171,7 +135,7 @@ class Session:
         if pipe is not None:
             release(pipe)
 
-    def _size(self, name: str, call: AttentionCall, number: int) -> _Size:
+    def _size(self, name: str, call: AttentionCall, number: int) -> Size:
         """The state of a call's size, after what begins with the call has begun."""
         size = self.sizes.get(number)
         run = call.context.run
@@ -192,14 +156,18 @@ class Session:
             size.seen.add(condition)
         return size
 
-    def _found(self, number: int) -> _Size:
+    def _found(self, number: int) -> Size:
         """A size that wasn't seen yet: by its plan in the store, or to be learned."""
         name = plan_name(self.modules, number, self.options.objective.to_dict())
-        plan = None if self.store is None else self.store.find(name)
-        size = _Size(name)
-        if plan is not None and set(plan.components) <= set(self.modules):
-            self._follow(size, plan)
-        else:
+        size = Size(name)
+        if self.store is not None:
+            plan = self.store.find(name)
+            size.learner = self.store.learner(name, self.modules)
+            if plan is not None and set(plan.components) <= set(self.modules):
+                self._follow(size, plan)
+            if size.learner is not None and size.learner.waiting:
+                self._make(size, size.learner)
+        if size.plan is None and not size.failed:
             size.learner = Learner(self.modules, self._steps())
         return size
 
@@ -208,7 +176,7 @@ class Session:
         pipe = None if self._pipe is None else self._pipe()
         return None if pipe is None else host_of(pipe).steps_of(pipe)
 
-    def _end(self, size: _Size) -> None:
+    def _end(self, size: Size) -> None:
         """A generation of a size that is being learned is over, as the next one begins."""
         if size.plan is None:
             self._finish(size)
@@ -219,33 +187,55 @@ class Session:
             self._finish(size)
         size.runs.clear()  # which the other transformers' first calls of this generation don't end again
 
-    def _finish(self, size: _Size) -> None:
+    def _finish(self, size: Size) -> None:
         """Make the plan of what was recorded, if that is a whole generation, and keep it."""
         learner = size.learner
         if learner is None or not (size.plan is not None or learner.complete):
             return
+        self._make(size, learner)
+
+    def _make(self, size: Size, learner: Learner) -> None:
+        """Make the plan of what is known."""
         try:
-            learner.keep()
+            if not learner.waiting:
+                learner.keep()
             plan = learner.plan(self._class, self.options.objective, self.how.backend)
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            self._fail(size, error)
+            if size.plan is None:
+                self._fail(size, error)
+            else:
+                self._stop_refining(size, error)
             return
         if learner.refined >= MOST_REFINED:
             size.learner = None
         self._take(size, plan)
 
-    def _take(self, size: _Size, plan: Plan) -> None:
+    def settle(self) -> None:
+        """Keep what generations gave of which no plan was made yet, as no other one follows."""
+        for size in self.sizes.values():
+            learner = size.learner
+            if self.store is None or learner is None or learner.waiting or self.verifying:
+                continue
+            if size.refining or (size.plan is None and learner.complete):
+                learner.keep()
+                self.store.keep(size.name, size.plan, learner)
+
+    def _take(self, size: Size, plan: Plan) -> None:
         self._follow(size, plan)
         if self.store is not None:
-            self.store.keep(size.name, plan)
+            self.store.keep(size.name, plan, size.learner)
 
-    def _follow(self, size: _Size, plan: Plan) -> None:
+    def _follow(self, size: Size, plan: Plan) -> None:
         size.plan = plan
         size.runtimes = {
             name: Runtime(name, part, *self.how) for name, part in plan.components.items()
         }
 
-    def _fail(self, size: _Size, error: Exception) -> None:
+    def _stop_refining(self, size: Size, error: Exception) -> None:
+        size.refining, size.learner = False, None
+        logger.warning("a learned plan isn't refined any more: %s", error)
+
+    def _fail(self, size: Size, error: Exception) -> None:
         size.learner, size.failed = None, (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("no plan could be learned, attention stays dense: %s", size.failed)
 
@@ -277,6 +267,7 @@ class Auto:
 
     def forget(self) -> None:
         """Drop what is kept for other steps, as the patch is taken off."""
+        self.session.settle()
         for size in self.session.sizes.values():
             if self.component in size.runtimes:
                 size.runtimes[self.component].forget()
@@ -329,9 +320,17 @@ def attach_auto(
             f"verify generates again, which takes the pipeline, got a {type(pipe).__name__}"
         )
     session = Session(pipe, modules, options, how)
+    _SESSIONS.add(session)
     if options.verify:
         watch(pipe)
     return session, {name: Auto(name, session) for name in modules}
+
+
+@atexit.register
+def _settle() -> None:
+    """Processes that generate once learn too."""
+    for session in list(_SESSIONS):
+        session.settle()
 
 
 def _stock(call: AttentionCall, account: Account, reason: str) -> Tensor:

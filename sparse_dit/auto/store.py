@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from ..integrations import self_attention_layers
 from ..plan import Plan, PlanError, config_hash
+from .learner import Learner
 
 logger = logging.getLogger("sparse_dit")
 
 VARIABLE = "SPARSE_DIT_CACHE"  # names another folder
+PROFILE = ".profile.safetensors"  # how the file's name ends that a plan is refined from
 SAMPLED = 8  # values of each weight by which models are told apart
 
 
@@ -57,21 +59,47 @@ class PlanStore:
             self._tell(f"a learned plan can't be read and is learned again ({error})")
             return None
 
-    def keep(self, name: str, plan: Plan) -> None:
-        """Write a plan, unless another process is writing one of that name now."""
-        file = self.file(name)
+    def keep(self, name: str, plan: Plan | None, learner: Learner | None = None) -> None:
+        """Write a plan, unless another process is writing one of that name now.
+
+        Args:
+            name: Of the plan.
+            plan: What is written; None if it isn't made yet.
+            learner: What it is made from, if that is to be refined; it is written too.
+        """
+        file, profile = self.file(name), self._profile(name)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock", timeout=0):
-                plan.save(file, overwrite=True)
+                if plan is not None:
+                    plan.save(file, overwrite=True)
+                if learner is None or not learner.write(profile):
+                    profile.unlink(missing_ok=True)
         except Timeout:
             return
         except OSError as error:
             self._tell(f"a learned plan can't be kept ({error}); it is learned again next time")
 
+    def learner(self, name: str, modules: Mapping[str, nn.Module]) -> Learner | None:
+        """What goes on learning for a plan; None if it is learned, or what it was made from can't be read.
+
+        Args:
+            name: Of the plan.
+            modules: The transformers, by component name.
+        """
+        file = self._profile(name)
+        try:
+            return Learner.read(file, modules) if file.is_file() else None
+        except PlanError as error:
+            self._tell(f"what was learned can't be read and is learned again ({error})")
+            return None
+
     def file(self, name: str) -> Path:
         """Where the plan of a name lies."""
         return self.folder / f"{name}.json"
+
+    def _profile(self, name: str) -> Path:
+        return self.folder / f"{name}{PROFILE}"
 
     def __iter__(self) -> Iterator[Kept]:
         """All plans that can be read, by name."""
@@ -80,8 +108,9 @@ class PlanStore:
                 yield Kept(name, self.file(name), plan)
 
     def names(self) -> list[str]:
-        """The names of all plans, also of those that can't be read."""
-        return sorted(file.stem for file in self.folder.glob("*.json"))
+        """The names of all plans, also of those that can't be read or aren't made yet."""
+        profiles = {file.name.removesuffix(PROFILE) for file in self.folder.glob(f"*{PROFILE}")}
+        return sorted(profiles | {file.stem for file in self.folder.glob("*.json")})
 
     def remove(self, name: str) -> None:
         """Delete a plan.
@@ -90,10 +119,10 @@ class PlanStore:
             ValueError: If there is none of that name.
         """
         file = self.file(name)
-        if file.parent != self.folder or not file.is_file():
+        if name not in self.names():
             raise ValueError(f"{self.folder} has no plan {name!r}; `sparse-dit plans` lists them")
-        for path in (*self.folder.glob(f"{file.stem}.safetensors"), file):
-            path.unlink()
+        for path in (file.with_suffix(".safetensors"), self._profile(name), file):
+            path.unlink(missing_ok=True)
         Path(f"{file}.lock").unlink(missing_ok=True)
 
     def _tell(self, text: str) -> None:

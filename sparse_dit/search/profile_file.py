@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,27 +29,18 @@ from .ranking import BEYOND, whole_beyond
 from .statistics import HeadStatistics, compared_shapes, empty_statistics
 from .verify import Reference
 
+Whole = TypeVar("Whole")
 VIDEO = "reference|video"
 FORMAT = "sparse_dit profile 7"  # counts up when candidates change too: scores go by their place
 OLD_FORMAT = "sparse_dit profile 6"  # one number of heads for all layers; other names of segments
+KINDS_OF_TENSORS = ("found", "scores", "looks", "pictures")
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
 def write_profile(profile: Profile, path: str | Path) -> None:
     """Write a profile; the file appears whole or not at all."""
-    tensors, parts = {}, {}
-    for name, part in profile.components.items():
-        tensors.update(_tensors_of(name, part))
-        parts[name] = {
-            "model_class": part.model_class,
-            "config_hash": part.config_hash,
-            "heads": part.heads,
-            "layout": part.layout and part.layout.to_dict(),
-            "sigmas": part.sigmas,
-            "layers": part.layers,
-        }
+    tensors = {}
     header = {
-        "components": parts,
         "settings": profile.settings.to_dict(),
         "rows": profile.rows,
         "done": profile.done,
@@ -65,9 +56,44 @@ def write_profile(profile: Profile, path: str | Path) -> None:
             "forwards": reference.forwards,
             "attention": reference.attention,
         }
-    with whole_file(Path(path)) as partial:
-        metadata = {"format": FORMAT, "header": json.dumps(header)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+    write_parts(profile.components, Path(path), FORMAT, header, tensors)
+
+
+def write_parts(
+    parts: Mapping[str, ComponentProfile],
+    path: Path,
+    version: str,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write profiles of transformers with something else; the file appears whole or not at all.
+
+    Args:
+        parts: By component name.
+        path: The file.
+        version: What the file says that it is.
+        header: What else belongs to it, JSON-ready.
+        tensors: Likewise, by name.
+    """
+    every, described = dict(tensors or {}), {}
+    for name, part in parts.items():
+        every.update(_tensors_of(name, part))
+        described[name] = {
+            "model_class": part.model_class,
+            "config_hash": part.config_hash,
+            "heads": part.heads,
+            "layout": part.layout and part.layout.to_dict(),
+            "sigmas": part.sigmas,
+            "layers": part.layers,
+        }
+    metadata = {"format": version, "header": json.dumps({"components": described, **header})}
+    with whole_file(path) as partial:
+        save_file({k: v.contiguous() for k, v in every.items()}, partial, metadata)
+
+
+def size_of(part: ComponentProfile) -> int:
+    """The bytes that a transformer's profile takes in a file."""
+    return sum(tensor.nbytes for tensor in _tensors_of("", part).values())
 
 
 def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:
@@ -94,21 +120,39 @@ def read_profile(path: str | Path) -> Profile:
     Raises:
         PlanError: If the file is missing, damaged, or no profile; in one line.
     """
-    path = Path(path)
+    return read_parts(Path(path), (FORMAT, OLD_FORMAT), _restored)
+
+
+def read_parts(
+    path: Path,
+    versions: Sequence[str],
+    restored: Callable[[dict[str, ComponentProfile], dict[str, Any], dict[str, Tensor]], Whole],
+) -> Whole:
+    """Inverse of `write_parts`.
+
+    Args:
+        path: The file.
+        versions: What it may say that it is.
+        restored: Gives the result for the profiles, the header, and the other tensors.
+
+    Raises:
+        PlanError: If the file is missing, damaged, or something else; in one line.
+    """
     if not path.is_file():
         raise PlanError(f"{path}: no such profile file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") not in (FORMAT, OLD_FORMAT):
+            if metadata.get("format") not in versions:
                 raise PlanError(
-                    f"{path}: not a profile of this version ({FORMAT!r}); name another file"
+                    f"{path}: not a profile of this version ({versions[0]!r}); name another file"
                 )
             header = json.loads(metadata["header"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        profile = _restore(header, tensors, old=metadata["format"] == OLD_FORMAT)
-        for part in profile.components.values():
+        parts = _parts(header, tensors, old=metadata["format"] == OLD_FORMAT)
+        for part in parts.values():
             _check(part)
+        return restored(parts, header, tensors)
     except PlanError:
         raise
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
@@ -117,12 +161,21 @@ def read_profile(path: str | Path) -> Profile:
             f"{path}: damaged, or no profile ({reason:.200}); name another file, or delete it and profile "
             "again"
         ) from None
-    return profile
 
 
-def _restore(header: dict[str, Any], tensors: dict[str, Tensor], *, old: bool) -> Profile:
+def _restored(
+    parts: dict[str, ComponentProfile], header: dict[str, Any], tensors: dict[str, Tensor]
+) -> Profile:
+    reference = _reference(header.get("reference"), tensors.get(VIDEO))
+    settings = GenerationSettings.from_dict(header["settings"])
+    done, seconds = list(header["done"]), float(header["seconds"])
+    return Profile(parts, settings, header["rows"], done, seconds, reference)
+
+
+def _parts(
+    header: dict[str, Any], tensors: Mapping[str, Tensor], *, old: bool
+) -> dict[str, ComponentProfile]:
     parts = {}
-    reference = _reference(header.get("reference"), tensors.pop(VIDEO, None))
     for name, data in header["components"].items():
         layout = data.pop("layout")
         if old:
@@ -135,6 +188,8 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor], *, old: bool) -
         parts[name] = ComponentProfile(layout=layout, **data)
     for key, value in tensors.items():
         kind, name, *rest = key.split("|")
+        if kind not in KINDS_OF_TENSORS:
+            continue
         part = parts[name]
         if kind == "found":
             level, layer, tile, field_name = rest
@@ -149,9 +204,7 @@ def _restore(header: dict[str, Any], tensors: dict[str, Tensor], *, old: bool) -
         else:
             layer, tile = rest
             part.pictures[layer, _tile_of(tile)] = value
-    settings = GenerationSettings.from_dict(header["settings"])
-    done, seconds = list(header["done"]), float(header["seconds"])
-    return Profile(parts, settings, header["rows"], done, seconds, reference)
+    return parts
 
 
 def _take_apart(stacked: Tensor, heads: list[HeadStatistics], tile: str, field_name: str) -> None:

@@ -120,6 +120,68 @@ def test_other_prompts_refine_the_plan(single, tmp_path):
     assert kept.plan.provenance["learned_from"] == 4
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Sessions that belong to no process that still runs: what would run at the end of one."""
+    from sparse_dit.auto import session
+
+    def ended():
+        session._settle()
+        session._SESSIONS.clear()
+
+    return ended
+
+
+def test_a_plan_is_refined_over_processes_that_generate_once(single, tmp_path, processes):
+    pipe, call = single
+    for number, learned in enumerate((None, 1, 2, 3)):  # a plan is made of it as the next begins
+        handle = sparse_dit.patch(pipe, "auto", cache=tmp_path, min_psnr=10.0)
+        generate(pipe, {**call, "prompt": f"prompt {number}"}, number)
+        processes()
+        kept = list(PlanStore(tmp_path))
+        assert [k.plan.provenance["learned_from"] for k in kept] == ([learned] if learned else [])
+        assert len(list(tmp_path.glob("*.profile.safetensors"))) == 1
+        sparse_dit.unpatch(pipe)
+        assert handle.summary().sparse_calls > 0 or not learned
+    with sparse_dit.patch(pipe, "auto", cache=tmp_path, min_psnr=10.0) as handle:
+        generate(pipe, call, 9)
+        assert handle.plan.provenance["learned_from"] == 4
+    assert not list(tmp_path.glob("*.profile.safetensors")), "it is learned"
+
+
+def test_what_was_learned_is_as_in_one_process(single, tmp_path, processes):
+    pipe, call = single
+    plans = []
+    for folder, apart in ((tmp_path / "one", False), (tmp_path / "two", True)):
+        handle = sparse_dit.patch(pipe, "auto", cache=folder, min_psnr=10.0)
+        for seed in range(3):
+            generate(pipe, {**call, "prompt": f"prompt {seed}"}, seed)
+            if apart:
+                processes()
+                sparse_dit.unpatch(pipe)
+                handle = sparse_dit.patch(pipe, "auto", cache=folder, min_psnr=10.0)
+        generate(pipe, call, 3)
+        plans.append(handle.plan)
+        sparse_dit.unpatch(pipe)
+    assert [c.layers for c in plans[0].components.values()] == [
+        c.layers for c in plans[1].components.values()
+    ]
+
+
+def test_a_damaged_profile_is_not_gone_on_with(single, tmp_path, processes, caplog):
+    pipe, call = single
+    sparse_dit.patch(pipe, "auto", cache=tmp_path, min_psnr=10.0)
+    generate(pipe, call, 0)
+    processes()
+    sparse_dit.unpatch(pipe)
+    (file,) = tmp_path.glob("*.profile.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    with sparse_dit.patch(pipe, "auto", cache=tmp_path, min_psnr=10.0) as handle:
+        generate(pipe, call, 0)
+        assert handle.plan is not None
+    assert "what was learned can't be read and is learned again" in caplog.text
+
+
 def test_a_model_that_changes_is_learned_anew(single, tmp_path):
     pipe, call = single
     with sparse_dit.patch(pipe, "auto", cache=tmp_path, min_psnr=10.0) as handle:
