@@ -34,7 +34,7 @@ def save_video(path: str | Path, video: Video, fps: float = 8, *, min_side: int 
         raise ValueError(f"a video file must end in .mp4, got {path.name!r}")
     if not fps > 0:
         raise ValueError(f"fps must be > 0, got {fps}")
-    frames = to_uint8(even(enlarge(video, min_side)))
+    frames = even(_repeated(to_uint8(video), min_side))
     with (
         whole_file(path) as partial,
         imageio.get_writer(
@@ -45,7 +45,7 @@ def save_video(path: str | Path, video: Video, fps: float = 8, *, min_side: int 
             pixelformat="yuv420p",
             macro_block_size=2,
             quality=None,
-            output_params=["-crf", "16", "-movflags", "+faststart"],
+            output_params=["-preset", "veryfast", "-crf", "16", "-movflags", "+faststart"],
         ) as writer,
     ):
         for frame in frames:
@@ -97,7 +97,10 @@ def captioned(video: Video, text: str) -> np.ndarray:
 
 def enlarge(video: Video, min_side: int) -> np.ndarray:
     """Repeat pixels by a whole factor until the shorter side has at least `min_side` of them."""
-    video = as_video(video)
+    return _repeated(as_video(video), min_side)
+
+
+def _repeated(video: np.ndarray, min_side: int) -> np.ndarray:
     factor = max(1, math.ceil(min_side / min(video.shape[1:3])))
     return video.repeat(factor, axis=1).repeat(factor, axis=2)
 
@@ -112,5 +115,5 @@ def to_uint8(video: Video) -> np.ndarray:
     """The video as bytes 0..255; pixels with a NaN become magenta."""
     video = as_video(video)
     bad = np.isnan(video).any(axis=-1, keepdims=True)
-    shown = np.where(bad, np.asarray(NAN_COLOUR, video.dtype), video)
+    shown = np.where(bad, np.asarray(NAN_COLOUR, video.dtype), video) if bad.any() else video
     return (np.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
