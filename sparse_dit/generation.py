@@ -35,6 +35,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a text are drawn.
+
+    Args:
+        temperature: 0 takes the most likely one.
+        top_p: Share of the probability that is drawn from, the most likely tokens first; None is all of it.
+        seed: Of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class GenerationSettings:
     """How to generate: size, steps and guidance, the same for every case of a comparison.
 

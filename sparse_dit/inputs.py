@@ -121,18 +121,21 @@ def _config(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def load_denoiser(name: str, device: str, dtype: str | None) -> Any:
+def load_denoiser(name: str, device: str, dtype: str | None, *, weights: bool = True) -> Any:
     """The pipeline of a diffusion language model, with its tokenizer.
 
     Args:
         name: A folder or hub id.
         device, dtype: As `load_pipeline` takes them.
+        weights: Whether they are read; without them it can't write, but what it is made of is there.
 
     Raises:
         ValueError: It can't be read or is of another kind, or the device or dtype isn't known here.
     """
     kind = _usable(device, dtype)
     host: Any = host_named("transformers")
+    if not weights:
+        return host.outline_denoiser(name, kind)
     return host.load_denoiser(name, kind).to(device)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..serve.options import ServeOptions
 
 KEYS = "SPARSE_DIT_API_KEYS"
+PROMPT, TEXT_PROMPT = 4096, 1 << 20  # characters that a prompt may have
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -52,7 +53,9 @@ class Guard:
     max_frames: Annotated[int, typer.Option(min=1, help="Of a video.")] = 512
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 200
     max_pixels: Annotated[int, typer.Option(min=1, help="Of a frame.")] = 1920 * 1088
-    max_prompt: Annotated[int, typer.Option(min=1, help="Characters.")] = 4096
+    max_prompt: Annotated[
+        int | None, typer.Option(min=1, help="Characters; default 4096, a million for text.")
+    ] = None
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 16 << 20
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts too.")] = False
 
@@ -74,7 +77,11 @@ class Cluster:
 @with_options
 def serve(
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id of a diffusers pipeline, or tiny-wan.")
+        str,
+        typer.Argument(
+            help="Folder or hub id of a diffusers pipeline, folder of a diffusion language model, "
+            "tiny-wan or tiny-dlm."
+        ),
     ],
     *,
     plan: Annotated[
@@ -94,14 +101,15 @@ def serve(
 ) -> None:
     """Serve generations: /v1/videos in the shape of the OpenAI API, a queue on disk, a page.
 
-    The size options are defaults of what requests leave out; without them the first plan says.
+    A diffusion language model is served at /v1/completions. The size options are defaults of what requests
+    leave out; without them the first plan says.
     """
     from ..serve.command import Served, serve
     from ..serve.replicas import Scaling, serve_on_ray
 
     settings = {name: value for name, value in vars(size).items() if value is not None}
     served = Served(model, tuple(plan or ()), tuple(device or ("cpu",)), dtype, settings)
-    made = _options(keeping, guard, fps, host)
+    made = _options(keeping, guard, fps, host, TEXT_PROMPT if served.writes else PROMPT)
     if cluster.ray:
         scaling = Scaling(cluster.min_replicas, cluster.max_replicas, cluster.replica_cpus)
         serve_on_ray(served, made, scaling, host=host, port=port)
@@ -109,7 +117,7 @@ def serve(
         serve(served, made, host=host, port=port)
 
 
-def _options(keeping: Keeping, guard: Guard, fps: float, host: str) -> ServeOptions:
+def _options(keeping: Keeping, guard: Guard, fps: float, host: str, prompt: int) -> ServeOptions:
     from ..serve.options import Limits, ServeOptions
     from ..serve.tables import database_url
 
@@ -135,7 +143,7 @@ def _options(keeping: Keeping, guard: Guard, fps: float, host: str) -> ServeOpti
         fps=fps,
         limits=Limits(
             body=guard.max_body,
-            prompt=guard.max_prompt,
+            prompt=guard.max_prompt or prompt,
             steps=guard.max_steps,
             frames=guard.max_frames,
             pixels=guard.max_pixels,

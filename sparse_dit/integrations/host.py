@@ -142,9 +142,9 @@ class Host(Protocol):
 
     The first five are all that `patch` needs; `sparse_dit.integrations` hands them on and explains them. The
     next two serve the search, `noise_level` rules without a plan and `steps_of` plans that are learned (a
-    language model's host has neither), `denoising_layers`, `write` and `load_denoiser` diffusion
-    language models, which other hosts lack, `probe` plans from geometry, `one_step` the report, the rest the
-    command line.
+    language model's host has neither), `denoising_layers`, `write`, `load_denoiser` and `outline_denoiser`
+    diffusion language models, which other hosts lack, `probe` plans from geometry, `one_step` the report, the
+    rest the command line.
     Components have `config` (a mapping that says what they were made from), `device` and `dtype`.
     """
 
@@ -166,6 +166,10 @@ class Host(Protocol):
 
     def load_denoiser(self, name: str, dtype: torch.dtype, /) -> Any:
         """The pipeline of a diffusion language model, from a folder or hub id."""
+        ...
+
+    def outline_denoiser(self, name: str, dtype: torch.dtype, /) -> Any:
+        """The same without weights."""
         ...
 
     def output_projection(self, layer: nn.Module, /) -> nn.Module | None:

@@ -9,7 +9,7 @@ from .language.attachment import (
     self_attention_layers,
 )
 from .language.loading import load
-from .language.writing import load_denoiser, write
+from .language.writing import load_denoiser, outline_denoiser, write
 
 __all__ = [
     "attach",
@@ -19,6 +19,7 @@ __all__ = [
     "heads_of",
     "load",
     "load_denoiser",
+    "outline_denoiser",
     "self_attention_layers",
     "write",
 ]

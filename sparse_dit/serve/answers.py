@@ -107,7 +107,7 @@ def video_of(job: Job, *, whole: bool = True) -> Video:
         job: The job.
         whole: Whether the summary of what ran is in it; lists leave it out.
     """
-    spec, result = job.spec, job.result or {}
+    spec, result = job.picture, job.result or {}
     detail = job.detail if job.status == "in_progress" else {}
     shown = job.error if job.status == "failed" else None
     return Video(
@@ -157,12 +157,12 @@ def variants_of(job: Job) -> list[str]:
     """What /content has of a job."""
     if job.status != "completed":
         return []
-    needless = () if job.spec.compare else ("dense", "side_by_side")
-    return [name for name in variants(job.spec.kind) if name not in needless]
+    needless = () if job.picture.compare else ("dense", "side_by_side")
+    return [name for name in variants(job.picture.kind) if name not in needless]
 
 
 def _main_file(job: Job) -> str:
-    return next(iter(variants(job.spec.kind).values()))[0]
+    return next(iter(variants(job.picture.kind).values()))[0]
 
 
 def _time(value: float | None) -> int | None:

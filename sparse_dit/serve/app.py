@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -23,6 +23,8 @@ from .security import Keyed, Limited, SafeHeaders, same_origin
 from .service import Service
 from .status import health_routes, status_routes
 from .supervisor import Supervisor
+from .text.completions import completion_routes
+from .text.page import text_page_routes
 from .videos import video_routes
 from .worker import WorkerOptions
 
@@ -39,26 +41,31 @@ def create_app(service: Service, workers: Sequence[WorkerOptions] = ()) -> FastA
         redoc_url=None,
         title="sparse_dit",
         version=VERSION,
-        description="Generations of a diffusion transformer with sparse attention.",
+        description="Generations of a diffusion model with sparse attention.",
         lifespan=_lifespan(service, workers),
     )
     add_handlers(app)
     keyed, limited = Keyed(options.api_keys), Limited(options.limits.rate)
-    for routes in (
-        video_routes(service, limited),
-        job_routes(service, "video"),
-        image_routes(service, limited),
-        job_routes(service, "image"),
-        status_routes(service, int(time.time())),
-    ):
+    text = service.card.kind == "text"
+    made = [completion_routes(service, limited)] if text else _pictures(service, limited)
+    for routes in (*made, status_routes(service, int(time.time()))):
         app.include_router(routes, dependencies=[Depends(same_origin), Depends(keyed)])
     app.include_router(health_routes(service))
 
-    app.include_router(page_routes(service, keyed))
+    app.include_router((text_page_routes if text else page_routes)(service, keyed))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=options.limits.body)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts))
     app.add_middleware(SafeHeaders)
     return app
+
+
+def _pictures(service: Service, limited: Limited) -> list[APIRouter]:
+    return [
+        video_routes(service, limited),
+        job_routes(service, "video"),
+        image_routes(service, limited),
+        job_routes(service, "image"),
+    ]
 
 
 def _lifespan(service: Service, workers: Sequence[WorkerOptions]) -> Callable[[Any], Any]:

@@ -53,49 +53,48 @@ class Card:
         """What a request gets that names none."""
         return self.plans.names[0]
 
+    def spec_of(self, asked: GenerationRequest, has_input: bool, limits: Limits) -> JobSpec:
+        """A request with every default filled in.
 
-def spec_of(card: Card, asked: GenerationRequest, has_input: bool, limits: Limits) -> JobSpec:
-    """A request with every default filled in.
-
-    Raises:
-        ApiError: If the model can't do it, or it is more than may be.
-    """
-    if asked.model not in (None, card.name):
-        raise invalid(f"model must be {card.name}, got {asked.model!r:.80}", "model")
-    _check_image(card, has_input)
-    width, height = card.defaults.width, card.defaults.height
-    if asked.size is not None:
-        width, height = map(int, asked.size.split("x"))
-    frames, fps = _frames(card, asked)
-    steps = _given(asked.num_inference_steps, card.defaults.steps)
-    _check_limits(asked, width * height, frames, steps, limits)
-    try:
-        spec = JobSpec(
-            kind=card.kind,
-            prompt=asked.prompt,
-            negative_prompt=_given(asked.negative_prompt, card.defaults.negative_prompt),
-            seed=secrets.randbelow(SEEDS) if asked.seed is None else asked.seed,
-            width=width,
-            height=height,
-            num_frames=frames,
-            fps=fps,
-            steps=steps,
-            guidance=_given(asked.guidance_scale, card.defaults.guidance),
-            guidance_2=asked.guidance_scale_2,
-            flow_shift=asked.flow_shift,
-            max_sequence_length=card.defaults.max_sequence_length,
-            plan=_given(asked.plan, card.default_plan),
-            speedup=asked.speedup,
-            compare=isinstance(asked, JobRequest) and asked.compare,
-            has_input=has_input,
-        )
-        card.plans.named(spec.plan, spec.speedup)
-        card.check(spec)
-    except ValueError as error:
-        raise invalid(_as_requested(str(error))) from None
-    if spec.compare and spec.plan == DENSE:
-        raise invalid("compare: dense beside dense says nothing; name a plan", "compare")
-    return spec
+        Raises:
+            ApiError: If the model can't do it, or it is more than may be.
+        """
+        if asked.model not in (None, self.name):
+            raise invalid(f"model must be {self.name}, got {asked.model!r:.80}", "model")
+        _check_image(self, has_input)
+        width, height = self.defaults.width, self.defaults.height
+        if asked.size is not None:
+            width, height = map(int, asked.size.split("x"))
+        frames, fps = _frames(self, asked)
+        steps = _given(asked.num_inference_steps, self.defaults.steps)
+        _check_limits(asked, width * height, frames, steps, limits)
+        try:
+            spec = JobSpec(
+                kind=self.kind,
+                prompt=asked.prompt,
+                negative_prompt=_given(asked.negative_prompt, self.defaults.negative_prompt),
+                seed=secrets.randbelow(SEEDS) if asked.seed is None else asked.seed,
+                width=width,
+                height=height,
+                num_frames=frames,
+                fps=fps,
+                steps=steps,
+                guidance=_given(asked.guidance_scale, self.defaults.guidance),
+                guidance_2=asked.guidance_scale_2,
+                flow_shift=asked.flow_shift,
+                max_sequence_length=self.defaults.max_sequence_length,
+                plan=_given(asked.plan, self.default_plan),
+                speedup=asked.speedup,
+                compare=isinstance(asked, JobRequest) and asked.compare,
+                has_input=has_input,
+            )
+            self.plans.named(spec.plan, spec.speedup)
+            self.check(spec)
+        except ValueError as error:
+            raise invalid(_as_requested(str(error))) from None
+        if spec.compare and spec.plan == DENSE:
+            raise invalid("compare: dense beside dense says nothing; name a plan", "compare")
+        return spec
 
 
 def checker(outline: Any) -> Callable[[JobSpec], None]:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import uvicorn
 
+from ..eval.denoising.writing import Writing
 from ..generation import GenerationSettings
-from ..inputs import check_device, check_model, described
+from ..inputs import check_device, check_model, described, is_denoiser, load_denoiser
 from ..patch import patch
 from ..resources import shipped
 from .app import create_app
@@ -23,9 +24,11 @@ from .options import ServeOptions
 from .plans import Plans, load_plans
 from .service import Service
 from .store import Store
+from .text.card import TextCard
+from .text.engine import LoadText, text_plans
 from .worker import WorkerOptions
 
-EMBEDDED = "tiny-wan"  # the model that the package carries, and its plan
+EMBEDDED = {"tiny-wan": "tiny_wan", "tiny-dlm": "tiny_dlm"}  # models that the package carries
 FALLBACK = {"steps": 20, "guidance": 5.0}
 
 
@@ -34,7 +37,8 @@ class Served:
     """What is served.
 
     Args:
-        model: Folder or hub id of a pipeline, or `"tiny-wan"`.
+        model: Folder or hub id of a pipeline, a folder of a diffusion language model, or `"tiny-wan"` or
+            `"tiny-dlm"`.
         plans: Names of plans.
         devices: One worker each.
         dtype: See `load_pipeline`.
@@ -50,7 +54,17 @@ class Served:
     @property
     def path(self) -> str:
         """The folder or hub id."""
-        return str(shipped("tiny_wan")) if self.model == EMBEDDED else self.model
+        return str(shipped(EMBEDDED[self.model])) if self.model in EMBEDDED else self.model
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.model.rstrip("/").rpartition("/")[2]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is a diffusion language model; no for a hub id, whose files aren't read for it."""
+        return is_denoiser(self.path)
 
 
 def prepared(served: Served, options: ServeOptions) -> tuple[Service, list[WorkerOptions]]:
@@ -61,16 +75,18 @@ def prepared(served: Served, options: ServeOptions) -> tuple[Service, list[Worke
     """
     for device in served.devices:
         check_device(device)
-    check_model(served.path)
-    plans = load_plans(served.plans)
-    outline = described(served.path, served.devices[0], served.dtype)
-    if outline is not None:
-        for one in plans.values():
-            with patch(outline, one.plan):  # raises if it isn't for this pipeline
-                pass
-    card = card_of(served, plans, outline, options)
+    if served.writes:
+        card = text_card_of(served)
+        load = LoadText(served.path, served.dtype, served.plans)
+    else:
+        check_model(served.path)
+        plans = load_plans(served.plans)
+        outline = described(served.path, served.devices[0], served.dtype)
+        if outline is not None:
+            _check_plans(outline, plans)
+        card = card_of(served, plans, outline, options)
+        load = LoadPipeline(served.path, served.dtype, served.plans)
     service = Service(Store(options.store), Files(Path(options.files)), card, options)
-    load = LoadPipeline(served.path, served.dtype, served.plans)
     workers = [
         WorkerOptions(
             load, device, card.name, options.store, options.files, options.limits.input_pixels
@@ -86,7 +102,6 @@ def card_of(served: Served, plans: Plans, outline: Any, options: ServeOptions) -
     Raises:
         ValueError: If no plan and no option says a size.
     """
-    name = served.model.rstrip("/").rpartition("/")[2]
     known: dict[str, Any] = next((p.settings for p in plans.values() if p.settings), {})
     given = dict(served.settings or {})
     values = {**FALLBACK, **known, **given}
@@ -95,7 +110,34 @@ def card_of(served: Served, plans: Plans, outline: Any, options: ServeOptions) -
     kind, image = _makes(outline)
     settings = GenerationSettings.from_dict(values)
     kind = kind or ("video" if settings.num_frames > 1 else "image")
-    return Card(name, kind, settings, options.fps, plans, image, checker(outline))
+    return Card(served.name, kind, settings, options.fps, plans, image, checker(outline))
+
+
+def text_card_of(served: Served) -> TextCard:
+    """What is known of a diffusion language model before its weights are read.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: If it can't be read, or a plan or option isn't for it.
+    """
+    given = dict(served.settings or {})
+    steps = given.pop("steps", None)
+    if given:
+        raise ValueError(
+            f"--{sorted(given)[0].replace('_', '-')} is for videos and images: leave it out, as "
+            f"{served.name} writes text"
+        )
+    outline = load_denoiser(served.path, served.devices[0], served.dtype, weights=False)
+    plans = text_plans(outline, served.plans)
+    _check_plans(outline, plans)
+    writing = Writing() if steps is None else Writing(steps=steps)
+    return TextCard(served.name, plans, writing, outline)
+
+
+def _check_plans(outline: Any, plans: Plans) -> None:
+    """Raise what `patch` does if a plan isn't for this pipeline."""
+    for one in plans.values():
+        with patch(outline, one.plan):
+            pass
 
 
 def serve(

@@ -77,15 +77,18 @@ def invalid_field(error: ValidationError | RequestValidationError) -> ApiError:
     return invalid(f"{name}: {message}" if name else message, name)
 
 
-def answer(error: ApiError) -> JSONResponse:
-    """The answer of an error."""
+def detail_of(error: ApiError) -> ErrorDetail:
+    """What clients are told of an error."""
     kind = KINDS.get(
         error.status, "server_error" if error.status >= 500 else "invalid_request_error"
     )
-    detail = ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code)
-    return JSONResponse(
-        ErrorBody(error=detail).model_dump(), status_code=error.status, headers=error.headers
-    )
+    return ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code)
+
+
+def answer(error: ApiError) -> JSONResponse:
+    """The answer of an error."""
+    body = ErrorBody(error=detail_of(error)).model_dump()
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -78,11 +78,12 @@ class Files:
                 return folder / name
         return None
 
-    def read(self, job: Job, name: str) -> bytes | None:
-        """The bytes of a small file that the job made, complete or not; None if there is none."""
+    def read(self, job: Job, name: str, start: int = 0) -> bytes | None:
+        """The bytes from `start` on of a file that the job made, complete or not; None if there is none."""
         for folder in (self.made(job), self.making(job), self.made(job)):  # published meanwhile
-            with contextlib.suppress(FileNotFoundError):
-                return (folder / name).read_bytes()
+            with contextlib.suppress(FileNotFoundError), (folder / name).open("rb") as file:
+                file.seek(start)
+                return file.read()
         return None
 
     def size(self, job: Job) -> int:

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from .answers import Picture, Pictures, Video, video_of
-from .card import spec_of
 from .errors import invalid, not_found
 from .jobs import Job
 from .media import IMAGE_VARIANTS
@@ -57,7 +56,7 @@ def image_routes(service: Service, limited: Callable[..., Any]) -> APIRouter:
 
 
 def _submit(service: Service, asked: ImageRequest) -> list[Job]:
-    first = spec_of(service.card, asked, False, service.options.limits)
+    first = service.pictured.spec_of(asked, False, service.options.limits)
     jobs: list[Job] = []
     try:
         for number in range(asked.n):
@@ -73,4 +72,4 @@ def _picture(service: Service, job: Job) -> Picture:
     file = service.files.file(job, IMAGE_VARIANTS["image"][0])
     if file is None:
         raise not_found("the file is gone")
-    return Picture(b64_json=base64.b64encode(file.read_bytes()).decode(), seed=job.spec.seed)
+    return Picture(b64_json=base64.b64encode(file.read_bytes()).decode(), seed=job.picture.seed)

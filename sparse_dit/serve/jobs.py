@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
+from pydantic import Field, TypeAdapter
 
-from .spec import JobSpec
+from .spec import JobSpec, TextSpec
 from .tables import JOBS
 
+Spec = JobSpec | TextSpec
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 ENDED = ("completed", "failed", "cancelled")
+_SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Job:
     seq: int
     id: str
     model: str
-    spec: JobSpec
+    spec: Spec
     status: Status
     cancel: bool
     created_at: float
@@ -54,6 +57,18 @@ class Job:
     def ended(self) -> bool:
         """Whether nothing will change any more."""
         return self.status in ENDED
+
+    @property
+    def picture(self) -> JobSpec:
+        """What it generates, if that is a video or an image."""
+        assert isinstance(self.spec, JobSpec)
+        return self.spec
+
+    @property
+    def text(self) -> TextSpec:
+        """What it generates, if that is text."""
+        assert isinstance(self.spec, TextSpec)
+        return self.spec
 
 
 def new_id(kind: str) -> str:
@@ -81,4 +96,4 @@ SELECT = sa.select(
 def job_of(row: Any) -> Job:
     """The job of a row of `SELECT`, which may have more columns."""
     values = {part.name: row._mapping[part.name] for part in fields(Job)}
-    return Job(**{**values, "spec": JobSpec.model_validate_json(values["spec"])})
+    return Job(**{**values, "spec": _SPEC.validate_json(values["spec"])})

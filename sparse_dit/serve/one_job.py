@@ -88,9 +88,9 @@ def content_of(service: Service, job: Job, variant: str, headers: dict[str, str]
     """
     if job.status != "completed":
         raise unfinished(job)
-    known = variants(job.spec.kind)
+    known = variants(job.picture.kind)
     if variant not in variants_of(job):
-        why = "it was run without compare" if variant in known else f"it makes {job.spec.kind}s"
+        why = "it was run without compare" if variant in known else f"it makes {job.picture.kind}s"
         raise ApiError(404, "not_found", f"the job has no {variant}: {why}")
     name, media_type = known[variant]
     file = service.files.file(job, name)

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, Query, Request
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
-from jinja2 import Environment
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import HTMLResponse, Response
 
-from ..version import VERSION
 from .answers import Video, variants_of, video_of
 from .dial import PlanChoice, plan_choices, sizes
-from .errors import ApiError, not_found
-from .example import SHOWN, STATIC, Example, example_name, shipped_example
+from .errors import not_found
+from .example import SHOWN, Example, example_name, shipped_example
 from .jobs import Job
+from .pages import Pages
 from .plans import DENSE
-from .security import COOKIE, Keyed, Limited, same_origin
+from .security import Keyed
 from .service import Service
 from .status import health_of
 
-KINDS = {
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".mp4": "video/mp4",
-    ".svg": "image/svg+xml",
-}
-FOREVER = {"Cache-Control": "public, max-age=31536000, immutable"}  # the address has a hash
 HISTORY = 12  # jobs that are shown at once
 LOOKED_AT = 100  # of the newest jobs, for one to begin with
-KEY_RATE = "10/minute"  # keys that one client may try
-WITHIN = re.compile(r"/(jobs/[a-z]+_[0-9a-f]{32})?")
 
 
 @dataclass(frozen=True)
@@ -61,36 +48,22 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
         service: What they show.
         keyed: Who may look; others are asked for a key.
     """
-    routes = APIRouter(include_in_schema=False)
-    templates, addresses = _templates(), _addresses()
-    choices = plan_choices(service.card)
-    offered = sizes(service.card, service.options.limits)
-
-    def render(name: str, status: int = 200, **more: Any) -> HTMLResponse:
-        text = templates.get_template(name).render(
-            static=addresses, version=VERSION, card=service.card, **more
-        )
-        return HTMLResponse(text, status)
-
-    def stranger(request: Request) -> HTMLResponse | None:
-        """The form that asks for a key, unless there is one."""
-        try:
-            keyed(request)
-        except ApiError as error:
-            return render("key.html.j2", error.status, next=request.url.path, wrong=False)
-        return None
+    pages = Pages(service.card, keyed, against_dense=_against_dense)
+    routes = pages.routes()
+    choices = plan_choices(service.pictured)
+    offered = sizes(service.pictured, service.options.limits)
 
     def view(request: Request, shown: Shown, after: str | None, status: int = 200) -> HTMLResponse:
         jobs, more = service.store.list(
             service.card.kind, after=after, limit=HISTORY, order="desc"
         ) or ([], False)
         job = shown.job
-        return render(
+        return pages.render(
             "page.html.j2",
             status,
             shown=shown,
             video=_video(shown),
-            contents=_contents(shown, addresses),
+            contents=_contents(shown, pages.addresses),
             address="" if job is None else f"{request.base_url}jobs/{job.id}",
             history=[video_of(one, whole=False) for one in jobs],
             older=jobs[-1].id if more else None,
@@ -108,12 +81,12 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
         request: Request, after: Annotated[str | None, Query(max_length=64)] = None
     ) -> Response:
         """The page with a finished job as an example."""
-        return stranger(request) or view(request, _first(service), after)
+        return pages.stranger(request) or view(request, _first(service), after)
 
     @routes.get("/jobs/{id}")
     def one(request: Request, id: str) -> Response:
         """The page with a job."""
-        if ask := stranger(request):
+        if ask := pages.stranger(request):
             return ask
         job = service.store.get(id, service.card.kind)
         if job is None:
@@ -124,9 +97,9 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
     @routes.get("/jobs/{id}/atlas")
     def atlas(request: Request, id: str) -> Response:
         """The atlas of the heads of a job's plan."""
-        if ask := stranger(request):
+        if ask := pages.stranger(request):
             return ask
-        spec = service.job(id, service.card.kind).spec
+        spec = service.job(id, service.card.kind).picture
         if spec.plan not in service.card.plans:
             raise not_found("the job ran dense, or its plan is no longer served")
         return HTMLResponse(drawn(spec.plan, spec.speedup))
@@ -137,39 +110,8 @@ def page_routes(service: Service, keyed: Keyed) -> APIRouter:
         from ..eval.page import opened, pictured
 
         atlases = plan_atlases(service.card.plans[name].at(speedup), {})
-        return templates.get_template("heads.html.j2").render(
-            static=addresses,
-            version=VERSION,
-            card=service.card,
-            plan=name,
-            atlases=pictured(atlases),
-            opened=opened(atlases),
-        )
-
-    @routes.post("/key", dependencies=[Depends(same_origin), Depends(Limited(KEY_RATE))])
-    def key(
-        request: Request,
-        key: Annotated[str, Form(max_length=512)],
-        next: Annotated[str, Form(max_length=128)] = "/",
-    ) -> Response:
-        """Keep a key in a cookie, which scripts can't read."""
-        target = next if WITHIN.fullmatch(next) else "/"
-        if stranger(request) is None:
-            return RedirectResponse(target, 303)
-        if not keyed.knows(key):
-            return render("key.html.j2", 401, next=target, wrong=True)
-        answer = RedirectResponse(target, 303)
-        secure = request.url.scheme == "https"
-        answer.set_cookie(COOKIE, key.strip(), httponly=True, samesite="strict", secure=secure)
-        return answer
-
-    @routes.get("/static/{name}")
-    def static(name: str) -> Response:
-        """The style, the script, the icon."""
-        if name not in addresses:
-            raise not_found("there is no such file")
-        kind = KINDS[Path(name).suffix]
-        return FileResponse(STATIC / name, media_type=kind, headers=FOREVER)
+        shown = {"atlases": pictured(atlases), "opened": opened(atlases)}
+        return pages.text("heads.html.j2", plan=name, **shown)
 
     return routes
 
@@ -181,7 +123,7 @@ def _first(service: Service) -> Shown:
         False,
     )
     done = [job for job in jobs if job.status == "completed"]
-    found = next((job for job in done if job.spec.compare), next(iter(done), None))
+    found = next((job for job in done if job.picture.compare), next(iter(done), None))
     if found is None and service.card.kind == "video":
         return Shown(None, True, shipped_example())
     return Shown(found, True)
@@ -204,7 +146,7 @@ def _contents(shown: Shown, addresses: dict[str, str]) -> dict[str, str]:
 
 def _values(service: Service, choices: list[PlanChoice], job: Job | None) -> dict[str, Any]:
     """What the form holds at first: the defaults, or what a job was asked for."""
-    defaults = service.card.defaults
+    defaults = service.pictured.defaults
     if job is None:
         chosen = choices[0] if choices else None
         return {
@@ -219,7 +161,7 @@ def _values(service: Service, choices: list[PlanChoice], job: Job | None) -> dic
             "stop": chosen.at if chosen else 0,
             "compare": chosen is not None,
         }
-    spec = job.spec
+    spec = job.picture
     chosen = next((one for one in choices if one.name == spec.plan), None)
     return {
         "prompt": spec.prompt,
@@ -233,23 +175,6 @@ def _values(service: Service, choices: list[PlanChoice], job: Job | None) -> dic
         "stop": chosen.at_speedup(spec.speedup) if chosen else 0,
         "compare": spec.compare or chosen is None,
     }
-
-
-def _addresses() -> dict[str, str]:
-    """Where browsers find the files of `static`: another address when a file has changed."""
-    return {
-        file.name: f"/static/{file.name}?{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
-        for file in STATIC.iterdir()
-        if file.suffix in KINDS
-    }
-
-
-def _templates() -> Environment:
-    from ..eval.page import environment
-
-    made = environment("sparse_dit.serve")
-    made.filters["against_dense"] = _against_dense
-    return made
 
 
 def _against_dense(video: Video) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
@@ -23,7 +24,9 @@ from .jobs import Job
 from .media import preview_name, preview_of, preview_steps
 from .plans import DENSE, Plans
 from .progress import Progress, Times
-from .spec import JobSpec
+from .spec import JobSpec, TextSpec
+from .text.canvas import write_text
+from .text.engine import TextEngine
 
 logger = logging.getLogger("sparse_dit.serve")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -57,14 +60,14 @@ class Runner:
     """Runs jobs, one after another.
 
     Args:
-        engine: What generates.
+        engine: What generates, or what writes.
         claims: The queue.
         files: Where results go.
         most_pixels: Of an uploaded image.
         stopping: Whether the worker is to stop; the job then goes back to its place in the queue.
     """
 
-    engine: Generator
+    engine: Generator | TextEngine
     claims: Claims
     files: Files
     most_pixels: int
@@ -74,9 +77,13 @@ class Runner:
     def run(self, job: Job) -> None:
         """Run a job to its end, whatever that is. Nothing is raised for what is wrong with a job."""
         try:
-            self._advance(job, Progress(job.spec, self.times), "starting")
+            texts = isinstance(job.spec, TextSpec)
+            self._say(job, 0, {} if texts else Progress(job.picture, self.times).detail("starting"))
             with self.files.attempt(job):
-                self._run(job)
+                result = self._written(job) if texts else self._generated(job)
+                size = self.files.publish(job, result)
+                if not self.claims.complete(job, result, size):
+                    raise _Ended
         except _Ended:
             self._ended(job)
         except Exception as error:
@@ -91,9 +98,17 @@ class Runner:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
-    def _run(self, job: Job) -> None:
-        spec = job.spec
-        plan = self.engine.plans.named(spec.plan, spec.speedup)
+    def _written(self, job: Job) -> dict[str, Any]:
+        """Write a text; what the API says of it."""
+        engine: Any = self.engine
+        plan = engine.plans.named(job.text.plan, None)
+        folder = self.files.making(job)
+        return write_text(engine, job.text, plan, folder, functools.partial(self._say, job))
+
+    def _generated(self, job: Job) -> dict[str, Any]:
+        """Generate a video or an image; what the API says of it."""
+        spec, engine = job.picture, self._generator
+        plan = engine.plans.named(spec.plan, spec.speedup)
         progress = Progress(spec, self.times, self._forecast(spec))
         image = None
         if spec.has_input:
@@ -107,17 +122,20 @@ class Runner:
         self._advance(job, progress, "writing")
         result = _result(spec, sparse, dense)
         folder = self.files.making(job)
-        self.engine.write(folder, spec, sparse.video, dense.video if dense else None)
+        engine.write(folder, spec, sparse.video, dense.video if dense else None)
         result["seconds"] = round(progress.finished(), 4)
         result["previews"] = progress.previews
-        size = self.files.publish(job, result)
-        if not self.claims.complete(job, result, size):
-            raise _Ended
+        return result
+
+    @property
+    def _generator(self) -> Generator:
+        engine: Any = self.engine
+        return engine
 
     def _generate(
         self, job: Job, progress: Progress, phase: str, plan: Plan | None, image: Any
     ) -> Generated:
-        shown = {progress.step + step for step in preview_steps(job.spec.steps)}
+        shown = {progress.step + step for step in preview_steps(job.picture.steps)}
 
         def after_step(latents: Tensor) -> bool:
             progress.stepped()
@@ -126,7 +144,7 @@ class Runner:
             self._advance(job, progress, phase)
             return False
 
-        made = self.engine.generate(job.spec, plan, after_step, image)
+        made = self._generator.generate(job.picture, plan, after_step, image)
         if made is None:
             raise _Ended
         return made
@@ -138,9 +156,10 @@ class Runner:
             progress.previews.append(progress.step)
 
     def _advance(self, job: Job, progress: Progress, phase: str) -> None:
-        if self.stopping():
-            raise _Ended
-        if not self.claims.advance(job, progress.percent, progress.detail(phase)):
+        self._say(job, progress.percent, progress.detail(phase))
+
+    def _say(self, job: Job, percent: int, detail: dict[str, Any]) -> None:
+        if self.stopping() or not self.claims.advance(job, percent, detail):
             raise _Ended
 
     def _ended(self, job: Job) -> None:
@@ -154,7 +173,7 @@ class Runner:
 
     def _forecast(self, spec: JobSpec) -> list[float]:
         """The seconds that the plan expects of each generation; empty if it doesn't know one of them."""
-        served = self.engine.plans.get(spec.plan)
+        served = self._generator.plans.get(spec.plan)
         expected = served.forecast(spec) if served is not None else {}
         names = ("seconds", "dense_seconds") if spec.compare else ("seconds",)
         return [expected[name] for name in names] if expected.keys() >= {*names} else []
@@ -166,7 +185,7 @@ def explained(error: Exception) -> tuple[str, str]:
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if out or any(words in text for words in OUT_OF_MEMORY):
         return "out_of_memory", (
-            "the device has not enough memory for this: ask for a smaller size or fewer frames"
+            "the device has not enough memory for this: ask for a smaller size or fewer frames or tokens"
         )
     if isinstance(error, ValueError):
         return "invalid_request", text

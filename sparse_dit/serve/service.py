@@ -6,17 +6,19 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from .card import Card, spec_of
+from .card import Card
 from .errors import ApiError, not_found
 from .files import Files
-from .jobs import Job, new_id
+from .jobs import Job, Spec, new_id
 from .options import ServeOptions
-from .requests import GenerationRequest, fingerprint
-from .spec import JobSpec, Kind
+from .requests import fingerprint
+from .spec import AnyKind
 from .store import OtherRequest, QueueFull, Store
+from .text.card import TextCard
 
 WAIT = 0.1  # seconds between two looks at a job that a client waits for
 RETRY_AFTER = 10  # seconds, where nothing is known of how long jobs take
@@ -37,11 +39,22 @@ class Service:
 
     store: Store
     files: Files
-    card: Card
+    card: Card | TextCard
     options: ServeOptions
 
-    def submit(self, asked: GenerationRequest, upload: bytes | None, key: str | None) -> Job:
+    @property
+    def pictured(self) -> Card:
+        """What is served, if that makes videos or images."""
+        assert isinstance(self.card, Card)
+        return self.card
+
+    def submit(self, asked: Any, upload: bytes | None, key: str | None) -> Job:
         """Put a request into the queue.
+
+        Args:
+            asked: The body of a request, of what the card makes.
+            upload: The image that came with it.
+            key: Idempotency key.
 
         Raises:
             ApiError: If it can't be met, or the queue is full.
@@ -52,17 +65,14 @@ class Service:
                 "invalid_request",
                 f"Idempotency-Key must be 1 to {MOST_KEY} ASCII characters",
             )
-        spec = spec_of(self.card, asked, upload is not None, self.options.limits)
+        spec = self.card.spec_of(asked, upload is not None, self.options.limits)
         job = self.enqueue(spec, upload, key, fingerprint(asked, upload))
         prompt = f" {spec.prompt!r}" if self.options.log_prompts else ""
-        logger.info(
-            "job %s: plan %s, %dx%d, %d frames, %d steps%s",
-            *(job.id, spec.plan, spec.width, spec.height, spec.num_frames, spec.steps, prompt),
-        )
+        logger.info("job %s: plan %s, %s%s", job.id, spec.plan, spec.size, prompt)
         return job
 
     def enqueue(
-        self, spec: JobSpec, upload: bytes | None = None, key: str | None = None, mark: str = ""
+        self, spec: Spec, upload: bytes | None = None, key: str | None = None, mark: str = ""
     ) -> Job:
         """Put a job at the end of the queue.
 
@@ -95,7 +105,7 @@ class Service:
             self.files.remove(id)
         return job
 
-    def job(self, id: str, kind: Kind) -> Job:
+    def job(self, id: str, kind: AnyKind) -> Job:
         """The job of an id.
 
         Raises:
@@ -106,7 +116,7 @@ class Service:
             raise not_found(f"there is no {kind} {id:.80}")
         return job
 
-    def delete(self, id: str, kind: Kind) -> None:
+    def delete(self, id: str, kind: AnyKind) -> None:
         """Remove a job with its files; one that runs ends before its next step.
 
         Raises:
@@ -116,7 +126,7 @@ class Service:
         self.store.delete(id)
         self.files.remove(id)
 
-    async def ended(self, id: str, kind: Kind, gone: Callable[[], Awaitable[bool]]) -> Job:
+    async def ended(self, id: str, kind: AnyKind, gone: Callable[[], Awaitable[bool]]) -> Job:
         """The job of an id when it has ended; it is cancelled if the client goes away.
 
         Raises:

@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..generation import Case, GenerationSettings
+from ..generation import Case, GenerationSettings, Sampling
 
 Kind = Literal["video", "image"]
+AnyKind = Literal["video", "image", "text"]
 
 
 class JobSpec(BaseModel):
@@ -72,3 +73,47 @@ class JobSpec(BaseModel):
     def total_steps(self) -> int:
         """Denoising steps of all generations of the job."""
         return self.steps * (2 if self.compare else 1)
+
+    @property
+    def size(self) -> str:
+        """How much it is, for the log."""
+        return f"{self.width}x{self.height}, {self.num_frames} frames, {self.steps} steps"
+
+
+class TextSpec(BaseModel):
+    """What a job of a diffusion language model writes, so that the same spec gives the same tokens.
+
+    Attributes:
+        prompt: What is gone on with.
+        prompt_tokens: How many tokens it has.
+        seed, temperature, top_p: See `Sampling`.
+        max_tokens: Tokens that are written, unless the text ends before.
+        block_length: Tokens that are denoised together.
+        steps: Steps for a block, at most.
+        stop: Texts before the first of which what is written ends.
+        plan: Name of a rule or of a plan that the server was started with, or `"dense"`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["text"] = "text"
+    prompt: str
+    prompt_tokens: int
+    seed: int
+    temperature: float = 0.0
+    top_p: float | None = None
+    max_tokens: int
+    block_length: int
+    steps: int
+    stop: list[str] = []
+    plan: str
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are drawn."""
+        return Sampling(self.temperature, self.top_p, self.seed)
+
+    @property
+    def size(self) -> str:
+        """How much it is, for the log."""
+        return f"{self.max_tokens} tokens after {self.prompt_tokens}"

@@ -14,6 +14,7 @@ from .metrics import registry_of
 from .options import Limits
 from .plans import Served
 from .service import Service
+from .text.card import TextCard
 from .troubles import Troubles
 
 UNTOLD = "a worker ended before it was ready"
@@ -60,11 +61,26 @@ class Model(BaseModel):
     limits: dict[str, Any]
 
 
+class TextModel(BaseModel):
+    """What is served if it writes text; `context` is in tokens, of prompt and text together."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "sparse_dit"
+    kind: Literal["text"] = "text"
+    context: int | None
+    defaults: dict[str, Any]
+    default_plan: str
+    plans: list[ServedPlan]
+    limits: dict[str, Any]
+
+
 class Models(BaseModel):
     """A list of one."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[Model | TextModel]
 
 
 class WorkerHealth(BaseModel):
@@ -153,18 +169,32 @@ def health_of(service: Service) -> Health:
     return Health(status=status, workers=workers, troubles=troubles, jobs=service.store.counts())
 
 
-def model_of(service: Service, created: int) -> Model:
+def model_of(service: Service, created: int) -> Model | TextModel:
     """What is served."""
     card, limits = service.card, service.options.limits
+    shared: dict[str, Any] = {
+        "id": card.name,
+        "created": created,
+        "default_plan": card.default_plan,
+        "plans": [_plan(one) for one in card.plans.values()],
+    }
+    if isinstance(card, TextCard):
+        return TextModel(
+            **shared,
+            context=card.context,
+            defaults={
+                "max_tokens": card.writing.length,
+                "block_length": card.writing.block,
+                "num_inference_steps": card.writing.steps,
+            },
+            limits={name: getattr(limits, name) for name in ("body", "prompt", "steps", "rate")},
+        )
     return Model(
-        id=card.name,
-        created=created,
+        **shared,
         kind=card.kind,
         takes_image=card.takes_image,
         defaults=card.defaults.to_dict(),
         fps=card.fps,
-        default_plan=card.default_plan,
-        plans=[_plan(one) for one in card.plans.values()],
         limits={name: getattr(limits, name) for name in Limits.__dataclass_fields__},
     )
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from .jobs import ENDED, SELECT, Job, job_of, new_id
-from .spec import JobSpec
+from .jobs import ENDED, SELECT, Job, Spec, job_of, new_id
 from .tables import JOBS, STORE, WORKERS, open_database
 
 
@@ -61,7 +60,7 @@ class Store:
 
     def submit(
         self,
-        spec: JobSpec,
+        spec: Spec,
         model: str,
         *,
         limit: int,

@@ -18,6 +18,7 @@ from .claims import BEAT, Claims, Worker
 from .files import Files
 from .running import Generator, Runner
 from .store import Store
+from .text.engine import TextEngine
 from .troubles import Troubles
 
 NICENESS = 10
@@ -38,7 +39,7 @@ class WorkerOptions:
         most_pixels: Of an uploaded image.
     """
 
-    load: Callable[[str], Generator]
+    load: Callable[[str], Generator | TextEngine]
     device: str
     model: str
     url: str
@@ -68,7 +69,7 @@ def run_worker(options: WorkerOptions, id: str) -> None:
     claims.gone(id)
 
 
-def _loaded(options: WorkerOptions, worker: Worker, troubles: Troubles) -> Generator:
+def _loaded(options: WorkerOptions, worker: Worker, troubles: Troubles) -> Generator | TextEngine:
     """What runs the jobs; if it can't be loaded, the store has why."""
     try:
         engine = options.load(options.device)

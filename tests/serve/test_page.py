@@ -11,7 +11,6 @@ from fastapi.testclient import TestClient
 from sparse_dit.resources import shipped
 from sparse_dit.search.front import front_path
 from sparse_dit.serve.app import create_app
-from sparse_dit.serve.card import spec_of
 from sparse_dit.serve.dial import plan_choices, sizes
 from sparse_dit.serve.example import shipped_example
 from sparse_dit.serve.options import Limits
@@ -230,7 +229,7 @@ def test_every_size_that_is_offered_can_be_made():
     offered = sizes(card, limits)
     assert {"96x64", "64x96", "48x32"} <= {*offered} and "192x128" not in offered
     for size in offered:
-        spec_of(card, VideoRequest(prompt="a cat", size=size), False, limits)
+        card.spec_of(VideoRequest(prompt="a cat", size=size), False, limits)
     assert sizes(stub_card(plans=Plans([Served("fast", small(), None)])), limits)[0] == "16x16"
 
 
