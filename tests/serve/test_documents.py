@@ -13,9 +13,9 @@ from tests.helpers.serve_cases import stub_service, working
 PAGE = "docs/serving.md"
 
 
-def calls():
-    """The words of each curl, without comments."""
-    text = words_of(PAGE).replace("\\\n", " ")
+def calls(page=PAGE):
+    """The words of each curl of a page, without comments."""
+    text = words_of(page).replace("\\\n", " ")
     return [shlex.split(line, comments=True) for line in re.findall(r"^curl .*$", text, re.M)]
 
 
