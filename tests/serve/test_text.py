@@ -220,7 +220,7 @@ def test_a_full_queue_and_a_job_that_fails(service, engine, client):
         client.completions.create(**ASKED)
     with working(service, Broken()):
         with pytest.raises(openai.APIError, match="the job failed: it can't be written"):
-            [*waits]
+            text_of(waits)
         with pytest.raises(openai.UnprocessableEntityError, match="it can't be written"):
             client.completions.create(**ASKED)
 
