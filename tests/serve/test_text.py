@@ -13,6 +13,7 @@ from sparse_dit.serve.claims import Claims
 from sparse_dit.serve.command import Served, prepared
 from sparse_dit.serve.options import ServeOptions
 from sparse_dit.serve.text.canvas import Settled
+from tests.helpers.documents import snippets
 from tests.helpers.serve_cases import claimed, runner_of, work, working
 from tests.helpers.text_site import listening, save_writer, text_service
 from tests.helpers.tiny_canvases import bytes_writer
@@ -254,9 +255,14 @@ def test_what_is_served_and_what_is_not(tmp_path, model, service):
     assert not (tmp_path / "x.sqlite").exists()
 
 
-def test_every_call_of_the_page_is_answered(service, engine):
+def test_every_call_of_the_page_is_answered(service, engine, address, capsys):
     client = TestClient(create_app(service))
     with working(service, engine):
+        (python,) = snippets("docs/serving-text.md")
+        text = python.text.replace("http://127.0.0.1:8000", address).replace("tiny-dlm", "stub")
+        exec(compile(text, python.page, "exec"), {})
+        (job,), _ = service.store.list("text", after=None, limit=1, order="desc")
+        assert capsys.readouterr().out == job.result["text"] != ""
         shown = calls("docs/serving-text.md")
         id = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).json()["id"]
         for words in shown:
