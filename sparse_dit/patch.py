@@ -135,11 +135,11 @@ def patch(
     targets = _targets(pipe_or_transformer, found, plan)
     for name, transformer in targets.items():
         check_fits(plan, name, transformer)
-    cache = StepCache.of(plan)
+    planned = StepCache.of(plan)
     runtimes = {name: Runtime(name, plan.components[name], *how) for name in targets}
     attachments = _attached(targets, runtimes, pipe_or_transformer)
-    if cache is not None and step_cache:
-        _cache_steps(attachments, cache)
+    if planned is not None and step_cache:
+        _cache_steps(attachments, planned)
     return Handle(plan, attachments, runtimes)
 
 

@@ -26,8 +26,9 @@ class StepCache:
 
     Args:
         name: `"first-block"` or `"taylorseer"`.
-        settings: `{"threshold": t}`: the relative change of the first block's residual up to which a step is
-            taken again; or `{"interval": n, "first": m}`: of the steps after the first m every n-th is computed.
+        settings: `{"threshold": t}`: the relative change of the first block's residual up to which a step
+            is taken again; or `{"interval": n, "first": m}`: of the steps after the first m every n-th is
+            computed.
 
     Raises:
         ValueError: If there is no such cache, or a setting is missing or out of range.
@@ -77,6 +78,19 @@ class StepCache:
             return StepCache.from_dict(found)
         except (AttributeError, ValueError) as error:
             raise PlanError(f"provenance.{NAMED}: {error}; search again, or take it out") from None
+
+
+def compared_rows(plan: Plan) -> list[dict[str, Any]]:
+    """What a plan's search measured of sparse attention and step caches, each alone and both."""
+    rows = plan.provenance.get("compared")
+    wanted = {"what": str, "density": float, "computed": float, "speedup": float}
+    return [
+        row
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+        and "cache" in row
+        and all(isinstance(row.get(key), kind) for key, kind in wanted.items())
+    ]
 
 
 def cache_notes(

@@ -60,6 +60,11 @@ def cached_alone(work: Workload, references: Sequence[Reference], cache: StepCac
     )
 
 
+def measured_scale(measured: float, forecast: float, spoilt: float = 0.0) -> float:
+    """Measured over forecast loss, less what a step cache comes to; both sorts of error mostly add up."""
+    return max(max(measured - spoilt, measured / 10) / forecast, 1e-12)
+
+
 def check_takes(model: Any, cache: StepCache) -> None:
     """Raise ValueError unless a model takes a step cache and has none; its weights aren't needed."""
     with attached(model, dict.fromkeys(components(model), stock)) as attachments:
@@ -189,8 +194,9 @@ def _shares(
                 ran[at] += 1
     share = {n: ran[n] / calls[n] if calls[n] else 1.0 for n in stages}
     parts = {
-        n: {other: count / calls[other] for other, count in moved[n].items()} if calls[n] else {n: 1.0}
+        n: {other: count / calls[other] for other, count in moved[n].items()}
+        if calls[n]
+        else {n: 1.0}
         for n in stages
     }
     return share, parts
-

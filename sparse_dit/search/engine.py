@@ -55,9 +55,7 @@ class Searched:
         """Other points of the same problem, with the PSNR that the verified plan lets expect."""
         model = model_hash(self.plan.components)
         psnr_db = self.plan.measured.get("psnr_db")
-        return front_of(
-            self.problem, model, self.choice, psnr_db=psnr_db, spoilt=self.spoilt
-        )
+        return front_of(self.problem, model, self.choice, psnr_db=psnr_db, spoilt=self.spoilt)
 
 
 def plan_of(searched: Searched, choice: Choice) -> Plan:

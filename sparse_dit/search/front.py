@@ -26,6 +26,7 @@ from ..plan.evidence import without_evidence
 from ..texts import read_text
 from ..whole_file import write_text
 from .archive import explore
+from .caching import measured_scale
 from .solve import Choice, Problem
 
 FORMAT = (

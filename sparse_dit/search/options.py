@@ -49,9 +49,9 @@ class SearchOptions:
         backend: Sparse backend to measure and verify with.
         device_table: Table of another device to solve for, by name or path; see `DeviceTable`. What is
             verified here is then the quality, not the speed-up.
-        cache: A step cache as a part of the pipeline that is searched: `"first-block"` or `"taylorseer"`, which
-            the search also sets, or with a number; see `step_cache.asked_caches`. It goes with `min_psnr` or
-            `target_speedup`.
+        cache: A step cache as a part of the pipeline that is searched: `"first-block"` or `"taylorseer"`,
+            which the search also sets, or with a number; see `step_cache.asked_caches`. It goes with
+            `min_psnr` or `target_speedup`.
         dense_seconds: The seconds of a dense generation on that device; measured if the table is of this one.
         report: Called with a line of text at each phase.
 
@@ -104,16 +104,15 @@ class SearchOptions:
 
     @functools.cached_property
     def caches(self) -> tuple[StepCache, ...]:
-        """The step caches that may be searched with, from the most careful to the boldest; none if none is asked
-        for."""
+        """The step caches that may be searched with, from the most careful to the boldest."""
         if self.cache is None:
             return ()
         if not isinstance(self.cache, str):
             raise TypeError(f"{option('cache')} must be text, got {self.cache!r:.60}")
         if self.max_error is not None:
             raise ValueError(
-                f"{option('cache')} goes with {option('min_psnr')} or {option('target_speedup')}: an error of heads "
-                "says nothing of a cache"
+                f"{option('cache')} goes with {option('min_psnr')} or {option('target_speedup')}: an "
+                "error of heads says nothing of a cache"
             )
         return asked_caches(self.cache, self.settings.steps)
 

@@ -314,4 +314,5 @@ def joined(
         stages=tuple(stage for part in placed for stage in part.stages),
         other_seconds=max(0.0, dense_generation - stock),
         components=tuple(name for name, part in parts.items() for _ in part.stages),
+        saved_seconds=sum(part.saved_seconds for part in placed),
     )

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..plan import Plan
-from .caching import Cached, tried, with_cache
+from .caching import Cached, measured_scale, tried, with_cache
 from .objective import PSNR
 from .solve import Choice, least_loss
-from .tune import FIRST_SCALE, Clock, Session, allowed_loss, measured_scale, tune
+from .tune import FIRST_SCALE, Clock, Session, allowed_loss, tune
 from .verify import Reference, Verified
 
 SPARSE, CACHE, BOTH = "sparse alone", "cache alone", "both"
@@ -35,8 +35,8 @@ class Tuned(NamedTuple):
 class Together(NamedTuple):
     """The better of a plan alone and one with a step cache, and what all that was measured gave.
 
-    `compared` has an entry for each way: `what`, `cache`, `density`, `computed` (share of attention calls that
-    ran), `psnr_db`, `psnr_db_least`, `speedup`, and `forecast` where the PSNR is one.
+    `compared` has an entry for each way: `what`, `cache`, `density`, `computed` (share of attention calls
+    that ran), `psnr_db`, `psnr_db_least`, `speedup`, and `forecast` where the PSNR is one.
     """
 
     best: Tuned
@@ -95,7 +95,9 @@ def together(
         replace(session, problem=with_cache(session.problem, references, one), cached=one)
         for one in found
     ]
-    ranked = [(rank, n) for n, one in enumerate(sessions) if (rank := _rank(one, scale)) is not None]
+    ranked = [
+        (rank, n) for n, one in enumerate(sessions) if (rank := _rank(one, scale)) is not None
+    ]
     both = None
     if ranked:
         chosen = sessions[min(ranked)[1]]

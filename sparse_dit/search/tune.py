@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..step_cache import NAMED
 from ..timing import Timer
 from .assemble import first_plan, stage_shares
-from .caching import Cached
+from .caching import Cached, measured_scale
 from .cost import Costs
 from .objective import PSNR
 from .options import SearchOptions
@@ -114,11 +114,6 @@ def allowed_loss(
     return max(10 ** (-max(min_psnr + MARGIN_DB, floor) / 10) - spoilt, 0.0) / scale
 
 
-def measured_scale(measured: float, forecast: float, spoilt: float = 0.0) -> float:
-    """Measured over forecast loss, less what a step cache comes to; both sorts of error mostly add up."""
-    return max(max(measured - spoilt, measured / 10) / forecast, 1e-12)
-
-
 def tune(
     session: Session,
     references: list[Reference],
@@ -146,7 +141,9 @@ def tune(
     best: tuple[Choice, Plan, Verified] | None = None  # the fastest that is good
     closest: tuple[Choice, Plan, Verified] | None = None  # of the highest PSNR, if none is
     for number in range(MAX_ROUNDS):
-        last = _round(session, session.choose(allowed_loss(wanted, scale, floor, spoilt)), references)
+        last = _round(
+            session, session.choose(allowed_loss(wanted, scale, floor, spoilt)), references
+        )
         choice, _, verified = last
         say(
             f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "
