@@ -248,17 +248,23 @@ class Handle:
         lost = {name: tuple(a.lost) for name, a in self._attachments.items()}
         replaced = tuple(name for name, a in self._attachments.items() if a.replaced)
         notes = [note for runtime in self._runtimes.values() for note in runtime.notes]
-        notes += cache_notes(StepCache.of(self.plan), self._step_caches())
+        notes += self._cache_notes()
         kind = "exact" if self._learning is None else "learning"
         return summarise(self.plan, self.ran, lost, replaced, tuple(notes), kind)
 
-    def _step_caches(self) -> dict[str, StepCache | str | None]:
+    def _cache_notes(self) -> list[str]:
+        """What the plan's step cache and the enabled ones have to do with one another."""
         from .integrations import Caching
 
-        return {
-            name: attachment.step_cache if isinstance(attachment, Caching) else None
+        if self._plan is None or StepCache.of(self._plan) is None:
+            return []
+        found = {
+            name: (attachment.step_cache, attachment.steps)
             for name, attachment in self._attachments.items()
+            if isinstance(attachment, Caching)
         }
+        steps = next((steps for _, steps in found.values()), None)
+        return cache_notes(self._plan, {name: cache for name, (cache, _) in found.items()}, steps)
 
     def begin_run(self) -> None:
         """Say that the next forward begins a generation, so that it takes nothing from the one before.

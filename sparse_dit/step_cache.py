@@ -94,14 +94,16 @@ def compared_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def cache_notes(
-    planned: StepCache | None, enabled: Mapping[str, StepCache | str | None]
+    plan: Plan, enabled: Mapping[str, StepCache | str | None], steps: int | None
 ) -> list[str]:
     """What a patched model's step caches have to do with its plan, in words; nothing of a plan without one.
 
     Args:
-        planned: The step cache that the plan was searched with.
+        plan: The plan.
         enabled: For each component the one that is enabled; of one that isn't known here what it is called.
+        steps: Of the last generation; None if that isn't known.
     """
+    planned = StepCache.of(plan)
     if planned is None:
         return []
     notes = []
@@ -113,6 +115,13 @@ def cache_notes(
         notes.append(
             f"{name}: the plan was searched with the step cache {planned}, and {instead} is enabled, so its "
             "forecast doesn't hold; patch with step_cache=True and no other enabled"
+        )
+    settings = plan.provenance.get("settings")
+    set_for = settings.get("steps") if isinstance(settings, dict) else None
+    if planned in enabled.values() and steps and set_for and steps != set_for:
+        notes.append(
+            f"the step cache was set for {set_for} steps, and {steps} ran: the PSNR and the "
+            "speed-up aren't known there; search with as many"
         )
     return notes
 

@@ -29,7 +29,11 @@ def tiny():
 
 
 def _planned(pipe, cache):
-    return replace(plan_for(pipe, NARROW), provenance={"step_cache": cache.to_dict()})
+    settings = {"steps": 5}
+    return replace(
+        plan_for(pipe, NARROW),
+        provenance={"step_cache": cache.to_dict(), "settings": settings},
+    )
 
 
 @pytest.mark.parametrize("cache", [FIRST_BLOCK, TAYLORSEER], ids=str)
@@ -41,6 +45,9 @@ def test_it_is_enabled_with_the_patch_in_any_order_and_gone_with_it(tiny, cache)
         assert torch.equal(generate(pipe, call), both), "nothing is taken from another generation"
         assert f"step cache {cache}, as in the search" in str(handle.summary())
         calls = handle.summary().sparse_calls
+        assert "was set for" not in str(handle.summary())
+        generate(pipe, call, num_inference_steps=4)
+        assert "was set for 5 steps, and 4 ran" in str(handle.summary())
     assert f"step cache {cache}, as in the search" in str(handle.summary())
     assert not pipe.transformer.is_cache_enabled
     assert torch.equal(generate(pipe, call), stock)

@@ -17,7 +17,7 @@ from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
-from .schedule import Schedule
+from .schedule import Schedule, steps_of
 from .step_caches import (
     cache_config,
     disable_step_cache,
@@ -200,6 +200,11 @@ class Attachment:
         if self._tap.intercept is None:
             return self._last_cache
         return enabled_step_cache(self._transformer)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the generation that the pipeline is in, or was in last; None if that isn't known."""
+        return steps_of(self._schedule.pipe)
 
     def begin_run(self) -> None:
         """Let the next forward begin a generation; see `Handle.begin_run`."""

@@ -62,6 +62,11 @@ class Caching(Protocol):
         """What is enabled, by whomever: of one that isn't known its name; None for none."""
         ...
 
+    @property
+    def steps(self) -> int | None:
+        """Steps of the generation that the model is in, or was in last; None if that isn't known."""
+        ...
+
 
 class Workload(Protocol):
     """What a model is run for: any case, at one size and in one way.
