@@ -148,18 +148,20 @@ def test_steps_that_are_taken_again_cost_nothing_and_spoil_what_they_are_taken_f
 )
 def test_caches_are_tried_from_the_middle_on(monkeypatch, good, looked_at):
     caches = asked_caches("first-block", 50)
-    seen = []
+    seen, work = [], SimpleNamespace()
 
     def alone(work, references, cache):
-        seen.append(caches.index(cache))
-        return SimpleNamespace(place=seen[-1])
+        return replace(_cached(SIGMAS), cache=cache)
+
+    def place(one):
+        return caches.index(one.cache)
 
     monkeypatch.setattr(caching, "cached_alone", alone)
-    told = []
-    found = tried(None, [], caches, lambda one: one.place > good, told.append)
+    found = tried(
+        work, [], caches, lambda one: place(one) > good, lambda one: seen.append(place(one))
+    )
     assert seen == looked_at
-    assert [one.place for one in found] == sorted(seen)
-    assert len(told) == len(seen)
+    assert [place(one) for one in found] == sorted(seen)
 
 
 def test_a_cache_alone_is_taken_off_what_was_measured():
