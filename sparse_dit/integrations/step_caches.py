@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
-from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from torch import nn
 
 from ..step_cache import FIRST_BLOCK, TAYLORSEER, StepCache
@@ -71,6 +69,10 @@ def enabled_step_cache(transformer: nn.Module) -> StepCache | str | None:
 
 
 def _config(cache: StepCache) -> Any:
+    # here, as versions without them patch all the same
+    from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
+
     if cache.name == FIRST_BLOCK:
         return FirstBlockCacheConfig(threshold=cache.settings["threshold"])
     return TaylorSeerCacheConfig(
