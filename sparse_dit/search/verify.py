@@ -143,9 +143,9 @@ class Verified:
         difference: How far the sparse outputs are from the dense ones, by metric, mean over cases; see
             `Workload.difference`.
         speedup: The seconds of the dense over those of the sparse generations; 1 if no attention call ran
-            sparse.
+            sparse and the plan has no step cache.
         sparse_seconds: What all sparse generations took together.
-        pairs: How long each case took, dense and sparse; None if no attention call ran sparse.
+        pairs: How long each case took, dense and sparse; None where the speed-up is 1 for that reason.
         by_case: The differences of each case, in the order of the references.
     """
 
@@ -179,7 +179,8 @@ def verify(
         found.append(work.difference(output, reference.output))
         if not math.isfinite(found[-1][work.loss]):
             raise ValueError(f"the plan gives NaN or Inf on {reference.case.prompt!r}")
-    pairs = Pairs([reference.taken for reference in references], sparse) if sparse_calls else None
+    timed = sparse_calls or StepCache.of(plan) is not None
+    pairs = Pairs([reference.taken for reference in references], sparse) if timed else None
     return Verified(
         {name: float(np.mean([each[name] for each in found])) for name in found[0]},
         pairs.speedup if pairs else 1.0,
