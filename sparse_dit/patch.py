@@ -18,6 +18,7 @@ from .fastest import FASTEST, STOCK
 from .online import RULES, online_plan
 from .plan import Plan, config_hash
 from .runtime import How, Runtime
+from .step_cache import StepCache, cache_notes
 from .summary import Summary, summarise
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def patch(
     backend: str = "auto",
     nan_guard: bool = False,
     dense: str = STOCK,
+    step_cache: bool = True,
     density: float | None = None,
     sparsity: float | None = None,
     threshold: float | None = None,
@@ -64,6 +66,8 @@ def patch(
         dense: Who computes calls that the plan leaves dense: `"stock"`, bit for bit what the model gives, or
             `"fastest"`: whichever exact kernel is found to be the fastest here, equal to rounding;
             `summary()` says what each took.
+        step_cache: Enable the step cache that the plan was searched with, if it was with one, until the patch
+            is removed. One that is enabled already stays; `summary()` says if it is another.
         density, sparsity, threshold, tau, top_p: Of `"online"`, `"adaspa"`, `"xattention"`, `"sol"` and
             `"svg2"` in turn the one number that it takes; see `online.RULES`.
         keep: Of `"sparsed"` and `"mage"`: the share of the keys that is seen; see `denoising.DENOISING`,
@@ -75,8 +79,8 @@ def patch(
         The handle that tells what ran and takes the patch off; also a context manager.
 
     Raises:
-        ValueError: If the plan is for another model, the backend is unknown, or the pipeline is
-            patched already.
+        ValueError: If the plan is for another model, the backend is unknown, the pipeline is patched already,
+            or its transformer doesn't take the plan's step cache.
         TypeError: If there is no transformer, an attention layer can't be patched, or `plan` is no plan.
         NotImplementedError: If the transformer's class is not supported.
     """
@@ -131,8 +135,26 @@ def patch(
     targets = _targets(pipe_or_transformer, found, plan)
     for name, transformer in targets.items():
         check_fits(plan, name, transformer)
+    planned = StepCache.of(plan)
     runtimes = {name: Runtime(name, plan.components[name], *how) for name in targets}
-    return Handle(plan, _attached(targets, runtimes, pipe_or_transformer), runtimes)
+    attachments = _attached(targets, runtimes, pipe_or_transformer)
+    if planned is not None and step_cache:
+        _cache_steps(attachments, planned)
+    return Handle(plan, attachments, runtimes)
+
+
+def _cache_steps(attachments: Mapping[str, Attachment], cache: StepCache) -> None:
+    """Enable a step cache on all that is attached to, or detach it all."""
+    from .integrations import Caching
+
+    try:
+        for attachment in attachments.values():
+            if isinstance(attachment, Caching):
+                attachment.enable_step_cache(cache)
+    except BaseException:
+        for attachment in attachments.values():
+            attachment.detach()
+        raise
 
 
 def _attached(
@@ -226,8 +248,23 @@ class Handle:
         lost = {name: tuple(a.lost) for name, a in self._attachments.items()}
         replaced = tuple(name for name, a in self._attachments.items() if a.replaced)
         notes = [note for runtime in self._runtimes.values() for note in runtime.notes]
+        notes += self._cache_notes()
         kind = "exact" if self._learning is None else "learning"
         return summarise(self.plan, self.ran, lost, replaced, tuple(notes), kind)
+
+    def _cache_notes(self) -> list[str]:
+        """What the plan's step cache and the enabled ones have to do with one another."""
+        from .integrations import Caching
+
+        if self._plan is None or StepCache.of(self._plan) is None:
+            return []
+        found = {
+            name: (attachment.step_cache, attachment.steps)
+            for name, attachment in self._attachments.items()
+            if isinstance(attachment, Caching)
+        }
+        steps = next((steps for _, steps in found.values()), None)
+        return cache_notes(self._plan, {name: cache for name, (cache, _) in found.items()}, steps)
 
     def begin_run(self) -> None:
         """Say that the next forward begins a generation, so that it takes nothing from the one before.

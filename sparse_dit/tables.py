@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from .step_cache import StepCache, compared_rows
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -43,11 +45,29 @@ def show_plan(plan: Plan) -> None:
             f"made at {part.layout}; sparse from {low} tokens{f' to {high}' if high else ''}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
+    if cache := StepCache.of(plan):
+        out.print(f"searched with the step cache {cache}", highlight=False)
+    if rows := compared_rows(plan):
+        out.print(_compared_table(rows))
     from .plan.evidence import evidence_lines
 
     for line in evidence_lines(plan):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     out.print(_stage_table(plan))
+
+
+def _compared_table(rows: list[dict[str, Any]]) -> Table:
+    """What a search measured of sparse attention, a step cache, and both."""
+    table = Table("way", "step cache", "density", "calls", "PSNR (worst)", "speed-up")
+    for row in rows:
+        psnr, least = row.get("psnr_db"), row.get("psnr_db_least")
+        quality = "-" if psnr is None else f"{psnr:.1f} dB"
+        worst = "forecast" if row.get("forecast") else "-" if least is None else f"{least:.1f}"
+        table.add_row(
+            str(row["what"]), str(row["cache"] or "-"), f"{row['density']:.3f}",
+            f"{row['computed']:.0%}", f"{quality} ({worst})", f"{row['speedup']:.2f}x",
+        )  # fmt: skip
+    return table
 
 
 def _heads(part: ComponentPlan) -> str:

@@ -25,6 +25,13 @@ class Wanted:
     target_speedup: Annotated[float | None, typer.Option(help="Forecast speed-up to reach.")] = None
     max_error: Annotated[float | None, typer.Option(help="Largest error of head outputs.")] = None
     min_psnr: Annotated[float | None, typer.Option(help="Least PSNR on held-out prompts.")] = None
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Search together with a step cache: first-block, taylorseer, or one with a number "
+            "(first-block=0.12)."
+        ),
+    ] = None
     profile: Annotated[
         Path | None, typer.Option(help="Where the profile is kept; default beside the plan.")
     ] = None
@@ -88,8 +95,8 @@ def search(
         of_pipelines = replace(wanted, target_speedup=None) != Wanted()
         if cases.given or held_out or size != Size() or of_pipelines:
             raise ValueError(
-                "prompts, sizes, profiles, cost tables, --max-error and --min-psnr are for pipelines; with "
-                "--text a language model is searched"
+                "prompts, sizes, profiles, step caches, cost tables, --max-error and --min-psnr are for "
+                "pipelines; with --text a language model is searched"
             )
         return _search_text(model, texts, wanted, place, plan_file, force)
     if texts != Texts():

@@ -14,11 +14,12 @@ from torch import nn
 
 from ..call import Intercept
 from ..generation import GenerationSettings
-from .host import Attachment, Host, Seen, Workload
+from .host import Attachment, Caching, Host, Seen, Workload
 
 __all__ = [
     "HOSTS",
     "Attachment",
+    "Caching",
     "Host",
     "Seen",
     "Workload",

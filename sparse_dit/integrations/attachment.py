@@ -12,11 +12,18 @@ import torch
 from torch import nn
 
 from ..call import Intercept, StepContext
+from ..step_cache import StepCache
 from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
 from .parallel import check_split
 from .processors import Seam, Tap, wrap
-from .schedule import Schedule
+from .schedule import Schedule, steps_of
+from .step_caches import (
+    cache_config,
+    disable_step_cache,
+    enable_step_cache,
+    enabled_step_cache,
+)
 from .step_tracker import StepTracker
 
 logger = logging.getLogger("sparse_dit")
@@ -140,6 +147,8 @@ class Attachment:
         self._tracker = StepTracker(self._schedule)
         self._lost: set[str] = set()
         self._was_replaced = False
+        self._cache_config: object = None  # of the step cache that was enabled with the patch
+        self._last_cache: StepCache | str | None = None
         try:
             for name, processor in self._patched.items():
                 _set(self.layers[name], processor)
@@ -180,6 +189,23 @@ class Attachment:
         parts = (getattr(part, "_orig_mod", part) for part in pipe.components.values())
         return all(part is not self._transformer for part in parts)
 
+    def enable_step_cache(self, cache: StepCache) -> None:
+        """Enable a step cache until detached; one that the host has enabled already stays."""
+        if cache_config(self._transformer) is None:
+            self._cache_config = enable_step_cache(self._transformer, cache)
+
+    @property
+    def step_cache(self) -> StepCache | str | None:
+        """The step cache that is enabled, by whomever; of an unknown one what it is called."""
+        if self._tap.intercept is None:
+            return self._last_cache
+        return enabled_step_cache(self._transformer)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the generation that the pipeline is in, or was in last; None if that isn't known."""
+        return steps_of(self._schedule.pipe)
+
     def begin_run(self) -> None:
         """Let the next forward begin a generation; see `Handle.begin_run`."""
         self._tracker.begin()
@@ -192,6 +218,8 @@ class Attachment:
         for name, layer in self.layers.items():
             if layer.processor is self._patched[name]:
                 _set(layer, self._stock[name])
+        self._last_cache = enabled_step_cache(self._transformer)
+        disable_step_cache(self._transformer, self._cache_config)
         self._hook.remove()
         vars(self._transformer).pop("cache_context", None)
         delattr(self._transformer, self.KEY)

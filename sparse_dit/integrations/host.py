@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from ..call import Intercept, StepContext
 from ..generation import Case, GenerationSettings
 from ..layout import TokenLayout
+from ..step_cache import StepCache
 from ..timing import Taken
 
 
@@ -41,6 +42,29 @@ class Attachment(Protocol):
 
     def detach(self) -> None:
         """Restore the very stock objects; twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class Caching(Protocol):
+    """An attachment to a component of a library that has step caches."""
+
+    def enable_step_cache(self, cache: StepCache) -> None:
+        """Enable a step cache until detached; one that is enabled already stays.
+
+        Raises:
+            ValueError: If the component doesn't take it.
+        """
+        ...
+
+    @property
+    def step_cache(self) -> StepCache | str | None:
+        """What is enabled, by whomever: of one that isn't known its name; None for none."""
+        ...
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the generation that the model is in, or was in last; None if that isn't known."""
         ...
 
 

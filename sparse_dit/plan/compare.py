@@ -83,11 +83,15 @@ def merge(*plans: Plan) -> Plan:
         for plan in plans
     ]
     cost = plans[0].cost if all(plan.cost == plans[0].cost for plan in plans) else {}
+    caches = [plan.provenance.get("step_cache") for plan in plans]
+    shared = (
+        {"step_cache": caches[0]} if caches[0] and caches.count(caches[0]) == len(caches) else {}
+    )
     return Plan(
         plans[0].pipeline_class,
         components,
         min(density, 1.0),
-        provenance={"merged": parts},
+        provenance={"merged": parts, **shared},
         cost=cost,
     )
 

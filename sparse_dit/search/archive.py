@@ -143,6 +143,7 @@ def _in_density(problem: Problem) -> Problem:
         seconds=problem.density * share[:, None],
         stock_seconds=problem.density[:, 0] * share,
         other_seconds=1e-3,  # not 0, as all heads may be skipped
+        saved_seconds=0.0,
     )
 
 

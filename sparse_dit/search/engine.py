@@ -23,7 +23,8 @@ from .provenance import evidence, measured_of, provenance
 from .repeat import repeated
 from .sensitivity import Sensitivity, sensitivity
 from .solve import Choice, Problem, stages_of, whole_problem
-from .tune import Clock, Session, tune
+from .together import together, tuned_alone
+from .tune import Clock, Session
 from .verify import Reference, dense_reference
 
 
@@ -38,6 +39,7 @@ class Searched:
         choice: The candidate of each unit that the plan takes.
         references: The dense generations that the plan was tuned and verified with.
         seconds: What each phase of the search took, by name, and `"total"`.
+        spoilt: The loss that the plan's step cache comes to alone.
     """
 
     plan: Plan
@@ -46,13 +48,14 @@ class Searched:
     choice: Choice
     references: list[Reference]
     seconds: dict[str, float]
+    spoilt: float = 0.0
 
     @functools.cached_property
     def front(self) -> Front:
         """Other points of the same problem, with the PSNR that the verified plan lets expect."""
         model = model_hash(self.plan.components)
         psnr_db = self.plan.measured.get("psnr_db")
-        return front_of(self.problem, model, self.choice, psnr_db=psnr_db)
+        return front_of(self.problem, model, self.choice, psnr_db=psnr_db, spoilt=self.spoilt)
 
 
 def plan_of(searched: Searched, choice: Choice) -> Plan:
@@ -119,6 +122,9 @@ def _searched(pipe: Any, prompts: Sequence[str | Case], options: SearchOptions) 
     if options.target_device is not None and options.target_device.table.caveat:
         say(options.target_device.table.caveat)
     options.check(pipe, calibration[0])
+    for cache in options.caches[:1]:  # before hours are spent
+        say(f"trying the step cache {cache.name}")
+        dense_reference(work.reduced().with_steps(2), calibration[0], cache=cache)
     clock = Clock(work.device)
     say(f"profiling {len(calibration)} prompts at {options.profiled.steps} noise levels")
     profiled = profile_pipeline(
@@ -173,9 +179,15 @@ def _solved(run: _Run, profiled: Profile) -> Searched:
     task = whole_problem(parts, matters, tables, calls, dense_seconds)
     clock.lap("solve")
     session = Session(options, run.work, matters, task, tables, profiled)
-    choice, plan, verified = tune(
-        session, references, options.max_generations * local_seconds, clock
-    )
+    budget = options.max_generations * local_seconds
+    alone, compared = tuned_alone(session, references, budget, clock), None
+    if options.caches:
+        best, compared = together(session, references, alone, budget, clock)
+    else:
+        assert alone is not None, "it is None only where a cache may help"
+        best = alone
+    session, choice, plan, verified = best
+    task = session.problem
     clock.lap("verify")
     plan = with_break_even(plan, task, choice, tables, target_device)
     clock.lap("break-even")
@@ -184,12 +196,14 @@ def _solved(run: _Run, profiled: Profile) -> Searched:
     clock.lap("evidence")
     record = provenance(session, run.calibration, run.held_out, clock.laps)
     record["evidence"] = backing
+    if compared is not None:
+        record["compared"] = compared
     plan = replace(
         plan,
         provenance={**plan.provenance, **record},
         measured=measured_of(options, verified, run.work.quality, len(run.held_out)),
     )
-    return Searched(plan, profiled, task, choice, references, clock.laps)
+    return Searched(plan, profiled, task, choice, references, clock.laps, session.spoilt)
 
 
 def _references(run: _Run, profiled: Profile) -> list[Reference]:

@@ -26,6 +26,7 @@ from ..plan.evidence import without_evidence
 from ..texts import read_text
 from ..whole_file import write_text
 from .archive import explore
+from .caching import measured_scale
 from .solve import Choice, Problem
 
 FORMAT = (
@@ -97,6 +98,7 @@ def front_of(
     found: Choice,
     *,
     psnr_db: float | None = None,
+    spoilt: float = 0.0,
     kl_of_loss: float | None = None,
     heads: Callable[[Choice], Sequence[HeadChoice]] | None = None,
 ) -> Front:
@@ -108,6 +110,7 @@ def front_of(
         found: The choice that the search made.
         psnr_db: The measured PSNR of `found`; that of the others is forecast from it, as the squared error
             of the video is in proportion to the loss.
+        spoilt: The mean squared error of the video that a step cache comes to alone, in every point.
         kl_of_loss: The divergence from dense of a language model, in nats a token for each unit of loss, as
             measured.
         heads: A choice as the plan's heads, in its order; each unit is a head if None.
@@ -124,7 +127,7 @@ def front_of(
             density=round(choice.density, 6),
             error=round(choice.error, 6),
             seconds=float(f"{choice.seconds:.5g}"),
-            psnr=_psnr(choice, found, psnr_db),
+            psnr=_psnr(choice, found, psnr_db, spoilt),
             kl=None if kl_of_loss is None else round(choice.loss * kl_of_loss, 6),
             patterns=[numbers.setdefault(head.pattern, len(numbers)) for head in of_heads],
             errors=[None if head.error is None else round(head.error, 5) for head in of_heads],
@@ -156,14 +159,17 @@ def _heads(task: Problem, choice: Choice) -> list[HeadChoice]:
     return [HeadChoice(candidates[pick], error) for candidates, pick, error in picks]
 
 
-def _psnr(choice: Choice, found: Choice, psnr_db: float | None) -> float | None:
+def _psnr(
+    choice: Choice, found: Choice, psnr_db: float | None, spoilt: float = 0.0
+) -> float | None:
     """Forecast in dB; None if nothing was measured that tells."""
     if psnr_db is None or found.loss <= 0:
         return None
-    if choice.loss <= 0:
+    measured = 10 ** (-psnr_db / 10)
+    error = spoilt + measured_scale(measured, found.loss, spoilt) * choice.loss
+    if error <= 0:
         return MOST_PSNR
-    decibels = psnr_db - 10 * math.log10(choice.loss / found.loss)
-    return round(min(MOST_PSNR, decibels), 2)
+    return round(min(MOST_PSNR, -10 * math.log10(error)), 2)
 
 
 def front_path(plan_file: Path) -> Path:

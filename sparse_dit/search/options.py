@@ -14,7 +14,9 @@ from ..generation import Case, GenerationSettings
 from ..integrations import unpatched, workload
 from ..outputs import check_writable
 from ..plan.schema import MAX_STAGES
+from ..step_cache import StepCache, asked_caches
 from ..words import option
+from .caching import check_takes
 from .objective import PSNR, Objective
 from .pricing import TargetDevice
 from .profiling import phases_of, profiling_steps, started
@@ -47,6 +49,9 @@ class SearchOptions:
         backend: Sparse backend to measure and verify with.
         device_table: Table of another device to solve for, by name or path; see `DeviceTable`. What is
             verified here is then the quality, not the speed-up.
+        cache: A step cache as a part of the pipeline that is searched: `"first-block"` or `"taylorseer"`,
+            which the search also sets, or with a number; see `step_cache.asked_caches`. It goes with
+            `min_psnr` or `target_speedup`.
         dense_seconds: The seconds of a dense generation on that device; measured if the table is of this one.
         report: Called with a line of text at each phase.
 
@@ -68,10 +73,12 @@ class SearchOptions:
     backend: str = "auto"
     device_table: str | Path | None = None
     dense_seconds: float | None = None
+    cache: str | None = None
     report: Report | None = None
 
     def __post_init__(self) -> None:
-        _ = self.objective, self.target_device, self.profiled  # each raises for what isn't in range
+        # each raises for what isn't in range
+        _ = self.objective, self.target_device, self.profiled, self.caches
         if self.tune_on not in get_args(TuneOn):
             raise ValueError(f"tune_on must be one of {get_args(TuneOn)}, got {self.tune_on!r}")
         rows, most = self.rows, self.max_generations
@@ -94,6 +101,20 @@ class SearchOptions:
     def profiled(self) -> GenerationSettings:
         """The settings of the profiling runs."""
         return profiled_at(self.settings, self.profile_steps)
+
+    @functools.cached_property
+    def caches(self) -> tuple[StepCache, ...]:
+        """The step caches that may be searched with, from the most careful to the boldest."""
+        if self.cache is None:
+            return ()
+        if not isinstance(self.cache, str):
+            raise TypeError(f"{option('cache')} must be text, got {self.cache!r:.60}")
+        if self.max_error is not None:
+            raise ValueError(
+                f"{option('cache')} goes with {option('min_psnr')} or {option('target_speedup')}: an "
+                "error of heads says nothing of a cache"
+            )
+        return asked_caches(self.cache, self.settings.steps)
 
     def say(self, text: str) -> None:
         """Report a line of text, if somebody listens."""
@@ -157,6 +178,8 @@ class SearchOptions:
         for transformer in unpatched(pipe).values():
             if self.target_device is not None:
                 self.target_device.check(transformer)
+        if self.caches:
+            check_takes(pipe, self.caches[0])
         work.check(case)
         if self.profile is not None:
             check_writable(Path(self.profile), option("profile"))

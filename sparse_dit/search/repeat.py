@@ -99,4 +99,7 @@ def _priced(
         part = parts[name]
         table, kinds = tables[name][part.heads[layer]], part.candidates(level, layer)[head].kinds
         rows.append(table.prices(kinds, densities, calls[name][level]))
-    return replace(problem, seconds=torch.tensor(rows, dtype=torch.float64))
+    seconds = torch.tensor(rows, dtype=torch.float64)
+    if problem.ran is not None:
+        seconds *= problem.ran[:, None]
+    return replace(problem, seconds=seconds)

@@ -50,6 +50,8 @@ class Problem:
         components: For each stage the name of the transformer that it is of; empty if that doesn't matter.
         measured: float64 `[U, K]`, the loss of each candidate alone, where it was measured one by one and
             isn't `error` times `importance`.
+        saved_seconds: What a step cache saves of a dense generation.
+        ran: float64 `[U]`, the share of each unit's calls that a step cache lets run; None without one.
     """
 
     units: list[tuple[int, str, int]]
@@ -65,6 +67,8 @@ class Problem:
     other_seconds: float
     components: tuple[str, ...] = ()
     measured: Tensor | None = None
+    saved_seconds: float = 0.0
+    ran: Tensor | None = None
 
     @functools.cached_property
     def loss(self) -> Tensor:
@@ -76,8 +80,8 @@ class Problem:
 
     @property
     def dense_seconds(self) -> float:
-        """Seconds of a dense generation."""
-        return self.other_seconds + self.stock_seconds.sum().item()
+        """Seconds of a dense generation, without a step cache."""
+        return self.other_seconds + self.stock_seconds.sum().item() + self.saved_seconds
 
     @functools.cached_property
     def layer_of(self) -> Tensor:
@@ -310,4 +314,5 @@ def joined(
         stages=tuple(stage for part in placed for stage in part.stages),
         other_seconds=max(0.0, dense_generation - stock),
         components=tuple(name for name, part in parts.items() for _ in part.stages),
+        saved_seconds=sum(part.saved_seconds for part in placed),
     )

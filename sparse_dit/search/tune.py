@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ..integrations import Workload
 from ..plan import Plan
+from ..step_cache import NAMED
 from ..timing import Timer
 from .assemble import first_plan, stage_shares
+from .caching import Cached, measured_scale
 from .cost import Costs
 from .objective import PSNR
 from .options import SearchOptions
@@ -65,6 +68,7 @@ class Session:
         problem: The units, with what each of their candidates costs and spoils.
         tables: What attention costs in each transformer, by component name.
         profile: The profile that the problem was made of.
+        cached: What the step cache gives alone that the problem was made for; None without one.
     """
 
     options: SearchOptions
@@ -73,33 +77,49 @@ class Session:
     problem: Problem
     tables: Mapping[str, Costs]
     profile: Profile
+    cached: Cached | None = None
+
+    @property
+    def spoilt(self) -> float:
+        """The loss that the step cache comes to alone."""
+        return 0.0 if self.cached is None else self.cached.difference[self.work.loss]
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as a plan."""
         parts = self.profile.components
         plan = first_plan(type(self.work.model).__name__, parts, self.problem, choice, self.tables)
-        return replace(plan, provenance={"stage_shares": stage_shares(self.problem)})
+        noted: dict[str, Any] = {"stage_shares": stage_shares(self.problem)}
+        if self.cached is not None:
+            noted[NAMED] = self.cached.cache.to_dict()
+        return replace(plan, provenance=noted)
 
     def choose(self, loss: float) -> Choice:
         """What answers the objective, at a largest loss if it asks for a PSNR."""
         return self.options.objective.choose(self.problem, loss)
 
 
-def allowed_loss(min_psnr: float | None, scale: float = FIRST_SCALE, floor: float = 0.0) -> float:
+def allowed_loss(
+    min_psnr: float | None, scale: float = FIRST_SCALE, floor: float = 0.0, spoilt: float = 0.0
+) -> float:
     """The largest forecast loss of a plan that should reach a PSNR in dB; infinite if none is asked for.
 
     Args:
         min_psnr: What is asked for.
         scale: Measured over forecast loss.
         floor: PSNR to aim at in any case.
+        spoilt: Mean squared change of the video that is there without the plan, by a step cache.
     """
     if min_psnr is None:
         return math.inf
-    return 10 ** (-max(min_psnr + MARGIN_DB, floor) / 10) / scale
+    return max(10 ** (-max(min_psnr + MARGIN_DB, floor) / 10) - spoilt, 0.0) / scale
 
 
 def tune(
-    session: Session, references: list[Reference], budget: float, clock: Clock
+    session: Session,
+    references: list[Reference],
+    budget: float,
+    clock: Clock,
+    scale: float = FIRST_SCALE,
 ) -> tuple[Choice, Plan, Verified]:
     """The choice that meets the objective, as a plan, and what it gave on the held-out cases.
 
@@ -111,16 +131,19 @@ def tune(
         references: Dense generations that the sparse ones are compared with.
         budget: Seconds on the clock after which a plan that is good enough is not improved.
         clock: A clock that runs since the search began.
+        scale: Measured over forecast loss, before a round has measured it.
 
     Raises:
         ValueError: If the objective is out of reach, or the sparse output holds NaN or Inf.
     """
     wanted, say = session.options.min_psnr, session.options.say
-    scale, floor = FIRST_SCALE, 0.0  # measured over forecast loss; dB to aim at
+    floor, spoilt = 0.0, session.spoilt  # dB to aim at; the cache's own loss
     best: tuple[Choice, Plan, Verified] | None = None  # the fastest that is good
     closest: tuple[Choice, Plan, Verified] | None = None  # of the highest PSNR, if none is
     for number in range(MAX_ROUNDS):
-        last = _round(session, session.choose(allowed_loss(wanted, scale, floor)), references)
+        last = _round(
+            session, session.choose(allowed_loss(wanted, scale, floor, spoilt)), references
+        )
         choice, _, verified = last
         say(
             f"round {number + 1}: density {choice.density:.3f}, forecast {choice.speedup:.2f}x, "
@@ -137,7 +160,7 @@ def tune(
             best = last
         if choice.loss == 0:
             break
-        scale = max(verified.difference[session.work.loss] / choice.loss, 1e-12)
+        scale = measured_scale(verified.difference[session.work.loss], choice.loss, spoilt)
         spent = clock.elapsed + verified.sparse_seconds > budget
         if best and (spent or verified.difference[PSNR] <= wanted + RELAX_DB):
             break
