@@ -23,7 +23,7 @@ PATCH = 8
 CHANNELS = 16
 _PIXELS = 3 * PATCH * PATCH
 _WIDTH = 48
-_CONSTANT = 1200.0  # far above every latent (about 10), exact in bfloat16
+CONSTANT = 1200.0  # far above every latent (about 10), exact in bfloat16
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def build_vae(pca: Pca) -> AutoencoderKLWan:
     _split(vae.decoder.conv_in, eye, torch.zeros(CHANNELS))
     _join(vae.decoder.conv_out, pca.basis / gain, pca.mean)
     for half in (vae.encoder, vae.decoder):
-        half.norm_out.gamma.fill_(_CONSTANT / math.sqrt(_WIDTH))
+        half.norm_out.gamma.fill_(CONSTANT / math.sqrt(_WIDTH))
     for conv in (vae.quant_conv, vae.post_quant_conv):
         _zero(conv)
         conv.weight[:, :, 0, 0, 0] = torch.eye(conv.weight.shape[0])
@@ -116,7 +116,7 @@ def _split(conv: nn.Module, weight: Tensor, bias: Tensor) -> None:
     for sign, rows in ((1, slice(0, count)), (-1, slice(count, 2 * count))):
         conv.weight[rows, :, -1, 1, 1] = sign * weight
         conv.bias[rows] = sign * bias
-    conv.bias[2 * count] = _CONSTANT
+    conv.bias[2 * count] = CONSTANT
 
 
 def _join(conv: nn.Module, weight: Tensor, bias: Tensor) -> None:
