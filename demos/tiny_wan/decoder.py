@@ -4,8 +4,8 @@
 
 It starts from the linear decoder of `vae.py`, which sees no patch's neighbours. Encoder, latents and
 transformer stay as they are, and so do plans. Every frame still stands alone: only the last tap in time of
-each convolution is trained, in two dimensions. Ctrl-C keeps a checkpoint beside the output; the same command
-goes on from it.
+each convolution is trained, in two dimensions. The two files that it writes take the place of those in the
+pipeline's folder `vae`. Ctrl-C keeps a checkpoint beside the output; the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from demos.tiny_wan.vae import CHANNELS, CONSTANT, PATCH, PatchEncoder
+from demos.tiny_wan.folder import clean
+from demos.tiny_wan.vae import CHANNELS, CONSTANT, PATCH, PatchEncoder, linear_vae
 from sparse_dit.eval.draw import draw
 from sparse_dit.whole_file import whole_folder
 
@@ -113,7 +114,7 @@ class Training:
 
     def __init__(self, vae: AutoencoderKLWan, seed: int, lr: float) -> None:
         torch.manual_seed(seed)
-        self.model = planar(vae.decoder)
+        self.model = planar(linear_vae(vae).decoder)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.rng, self.step, self.cpu_seconds, self.lr = Random(seed), 0, 0.0, lr
         # the attention is an identity, as it was
@@ -209,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
 def _write(training: Training, vae: AutoencoderKLWan, out: Path) -> None:
     with whole_folder(out) as partial:
         write_decoder(training.average, vae).to(torch.bfloat16).save_pretrained(partial)
+        clean(partial / "config.json")
 
 
 if __name__ == "__main__":

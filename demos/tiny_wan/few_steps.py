@@ -37,17 +37,19 @@ from sparse_dit.whole_file import whole_file
 
 RANK = 16
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20
 EMA = 0.99
 GUIDANCE = 3.0
 BUCKETS = (
-    Bucket(16, 8, 8, 2, (3, 1)),  # 512 x 2
-    Bucket(8, 16, 16, 1, (3, 2)),  # 1,024
-    Bucket(4, 24, 24, 1, (3, 2)),  # 1,152
-    Bucket(16, 16, 16, 1, (1, 2)),  # 2,048
-    Bucket(4, 32, 32, 1, (1, 1.5)),  # 2,048
-    Bucket(16, 24, 24, 1, (0, 1)),  # 4,608
+    Bucket(16, 8, 8, 1, (3, 1)),  # 512
+    Bucket(8, 12, 12, 1, (3, 1)),  # 576
+    Bucket(4, 16, 16, 1, (3, 1)),  # 512
+    Bucket(8, 16, 16, 1, (2, 2)),  # 1,024
+    Bucket(4, 24, 24, 1, (1, 2)),  # 1,152
+    Bucket(16, 16, 16, 1, (0, 1)),  # 2,048
+    Bucket(4, 32, 32, 1, (0, 1)),  # 2,048
+    Bucket(16, 24, 24, 1, (0, 0.2)),  # 4,608
 )
 
 

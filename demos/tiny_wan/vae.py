@@ -1,6 +1,6 @@
 """A video VAE in closed form: a PCA of 8x8 pixel patches, written into AutoencoderKLWan weights.
 
-Nothing is trained. The network's blocks are identities, its normalisation is held constant by one
+Nothing is trained here; `decoder.py` trains the decoder afterwards. The network's blocks are identities, its normalisation is held constant by one
 large constant channel, and `silu(y) - silu(-y) == y` makes its activation linear, so that encoder
 and decoder are exactly the linear maps of the PCA. Every frame stands alone: time is compressed by
 the transformer's patches instead.
@@ -9,7 +9,7 @@ the transformer's patches instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -87,6 +87,15 @@ def build_vae(pca: Pca) -> AutoencoderKLWan:
         _zero(conv)
         conv.weight[:, :, 0, 0, 0] = torch.eye(conv.weight.shape[0])
     return vae.eval()
+
+
+def linear_vae(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The closed form with the encoder of `vae`, whatever its decoder has learnt since."""
+    forward = vae.encoder.conv_in.weight[:CHANNELS, :, -1, 1, 1].detach().float()
+    gain = forward.norm(dim=1, keepdim=True)
+    pca = fit_pca()
+    deviation = pca.deviation * (8 / gain[0] / pca.deviation[0])
+    return build_vae(replace(pca, basis=(forward / gain).mT, deviation=deviation))
 
 
 class PatchEncoder:
