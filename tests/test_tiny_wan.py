@@ -159,7 +159,7 @@ def test_the_decoder_shows_no_seams(pipe):
     video, _ = draw(1, 192, 192, Random(1))
     latents = [PatchEncoder(pipe.vae)(video[None])]
     (before,), (after,) = (decoded(vae, latents) for vae in (linear_vae(pipe.vae), pipe.vae))
-    assert seam_ratio([before]) > 2 > 1.3 > seam_ratio([after])
+    assert seam_ratio([before]) > 1.5 > 1.2 > seam_ratio([after])
     assert psnr(after, video) > psnr(before, video) + 1 > 29
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
@@ -213,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--out: expected a name that ends in .safetensors, got {args.out}")
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     pipe = WanPipeline.from_pretrained(args.folder).to(torch.float32)
     training = Distillation(pipe, Ladder.of(pipe, args.steps, args.parts), args.seed, args.lr)
     checkpoint = args.out.with_suffix(".checkpoint")

@@ -1,9 +1,9 @@
 """A video VAE in closed form: a PCA of 8x8 pixel patches, written into AutoencoderKLWan weights.
 
-Nothing is trained here; `decoder.py` trains the decoder afterwards. The network's blocks are identities, its normalisation is held constant by one
-large constant channel, and `silu(y) - silu(-y) == y` makes its activation linear, so that encoder
-and decoder are exactly the linear maps of the PCA. Every frame stands alone: time is compressed by
-the transformer's patches instead.
+Nothing is trained here; `decoder.py` trains the decoder afterwards. The network's blocks are identities, its
+normalisation is held constant by one large constant channel, and `silu(y) - silu(-y) == y` makes its
+activation linear, so that encoder and decoder are exactly the linear maps of the PCA. Every frame stands
+alone: time is compressed by the transformer's patches instead.
 """
 
 from __future__ import annotations
