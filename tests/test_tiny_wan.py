@@ -11,15 +11,16 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 
-from demos.tiny_wan import train
-from demos.tiny_wan.batches import BUCKETS, make_batch
+from demos.tiny_wan import decoder, few_steps, train
+from demos.tiny_wan.batches import BUCKETS, Bucket, make_batch
 from demos.tiny_wan.folder import write_pipeline
 from demos.tiny_wan.measure import eval_prompts, score
 from demos.tiny_wan.recognise import read_video
+from demos.tiny_wan.seams import decoded, seam_ratio
 from demos.tiny_wan.text import build_tokenizer, encode
-from demos.tiny_wan.vae import PatchEncoder, build_vae, fit_pca
+from demos.tiny_wan.vae import PatchEncoder, build_vae, fit_pca, linear_vae
 from sparse_dit.eval.draw import all_prompts, draw, draw_prompt, parse_prompt, sample_prompt
 
 MODEL = Path(__file__).parents[1] / "demos" / "tiny_wan" / "model"
@@ -140,7 +141,7 @@ def test_training_from_nothing_writes_a_folder_that_loads(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_an_interrupted_write_keeps_the_old_folder(tmp_path, monkeypatch, pipe):
+def test_an_interrupted_write_keeps_the_old_folder(tmp_path, monkeypatch):
     out = tmp_path / "model"
     out.mkdir()
     (out / "README.md").write_text("card")
@@ -150,5 +151,53 @@ def test_an_interrupted_write_keeps_the_old_folder(tmp_path, monkeypatch, pipe):
 
     monkeypatch.setattr(WanPipeline, "save_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_pipeline(WanPipeline(**{**pipe.components}), out)
+        write_pipeline(WanPipeline.from_pretrained(MODEL), out)
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "README.md"]
+
+
+def test_the_decoder_shows_no_seams(pipe):
+    video, _ = draw(1, 192, 192, Random(1))
+    latents = [PatchEncoder(pipe.vae)(video[None])]
+    (before,), (after,) = (decoded(vae, latents) for vae in (linear_vae(pipe.vae), pipe.vae))
+    assert seam_ratio([before]) > 1.5 > 1.2 > seam_ratio([after])
+    assert psnr(after, video) > psnr(before, video) + 1 > 29
+
+
+def test_training_the_decoder_starts_from_the_linear_one(tmp_path, pipe):
+    linear, out = linear_vae(pipe.vae), tmp_path / "vae"
+    latents = torch.randn(1, 16, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    same = decoder.write_decoder(decoder.planar(linear.decoder), linear)
+    assert (decoded(same, [latents])[0] - decoded(linear, [latents])[0]).abs().max() < 0.01
+    threads = torch.get_num_threads()
+    decoder.main([str(MODEL), "--out", str(out), "--cpu-seconds", "0.01", "--save-every", "0"])
+    torch.set_num_threads(threads)
+    trained, shipped = (
+        AutoencoderKLWan.from_pretrained(path).state_dict() for path in (out, MODEL / "vae")
+    )
+    changed = {name for name, x in trained.items() if not torch.equal(x, shipped[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+def test_a_ladder_ends_where_the_scheduler_does(pipe):
+    ladder = few_steps.Ladder.of(pipe, 4, 3)
+    pipe.scheduler.set_timesteps(4)
+    assert ladder.knots == pytest.approx(pipe.scheduler.sigmas.tolist())
+    assert [len(rungs) for rungs in ladder.rungs] == [4, 4, 4, 2]
+    ends = [(rungs[0], rungs[-1]) for rungs in ladder.rungs]
+    assert ends == list(zip(ladder.knots, ladder.knots[1:], strict=False))
+
+
+def test_a_distilled_lora_loads_as_any_other(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(few_steps, "BUCKETS", (Bucket(2, 4, 4, 1, (1, 1)),))
+    threads, out = torch.get_num_threads(), tmp_path / "lora.safetensors"
+    few_steps.main([str(MODEL), "--steps", "4", "--out", str(out), "--cpu-seconds", "0.01"])
+    torch.set_num_threads(threads)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+    changed = WanPipeline.from_pretrained(MODEL).to(torch.float32)
+    before = changed.transformer.blocks[0].attn1.to_q.weight.clone()
+    changed.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    changed.fuse_lora()
+    changed.unload_lora_weights()
+    assert not torch.equal(changed.transformer.blocks[0].attn1.to_q.weight, before)

@@ -57,10 +57,10 @@ def write_pipeline(pipe: WanPipeline, folder: Path) -> None:
     with whole_folder(folder) as partial:
         pipe.to(torch.bfloat16).save_pretrained(partial)
         for path in partial.rglob("*.json"):
-            _clean(path)
+            clean(path)
 
 
-def _clean(path: Path) -> None:
+def clean(path: Path) -> None:
     """Drop where a part was loaded from; name the tokenizer so that transformers 4 knows it too."""
     text = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
     content = json.loads(text)

@@ -1,15 +1,15 @@
 """A video VAE in closed form: a PCA of 8x8 pixel patches, written into AutoencoderKLWan weights.
 
-Nothing is trained. The network's blocks are identities, its normalisation is held constant by one
-large constant channel, and `silu(y) - silu(-y) == y` makes its activation linear, so that encoder
-and decoder are exactly the linear maps of the PCA. Every frame stands alone: time is compressed by
-the transformer's patches instead.
+Nothing is trained here; `decoder.py` trains the decoder afterwards. The network's blocks are identities, its
+normalisation is held constant by one large constant channel, and `silu(y) - silu(-y) == y` makes its
+activation linear, so that encoder and decoder are exactly the linear maps of the PCA. Every frame stands
+alone: time is compressed by the transformer's patches instead.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -23,7 +23,7 @@ PATCH = 8
 CHANNELS = 16
 _PIXELS = 3 * PATCH * PATCH
 _WIDTH = 48
-_CONSTANT = 1200.0  # far above every latent (about 10), exact in bfloat16
+CONSTANT = 1200.0  # far above every latent (about 10), exact in bfloat16
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,20 @@ def build_vae(pca: Pca) -> AutoencoderKLWan:
     _split(vae.decoder.conv_in, eye, torch.zeros(CHANNELS))
     _join(vae.decoder.conv_out, pca.basis / gain, pca.mean)
     for half in (vae.encoder, vae.decoder):
-        half.norm_out.gamma.fill_(_CONSTANT / math.sqrt(_WIDTH))
+        half.norm_out.gamma.fill_(CONSTANT / math.sqrt(_WIDTH))
     for conv in (vae.quant_conv, vae.post_quant_conv):
         _zero(conv)
         conv.weight[:, :, 0, 0, 0] = torch.eye(conv.weight.shape[0])
     return vae.eval()
+
+
+def linear_vae(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The closed form with the encoder of `vae`, whatever its decoder has learnt since."""
+    forward = vae.encoder.conv_in.weight[:CHANNELS, :, -1, 1, 1].detach().float()
+    gain = forward.norm(dim=1, keepdim=True)
+    pca = fit_pca()
+    deviation = pca.deviation * (8 / gain[0] / pca.deviation[0])
+    return build_vae(replace(pca, basis=(forward / gain).mT, deviation=deviation))
 
 
 class PatchEncoder:
@@ -116,7 +125,7 @@ def _split(conv: nn.Module, weight: Tensor, bias: Tensor) -> None:
     for sign, rows in ((1, slice(0, count)), (-1, slice(count, 2 * count))):
         conv.weight[rows, :, -1, 1, 1] = sign * weight
         conv.bias[rows] = sign * bias
-    conv.bias[2 * count] = _CONSTANT
+    conv.bias[2 * count] = CONSTANT
 
 
 def _join(conv: nn.Module, weight: Tensor, bias: Tensor) -> None:
