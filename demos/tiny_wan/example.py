@@ -19,7 +19,7 @@ import torch
 from sparse_dit.environment import cpu_name
 from sparse_dit.serve.answers import video_of
 from sparse_dit.serve.claims import Claims, Worker
-from sparse_dit.serve.command import EMBEDDED, Served, prepared
+from sparse_dit.serve.command import Served, prepared
 from sparse_dit.serve.example import FILE, SHOWN, STATIC, Example, example_name
 from sparse_dit.serve.media import VARIANTS
 from sparse_dit.serve.options import ServeOptions
@@ -27,6 +27,7 @@ from sparse_dit.serve.requests import VideoRequest
 from sparse_dit.serve.running import Runner
 from sparse_dit.serve.tables import database_url
 
+NAME = "tiny-wan"  # the model, and its plan
 PROMPT, SEED = "a red square moves up over gray checks", 7
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options = ServeOptions(store=database_url(folder), files=str(Path(folder) / "files"))
-        service, (worker,) = prepared(Served(EMBEDDED, (EMBEDDED,)), options)
+        service, (worker,) = prepared(Served(NAME, (NAME,)), options)
         engine = worker.load(worker.device)
         claims = Claims(service.store)
         here = Worker("here", worker.model, worker.device, engine.plans.names)
