@@ -15,6 +15,7 @@ from ..plan.evidence import without_evidence
 from .assemble import forecast_of, layers_of, levels_of, stage_shares
 from .cost import Costs, break_even_tokens
 from .front import Front, front_of, model_hash
+from .objective import PSNR
 from .options import SearchOptions, by_keywords
 from .pricing import TargetDevice, cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
@@ -39,7 +40,7 @@ class Searched:
         choice: The candidate of each unit that the plan takes.
         references: The dense generations that the plan was tuned and verified with.
         seconds: What each phase of the search took, by name, and `"total"`.
-        spoilt: The loss that the plan's step cache comes to alone.
+        cached_psnr_db: The PSNR that the plan's step cache gives alone; None without one.
     """
 
     plan: Plan
@@ -48,14 +49,16 @@ class Searched:
     choice: Choice
     references: list[Reference]
     seconds: dict[str, float]
-    spoilt: float = 0.0
+    cached_psnr_db: float | None = None
 
     @functools.cached_property
     def front(self) -> Front:
         """Other points of the same problem, with the PSNR that the verified plan lets expect."""
         model = model_hash(self.plan.components)
         psnr_db = self.plan.measured.get("psnr_db")
-        return front_of(self.problem, model, self.choice, psnr_db=psnr_db, spoilt=self.spoilt)
+        return front_of(
+            self.problem, model, self.choice, psnr_db=psnr_db, cached_psnr_db=self.cached_psnr_db
+        )
 
 
 def plan_of(searched: Searched, choice: Choice) -> Plan:
@@ -203,7 +206,9 @@ def _solved(run: _Run, profiled: Profile) -> Searched:
         provenance={**plan.provenance, **record},
         measured=measured_of(options, verified, run.work.quality, len(run.held_out)),
     )
-    return Searched(plan, profiled, task, choice, references, clock.laps, session.spoilt)
+    cached = session.cached
+    cached_psnr_db = None if cached is None else cached.difference[PSNR]
+    return Searched(plan, profiled, task, choice, references, clock.laps, cached_psnr_db)
 
 
 def _references(run: _Run, profiled: Profile) -> list[Reference]:

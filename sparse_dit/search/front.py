@@ -98,7 +98,7 @@ def front_of(
     found: Choice,
     *,
     psnr_db: float | None = None,
-    spoilt: float = 0.0,
+    cached_psnr_db: float | None = None,
     kl_of_loss: float | None = None,
     heads: Callable[[Choice], Sequence[HeadChoice]] | None = None,
 ) -> Front:
@@ -110,7 +110,7 @@ def front_of(
         found: The choice that the search made.
         psnr_db: The measured PSNR of `found`; that of the others is forecast from it, as the squared error
             of the video is in proportion to the loss.
-        spoilt: The mean squared error of the video that a step cache comes to alone, in every point.
+        cached_psnr_db: The PSNR of a step cache alone, which every point has, as a mean like that of `found`.
         kl_of_loss: The divergence from dense of a language model, in nats a token for each unit of loss, as
             measured.
         heads: A choice as the plan's heads, in its order; each unit is a head if None.
@@ -127,7 +127,7 @@ def front_of(
             density=round(choice.density, 6),
             error=round(choice.error, 6),
             seconds=float(f"{choice.seconds:.5g}"),
-            psnr=_psnr(choice, found, psnr_db, spoilt),
+            psnr=_psnr(choice, found, psnr_db, cached_psnr_db),
             kl=None if kl_of_loss is None else round(choice.loss * kl_of_loss, 6),
             patterns=[numbers.setdefault(head.pattern, len(numbers)) for head in of_heads],
             errors=[None if head.error is None else round(head.error, 5) for head in of_heads],
@@ -160,12 +160,13 @@ def _heads(task: Problem, choice: Choice) -> list[HeadChoice]:
 
 
 def _psnr(
-    choice: Choice, found: Choice, psnr_db: float | None, spoilt: float = 0.0
+    choice: Choice, found: Choice, psnr_db: float | None, cached: float | None = None
 ) -> float | None:
     """Forecast in dB; None if nothing was measured that tells."""
     if psnr_db is None or found.loss <= 0:
         return None
     measured = 10 ** (-psnr_db / 10)
+    spoilt = 0.0 if cached is None else 10 ** (-cached / 10)
     error = spoilt + measured_scale(measured, found.loss, spoilt) * choice.loss
     if error <= 0:
         return MOST_PSNR
