@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
-import time
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,10 +25,11 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from demos.tiny_wan.budget import add_budget, resumed, train
 from demos.tiny_wan.folder import clean
 from demos.tiny_wan.vae import CHANNELS, CONSTANT, PATCH, PatchEncoder, linear_vae
 from sparse_dit.eval.draw import draw
-from sparse_dit.whole_file import whole_folder
+from sparse_dit.whole_file import whole_file, whole_folder
 
 SIDES = ((64, 16), (128, 8), (192, 4), (256, 2))  # pixels, frames in a batch
 LEARNING_RATE = 2e-3
@@ -152,9 +152,8 @@ class Training:
             "rng": self.rng.getstate(),
             "counts": (self.step, self.cpu_seconds),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
@@ -172,45 +171,23 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="pipeline folder whose VAE is trained")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the VAE to")
-    parser.add_argument("--cpu-seconds", type=float, required=True, help="budget in CPU seconds")
     parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=100, help="steps between reports")
-    parser.add_argument("--save-every", type=float, default=120, help="CPU seconds between saves")
+    add_budget(parser, log_every=100)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     vae = AutoencoderKLWan.from_pretrained(args.folder / "vae").to(torch.float32)
     training = Training(vae, args.seed, args.lr)
     checkpoint = args.out.with_name(args.out.name + ".checkpoint")
-    if checkpoint.exists():
-        training.load(checkpoint)
-        print(f"goes on from {checkpoint}, step {training.step}", flush=True)
-    start, losses, saved = time.process_time() - training.cpu_seconds, [], training.cpu_seconds
-    try:
-        while (progress := training.cpu_seconds / args.cpu_seconds) < 1:
-            losses.append(training.train_step(progress))
-            training.cpu_seconds = time.process_time() - start
-            if training.step % args.log_every == 0:
-                mean = sum(losses) / len(losses)
-                print(f"{progress:4.0%}  step {training.step}  loss {mean:.4f}", flush=True)
-                losses = []
-            if training.cpu_seconds - saved > args.save_every:
-                saved = training.cpu_seconds
-                training.save(checkpoint)
-                _write(training, vae, args.out)
-    except KeyboardInterrupt:
-        training.save(checkpoint)
-        raise SystemExit(f"\nstopped; the same command goes on from {checkpoint}") from None
-    _write(training, vae, args.out)
-    checkpoint.unlink(missing_ok=True)
-    print(f"wrote {args.out}")
+    resumed(training, checkpoint)
+    train(training, args, checkpoint, partial(_write, training, vae, args.out))
 
 
 def _write(training: Training, vae: AutoencoderKLWan, out: Path) -> None:
-    with whole_folder(out) as partial:
-        write_decoder(training.average, vae).to(torch.bfloat16).save_pretrained(partial)
-        clean(partial / "config.json")
+    with whole_folder(out) as folder:
+        write_decoder(training.average, vae).to(torch.bfloat16).save_pretrained(folder)
+        clean(folder / "config.json")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ output; the same command goes on from it.
 from __future__ import annotations
 
 import argparse
-import os
-import time
 import warnings
-from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -30,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from demos.tiny_wan.batches import Bucket
+from demos.tiny_wan.budget import add_budget, resumed, train
 from demos.tiny_wan.measure import TEXT_LEN
 from demos.tiny_wan.text import encode
 from demos.tiny_wan.vae import PatchEncoder
@@ -148,18 +147,18 @@ class Distillation:
         return loss.item()
 
     @torch.no_grad()
-    def write(self, file: Path) -> None:
+    def write(self, out: Path) -> None:
         """The averaged LoRA in bfloat16, as `load_lora_weights` reads it."""
         current = [p.detach().clone() for p in self.weights]
         for weight, averaged in zip(self.weights, self.average, strict=True):
             weight.copy_(averaged)
         layers = get_peft_model_state_dict(self.model)
         layers = {name: x.to(torch.bfloat16) for name, x in layers.items()}
-        with whole_file(file) as partial:
+        with whole_file(out) as file:
             WanPipeline.save_lora_weights(
-                partial.parent,
+                file.parent,
                 transformer_lora_layers=layers,
-                weight_name=partial.name,
+                weight_name=file.name,
                 safe_serialization=True,
             )
         for weight, kept in zip(self.weights, current, strict=True):
@@ -179,9 +178,8 @@ class Distillation:
             "rng": self.rng.getstate(),
             "counts": (self.step, self.cpu_seconds),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            torch.save(state, file)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -203,12 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, required=True, help="steps of the student")
     parser.add_argument("--parts", type=int, default=2, help="teacher's steps for one of them")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--cpu-seconds", type=float, required=True, help="budget in CPU seconds")
     parser.add_argument("--init", type=Path, help="LoRA to start from, instead of none")
     parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=25, help="steps between reports")
-    parser.add_argument("--save-every", type=float, default=120, help="CPU seconds between saves")
+    add_budget(parser, log_every=25)
     args = parser.parse_args(argv)
     if args.out.suffix != ".safetensors":
         parser.error(f"--out: expected a name that ends in .safetensors, got {args.out}")
@@ -218,35 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     pipe = WanPipeline.from_pretrained(args.folder).to(torch.float32)
     training = Distillation(pipe, Ladder.of(pipe, args.steps, args.parts), args.seed, args.lr)
     checkpoint = args.out.with_suffix(".checkpoint")
-    if checkpoint.exists():
-        training.load(checkpoint)
-        print(f"goes on from {checkpoint}, step {training.step}", flush=True)
-    elif args.init is not None:
+    if not resumed(training, checkpoint) and args.init is not None:
         training.start_from(args.init)
-    run(training, args, checkpoint)
-
-
-def run(training: Distillation, args: argparse.Namespace, checkpoint: Path) -> None:
-    """The loop: steps, reports, checkpoints."""
-    start, saved = time.process_time() - training.cpu_seconds, training.cpu_seconds
-    losses: deque[float] = deque(maxlen=100)
-    try:
-        while (progress := training.cpu_seconds / args.cpu_seconds) < 1:
-            losses.append(training.train_step(progress))
-            training.cpu_seconds = time.process_time() - start
-            if training.step % args.log_every == 0:
-                mean = sum(losses) / len(losses)
-                print(f"{progress:4.0%}  step {training.step}  loss {mean:.4f}", flush=True)
-            if training.cpu_seconds - saved > args.save_every:
-                saved = training.cpu_seconds
-                training.save(checkpoint)
-                training.write(args.out)
-    except KeyboardInterrupt:
-        training.save(checkpoint)
-        raise SystemExit(f"\nstopped; the same command goes on from {checkpoint}") from None
-    training.write(args.out)
-    checkpoint.unlink(missing_ok=True)
-    print(f"wrote {args.out}")
+    train(training, args, checkpoint, partial(training.write, args.out))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
@@ -82,6 +83,18 @@ def validation_loss(pipe: WanPipeline, size: Size, sigma: float, clips: int = 4)
     return total / clips
 
 
+def arguments(size: Size, steps: int, guidance: float) -> dict[str, Any]:
+    """What a pipeline is called with, beside the prompt."""
+    return {
+        "height": size.height,
+        "width": size.width,
+        "num_frames": size.num_frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "max_sequence_length": TEXT_LEN,
+    }
+
+
 def sample(pipe: WanPipeline, size: Size, steps: int, guidance: float) -> list[Tensor]:
     """One video `[3, T, H, W]` in -1..1 for each prompt; prompt number i has seed i."""
     prompts = eval_prompts(size.samples)
@@ -89,17 +102,9 @@ def sample(pipe: WanPipeline, size: Size, steps: int, guidance: float) -> list[T
     videos: list[Tensor] = []
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
-        result = pipe(
-            prompt=part,
-            height=size.height,
-            width=size.width,
-            num_frames=size.num_frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=TEXT_LEN,
-            generator=[torch.Generator().manual_seed(first + i) for i in range(len(part))],
-            output_type="pt",
-        )
+        seeds = [torch.Generator().manual_seed(first + i) for i in range(len(part))]
+        given = arguments(size, steps, guidance)
+        result = pipe(prompt=part, generator=seeds, output_type="pt", **given)
         videos.extend(video.transpose(0, 1) * 2 - 1 for video in result.frames)
     return videos
 

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -18,9 +19,10 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from demos.tiny_wan.measure import TEXT_LEN, Size, eval_prompts, parse_size
+from demos.tiny_wan.measure import Size, arguments, eval_prompts, parse_size
 from demos.tiny_wan.vae import PATCH, PatchEncoder
 from sparse_dit.eval.draw import draw_prompt
+from sparse_dit.eval.metrics import psnr
 
 SIDE = 384  # pixels of a picture's side on the sheet
 
@@ -46,9 +48,9 @@ def seam_ratio(videos: Sequence[Tensor]) -> float:
 
 
 def psnr_of(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
-    """Mean PSNR in dB of videos in -1..1."""
-    errors = [(a - b).square().mean() / 4 for a, b in zip(found, true, strict=True)]
-    return torch.stack([-10 * error.log10() for error in errors]).mean().item()
+    """Mean PSNR in dB of videos `[3, T, H, W]` in -1..1."""
+    pairs = [[(x.movedim(0, -1) + 1) / 2 for x in pair] for pair in zip(found, true, strict=True)]
+    return fmean(psnr(*pair) for pair in pairs)
 
 
 @torch.no_grad()
@@ -60,20 +62,11 @@ def decoded(vae: AutoencoderKLWan, latents: Sequence[Tensor]) -> list[Tensor]:
 
 def generated(pipe: WanPipeline, size: Size, steps: int, guidance: float) -> list[Tensor]:
     """Latents of the first of `eval_prompts`; prompt number i has seed i."""
-    return [
-        pipe(
-            prompt,
-            height=size.height,
-            width=size.width,
-            num_frames=size.num_frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=TEXT_LEN,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-        ).frames
-        for seed, prompt in enumerate(eval_prompts(size.samples))
+    given = arguments(size, steps, guidance)
+    seeded = [
+        (torch.Generator().manual_seed(n), p) for n, p in enumerate(eval_prompts(size.samples))
     ]
+    return [pipe(p, generator=g, output_type="latent", **given).frames for g, p in seeded]
 
 
 def sheet(columns: Sequence[Sequence[Tensor]]) -> Image.Image:

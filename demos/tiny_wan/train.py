@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 import warnings
 from collections import deque
@@ -29,6 +28,7 @@ from demos.tiny_wan.batches import NOISE_SHIFT, Batch, choose_bucket, make_batch
 from demos.tiny_wan.folder import SHIFT, new_pipeline, write_pipeline
 from demos.tiny_wan.text import encode
 from demos.tiny_wan.vae import PatchEncoder
+from sparse_dit.whole_file import whole_file
 
 MUON_LR = 4e-3
 ADAM_LR = 2e-3
@@ -84,9 +84,8 @@ class Training:
             "rng": self.rng.getstate(),
             "counts": (self.step, self.tokens, self.cpu_seconds),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
