@@ -53,7 +53,8 @@ def run_worker(options: WorkerOptions, id: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the server tells its workers
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     _end_with_parent()
-    os.nice(NICENESS)  # on the cores that it generates on, the server answers first
+    if options.device == "cpu" and hasattr(os, "nice"):
+        os.nice(NICENESS)  # on the cores that it generates on, the server answers first
     store = Store(options.url, durable=False)
     claims = Claims(store)
     state = {"now": "loading"}
