@@ -217,7 +217,11 @@ class Session:
             if self.store is None or learner is None or learner.waiting or self.verifying:
                 continue
             if size.refining or (size.plan is None and learner.complete):
-                learner.keep()
+                try:
+                    learner.keep()
+                except (ValueError, RuntimeError) as error:
+                    self._stop_refining(size, error)
+                    continue
                 self.store.keep(size.name, size.plan, learner)
 
     def _take(self, size: Size, plan: Plan) -> None:

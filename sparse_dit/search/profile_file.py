@@ -93,7 +93,9 @@ def write_parts(
 
 def size_of(part: ComponentProfile) -> int:
     """The bytes that a transformer's profile takes in a file."""
-    return sum(tensor.nbytes for tensor in _tensors_of("", part).values())
+    found = (f for heads in part.found.values() for head in heads for f in head.values())
+    fields = (*found, *part.scores.values(), *part.looks.values(), part.pictures)
+    return sum(tensor.nbytes for values in fields for tensor in values.values())
 
 
 def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:
