@@ -117,9 +117,8 @@ def teacher_forced(
     elif dense.asked != asked:
         raise ValueError(f"dense predictions must be of the same request, got {dense.asked}")
     say(f"teacher-forced, sparse: {len(dense.inputs)} predictions")
-    with patch(
-        pipe, plan, backend=backend, step_cache=False
-    ):  # single predictions have no other steps
+    # a single prediction has no other steps
+    with patch(pipe, plan, backend=backend, step_cache=False):
         sparse = [model.velocity(x.latents, x.sigma, x.prompt) for x in dense.inputs]
     return _by_sigma(model, dense, sparse, len(sigmas))
 

@@ -13,7 +13,7 @@ from ..integrations import Workload, attached, components
 from ..step_cache import StepCache
 from ..timing import Pairs
 from .solve import Problem
-from .verify import Reference, cache_steps, dense_reference, stock
+from .verify import Reference, cache_steps, dense_reference, mean_over, stock
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,7 @@ class Cached:
     @property
     def difference(self) -> dict[str, float]:
         """The mean of `by_case`."""
-        first = self.by_case[0]
-        return {name: float(np.mean([case[name] for case in self.by_case])) for name in first}
+        return mean_over(self.by_case)
 
 
 def cached_alone(work: Workload, references: Sequence[Reference], cache: StepCache) -> Cached:

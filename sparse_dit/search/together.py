@@ -141,7 +141,7 @@ def _rank(session: Session, scale: float) -> float | None:
 
 
 def _better(alone: Tuned | None, both: Tuned | None) -> Tuned | None:
-    """Of two what meets a PSNR faster, or is nearer to it; for a speed-up what has the higher one."""
+    """The one that meets a PSNR faster, or is nearer to it; for a speed-up that of the higher PSNR."""
     known = [one for one in (alone, both) if one is not None]
     if len(known) < 2:
         return known[0] if known else None

@@ -156,6 +156,11 @@ class Verified:
     by_case: Sequence[Mapping[str, float]] = ()
 
 
+def mean_over(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over cases."""
+    return {name: float(np.mean([case[name] for case in cases])) for name in cases[0]}
+
+
 def verify(
     work: Workload, plan: Plan, references: Sequence[Reference], backend: str = "auto"
 ) -> Verified:
@@ -182,7 +187,7 @@ def verify(
     timed = sparse_calls or StepCache.of(plan) is not None
     pairs = Pairs([reference.taken for reference in references], sparse) if timed else None
     return Verified(
-        {name: float(np.mean([each[name] for each in found])) for name in found[0]},
+        mean_over(found),
         pairs.speedup if pairs else 1.0,
         sum(taken.seconds for taken in sparse),
         pairs,

@@ -36,10 +36,7 @@ def job_routes(service: Service, kind: Kind) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
         """Jobs by when they came."""
-        found = service.store.list(kind, after=after, limit=limit, order=order)
-        if found is None:
-            raise not_found(f"there is no {kind} {after:.80}")
-        jobs, more = found
+        jobs, more = service.page(kind, after, limit, order)
         data = [video_of(job, whole=False) for job in jobs]
         ends = (data[0].id, data[-1].id) if data else (None, None)
         return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=more)
@@ -58,11 +55,7 @@ def job_routes(service: Service, kind: Kind) -> APIRouter:
     @routes.post("/{id}/cancel", responses=refusals(404))
     def cancel(id: Id) -> Video:
         """End a job and keep its record: at once if it waits, before its next step if it runs."""
-        service.job(id, kind)
-        job = service.store.cancel(id)
-        if job is None:
-            raise not_found(f"there is no {kind} {id}")
-        return video_of(job)
+        return video_of(service.cancel(id, kind))
 
     @routes.get("/{id}/content", response_class=FileResponse, responses=refusals(404, 422))
     def content(id: Id, variant: Variant | None = None) -> FileResponse:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from starlette.concurrency import run_in_threadpool
 
@@ -114,6 +114,31 @@ class Service:
         job = self.store.get(id, kind)
         if job is None:
             raise not_found(f"there is no {kind} {id:.80}")
+        return job
+
+    def page(
+        self, kind: AnyKind, after: str | None, limit: int, order: Literal["asc", "desc"]
+    ) -> tuple[list[Job], bool]:
+        """Jobs of a kind by when they came, and whether there are more.
+
+        Raises:
+            ApiError: If there is no job `after`.
+        """
+        found = self.store.list(kind, after=after, limit=limit, order=order)
+        if found is None:
+            raise not_found(f"there is no {kind} {after:.80}")
+        return found
+
+    def cancel(self, id: str, kind: AnyKind) -> Job:
+        """End a job and keep its record; see `Store.cancel`.
+
+        Raises:
+            ApiError: If there is none.
+        """
+        self.job(id, kind)
+        job = self.store.cancel(id)
+        if job is None:
+            raise not_found(f"there is no {kind} {id}")
         return job
 
     def delete(self, id: str, kind: AnyKind) -> None:

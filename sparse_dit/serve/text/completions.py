@@ -9,7 +9,6 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from ..errors import not_found
 from ..one_job import Id, refusals
 from ..service import Service
 from ..videos import Key
@@ -57,12 +56,10 @@ def completion_routes(service: Service, limited: Callable[..., Any]) -> APIRoute
         order: Literal["asc", "desc"] = "desc",
     ) -> CompletionList:
         """Jobs by when they came."""
-        found = service.store.list("text", after=after, limit=limit, order=order)
-        if found is None:
-            raise not_found(f"there is no text {after:.80}")
-        data = [completion_of(job, whole=False) for job in found[0]]
+        jobs, more = service.page("text", after, limit, order)
+        data = [completion_of(job, whole=False) for job in jobs]
         ends = (data[0].id, data[-1].id) if data else (None, None)
-        return CompletionList(data=data, first_id=ends[0], last_id=ends[1], has_more=found[1])
+        return CompletionList(data=data, first_id=ends[0], last_id=ends[1], has_more=more)
 
     @routes.get("/{id}", responses=refusals(404))
     def retrieve(id: Id) -> Completion:
@@ -78,11 +75,7 @@ def completion_routes(service: Service, limited: Callable[..., Any]) -> APIRoute
     @routes.post("/{id}/cancel", responses=refusals(404))
     def cancel(id: Id) -> Completion:
         """End a job and keep its record: at once if it waits, before its next step if it runs."""
-        service.job(id, "text")
-        job = service.store.cancel(id)
-        if job is None:
-            raise not_found(f"there is no text {id}")
-        return completion_of(job)
+        return completion_of(service.cancel(id, "text"))
 
     return routes
 
