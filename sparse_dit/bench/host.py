@@ -91,7 +91,7 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from ..backends.triton import kernel
+    from ..backends.triton import kernel, launch
 
     made = NullGpu([], [])
     kernels = {name: getattr(kernel, name) for name in ("attend", "pool", "mass")}
@@ -103,6 +103,7 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "interpreted", lambda: True))
         stack.enter_context(mock.patch.object(driver, "_active", fake))
+        stack.enter_context(mock.patch.object(launch, "COMPILED", {}))
         for name, function in kernels.items():
             caches = type(function.device_caches)(function.create_binder)
             stack.enter_context(mock.patch.object(function, "device_caches", caches))
@@ -114,8 +115,16 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
 def _not_compiled(made: NullGpu, name: str, function: Any) -> Callable[..., Any]:
     """What Triton calls for a kernel that it hasn't compiled."""
 
-    class Kernel:
+    from triton.compiler import CompiledKernel
+
+    class Kernel(CompiledKernel):
         function = packed_metadata = None
+
+        def __init__(self) -> None:
+            pass
+
+        def _init_handles(self) -> None:
+            pass
 
         def launch_metadata(self, grid: Any, stream: int, *arguments: Any) -> None:
             return None

@@ -53,7 +53,10 @@ def seen(tables, n, m):
             places = steps[start:stop].long()[:, None] + block
             mine = table[places.clamp_max(len(table) - 1)].long()
             whole = (mine >= 0).all(1)
-            assert table is not tables.keys or whole[: middle - low].all()
+            if table is tables.keys:
+                last = tables.lasts[start:stop]
+                assert torch.equal(last, mine.amax(1).int()) and whole[: middle - low].all()
+                assert (last[: middle - low].diff() > 0).all()
             assert places.numel() == 0 or places.max() < len(table)
             mine = mine[mine >= 0]
             mask[queries[:, None], mine] += 1

@@ -19,7 +19,8 @@ def test_compiled_kernel(case):
     assert built.faults(case) == []
     recorded = json.loads(RECORD.read_text())
     if recorded["triton"] == triton_aot.triton.__version__:
-        assert built.step <= recorded["instructions"][str(case)] * 1.05
+        bars = recorded["instructions"][str(case)]
+        assert all(n <= bar * 1.05 for n, bar in zip(built.instructions, bars, strict=True))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

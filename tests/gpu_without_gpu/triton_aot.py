@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 
 from sparse_dit.backends.triton import kernel
 from sparse_dit.backends.triton.config import Config, configs_for
-from sparse_dit.backends.triton.launch import widths
 from tests.gpu_without_gpu.sass_flow import uninitialised
 
 RECORD = Path(__file__).parents[1] / "golden" / "triton_instructions.json"
@@ -43,11 +42,11 @@ TARGETS = {
 }
 WIDE = r"LDGSTS\S*\.128"  # what head_dim 80 and 96 have beyond 64 may take half that
 PLAIN = {"MASK": 0, "HAS_FAR": False}
+FAR = {"MASK": 0, "HAS_FAR": True}
 FULL = {"MASK": 2, "HAS_FAR": True}
-POINTERS = {"Work": "i32", "Heads": "i64", "Slots": "i64", "CellFirst": "i32", "CellLast": "i32"}
-POINTERS |= {"RowStart": "i32", "RowStop": "i32"}
-POINTERS |= {"Lse": "fp32", "CellBias": "fp32", "Mass": "fp32"}
-TENSORS = ("Q", "K", "V", "Out", "PooledK", "PooledV")
+POINTERS = {"Work": "i32", "Heads": "i64", "Slots": "i64", "Cells": "i32"}
+POINTERS |= {"RowStart": "i32", "RowStop": "i32", "Lse": "fp32", "Mass": "fp32"}
+TENSORS = ("Q", "K", "V", "Out", "Pooled")
 
 
 class Case(NamedTuple):
@@ -68,6 +67,22 @@ class Case(NamedTuple):
         )
 
 
+class Step(NamedTuple):
+    """One step of a loop over keys.
+
+    Args:
+        instructions: How many it has.
+        tensor: Tensor-core instructions among them.
+        loads: Loads among them that move keys and values, and what is known of cells.
+        wide: Those of 16 bytes a thread; asynchronous on NVIDIA.
+    """
+
+    instructions: int
+    tensor: int
+    loads: int
+    wide: int
+
+
 class Built(NamedTuple):
     """What a compiled kernel is made of.
 
@@ -75,21 +90,22 @@ class Built(NamedTuple):
         registers: Of a thread.
         spilled: Bytes of stack, and loads and stores of it.
         shared: Bytes of shared memory.
-        step: Instructions of one step.
-        tensor: Tensor-core instructions among them.
-        loads: Loads among them that move keys and values.
-        wide: Those of 16 bytes a thread; asynchronous on NVIDIA.
+        exact: A step whose keys all rows see.
+        pooled: A step of pooled keys; None if the kernel has none.
         uninitialised: Uniform registers that may be read before they are written, see `sass_flow.py`.
     """
 
     registers: int
     spilled: int
     shared: int
-    step: int
-    tensor: int
-    loads: int
-    wide: int
+    exact: Step
+    pooled: Step | None
     uninitialised: tuple[str, ...] = ()
+
+    @property
+    def instructions(self) -> list[int]:
+        """Of a step of each kind."""
+        return [x.instructions for x in (self.exact, self.pooled) if x is not None]
 
     def faults(self, case: Case) -> list[str]:
         """What is wrong with it."""
@@ -97,10 +113,16 @@ class Built(NamedTuple):
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled}")
-        if not self.tensor:
-            found.append("no tensor core in the step")
-        if self.loads == 0 or self.wide < self.loads:
-            found.append(f"{self.wide} of {self.loads} loads are wide")
+        for name, step in (("exact", self.exact), ("pooled", self.pooled)):
+            if step is None:
+                continue
+            if not step.tensor:
+                found.append(f"no tensor core in the {name} step")
+            others = (
+                0 if step is self.exact else 3 if case.flags["MASK"] else 1
+            )  # of a cell's facts
+            if step.wide == 0 or step.wide + others < step.loads:
+                found.append(f"{step.wide} of {step.loads} loads of the {name} step are wide")
         found += self.uninitialised
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, more than {limit}")
@@ -111,10 +133,11 @@ def compiled(case: Case) -> Built:
     """Compile the attention kernel and read its code."""
     constants = {
         "D": case.head_dim,
-        **widths(case.config, case.head_dim),
+        **dict(zip(("D0", "D1"), case.config.channels(case.head_dim), strict=True)),
         "BLOCK_M": case.config.block_m,
         "BLOCK_N": case.config.block_n,
         **case.flags,
+        "AHEAD": case.flags["MASK"] == 0 or case.config.masked_ahead,
     }
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.attend.arg_names):
@@ -142,15 +165,12 @@ def _nvidia(built, case: Case) -> Built:
         usage = _said("cuobjdump", "-res-usage", file.name)
         code = _said("nvdisasm", "-c", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    body = _hot_loop(_instructions(code), TARGETS[case.target][1])
+    wide = WIDE if case.head_dim in (64, 128) else rf"{WIDE}|LDGSTS\S*\.64"
     return Built(
         registers,
         stack + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         built.metadata.shared,
-        len(body),
-        _count(body, TARGETS[case.target][1]),
-        _count(body, r"LDGSTS"),
-        _count(body, WIDE if case.head_dim in (64, 128) else rf"{WIDE}|LDGSTS\S*\.64"),
+        *_steps(_instructions(code), case, r"LDGSTS", wide),
         tuple(uninitialised(code)),
     )
 
@@ -175,8 +195,19 @@ def _instructions(code: str) -> list[str]:
     return found
 
 
-def _hot_loop(lines: list[str], tensor: str) -> list[str]:
-    """The body of the first loop with tensor-core instructions and no such loop inside it."""
+def _steps(lines: list[str], case: Case, loads: str, wide: str) -> tuple[Step, Step | None]:
+    """The steps that all rows see, and those of pooled keys: the first and the last loop."""
+    tensor = TARGETS[case.target][1]
+    bodies = _hot_loops(lines, tensor)
+    found = [
+        Step(len(body), *(_count(body, what) for what in (tensor, loads, wide)))
+        for body in (bodies[0], bodies[-1])
+    ]
+    return found[0], found[1] if case.flags["HAS_FAR"] else None
+
+
+def _hot_loops(lines: list[str], tensor: str) -> list[list[str]]:
+    """The bodies of loops with tensor-core instructions and no such loop inside them, in order."""
     label = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     loops = []
     for i, line in enumerate(lines):
@@ -186,7 +217,7 @@ def _hot_loop(lines: list[str], tensor: str) -> list[str]:
             if _count(body, tensor):
                 loops.append((label[to[1]], i, body))
     inner = [a for a in loops if not any(a[0] <= b[0] and b[1] < a[1] for b in loops)]
-    return min(inner)[2] if inner else []
+    return [body for _, _, body in sorted(inner)] or [[]]
 
 
 def _amd(built, case: Case) -> Built:
@@ -197,16 +228,17 @@ def _amd(built, case: Case) -> Built:
     }
     lines = [re.split(r"\s*;", line)[0].strip() for line in code.splitlines()]
     lines = [x for x in lines if re.match(r"\.?L\w+:$", x) or re.match(r"[a-z]\w+(\s|$)", x)]
-    body = _hot_loop(lines, TARGETS[case.target][1])
-    whole = case.head_dim in (64, 128)
+    narrow = "" if case.head_dim in (64, 128) else "|dwordx2"
     return Built(
         number["vgpr_count"],
         number["vgpr_spill_count"] + number["private_segment_fixed_size"],
         built.metadata.shared,
-        len(body),
-        _count(body, TARGETS[case.target][1]),
-        _count(body, r"(buffer|global)_load_(dwordx4|dwordx2|ushort|short|b128)"),
-        _count(body, rf"(buffer|global)_load_(dwordx4|b128{'' if whole else '|dwordx2'})"),
+        *_steps(
+            lines,
+            case,
+            r"(buffer|global)_load_(dwordx4|dwordx2|ushort|short|b128)",
+            rf"(buffer|global)_load_(dwordx4|b128{narrow})",
+        ),
     )
 
 
@@ -215,6 +247,7 @@ def tested() -> Iterator[Case]:
     for target, (name, *_) in TARGETS.items():
         yield Case(target, 64, configs_for(name, 64)[1])
         yield Case(target, 128, configs_for(name, 128)[0])
+        yield Case(target, 128, configs_for(name, 128)[1], FAR)
         yield Case(target, 128, configs_for(name, 128)[1], FULL)
 
 
@@ -240,7 +273,7 @@ def main(arguments: list[str]) -> int:
         built = compiled(case)
         faults = built.faults(case)
         wrong += bool(faults)
-        steps[str(case)] = built.step
+        steps[str(case)] = built.instructions
         print(case, built, "; ".join(faults), sep=" | ", flush=True)
     if recording:
         record = {"triton": triton.__version__, "instructions": steps}

@@ -25,6 +25,7 @@ class Config(NamedTuple):
         stages: Triton's `num_stages`: how many steps of the loop are loaded ahead.
         whole: Whether channels are one piece, padded to a power of two and at least 64. Else they are
             two, which saves products; on sm_90 `ptxas` (12.8) then makes wrong code for narrow pieces.
+        masked_ahead: Whether pooled keys are loaded ahead where rows have intervals. On AMD's that spills.
     """
 
     block_m: int
@@ -32,6 +33,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     whole: bool = False
+    masked_ahead: bool = True
 
     def channels(self, head_dim: int) -> tuple[int, int]:
         """Widths of the pieces that a kernel handles channels in; the second is 0 if there is one."""
@@ -71,9 +73,9 @@ CONFIGS: dict[str, dict[int, tuple[Config, Config]]] = {
         128: (Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
     },
     "gfx9": {
-        64: (Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
-        96: (Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-        128: (Config(64, 64, 4, 2), Config(128, 32, 8, 3)),
+        64: (Config(64, 64, 4, 2, masked_ahead=False), Config(128, 64, 8, 3, masked_ahead=False)),
+        96: (Config(64, 64, 4, 2, masked_ahead=False), Config(64, 64, 4, 2, masked_ahead=False)),
+        128: (Config(64, 64, 4, 2, masked_ahead=False), Config(128, 32, 8, 3, masked_ahead=False)),
     },
 }
 CAPABILITIES = {

@@ -8,8 +8,9 @@ table read in the step that needs it, Triton would not fetch keys ahead (measure
 shared memory then no longer grows with the number of stages).
 
 Channels come as D0, a power of two, and D1, what is left of head_dim or 0; strides in units of 8 elements.
-Row intervals are read with MASK alone: 1 if the tables were made for them, so that steps which all rows of a
-tile see are known and others left out; 2 if they came with the call, and every step is masked.
+Row intervals are read with MASK alone: 1 if the tables were made for them, so that steps which all rows of
+a tile see are known and others left out; 2 if they came with the call: then steps are sorted by their last
+key, and those that end before the intervals of all rows do are counted first.
 """
 
 from __future__ import annotations
@@ -100,6 +101,18 @@ def _interval(RowStart, RowStop, b, q_token, real, stb, stn, spb, spn):
 
 
 @triton.jit
+def _whole_until(lasts, low, middle, start, stop, real):
+    """Up to which of a list's full steps, sorted by their last key, all rows see all keys."""
+    shortest = tl.min(tl.where(real, stop, 2147483647), 0)
+    whole = 0
+    for j in tl.range(low, middle, 64, num_stages=1):
+        step = j + tl.arange(0, 64)
+        last = tl.load(lasts + step, mask=step < middle, other=2147483647)
+        whole += tl.sum((last < shortest).to(tl.int32), 0)
+    return low + tl.where(tl.max(tl.where(real, start, 0), 0) > 0, 0, whole)
+
+
+@triton.jit
 def _seen(token, q_token, start, stop, lowest, highest, MASK: tl.constexpr):
     """Which keys some row sees, `[BLOCK_N]`, and which each row does, `[BLOCK_M, BLOCK_N]`."""
     there = token >= 0
@@ -113,11 +126,11 @@ def _seen(token, q_token, start, stop, lowest, highest, MASK: tl.constexpr):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def attend(
-    Q, K, V, Out, Lse, PooledK, PooledV, CellBias, CellFirst, CellLast, RowStart, RowStop, Work, Heads,
+    Q, K, V, Out, Lse, Pooled, Cells, RowStart, RowStop, Work, Heads,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, stb, stn, spb, spn,
     heads, kv_group, num_queries, pooled_rows, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_FAR: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head. `scale` is positive, and carries log2(e)."""
     item = tl.load(Work + tl.program_id(0))
@@ -138,7 +151,6 @@ def attend(
     q1 = q0
     if D1 > 0:
         q1 = _load(Q, q_token, sqn, real, D, D0, D1)
-    MASKED_STAGES: tl.constexpr = None if MASK == 2 else 1  # else there are few such steps
     start = q_token
     stop = q_token
     lowest = 0
@@ -148,7 +160,7 @@ def attend(
             RowStart, RowStop, b, q_token, real, stb, stn, spb, spn
         )
     if MASK == 2:
-        middle = low  # what rows see is known only here: every step is masked
+        middle = _whole_until(_table(Heads, head, 8), low, middle, start, stop, real)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -157,26 +169,25 @@ def attend(
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
 
     keys, steps = _table(Heads, head, 2), _table(Heads, head, 3)
-    if MASK < 2:
-        place = tl.load(steps + low, mask=low < middle, other=0)
+    place = tl.load(steps + low, mask=low < middle, other=0)
+    token = tl.load(keys + place + offs_n)
+    place = tl.load(steps + low + 1, mask=low + 1 < middle, other=0)
+    for j in tl.range(low, middle):
+        row = token
         token = tl.load(keys + place + offs_n)
-        place = tl.load(steps + low + 1, mask=low + 1 < middle, other=0)
-        for j in tl.range(low, middle):
-            row = token
-            token = tl.load(keys + place + offs_n)
-            place = tl.load(steps + j + 2, mask=j + 2 < middle, other=0)
-            s = _logits(q0, q1, K, row, skn, None, D, D0, D1)
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            p = tl.math.exp2(s * scale - m_new[:, None])
-            alpha = tl.math.exp2(m - m_new)
-            total = total * alpha + tl.sum(p, 1)
-            acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, None, D, D0, D1)
-            m = m_new
+        place = tl.load(steps + j + 2, mask=j + 2 < middle, other=0)
+        s = _logits(q0, q1, K, row, skn, None, D, D0, D1)
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.math.exp2(s * scale - m_new[:, None])
+        alpha = tl.math.exp2(m - m_new)
+        total = total * alpha + tl.sum(p, 1)
+        acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, None, D, D0, D1)
+        m = m_new
 
     place = tl.load(steps + middle, mask=middle < high, other=0)
     token = tl.load(keys + place + offs_n)
     place = tl.load(steps + middle + 1, mask=middle + 1 < high, other=0)
-    for j in tl.range(middle, high, num_stages=MASKED_STAGES):
+    for j in tl.range(middle, high, num_stages=1):  # there are few such steps
         row = token
         token = tl.load(keys + place + offs_n)
         place = tl.load(steps + j + 2, mask=j + 2 < high, other=0)
@@ -187,27 +198,41 @@ def attend(
         acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, there, D, D0, D1)
 
     if HAS_FAR:
-        base = b * pooled_rows + tl.load(Heads + head * HEAD + 6)
-        PooledK += base * D
-        PooledV += base * D
-        CellBias += base
-        CellFirst += base
-        CellLast += base
+        base = b * pooled_rows + tl.load(
+            Heads + head * HEAD + 6
+        )  # the row before it is that of no cell
+        all_rows = tl.num_programs(1).to(tl.int64) * pooled_rows
+        PooledK = Pooled + base * D
+        PooledV = PooledK + all_rows * D
+        Cells += base
         cells, steps = _table(Heads, head, 4), _table(Heads, head, 5)
         low, high = tl.load(tile + 5), tl.load(tile + 6)
-        for j in tl.range(low, high, num_stages=1):
-            cell = tl.load(cells + tl.load(steps + j) + offs_n)
-            there = cell >= 0
-            bias = tl.load(CellBias + cell, mask=there, other=float("-inf"))
-            seen = (bias > float("-inf"))[None, :] & real[:, None]
+        place = tl.load(steps + low, mask=low < high, other=0)
+        cell = tl.load(cells + place + offs_n)
+        place = tl.load(steps + low + 1, mask=low + 1 < high, other=0)
+        for j in tl.range(low, high, num_stages=None if AHEAD else 1):
+            if AHEAD:
+                row = cell
+                cell = tl.load(cells + place + offs_n)
+                place = tl.load(steps + j + 2, mask=j + 2 < high, other=0)
+            else:
+                row = tl.load(cells + tl.load(steps + j) + offs_n)
+            bias = tl.load(Cells + row).to(tl.float32, bitcast=True)
+            s = _logits(q0, q1, PooledK, row, D // 8, None, D, D0, D1) * scale + bias[None, :]
             if MASK > 0:
-                early = tl.load(CellFirst + cell, mask=there, other=0)
-                late = tl.load(CellLast + cell, mask=there, other=0)
-                seen = seen & (early[None, :] >= start[:, None]) & (late[None, :] < stop[:, None])
-            s = _logits(q0, q1, PooledK, cell, D // 8, there, D, D0, D1)
-            p, alpha, m = _masked_weights(s * scale + bias[None, :], seen, m)
+                early = tl.load(Cells + all_rows + row)
+                late = tl.load(Cells + 2 * all_rows + row)
+                inside = (early[None, :] >= start[:, None]) & (late[None, :] < stop[:, None])
+                s = tl.where(inside, s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1))
+            floor = m_new
+            if MASK > 0:
+                floor = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.math.exp2(s - floor[:, None])
+            alpha = tl.math.exp2(m - floor)
             total = total * alpha + tl.sum(p, 1)
-            acc0, acc1 = _accumulate(p, acc0, acc1, alpha, PooledV, cell, D // 8, there, D, D0, D1)
+            acc0, acc1 = _accumulate(p, acc0, acc1, alpha, PooledV, row, D // 8, None, D, D0, D1)
+            m = m_new
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
@@ -226,12 +251,16 @@ def attend(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def pool(
-    K, V, PooledK, PooledV, CellBias, CellFirst, CellLast, Valid, Slots,
+    K, V, Pooled, Cells, Valid, Slots,
     skb, skh, skn, svb, svh, svn, pooled_rows,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Mean key and value of a cell's valid tokens, log2 of their number (-inf for 0), the first and last."""
-    cell = tl.program_id(0)
+    """Mean key and value of a cell's valid tokens, log2 of their number (-inf for 0), the first and last.
+
+    `Pooled` is `[2, B, rows, D]`: keys, then values; `Cells` int32 `[3, B, rows]`: the logarithm's bits, then
+    the tokens. Before a slot's cells comes one of no tokens, which stands for -1 in the tables.
+    """
+    cell = tl.program_id(0) - 1
     slot = Slots + tl.program_id(1) * SLOT
     b = tl.program_id(2).to(tl.int64)
     if cell < tl.load(slot + 2):
@@ -244,7 +273,7 @@ def pool(
         highest = 0
         if MASKED:
             lowest, highest = tl.load(Valid + b * 2), tl.load(Valid + b * 2 + 1)
-        start, stop = tl.load(offsets + cell), tl.load(offsets + cell + 1)
+        start, stop = tl.load(offsets + tl.maximum(cell, 0)), tl.load(offsets + cell + 1)
         sum_k = tl.zeros([WIDTH], tl.float32)
         sum_v = tl.zeros([WIDTH], tl.float32)
         count = tl.zeros([ROWS], tl.int32)
@@ -264,14 +293,16 @@ def pool(
         size = tl.sum(count, 0).to(tl.float32)
         some = tl.maximum(size, 1.0)
         row = b * pooled_rows + tl.load(slot + 3) + cell
+        all_rows = tl.num_programs(2).to(tl.int64) * pooled_rows
         column = tl.arange(0, WIDTH)
-        mean_k = (sum_k / some).to(PooledK.dtype.element_ty)
-        mean_v = (sum_v / some).to(PooledV.dtype.element_ty)
-        tl.store(PooledK + row * D + column, mean_k, mask=column < D)
-        tl.store(PooledV + row * D + column, mean_v, mask=column < D)
-        tl.store(CellBias + row, tl.where(size > 0, tl.math.log2(some), float("-inf")))
-        tl.store(CellFirst + row, tl.min(first, 0))
-        tl.store(CellLast + row, tl.max(last, 0))
+        mean_k = (sum_k / some).to(Pooled.dtype.element_ty)
+        mean_v = (sum_v / some).to(Pooled.dtype.element_ty)
+        tl.store(Pooled + row * D + column, mean_k, mask=column < D)
+        tl.store(Pooled + (all_rows + row) * D + column, mean_v, mask=column < D)
+        bias = tl.where(size > 0, tl.math.log2(some), float("-inf"))
+        tl.store(Cells + row, bias.to(tl.int32, bitcast=True))
+        tl.store(Cells + all_rows + row, tl.min(first, 0))
+        tl.store(Cells + 2 * all_rows + row, tl.max(last, 0))
 
 
 @triton.jit(do_not_specialize=INTEGERS)

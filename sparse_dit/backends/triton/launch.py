@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .work import Work, work_of
 
 kernel: Any = written  # Triton launches its functions with a grid and with options
 
+COMPILED: dict[tuple[Hashable, ...], Any] = {}  # kernels that were launched
 POOL_ROWS = 32
 UNIT = 8  # strides are passed in units of so many elements
 
@@ -43,14 +45,17 @@ def forward(
     pooled = _pooled(k, v, work, rows, queries)
     bounds, strides = _bounds(index, rows, lse)
     config = work.config
-    kernel.attend[(len(work.order), batch)](
-        q, k, v, out, lse, *pooled, *bounds, work.order, work.heads,
-        *_units(q), *_units(k), *_units(v), *_units(out), *strides,
-        heads, heads // k.shape[1], queries, work.pooled_rows,
+    mask, has_far = _mask(index, rows), work.pooled_rows > 0
+    _launch(
+        "attend", (len(work.order), batch, 1),
+        (q.dtype, config, *map(_aligned, bounds)),
+        {"num_warps": config.warps, "num_stages": config.stages},
+        (q, k, v, out, lse, *pooled, *bounds, work.order, work.heads),
+        (*_units(q), *_units(k), *_units(v), *_units(out), *strides,
+         heads, heads // k.shape[1], queries, work.pooled_rows),
         scale / math.log(2),
-        D=dim, **widths(config, dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        MASK=_mask(index, rows), HAS_FAR=work.pooled_rows > 0,
-        num_warps=config.warps, num_stages=config.stages,
+        (dim, *config.channels(dim), config.block_m, config.block_n, mask, has_far,
+         mask == 0 or config.masked_ahead),
     )  # fmt: skip
     return Attended(out, lse)
 
@@ -73,14 +78,16 @@ def block_mass(
     groups, blocks = index.max_groups, -(-k.shape[2] // mass_block)
     mass = torch.zeros(batch, heads, groups, blocks, dtype=torch.float32, device=q.device)
     bounds, strides = _bounds(index, rows, lse)
-    kernel.mass[(len(work.order), batch)](
-        q, k, lse, mass, *bounds, work.order, work.heads,
-        *_units(q), *_units(k), *strides,
-        heads, heads // k.shape[1], queries, groups, mass_block, blocks,
+    mask = _mask(index, rows)
+    _launch(
+        "mass", (len(work.order), batch, 1),
+        (q.dtype, config, *map(_aligned, (lse, *bounds))),
+        {"num_warps": config.warps, "num_stages": config.stages},
+        (q, k, lse, mass, *bounds, work.order, work.heads),
+        (*_units(q), *_units(k), *strides,
+         heads, heads // k.shape[1], queries, groups, mass_block, blocks),
         scale / math.log(2),
-        D=dim, **widths(config, dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        MASK=_mask(index, rows),
-        num_warps=config.warps, num_stages=config.stages,
+        (dim, *config.channels(dim), config.block_m, config.block_n, mask),
     )  # fmt: skip
     return mass
 
@@ -113,21 +120,53 @@ def _row_strides(bound: Tensor) -> tuple[int, int]:
 def _pooled(
     k: Tensor, v: Tensor, work: Work, rows: RowIntervals | None, num_queries: int
 ) -> tuple[Tensor, ...]:
-    """Pooled keys and values `[B, rows, D]`, log2 of sizes, first and last tokens `[B, rows]`."""
-    shape = (k.shape[0], work.pooled_rows)
-    means, values = k.new_empty(2, *shape, k.shape[3])  # of whole 16 bytes each
-    bias = torch.empty(shape, dtype=torch.float32, device=k.device)
-    first = torch.empty(shape, dtype=torch.int32, device=k.device)
-    last = torch.empty_like(first)
-    if work.pooled_rows:
-        valid = bias if rows is None else _valid(rows, k, num_queries)
-        kernel.pool[(work.cells, len(work.slots), k.shape[0])](
-            k, v, means, values, bias, first, last, valid, work.slots,
-            *_units(k), *_units(v), work.pooled_rows,
-            D=k.shape[3], WIDTH=power_of_two(k.shape[3]), ROWS=POOL_ROWS, MASKED=rows is not None,
-            num_warps=1,
-        )  # fmt: skip
-    return means, values, bias, first, last
+    """What `pool` makes: keys and values `[2, B, rows, D]`, and int32 `[3, B, rows]` of each cell."""
+    if not work.pooled_rows:
+        return k, work.order  # never read
+    batch, _, _, dim = k.shape
+    pooled = k.new_empty(2, batch, work.pooled_rows, dim)
+    cells = work.order.new_empty(3, batch, work.pooled_rows)
+    valid = cells if rows is None else _valid(rows, k, num_queries)
+    masked = rows is not None
+    _launch(
+        "pool", (work.cells + 1, len(work.slots), batch), (k.dtype,), {"num_warps": 1},
+        (k, v, pooled, cells, valid, work.slots),
+        (*_units(k), *_units(v), work.pooled_rows),
+        None,
+        (dim, power_of_two(dim), POOL_ROWS, masked),
+    )  # fmt: skip
+    return pooled, cells
+
+
+def _launch(
+    name: str,
+    grid: tuple[int, int, int],
+    kind: tuple[Hashable, ...],
+    options: dict[str, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    scale: float | None,
+    constants: tuple[Any, ...],
+) -> None:
+    """Launch a kernel; after the first time without Triton's look at every argument.
+
+    Args:
+        name: The kernel's.
+        grid: Programs along each axis.
+        kind: By what Triton would tell two kernels apart besides constants: dtypes, unaligned addresses.
+        options: Triton's, the same for the same constants.
+        tensors, numbers, scale, constants: The kernel's arguments, in its order; a scale of None is none.
+    """
+    long = max(numbers) >= 1 << 31  # Triton's int64
+    key = (name, tensors[0].device, long, *kind, *constants)
+    factor = () if scale is None else (scale,)
+    compiled = COMPILED.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *factor, *constants)
+        return
+    compiled = getattr(kernel, name)[grid](*tensors, *numbers, *factor, *constants, **options)
+    if compiled is not None:  # as it is where kernels are interpreted
+        COMPILED[key] = compiled
 
 
 def _valid(rows: RowIntervals, k: Tensor, num_queries: int) -> Tensor:
@@ -136,16 +175,15 @@ def _valid(rows: RowIntervals, k: Tensor, num_queries: int) -> Tensor:
     return valid.int().expand(k.shape[0], 2).contiguous()
 
 
-def widths(config: Config, dim: int) -> dict[str, int]:
-    """The kernels' pieces of channels."""
-    return dict(zip(("D0", "D1"), config.channels(dim), strict=True))
-
-
 def _readable(x: Tensor) -> Tensor:
     """Itself if the kernels can address it, 16 bytes at a time, else a copy."""
-    if _strides(x) is not None and x.data_ptr() % 16 == 0:
+    if _strides(x) is not None and _aligned(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:

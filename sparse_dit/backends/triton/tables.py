@@ -19,7 +19,9 @@ from ...intervals import RowIntervals
 from ...on_cpu import on_cpu
 
 TILE_FIELDS = 8  # first row, rows, first step, first masked step, end; first cell step, end; group
-HEAD_FIELDS = 8  # addresses: tiles, queries, keys, steps, cells, cell steps; pooled row; positions
+HEAD_FIELDS = (
+    9  # addresses: tiles, queries, keys, steps, cells, cell steps; pooled row; positions, lasts
+)
 SLOT_FIELDS = 5  # addresses: keys, cell offsets; cells, first pooled row, key head
 TILE_BITS = 20
 TILE_STEPS = 2  # what a tile costs besides its steps, in steps: loading queries, writing the output
@@ -35,6 +37,7 @@ class Tables:
         keys: `[P]`, key tokens, -1 where there is none.
         positions: `[P]`, the sorted positions of these keys.
         steps: `[S]`, first places in `keys`.
+        lasts: `[S]`, the largest key token of each step; a list's full steps are sorted by it.
         cells: Cell numbers, like `keys`.
         cell_steps: First places in `cells`.
         cell_offsets: The far field's, or empty.
@@ -46,6 +49,7 @@ class Tables:
     keys: Tensor
     positions: Tensor
     steps: Tensor
+    lasts: Tensor
     cells: Tensor
     cell_steps: Tensor
     cell_offsets: Tensor
@@ -102,10 +106,12 @@ def _build(
     positions = _table(entry.num_keys, exact, block_n)
     keys = torch.where(positions < 0, -1, entry.key_tokens[positions.clamp_min(0)])
     far, cells, cell_offsets = _far_steps(entry, first, block_n)
-    places, bounds = exact.places, exact.bounds[owner]
+    places, lasts = _sorted_by_last(exact, keys, block_n)
+    bounds = exact.bounds[owner]
     if within is not None:
         extents = _extents(entry, within, row, rows)
-        places, bounds = _within(places, bounds, keys, extents, block_n)
+        kept, bounds = _within(places, lasts, bounds, keys, extents, block_n)
+        places, lasts = places[kept], lasts[kept]
     tiles = torch.cat(
         [row[:, None], rows[:, None], bounds, far.bounds[owner][:, ::2], first[owner][:, None]], 1
     )
@@ -116,6 +122,7 @@ def _build(
         keys.int(),
         positions.int(),
         _some(places).int(),
+        _some(lasts).int(),
         cells.int(),
         _some(far.places).int(),
         cell_offsets.int(),
@@ -204,7 +211,8 @@ def _far_steps(entry: PatternIndex, first: Tensor, block: int) -> tuple[_Steps, 
     """Steps over cells, the table of cells, and the offsets of cells."""
     if entry.far is None:
         none = torch.zeros(1, dtype=torch.int64)
-        return _Steps(none, none, torch.zeros(len(first), 3, dtype=torch.int64)), none, none[:0]
+        bounds = torch.zeros(len(first), 3, dtype=torch.int64)
+        return _Steps(none, none, bounds), torch.full((block,), -1), none[:0]
     far = entry.far
     count = len(far.cell_offsets) - 1
     steps = _steps(*_lists(far.runs, far.run_offsets, first), count, block)
@@ -239,12 +247,21 @@ def _extents(entry: PatternIndex, within: RowIntervals, row: Tensor, rows: Tenso
     )
 
 
+def _sorted_by_last(steps: _Steps, keys: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """First places and largest keys of steps, each list's full ones sorted by these."""
+    last = keys[steps.places[:, None] + torch.arange(block)].amax(1)
+    low, part, high = steps.bounds.unbind(1)
+    of, rank = _ranks(high - low)
+    order = last.argsort(stable=True)
+    order = order[(of * 2 + (low[of] + rank >= part[of]))[order].argsort(stable=True)]
+    return steps.places[order], last[order]
+
+
 def _within(
-    places: Tensor, bounds: Tensor, keys: Tensor, extents: _Extents, block: int
+    places: Tensor, largest: Tensor, bounds: Tensor, keys: Tensor, extents: _Extents, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Lists for each tile: steps that all rows see wholly, then those seen in part; no others."""
+    """Lists of steps for each tile: those that all rows see wholly, then those seen in part; no others."""
     mine = keys[places[:, None] + torch.arange(block)]
-    largest = mine.amax(1)
     smallest = torch.where(mine < 0, len(keys), mine).amin(1)
     low, masked, high = bounds.unbind(1)
     tile, rank = _ranks(high - low)
@@ -258,7 +275,7 @@ def _within(
     full = torch.bincount(tile[~part], minlength=len(low))
     count = torch.bincount(tile, minlength=len(low))
     begin = count.cumsum(0) - count
-    return places[step[order]], torch.stack([begin, begin + full, begin + count], 1)
+    return step[order], torch.stack([begin, begin + full, begin + count], 1)
 
 
 def _some(places: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Work:
         heads: int64 `[H, HEAD_FIELDS]`, addresses of tables.
         slots: int64 `[S, SLOT_FIELDS]`: pairs of a pattern with a far field and a key head.
         cells: Most cells of a pattern.
-        pooled_rows: Pooled keys of all slots.
+        pooled_rows: Pooled keys of all slots, with one of no tokens before each slot's.
         tables: Keeps what is pointed to.
     """
 
@@ -93,6 +93,7 @@ def _work(
         cells = len(tables[p].cell_offsets) - 1
         pair = (p, head // repeat)
         if cells > 0 and pair not in base:
+            row += 1  # that of no cell, for -1 in the tables
             base[pair] = row
             keys, offsets = tables[p].keys.data_ptr(), tables[p].cell_offsets.data_ptr()
             slots.append([keys, offsets, cells, row, pair[1]])
@@ -100,7 +101,7 @@ def _work(
     heads = []
     for head, p in enumerate(index.head_to_pattern):
         fields = _addresses(tables[p])
-        heads.append([*fields[:6], base.get((p, head // repeat), 0), fields[6]])
+        heads.append([*fields[:6], base.get((p, head // repeat), 0), *fields[6:]])
     return Work(
         config,
         order.int().to(device),
@@ -131,5 +132,5 @@ def _cheapest(
 
 
 def _addresses(t: Tables) -> list[int]:
-    arrays = (t.tiles, t.q_tokens, t.keys, t.steps, t.cells, t.cell_steps, t.positions)
+    arrays = (t.tiles, t.q_tokens, t.keys, t.steps, t.cells, t.cell_steps, t.positions, t.lasts)
     return [x.data_ptr() for x in arrays]

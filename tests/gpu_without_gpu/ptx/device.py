@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from sparse_dit.backends.triton import kernel, launch
 from sparse_dit.backends.triton.work import Work
@@ -29,8 +30,7 @@ from .program import parsed
 
 ARCHITECTURE = 80
 OUTPUTS = {"attend": {"Out": WRITE, "Lse": WRITE}, "mass": {"Mass": READ | WRITE}}
-POOLED = ("PooledK", "PooledV", "CellBias", "CellFirst", "CellLast")
-OUTPUTS |= {"pool": dict.fromkeys(POOLED, WRITE)}
+OUTPUTS |= {"pool": {"Pooled": WRITE, "Cells": WRITE}}
 TABLES = ("Heads", "Slots")  # of addresses
 Change = Callable[[str, str], str]
 
@@ -94,8 +94,14 @@ def _compiled(
     text = built.asm["ptx"]
     program = _decoded(made.change(name, text) if made.change else text, built.metadata.shared)
 
-    class Launcher:
+    class Launcher(CompiledKernel):
         function = packed_metadata = None
+
+        def __init__(self) -> None:
+            pass
+
+        def _init_handles(self) -> None:
+            pass
 
         def launch_metadata(self, grid: Any, stream: int, *arguments: Any) -> None:
             return None

@@ -26,6 +26,7 @@ class Threads:
     Args:
         blocks: Number of each block in the grid.
         place: Its coordinates there, uint32 `[blocks, 3]`.
+        grid: How many blocks there are along each axis.
         threads: In a block.
         memory, shared: What they reach.
         arguments: Bits of each parameter.
@@ -37,6 +38,7 @@ class Threads:
 
     blocks: Array
     place: Array
+    grid: tuple[int, ...]
     threads: int
     memory: GlobalMemory
     shared: SharedMemory
@@ -50,10 +52,13 @@ class Threads:
         return len(self.blocks) * self.threads
 
     def special(self, name: str) -> Array:
-        """`%tid.x`, and `%ctaid` of an axis."""
+        """`%tid.x`, and `%ctaid` and `%nctaid` of an axis."""
         if name == "%tid.x":
             return np.tile(np.arange(self.threads, dtype=np.uint32), len(self.blocks))
-        return np.repeat(self.place[:, "xyz".index(name[-1])], self.threads)
+        axis = "xyz".index(name[-1])
+        if name.startswith("%nctaid"):
+            return np.array([self.grid[axis]], np.uint32)
+        return np.repeat(self.place[:, axis], self.threads)
 
     def block(self) -> Array:
         """The number of each thread's block."""
@@ -105,7 +110,7 @@ class Threads:
         blocks, place = self.blocks[chosen], self.place[chosen]
         shared = self.shared.part(chosen.nonzero()[0])
         return Threads(
-            blocks, place, self.threads, self.memory, shared, self.arguments, registers,
+            blocks, place, self.grid, self.threads, self.memory, shared, self.arguments, registers,
             self.executed,
         )  # fmt: skip
 
@@ -158,7 +163,7 @@ class Kernel:
             blocks = numbers[first : first + at_once]
             place = np.stack(np.unravel_index(blocks, grid[::-1])[::-1], 1).astype(np.uint32)
             shared = SharedMemory(len(blocks), size, self.shared, self.unit)
-            threads = Threads(blocks, place, size, memory, shared, arguments)
+            threads = Threads(blocks, place, grid, size, memory, shared, arguments)
             with np.errstate(all="ignore"):
                 self._run(threads, done)
         return done

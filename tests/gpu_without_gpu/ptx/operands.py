@@ -18,7 +18,7 @@ def reader(operand: Operand, kind: np.dtype) -> Reader:
     """An operand as an array of `kind`, one element a thread, or one for all."""
     if not isinstance(operand, str):
         raise Fault(f"unknown operand: {operand}")
-    if operand.startswith(("%tid", "%ctaid")):
+    if operand.startswith(("%tid", "%ctaid", "%nctaid")):
         return lambda threads: threads.special(operand)
     if operand.startswith("%"):
         return lambda threads: threads.read(operand).view(kind)
