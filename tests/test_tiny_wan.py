@@ -188,6 +188,27 @@ def test_a_ladder_ends_where_the_scheduler_does(pipe):
     assert ends == list(zip(ladder.knots, ladder.knots[1:], strict=False))
 
 
+def test_the_shipped_lora_brings_eight_steps_nearer_to_the_guided_model():
+    pytest.importorskip("peft")
+    pipe = WanPipeline.from_pretrained(MODEL).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = eval_prompts(2)
+
+    def videos(steps, guidance):
+        return [
+            pipe(prompt, height=64, width=64, num_frames=15, num_inference_steps=steps,
+                 guidance_scale=guidance, max_sequence_length=32, output_type="pt",
+                 generator=torch.Generator().manual_seed(seed)).frames
+            for seed, prompt in enumerate(prompts)
+        ]  # fmt: skip
+
+    taught, before = videos(15, few_steps.GUIDANCE), videos(8, 1.0)
+    pipe.load_lora_weights(MODEL.parent, weight_name="eight_steps.safetensors")
+    after = videos(8, 1.0)
+    for goal, without, with_it in zip(taught, before, after, strict=True):
+        assert psnr(with_it, goal) > psnr(without, goal) + 2
+
+
 def test_a_distilled_lora_loads_as_any_other(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr(few_steps, "BUCKETS", (Bucket(2, 4, 4, 1, (1, 1)),))
