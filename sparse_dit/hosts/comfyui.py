@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..call import Branch
 from ..plan import ComponentPlan, Plan
+from ..step_cache import StepCache
 from .planned import Forward, PlannedAttention, Unknown
 
 HOST = "ComfyUI"
@@ -84,7 +85,8 @@ class Override:
     """What takes ComfyUI's attention calls, in front of whatever took them before."""
 
     def __init__(self, plan: Plan, component: str) -> None:
-        self.planned = PlannedAttention(plan, HOST)
+        self.planned = PlannedAttention(plan, HOST, _setting)
+        self.planned.leave_cache()
         self.component = component
         self._layers = _numbered(plan.components[component])
         self._installed: list[Callable[..., Tensor]] = []
@@ -210,6 +212,10 @@ class Override:
             branch=_branch(options.get("cond_or_uncond")),
             grid=(frames, rows, columns),
         )
+
+
+def _setting(cache: StepCache) -> str:
+    return "the node EasyCache, behind this one or before it"
 
 
 def _branch(found: Any) -> Branch:

@@ -18,11 +18,13 @@ from ..call import AttentionCall, Branch, StepContext
 from ..layout import TokenLayout
 from ..plan import ComponentPlan, Plan
 from ..runtime import Runtime
+from ..step_cache import StepCache
 
 logger = logging.getLogger("sparse_dit")
 
 PLAN = "SPARSE_DIT_PLAN"  # environment variable: a plan's path, built-in name or hub id
 Shard = Callable[[], tuple[int, int]]
+Setting = Callable[[StepCache], str]
 
 
 class Unknown(Exception):
@@ -58,11 +60,16 @@ class PlannedAttention:
     Args:
         plan: What is followed.
         host: The host's name, for what is logged.
+        setting: What to set in the host for the nearest that it has to a step cache, in words.
+
+    Raises:
+        PlanError: If the plan names a step cache that isn't known.
     """
 
-    def __init__(self, plan: Plan, host: str) -> None:
+    def __init__(self, plan: Plan, host: str, setting: Setting) -> None:
         self.plan = plan
         self.host = host
+        self._cache, self._setting = StepCache.of(plan), setting
         self._runtimes: dict[tuple[str, int, int], Runtime] = {}
         self._generations: dict[str, _Generation] = {}
         self._declined: set[str] = set()
@@ -93,7 +100,17 @@ class PlannedAttention:
             logger.info(
                 "%s: attention follows a plan, in %s from %s on", self.host, found[0], layer
             )
+            self.leave_cache()
         return found[0]
+
+    def leave_cache(self) -> None:
+        """Log, if the plan was searched with a step cache, that it is the host's to run."""
+        if self._cache is not None:
+            logger.warning(
+                "the plan was searched with the step cache %s, which %s doesn't take from a plan: without "
+                "one its forecast doesn't hold. The nearest that %s has: %s",
+                *(self._cache, self.host, self.host, self._setting(self._cache)),
+            )
 
     def decline(self, reason: str) -> None:
         """Log once why the host's own attention runs."""
@@ -192,19 +209,22 @@ class _Generation:
         return self.count
 
 
-def named_plan(host: str) -> PlannedAttention | None:
+def named_plan(host: str, setting: Setting) -> PlannedAttention | None:
     """The plan that the environment names, for a host; None if it names none.
+
+    Args:
+        host, setting: See `PlannedAttention`.
 
     Raises:
         PlanError: If what it names is no plan.
     """
     name = os.environ.get(PLAN)
-    return _loaded(name, host) if name else None
+    return _loaded(name, host, setting) if name else None
 
 
 @functools.cache
-def _loaded(name: str, host: str) -> PlannedAttention:
-    return PlannedAttention(Plan.from_pretrained(name), host)
+def _loaded(name: str, host: str, setting: Setting) -> PlannedAttention:
+    return PlannedAttention(Plan.from_pretrained(name), host, setting)
 
 
 def of_heads(part: ComponentPlan, first: int, count: int) -> ComponentPlan:

@@ -11,12 +11,11 @@ import functools
 import logging
 import re
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from .planned import PLAN, Forward, PlannedAttention, Unknown, named_plan
+from ..step_cache import FIRST_BLOCK, StepCache
+from .backends import following, share
+from .planned import PLAN, Forward, Unknown, named_plan
 
 logger = logging.getLogger("sparse_dit")
 
@@ -33,7 +32,7 @@ def register() -> None:
     Raises:
         PlanError: If it names no plan.
     """
-    if named_plan(HOST) is None:
+    if named_plan(HOST, own_cache) is None:
         logger.debug("%s isn't set: %s runs as ever", PLAN, HOST)
         return
     from sglang.multimodal_gen.runtime.platforms.plugins import (  # pyright: ignore
@@ -48,64 +47,24 @@ def chosen(backend: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs after SGLang chose a backend: what follows the plan, or None to leave the choice as it is."""
     if kwargs.get("is_cross_attention") or backend.get_enum().is_sparse:
         return None
-    return following(backend)
+    return _planned(backend)
 
 
 @functools.cache
-def following(backend: Any) -> Any:
-    """A subclass of one of SGLang's backends whose layers follow the plan."""
-    planned = named_plan(HOST)
+def _planned(backend: Any) -> Any:
+    planned = named_plan(HOST, own_cache)
     assert planned is not None, "there is no hook without a plan"
-    impl = _following(backend.get_impl_cls(), planned)
-    return type(
-        f"Planned{backend.__name__}", (backend,), {"get_impl_cls": staticmethod(lambda: impl)}
+    return following(
+        backend, planned, lambda prefix: (_component(), layer_of(prefix)), _forward, _shard
     )
 
 
-def _following(base: Any, planned: PlannedAttention) -> Any:
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **kwargs)
-        name, self._planned_layer = _component(), layer_of(str(kwargs.get("prefix", "")))
-        self._planned_scale = kwargs.get("softmax_scale")
-        self._planned_known = planned.knows(name)
-        self._planned_component = planned.component(name, self._planned_layer)
-        self._follows = (
-            self._planned_component is not None
-            and self._planned_scale is not None
-            and not any(kwargs.get(k) for k in ("causal", "is_cross_attention", "dropout_p"))
-        )
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: Any = None, **more: Any
-    ) -> Any:
-        def own() -> Any:
-            return base.forward(self, query, key, value, attn_metadata, **more)
-
-        if not self._follows or more:
-            if self._planned_known:
-                planned.unmatched(self._planned_layer)
-            if self._follows:
-                planned.decline(f"it asks for {', '.join(sorted(more))}")
-            return own()
-        attend = planned.attend  # pyright: ignore[reportAttributeAccessIssue]
-        return attend(
-            self._planned_component,
-            self._planned_layer,
-            (query, key, value),
-            self._planned_scale,
-            _forward,
-            _shard,
-            own,
-        )
-
-    def forward_into(self, *args: Any, **kwargs: Any) -> bool:
-        # by this way in, SGLang would pass the forward by
-        return not self._follows and base.forward_into(self, *args, **kwargs)
-
-    methods: Mapping[str, Any] = {
-        "__init__": __init__, "forward": forward, "forward_into": forward_into
-    }  # fmt: skip
-    return type(f"Planned{base.__name__}", (base,), dict(methods))
+def own_cache(cache: StepCache) -> str:
+    """The environment variables that set Cache-DiT to do what is nearest to a step cache."""
+    more = "TAYLORSEER=true"
+    if cache.name == FIRST_BLOCK:
+        more = f"RDT={cache.settings['threshold']:g}"
+    return f"SGLANG_CACHE_DIT_ENABLED=true SGLANG_CACHE_DIT_{more}"
 
 
 def layer_of(prefix: str) -> str:
@@ -135,8 +94,9 @@ def _dit_config() -> Any:
     return get_global_server_args().pipeline_config.dit_config
 
 
-def _forward() -> Forward:
+def _forward(metadata: Any, tokens: int) -> Forward:
     """Where the forward stands, from the request that it is of; its timesteps are read back once."""
+    del metadata, tokens
     from sglang.multimodal_gen.runtime.managers.forward_context import (  # pyright: ignore
         get_forward_context_or_none,
     )
@@ -181,7 +141,6 @@ def _grid(latent: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _shard() -> tuple[int, int]:
-    """Heads are divided by tensor parallelism, and each part of them by Ulysses'."""
     from sglang.multimodal_gen.runtime.distributed.parallel_state import (  # pyright: ignore
         get_ring_parallel_world_size,
         get_tp_rank,
@@ -190,7 +149,8 @@ def _shard() -> tuple[int, int]:
         get_ulysses_parallel_world_size,
     )
 
-    if get_ring_parallel_world_size() > 1:
-        raise Unknown("ring attention, in which each process has a part of the keys")
-    parts = get_ulysses_parallel_world_size()
-    return get_tp_rank() * parts + get_ulysses_parallel_rank(), get_tp_world_size() * parts
+    return share(
+        (get_tp_rank(), get_tp_world_size()),
+        (get_ulysses_parallel_rank(), get_ulysses_parallel_world_size()),
+        get_ring_parallel_world_size(),
+    )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import logging
 from typing import Any
 
-from torch import Tensor
-
-from .planned import PLAN, Forward, PlannedAttention, Unknown, named_plan
+from ..step_cache import FIRST_BLOCK, StepCache
+from .backends import following, share
+from .planned import PLAN, Forward, Unknown, named_plan
 
 logger = logging.getLogger("sparse_dit")
 
@@ -34,7 +35,7 @@ def register() -> None:
     Raises:
         PlanError: If it names no plan.
     """
-    if named_plan(HOST) is None:
+    if named_plan(HOST, own_cache) is None:
         logger.debug("%s isn't set: %s runs as ever", PLAN, HOST)
         return
     try:
@@ -70,45 +71,17 @@ def _backend(name: str) -> Any:
     )
 
     module, _, own = DiffusionAttentionBackendEnum.__members__[name].value.rpartition(".")
-    backend, planned = getattr(importlib.import_module(module), own), named_plan(HOST)
+    backend, planned = getattr(importlib.import_module(module), own), named_plan(HOST, own_cache)
     assert planned is not None, "nothing is registered without a plan"
-    impl = _following(backend.get_impl_cls(), planned)
-    return type(f"Planned{own}", (backend,), {"get_impl_cls": staticmethod(lambda: impl)})
+    return following(backend, planned, lambda prefix: (None, prefix), _forward, _shard)
 
 
-def _following(base: Any, planned: PlannedAttention) -> Any:
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **kwargs)
-        self._planned_layer = kwargs.get("prefix", "")
-        self._planned_scale = kwargs["softmax_scale"]
-        self._planned_component = planned.component(None, self._planned_layer)
-        self._follows = self._planned_component is not None and not kwargs.get("causal")
-        self._planned_layout = kwargs.get("qkv_layout")
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: Any = None
-    ) -> Tensor:
-        def own() -> Tensor:
-            return base.forward(self, query, key, value, attn_metadata)
-
-        if not self._follows:
-            planned.unmatched(self._planned_layer)
-            return own()
-        if self._planned_layout not in (None, "BSND"):
-            planned.decline(f"queries lie as {self._planned_layout}, not as BSND")
-            return own()
-        attend = planned.attend  # pyright: ignore[reportAttributeAccessIssue]
-        return attend(
-            self._planned_component,
-            self._planned_layer,
-            (query, key, value),
-            self._planned_scale,
-            lambda: _forward(attn_metadata, query.shape[1]),
-            _shard,
-            own,
-        )
-
-    return type(f"Planned{base.__name__}", (base,), {"__init__": __init__, "forward": forward})
+def own_cache(cache: StepCache) -> str:
+    """The arguments that set Cache-DiT to do what is nearest to a step cache."""
+    config: dict[str, Any] = {"enable_taylorseer": True}
+    if cache.name == FIRST_BLOCK:
+        config = {"residual_diff_threshold": cache.settings["threshold"]}
+    return f"--cache-backend cache_dit --cache-config '{json.dumps(config)}'"
 
 
 def _forward(metadata: Any, tokens: int) -> Forward:
@@ -152,7 +125,6 @@ def _forward(metadata: Any, tokens: int) -> Forward:
 
 
 def _shard() -> tuple[int, int]:
-    """Heads are divided by tensor parallelism, and each part of them by Ulysses'."""
     from vllm.distributed import (  # pyright: ignore
         get_tensor_model_parallel_rank,
         get_tensor_model_parallel_world_size,
@@ -163,8 +135,8 @@ def _shard() -> tuple[int, int]:
         get_ulysses_parallel_world_size,
     )
 
-    if get_ring_parallel_world_size() > 1:
-        raise Unknown("ring attention, in which each process has a part of the keys")
-    parts = get_ulysses_parallel_world_size()
-    number = get_tensor_model_parallel_rank() * parts + get_ulysses_parallel_rank()
-    return number, get_tensor_model_parallel_world_size() * parts
+    return share(
+        (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()),
+        (get_ulysses_parallel_rank(), get_ulysses_parallel_world_size()),
+        get_ring_parallel_world_size(),
+    )

@@ -102,6 +102,9 @@ FIELDS = {
     ("vllm-omni", f"{_V}/forward_context.py", "ForwardContext"): {
         *("denoise_step_idx", "denoise_timestep"),
     },
+    ("vllm-omni", f"{_V}/data.py", "DiffusionCacheConfig"): {
+        *("enable_taylorseer", "residual_diff_threshold"),
+    },
 }
 # functions that must be there, without parameters
 FUNCTIONS = {

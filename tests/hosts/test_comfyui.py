@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,6 +230,15 @@ def test_branches_and_generations_are_told_apart(followed):
     c = run(6, 0.7, second, 0)
     patched.call(Events.ON_CLEANUP, patched)
     assert not torch.equal(run(7, 0.4, second, 0), c)
+
+
+def test_a_step_cache_of_the_plan_is_said_to_be_another_nodes(followed, caplog):
+    cache = {"name": "taylorseer", "interval": 2, "first": 3}
+    patched, (q, k, v) = followed(replace(plan_of(), provenance={"step_cache": cache})), qkv()
+    near(attention(q, k, v, HEADS, transformer_options=options_of(patched)), wanted(q, k, v))
+    (record,) = caplog.records
+    assert "step cache taylorseer=2:3, which ComfyUI doesn't take" in record.getMessage()
+    assert "EasyCache" in record.getMessage()
 
 
 def test_the_node_says_what_it_takes(followed):

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sparse_dit.index import build_index
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, SlidingTile, Window
 from sparse_dit.plan import HeadChoice, PlanError, Stage
+from sparse_dit.step_cache import NAMED, StepCache
 from tests.helpers import host_stand_ins as stand_ins
 from tests.helpers.host_stand_ins import CONTRACTS, FIELDS, FUNCTIONS, Request
 from tests.helpers.plan_cases import component, small
@@ -51,7 +53,7 @@ def plan(**changes):
 def forgotten():
     yield
     planned._loaded.cache_clear()
-    sglang.following.cache_clear()
+    sglang._planned.cache_clear()
     vllm_omni._backend.cache_clear()
 
 
@@ -330,6 +332,49 @@ def test_outputs_are_kept_within_a_generation_alone(follow, monkeypatch):
     assert not torch.equal(outs[3], outs[2])
 
 
+SETTINGS = {
+    "first-block": {
+        "SGLang": "SGLANG_CACHE_DIT_ENABLED=true SGLANG_CACHE_DIT_RDT=0.12",
+        "vLLM-Omni": """--cache-backend cache_dit --cache-config '{"residual_diff_threshold": 0.12}'""",
+    },
+    "taylorseer": {
+        "SGLang": "SGLANG_CACHE_DIT_ENABLED=true SGLANG_CACHE_DIT_TAYLORSEER=true",
+        "vLLM-Omni": """--cache-backend cache_dit --cache-config '{"enable_taylorseer": true}'""",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        StepCache("first-block", {"threshold": 0.12}),
+        StepCache("taylorseer", {"interval": 2, "first": 3}),
+    ],
+    ids=str,
+)
+def test_a_step_cache_of_the_plan_is_said_to_be_the_hosts_once(cache, follow, monkeypatch, caplog):
+    follow(replace(plan(), provenance={NAMED: cache.to_dict()}))
+    world, other = stand_ins.install_sglang(monkeypatch), stand_ins.install_vllm_omni(monkeypatch)
+    sglang.register()
+    vllm_omni.register()
+    assert not caplog.records, "a process without such layers needs to say nothing"
+    for _ in range(2):
+        sglang_layer(world)
+        omni_layer(other)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    for message, (host, setting) in zip(said, SETTINGS[cache.name].items(), strict=True):
+        assert f"step cache {cache}, which {host} doesn't take from a plan" in message
+        assert message.endswith(setting)
+
+
+def test_a_step_cache_that_isnt_known_is_told_before_anything_runs(follow, monkeypatch):
+    follow(replace(plan(), provenance={NAMED: {"name": "another"}}))
+    stand_ins.install_sglang(monkeypatch)
+    with pytest.raises(PlanError, match="a step cache must be one of"):
+        sglang.register()
+
+
 def absent(package):
     try:
         importlib.metadata.distribution(package)
@@ -362,6 +407,14 @@ def test_functions_are_the_packages_own(place):
     tree = source(*place)
     for name in FUNCTIONS[place]:
         assert parameters(tree, name) == ()
+
+
+def test_settings_of_caches_are_the_packages_own():
+    if reason := absent("sglang"):
+        pytest.skip(reason)
+    file = importlib.metadata.distribution("sglang").locate_file("sglang/multimodal_gen/envs.py")
+    for name in ("ENABLED", "RDT", "TAYLORSEER"):
+        assert f'"SGLANG_CACHE_DIT_{name}"' in file.read_text()
 
 
 def test_dense_backends_are_the_packages_own():
