@@ -184,12 +184,14 @@ def work(service: Service, engine: Any = None) -> list[str]:
 
 
 @contextmanager
-def working(service: Service, engine: Any = None) -> Iterator[None]:
-    """A worker in a thread beside the block."""
-    stop = threading.Event()
+def working(service: Service, engine: Any = None, alive: bool = False) -> Iterator[None]:
+    """A worker in a thread beside the block; with `alive` it gives signs of life, as a process does."""
+    stop, claims = threading.Event(), Claims(service.store)
 
     def run() -> None:
         while not stop.is_set():
+            if alive:
+                claims.beat(Worker("worker", MODEL, "cpu", ()), "idle")
             work(service, engine)
             stop.wait(0.02)
 

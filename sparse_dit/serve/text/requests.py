@@ -31,7 +31,9 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str | list[str] = Field(description="A text, or a list of one.")
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
+        description="A text, or a list of one."
+    )
     model: str | None = Field(default=None, description="Name of the model; see /v1/models.")
     max_tokens: _Count | None = Field(default=None, description="Tokens that are written.")
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = Field(
