@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .account import Ran
@@ -67,6 +67,10 @@ class Summary:
     ran_at: tuple[int, ...] = ()
     replaced: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with the table as `text`."""
+        return {**asdict(self), "text": str(self)}
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from .jobs import Job, Status
 from .media import variants
 from .spec import Kind
+
+Item = TypeVar("Item", bound=Any)
+
+
+class Page(BaseModel, Generic[Item]):
+    """A page of jobs."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+    @classmethod
+    def of(cls, data: list[Item], more: bool) -> Page[Item]:
+        """The page with these, behind which there are more or not."""
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(data=data, first_id=first, last_id=last, has_more=more)
 
 
 class JobError(BaseModel):
@@ -66,16 +84,6 @@ class Video(BaseModel):
     ssim: float | None
     density: float | None
     summary: dict[str, Any] | None
-
-
-class VideoList(BaseModel):
-    """A page of jobs."""
-
-    object: Literal["list"] = "list"
-    data: list[Video]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class Deleted(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Mapping
@@ -18,14 +19,14 @@ from ..patch import patch
 from ..resources import shipped
 from .app import create_app
 from .card import Card, checker
-from .engine import LoadPipeline
+from .engine import load_engine
 from .files import Files
 from .options import ServeOptions
 from .plans import Plans, load_plans
 from .service import Service
 from .store import Store
 from .text.card import TextCard
-from .text.engine import LoadText, text_plans
+from .text.engine import load_text_engine, text_plans
 from .worker import WorkerOptions
 
 EMBEDDED = {"tiny-wan": "tiny_wan", "tiny-dlm": "tiny_dlm"}  # models that the package carries
@@ -77,7 +78,7 @@ def prepared(served: Served, options: ServeOptions) -> tuple[Service, list[Worke
         check_device(device)
     if served.writes:
         card = text_card_of(served)
-        load = LoadText(served.path, served.dtype, served.plans)
+        load = load_text_engine
     else:
         check_model(served.path)
         plans = load_plans(served.plans)
@@ -85,11 +86,16 @@ def prepared(served: Served, options: ServeOptions) -> tuple[Service, list[Worke
         if outline is not None:
             _check_plans(outline, plans)
         card = card_of(served, plans, outline, options)
-        load = LoadPipeline(served.path, served.dtype, served.plans)
+        load = load_engine
     service = Service(Store(options.store), Files(Path(options.files)), card, options)
     workers = [
         WorkerOptions(
-            load, device, card.name, options.store, options.files, options.limits.input_pixels
+            functools.partial(load, served.path, served.dtype, served.plans),
+            device,
+            card.name,
+            options.store,
+            options.files,
+            options.limits.input_pixels,
         )
         for device in served.devices
     ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,7 @@ class Engine:
             video, taken = work.run(spec.case, after_step)
             if video is None:
                 return None
-            summary = handle.summary()
-        return Generated(video, taken, {**asdict(summary), "text": str(summary)})
+            return Generated(video, taken, handle.summary().to_dict())
 
     def write(
         self, folder: Path, spec: JobSpec, video: np.ndarray, dense: np.ndarray | None
@@ -99,23 +98,16 @@ def job_workload(pipe: Any, spec: JobSpec, image: Any = None) -> Any:
     return work.with_arguments(more, spec.flow_shift)
 
 
-@dataclass(frozen=True)
-class LoadPipeline:
-    """Loads the engine in a worker's process.
+def load_engine(model: str, dtype: str | None, plans: Sequence[str], device: str) -> Engine:
+    """The pipeline on a device, with its plans; a worker's process calls it.
 
     Args:
         model: Folder or hub id.
         dtype: See `load_pipeline`.
         plans: Plans as they were named to the server.
+        device: Where.
     """
-
-    model: str
-    dtype: str | None
-    plans: tuple[str, ...]
-
-    def __call__(self, device: str) -> Engine:
-        """The pipeline on a device, with its plans."""
-        return Engine(load_pipeline(self.model, device, self.dtype), load_plans(self.plans))
+    return Engine(load_pipeline(model, device, dtype), load_plans(plans))
 
 
 def read_image(path: Path, most_pixels: int) -> Image.Image:

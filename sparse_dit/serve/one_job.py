@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import FileResponse, Response
 
-from .answers import Deleted, Video, VideoList, variants_of, video_of
+from .answers import Deleted, Page, Video, variants_of, video_of
 from .errors import ApiError, ErrorBody, not_found
 from .jobs import Job
 from .media import preview_name, variants
@@ -34,12 +34,10 @@ def job_routes(service: Service, kind: Kind) -> APIRouter:
         after: Annotated[str | None, Query(max_length=64)] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
-    ) -> VideoList:
+    ) -> Page[Video]:
         """Jobs by when they came."""
         jobs, more = service.page(kind, after, limit, order)
-        data = [video_of(job, whole=False) for job in jobs]
-        ends = (data[0].id, data[-1].id) if data else (None, None)
-        return VideoList(data=data, first_id=ends[0], last_id=ends[1], has_more=more)
+        return Page[Video].of([video_of(job, whole=False) for job in jobs], more)
 
     @routes.get("/{id}", responses=refusals(404))
     def retrieve(id: Id) -> Video:

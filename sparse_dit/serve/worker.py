@@ -22,7 +22,8 @@ from .text.engine import TextEngine
 from .troubles import Troubles
 
 NICENESS = 10
-POLL = 0.02  # seconds between two looks at an empty queue
+POLL = 0.02  # seconds between two looks at a queue that has just become empty
+REST = 0.2  # the same after nine seconds without a job; each look is a query
 logger = logging.getLogger("sparse_dit.serve")
 
 
@@ -83,13 +84,15 @@ def _loaded(options: WorkerOptions, worker: Worker, troubles: Troubles) -> Gener
 
 
 def _serve(worker: Worker, runner: Runner, state: dict[str, str], stop: threading.Event) -> None:
+    pause = POLL
     while not stop.is_set():
         job = runner.claims.claim(worker)
         if job is None:
             state["now"] = "idle"
-            stop.wait(POLL)
+            stop.wait(pause)
+            pause = min(REST, 1.02 * pause)
             continue
-        state["now"] = "busy"
+        state["now"], pause = "busy", POLL
         began = time.perf_counter()
         runner.run(job)
         logger.info("job %s: %.2f s on %s", job.id, time.perf_counter() - began, worker.device)

@@ -54,16 +54,6 @@ class Completion(BaseModel):
     summary: dict[str, Any] | None
 
 
-class CompletionList(BaseModel):
-    """A page of jobs."""
-
-    object: Literal["list"] = "list"
-    data: list[Completion]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 class CompletionDeleted(BaseModel):
     """A job that is gone."""
 

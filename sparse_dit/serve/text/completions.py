@@ -9,10 +9,11 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from ..answers import Page
 from ..one_job import Id, refusals
 from ..service import Service
 from ..videos import Key
-from .answers import Completion, CompletionDeleted, CompletionList, completion_of
+from .answers import Completion, CompletionDeleted, completion_of
 from .requests import CompletionRequest, StreamOptions
 from .stream import events
 
@@ -54,12 +55,10 @@ def completion_routes(service: Service, limited: Callable[..., Any]) -> APIRoute
         after: Annotated[str | None, Query(max_length=64)] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
-    ) -> CompletionList:
+    ) -> Page[Completion]:
         """Jobs by when they came."""
         jobs, more = service.page("text", after, limit, order)
-        data = [completion_of(job, whole=False) for job in jobs]
-        ends = (data[0].id, data[-1].id) if data else (None, None)
-        return CompletionList(data=data, first_id=ends[0], last_id=ends[1], has_more=more)
+        return Page[Completion].of([completion_of(job, whole=False) for job in jobs], more)
 
     @routes.get("/{id}", responses=refusals(404))
     def retrieve(id: Id) -> Completion:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,30 +78,15 @@ class TextEngine:
                 tokens = found.tolist()
             except Enough:
                 pass
-            if handle is None:
-                return Written(tokens, None)
-            summary = handle.summary()
-        return Written(tokens, {**asdict(summary), "text": str(summary)})
+            return Written(tokens, None if handle is None else handle.summary().to_dict())
 
 
-@dataclass(frozen=True)
-class LoadText:
-    """Loads the engine in a worker's process.
-
-    Args:
-        model: Folder or hub id.
-        dtype: See `load_denoiser`.
-        plans: Plans as they were named to the server.
-    """
-
-    model: str
-    dtype: str | None
-    plans: tuple[str, ...]
-
-    def __call__(self, device: str) -> TextEngine:
-        """The pipeline on a device, with its rules and plans."""
-        pipe = load_denoiser(self.model, device, self.dtype)
-        return TextEngine(pipe, text_plans(pipe, self.plans))
+def load_text_engine(
+    model: str, dtype: str | None, plans: Sequence[str], device: str
+) -> TextEngine:
+    """The pipeline on a device, with its rules and plans; for the arguments see `load_engine`."""
+    pipe = load_denoiser(model, device, dtype)
+    return TextEngine(pipe, text_plans(pipe, plans))
 
 
 def text_plans(pipe: Any, names: Sequence[str]) -> Plans:
