@@ -23,7 +23,7 @@ from .troubles import Troubles
 
 NICENESS = 10
 POLL = 0.02  # seconds between two looks at a queue that has just become empty
-REST = 0.2  # the same after nine seconds without a job; each look is a query
+REST = 0.1  # the same after four seconds without a job; each look is a query
 logger = logging.getLogger("sparse_dit.serve")
 
 
