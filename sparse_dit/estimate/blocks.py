@@ -92,19 +92,20 @@ class Blocks:
         """int64 `[C]`: the frame that each block begins in: of a plain sequence, its segment."""
         return self.order.boxes(self.cell).lo[:, 0]
 
-    def near(self, local: int, active: int = 0) -> Tensor:
+    def near(self, local: int, active: int = 0, alone: bool = False) -> Tensor:
         """Bool `[C, C]`: blocks less than `local` places apart in the order, sinks, and active blocks.
 
         Args:
             local: See a pattern's shape.
             active: So many last tokens see everything and are seen by all.
+            alone: Whether they are all that is computed, beside a cache: then they are only seen by all.
         """
         place = torch.arange(self.num_blocks)
         near = ((place[:, None] - place).abs() < local) | self.sinks
         if not active:
             return near
         open_ = self.bounds[1:] > self.num_tokens - active
-        return near | open_ | open_[:, None]
+        return near | open_ if alone else near | open_ | open_[:, None]
 
     def first_of(self, rows: int) -> int:
         """The block that the last `rows` tokens begin with.

@@ -139,7 +139,8 @@ def estimates_of(
     if keep is None:
         keep = chosen_blocks(torch.where(sound[:, None, None], p, 0), shape, blocks)
     open_canvas = active if getattr(shape, "canvas", False) else 0
-    keep = keep | blocks.near(shape.local, open_canvas)[-p.shape[1] :]
+    near = blocks.near(shape.local, open_canvas, alone=p.shape[1] < blocks.num_blocks)
+    keep = keep | near[-p.shape[1] :]
     recall = torch.where(keep, p, 0).sum((1, 2)) / p.sum((1, 2)).clamp_min(1e-12)
     keep = torch.nn.functional.pad(keep, (0, 0, blocks.num_blocks - p.shape[1], 0))
     dense = dense_entry(blocks.num_tokens, blocks.num_tokens)

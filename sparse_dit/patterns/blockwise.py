@@ -51,7 +51,8 @@ class Pooled:
             None: for the whole stage.
         isolated: `keep` is of each segment of the sequence on its own, as SparseD (2509.24014) chooses among
             the prompt and the generated tokens of a diffusion language model.
-        canvas: Tokens that such a model is denoising see everything and are seen by all.
+        canvas: Tokens that such a model is denoising see everything and are seen by all; beside a cache they
+            see one another, and `keep` is of what is in the cache too.
     """
 
     keep: Budget | Share | Above = Budget(beta=0.25, least=64)

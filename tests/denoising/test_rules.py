@@ -9,9 +9,11 @@ import torch
 import sparse_dit
 from sparse_dit.attention import sparse_attention
 from sparse_dit.call import AttentionCall, StepContext
+from sparse_dit.cut import slice_entry
 from sparse_dit.denoising import DENOISING, denoising_plan
 from sparse_dit.estimate.blocks import blocks_of
 from sparse_dit.estimate.blockwise import blockwise_entries, chosen_blocks
+from sparse_dit.index import index_of
 from sparse_dit.integrations import components, heads_of
 from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import Budget, Dense, Mass, Pattern, Pooled
@@ -73,12 +75,20 @@ def test_the_canvas_sees_everything_and_is_seen_by_all():
         q, k, dict.fromkeys(range(2), pattern), LAYOUT, 0.25, active=14
     ).values()
     v = torch.eye(100).expand(1, 2, 100, 100)
-    from sparse_dit.index import index_of
-
     out = sparse_attention(q, k, v, index_of({0: one.entry, 1: one.entry}), backend="reference")[
         0, 0
     ]
     assert (out[-14:] > 0).all() and (out[:, -14:] > 0).all() and (out[:70, :70] == 0).any()
+
+
+def test_a_canvas_beside_a_cache_sees_all_of_itself_and_some_of_the_cache():
+    q, k = torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
+    pattern = Pattern(Pooled(Budget(beta=0.1, least=1), canvas=True), tile=ROW)
+    one = blockwise_entries(q[:, :, 70:], k, {0: pattern}, LAYOUT, 0.25, active=30)[0].entry
+    q_eye = torch.eye(100).expand(1, 1, 100, 100)
+    index = index_of({0: slice_entry(one, 70, 100)})
+    out = sparse_attention(q[:, :1, 70:], k[:, :1], q_eye, index, backend="reference")[0, 0]
+    assert (out[:, 70:] > 0).all() and (out[:, :70] == 0).any(1).all()
 
 
 def test_queries_beside_a_cache_choose_as_the_last_rows_of_all():
