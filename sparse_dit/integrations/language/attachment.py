@@ -193,7 +193,8 @@ def _calls_the_interface(kind: type) -> bool:
     """Whether a module's class calls what `AttentionInterface` holds, by the names in its forward."""
     forward: Any = inspect.unwrap(kind.forward)
     code = getattr(forward, "__code__", None)
-    return code is not None and "get_interface" in code.co_names
+    names = {"get_interface", "ALL_ATTENTION_FUNCTIONS"}  # remote code has the second alone
+    return code is not None and not names.isdisjoint(code.co_names)
 
 
 def _heads(module: Any) -> tuple[int, int]:
