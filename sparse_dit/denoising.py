@@ -131,6 +131,10 @@ def denoising_plan(model: Any, name: str = "online", **options: float) -> Plan:
         )
     heads, pattern = heads_of(module), rule.pattern(value)
     planned = {layer: ((HeadChoice(pattern),) * heads[layer][0],) for layer in layers}
+    share, note = min(1.0, rule.density(value)), "found while text is denoised"
+    if name == "online" and beside_cache(module):
+        share = value
+        note = "dense: beside a cache nothing but the canvas is computed" if value >= 1 else note
     component = ComponentPlan(
         type(module).__name__,
         config_hash(module.config),
@@ -142,10 +146,15 @@ def denoising_plan(model: Any, name: str = "online", **options: float) -> Plan:
     return Plan(
         "" if model is module else type(model).__name__,
         {part: component},
-        min(1.0, rule.density(value)),
+        share,
         {"rule": {"name": name, rule.option[0]: value}, "sparse_dit": VERSION},
-        {"note": f"{name}: found while text is denoised, nothing was measured of this model"},
+        {"note": f"{name}: {note}, nothing was measured of this model"},
     )
+
+
+def beside_cache(module: Any) -> bool:
+    """Whether a model denoises a canvas beside a cache of all other tokens."""
+    return getattr(module.config, "canvas_length", None) is not None
 
 
 def of_text(model: Any, name: str) -> bool:

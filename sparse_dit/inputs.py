@@ -17,7 +17,8 @@ from .texts import lines_of, read_text, unfit
 
 MAX_PROMPT_FILE = 1 << 20  # bytes
 MAX_TEXT_FILE = 1 << 24
-DENOISER = "LLaDA2Pipeline"  # class of diffusion language models' pipelines
+# classes of diffusion language models' pipelines
+DENOISERS = ("LLaDA2Pipeline", "DiffusionGemmaPipeline")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -110,7 +111,8 @@ def load_language_model(name: str, device: str, dtype: str | None) -> tuple[Any,
 def is_denoiser(name: str) -> bool:
     """Whether a folder holds a diffusion language model, by its configuration files; no for a hub id."""
     kind = _config(Path(name) / "model_index.json").get("_class_name")
-    return kind == DENOISER or _config(Path(name) / "config.json").get("is_causal") is False
+    config = _config(Path(name) / "config.json")
+    return kind in DENOISERS or config.get("is_causal") is False or "canvas_length" in config
 
 
 def _config(file: Path) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import uvicorn
 
-from ..eval.denoising.writing import Writing
+from ..eval.denoising.writing import CANVAS_STEPS, Writing, canvas_of
 from ..generation import GenerationSettings
 from ..inputs import check_device, check_model, described, is_denoiser, load_denoiser
 from ..patch import patch
@@ -135,7 +135,10 @@ def text_card_of(served: Served) -> TextCard:
     outline = load_denoiser(served.path, served.devices[0], served.dtype, weights=False)
     plans = text_plans(outline, served.plans)
     _check_plans(outline, plans)
-    writing = Writing() if steps is None else Writing(steps=steps)
+    canvas = canvas_of(outline)
+    writing = Writing() if canvas is None else Writing(block=canvas, steps=CANVAS_STEPS)
+    if steps is not None:
+        writing = replace(writing, steps=steps)
     return TextCard(served.name, plans, writing, outline)
 
 

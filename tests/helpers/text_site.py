@@ -17,7 +17,7 @@ from sparse_dit.serve.command import Served, prepared
 from sparse_dit.serve.options import ServeOptions
 from sparse_dit.serve.service import Service
 from tests.helpers.serve_cases import MODEL, store_url
-from tests.helpers.tiny_canvases import bytes_writer
+from tests.helpers.tiny_canvases import bytes_writer, canvas_writer
 
 
 def save_writer(folder: Path) -> Path:
@@ -25,6 +25,13 @@ def save_writer(folder: Path) -> Path:
     pipe, model = bytes_writer(), folder / MODEL
     pipe.save_pretrained(model)
     pipe.tokenizer.save_pretrained(model / "tokenizer")
+    return model
+
+
+def save_canvas_writer(folder: Path) -> Path:
+    """The same of DiffusionGemma's pipeline."""
+    model = folder / MODEL
+    canvas_writer().save_pretrained(model)
     return model
 
 

@@ -32,18 +32,24 @@ def llada2(model: Any = None) -> Any:
     return pipe
 
 
-def bytes_writer() -> Any:
-    """A pipeline with a tokenizer whose tokens are bytes."""
+def bytes_tokenizer() -> Any:
+    """A tokenizer whose tokens are bytes."""
     special = ["<pad>", "<end>", "<mask>"]
     words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     names = dict(zip(("pad_token", "eos_token", "mask_token"), special, strict=True))
+    return T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def bytes_writer() -> Any:
+    """A pipeline with a tokenizer whose tokens are bytes."""
+    tokenizer = bytes_tokenizer()
     torch.manual_seed(0)
-    config = T.LlamaConfig(**(TEXT | {"vocab_size": len(words)}), is_causal=False)
+    config = T.LlamaConfig(**(TEXT | {"vocab_size": len(tokenizer)}), is_causal=False)
     pipe = llada2(T.LlamaForCausalLM(config).eval())
-    pipe.tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    pipe.tokenizer = tokenizer
     pipe.mask_token_id = pipe.tokenizer.mask_token_id
     return pipe
 
@@ -63,13 +69,24 @@ def written(pipe: Any, ids: Tensor, *, length: int = 32, block: int = 16, **more
     return found.sequences
 
 
-def diffusion_gemma(steps: int = 3) -> Any:
+def canvas_writer(scheduler: Any = None, model: Any = None) -> Any:
+    """DiffusionGemma's pipeline, whose tokens are bytes. Its template is a prompt and a colon."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}:"
+    model = diffusion_gemma(vocab_size=len(tokenizer)) if model is None else model
+    scheduler = scheduler or diffusers.BlockRefinementScheduler()
+    pipe = diffusers.DiffusionGemmaPipeline(model, scheduler, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def diffusion_gemma(steps: int = 3, **more: Any) -> Any:
     """An encoder that fills a cache, and a decoder that denoises 16 tokens beside it."""
     torch.manual_seed(0)
     text = {
         **TEXT, "head_dim": 16, "global_head_dim": 32, "sliding_window": 16, "num_experts": 2,
         "top_k_experts": 1, "moe_intermediate_size": 32, "eos_token_id": 1,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"], **more,
     }  # fmt: skip
     tokens = {"image_token_id": 110, "boi_token_id": 111, "eoi_token_id": 112}
     config = T.DiffusionGemmaConfig(

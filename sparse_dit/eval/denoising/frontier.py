@@ -58,7 +58,15 @@ class DenoisingFrontier:
             )
 
     def prompts(self, pipe: Any) -> list[Prompt]:
-        """Prompts of all texts; ValueError if one is too short, or they don't fit into the model."""
+        """Prompts of all texts.
+
+        Raises:
+            ValueError: If one is too short, or they don't fit into the model, or it has no mask token.
+        """
+        if pipe.mask_token_id is None:
+            raise ValueError(
+                f"what is compared are models with a mask token, and {type(pipe.model).__name__} has none"
+            )
         self.writing.check(pipe, self.tokens)
         found = []
         for name, text in self.texts.items():

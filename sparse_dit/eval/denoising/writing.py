@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +14,17 @@ from torch import Tensor
 from ...integrations import host_of
 from ...timing import Taken
 
+CANVAS_STEPS = 48  # for a canvas beside a cache: what DiffusionGemma's pipeline takes
+
+
+def canvas_of(pipe: Any) -> int | None:
+    """Tokens of a model's canvas beside a cache; None for other models, whose blocks have any length."""
+    return getattr(pipe.model.config, "canvas_length", None)
+
 
 @dataclass(frozen=True)
 class Writing:
-    """How a pipeline like `LLaDA2Pipeline` writes: how much, in what blocks, in how many steps a block.
+    """How a pipeline that writes by denoising does it: how much, in what blocks, in how many steps a block.
 
     Tokens are the most likely ones. The rest is the pipeline's own: it writes what it is sure of at once, and
     may change what it wrote.
@@ -40,11 +48,23 @@ class Writing:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def check(self, pipe: Any, tokens: int) -> None:
-        """Raise ValueError unless a prompt of so many tokens, and what follows it, fit into the model."""
+        """Raise ValueError unless a prompt of so many tokens, and what follows it, fit into the model.
+
+        Args:
+            pipe: The pipeline; it needs no weights.
+            tokens: Of the prompt.
+        """
         if tokens < 1:
             raise ValueError("a prompt must have at least one token, got an empty one")
-        most = getattr(pipe.model.config, "max_position_embeddings", None)
-        total = -(-(tokens + self.length) // self.block) * self.block
+        if canvas_of(pipe) not in (None, self.block):
+            raise ValueError(
+                f"a block must be the model's canvas of {canvas_of(pipe)} tokens, got {self.block}"
+            )
+        most = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None)
+        if canvas_of(pipe) is None:  # blocks begin with the prompt
+            total = self.block * math.ceil((tokens + self.length) / self.block)
+        else:
+            total = tokens + self.block * math.ceil(self.length / self.block)
         if most is not None and total > most:
             raise ValueError(
                 f"prompt and answer must fit into the model's {most} tokens, got {total}; give fewer"

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.pipelines.diffusion_gemma.pipeline_diffusion_gemma import DiffusionGemmaPipeline
 from diffusers.pipelines.llada2.pipeline_llada2 import LLaDA2Pipeline
 from diffusers.schedulers.scheduling_block_refinement import BlockRefinementScheduler
 from torch import Tensor
@@ -16,7 +18,13 @@ from ...generation import Sampling
 from ...timing import Taken, Timer
 from ..loading import load as load_pipeline
 from ..pipeline import progress_bars_off
+from .beside_cache import write_canvases
 from .loading import load, outline
+
+IN_PARTS = (
+    "model",
+    "processor",
+)  # where a `DiffusionGemmaPipeline` has its model and its tokenizer
 
 
 def write(
@@ -30,20 +38,23 @@ def write(
     sampling: Sampling | None = None,
     ends: bool = False,
 ) -> tuple[Tensor, Taken]:
-    """What a `LLaDA2Pipeline` writes after a prompt, int64 `[length]` on the CPU, and how long it took.
+    """What a pipeline writes after a prompt, int64 `[length]` on the CPU, and how long it took.
 
     Args:
-        pipe: The pipeline.
+        pipe: As `load_denoiser` gives it.
         ids: int64 `[1, N]`.
         length: Tokens that are written.
-        block: Tokens that are denoised together.
+        block: Tokens that are denoised together; DiffusionGemma's canvas has its own length.
         steps: Steps for a block, at most.
         after_step: Called after each step with all tokens up to the block's end, int64 `[M]`. What it raises
             ends the generation.
-        sampling: How tokens are drawn; None takes the most likely ones.
+        sampling: How tokens are drawn; None takes the most likely ones. DiffusionGemma takes no `top_p`.
         ends: Whether the block in which the end of the text is written is the last one.
     """
     sampling, device = sampling or Sampling(), pipe.model.device
+    if isinstance(pipe, DiffusionGemmaPipeline):
+        told = {"after_step": after_step, "sampling": sampling, "ends": ends}
+        return write_canvases(pipe, ids, length=length, steps=steps, **told)
     options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     if sampling.temperature > 0:
         options["generator"] = torch.Generator(device).manual_seed(sampling.seed)
@@ -63,19 +74,24 @@ def load_denoiser(name: str, dtype: torch.dtype) -> Any:
     """A pipeline that writes by denoising, with its tokenizer: saved as one, or made around a model that is.
 
     Args:
-        name: A folder or hub id: of a `LLaDA2Pipeline`, or of a model of transformers whose config says
-            `is_causal: false`.
+        name: A folder or hub id: of a `LLaDA2Pipeline` or `DiffusionGemmaPipeline`, or of a model of
+            transformers whose config says `is_causal: false` or how long its canvas is.
         dtype: Of its weights.
+
+    Returns:
+        The pipeline; its `mask_token_id` is None where a canvas has random tokens in place of masked ones.
 
     Raises:
         ValueError: If it can't be read, or is of another kind.
     """
-    if (Path(name) / "model_index.json").is_file():
+    if (Path(name) / "processor").is_dir():  # diffusers takes the model for a class of its own
+        pipe: Any = _around(name, *load(name, dtype, *IN_PARTS))
+        pipe.register_modules(scheduler=_scheduler(name))
+    elif (Path(name) / "model_index.json").is_file():
         try:
-            pipe: Any = load_pipeline(name, dtype)
-            if not callable(
-                getattr(pipe, "tokenizer", None)
-            ):  # its class isn't in model_index.json
+            pipe = load_pipeline(name, dtype)
+            if not callable(getattr(pipe, "tokenizer", None)):
+                # its class isn't in model_index.json
                 pipe.tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
                 pipe.eos_token_id = pipe.tokenizer.eos_token_id
                 pipe.mask_token_id = pipe.tokenizer.mask_token_id
@@ -83,8 +99,10 @@ def load_denoiser(name: str, dtype: torch.dtype) -> Any:
             raise ValueError(f"{name} can't be read: {error}") from None
     else:
         pipe = _around(name, *load(name, dtype))
-    if not isinstance(pipe, LLaDA2Pipeline):
-        raise ValueError(f"{name} must be a LLaDA2Pipeline, got a {type(pipe).__name__}")
+    if not isinstance(pipe, LLaDA2Pipeline | DiffusionGemmaPipeline):
+        raise ValueError(
+            f"{name} must be a LLaDA2Pipeline or DiffusionGemmaPipeline, got a {type(pipe).__name__}"
+        )
     _check_mask(name, pipe)
     pipe.model.eval()
     return pipe
@@ -100,14 +118,21 @@ def outline_denoiser(name: str, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: If it can't be read, or is of another kind.
     """
-    whole = (Path(name) / "model_index.json").is_file()
-    pipe = _around(name, *outline(name, dtype, *(("model", "tokenizer") if whole else ("", ""))))
+    parts = ("", "")
+    if (Path(name) / "model_index.json").is_file():
+        processor = (Path(name) / "processor").is_dir()
+        parts = IN_PARTS if processor else ("model", "tokenizer")
+    pipe = _around(name, *outline(name, dtype, *parts))
     _check_mask(name, pipe)
     return pipe
 
 
 def _around(name: str, model: Any, tokenizer: Any) -> Any:
     """A pipeline made around a model that sees both ways."""
+    if getattr(model.config, "canvas_length", None) is not None:
+        pipe: Any = DiffusionGemmaPipeline(model, BlockRefinementScheduler(), tokenizer)
+        _tell_tokenizer(pipe, tokenizer)
+        return pipe
     if getattr(model.config.get_text_config(), "is_causal", None) is not False:
         raise ValueError(
             f"{name} is a causal language model; the config of one that denoises says is_causal: false"
@@ -117,8 +142,19 @@ def _around(name: str, model: Any, tokenizer: Any) -> Any:
     return pipe
 
 
+def _scheduler(name: str) -> Any:
+    """The scheduler of a `DiffusionGemmaPipeline`'s folder."""
+    config: Any = BlockRefinementScheduler.load_config(name, subfolder="scheduler")
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def _tell_tokenizer(pipe: Any, tokenizer: Any) -> None:
+    """Give DiffusionGemma's pipeline what the others have."""
+    pipe.tokenizer, pipe.eos_token_id, pipe.mask_token_id = tokenizer, tokenizer.eos_token_id, None
+
+
 def _check_mask(name: str, pipe: Any) -> None:
-    if pipe.mask_token_id is None:
+    if pipe.mask_token_id is None and isinstance(pipe, LLaDA2Pipeline):
         raise ValueError(f"{name} must say what its mask token is: its tokenizer has none")
 
 

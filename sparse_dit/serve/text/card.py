@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...eval.denoising.writing import Writing
+from ...eval.denoising.writing import Writing, canvas_of
 from ..errors import invalid
 from ..options import Limits
 from ..plans import Plans
@@ -44,7 +44,8 @@ class TextCard:
     @property
     def context(self) -> int | None:
         """Tokens that prompt and text may have together; None if the model doesn't say."""
-        return getattr(self.outline.model.config, "max_position_embeddings", None)
+        config = self.outline.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
 
     def spec_of(self, asked: CompletionRequest, has_input: bool, limits: Limits) -> TextSpec:
         """A request with every default filled in.
@@ -62,6 +63,14 @@ class TextCard:
             asked.block_length or self.writing.block,
             asked.num_inference_steps or self.writing.steps,
         )
+        canvas = canvas_of(self.outline)
+        if canvas not in (None, writing.block):
+            raise invalid(
+                f"block_length must be the model's canvas of {canvas} tokens, got {writing.block}",
+                "block_length",
+            )
+        if canvas is not None and asked.top_p is not None:
+            raise invalid(f"top_p must be left out: {self.name}'s pipeline takes none", "top_p")
         if writing.steps > limits.steps:
             raise invalid(
                 f"num_inference_steps must be at most {limits.steps:,} steps, got {writing.steps:,}",
