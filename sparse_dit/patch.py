@@ -15,6 +15,7 @@ from .call import AttentionCall
 from .denoising import DENOISING, denoising_plan, of_text
 from .exact import Exact
 from .fastest import FASTEST, STOCK
+from .making import Making
 from .online import RULES, online_plan
 from .plan import Plan, config_hash
 from .runtime import How, Runtime
@@ -240,8 +241,18 @@ class Handle:
     @property
     def kept_bytes(self) -> int:
         """Memory of the indices that were found in calls and are kept for later steps."""
-        runtimes = [one for one in self._runtimes.values() if isinstance(one, Runtime)]
-        return sum(runtime.kept_bytes for runtime in runtimes)
+        return sum(runtime.kept_bytes for runtime in self._followed)
+
+    def time_making(self) -> Making:
+        """From now on measure how long indices take to make, which slows some calls down; see `Making`."""
+        making = Making()
+        for runtime in self._followed:
+            runtime.making = making
+        return making
+
+    @property
+    def _followed(self) -> list[Runtime]:
+        return [one for one in self._runtimes.values() if isinstance(one, Runtime)]
 
     def summary(self) -> Summary:
         """What the plan forecasts and what ran so far; prints as a table."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,15 +14,19 @@ from torch import Tensor
 from .account import Account, Ran, Way
 from .attend_call import attend_call, attended_call
 from .autocast import lowered
+from .backends.attended import Attended
 from .call import AttentionCall, item_of
 from .estimate import Estimates, estimated_index, sighted
 from .fastest import FASTEST, STOCK, Fastest
 from .index import PatternIndex, SparseIndex, build_index, dense_index
 from .layout import TokenLayout
+from .making import Making
 from .patterns import Pattern
 from .plan import ComponentPlan
 from .reuse import Reuse, shape_of, without
 from .settled import Settled, steps_between
+
+Result = TypeVar("Result")
 
 MAX_LAYOUTS = 8
 
@@ -58,6 +63,9 @@ class Runtime:
     """The intercept of one patched transformer: sparse where its plan says so, stock elsewhere.
 
     A copy shares the plan and starts with an empty account, and with no outputs kept for other steps.
+
+    Attributes:
+        making: Told how long indices take to make; None where nobody wants to know.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Runtime:
         self.backend = backend
         self.nan_guard = nan_guard
         self.dense = dense
+        self.making: Making | None = None
         self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
         self._account = Account(component, PLANNED)
@@ -168,7 +177,8 @@ class Runtime:
             items = [item_of(call, b, condition=b) for b in range(batch)]
             return torch.cat([self._attend_found(x, stage, patterns, skipped) for x in items])
         assert self._estimates is not None, "the plan has such patterns"
-        found = self._estimates.find(call, patterns, shape_of(call, stage))
+        find = functools.partial(self._estimates.find, call, patterns, shape_of(call, stage))
+        found = self._made(find, call.q.device)
         index, mass = found.index if call.q.is_cpu else found.index.to(call.q.device), None
         if found.mass_block is None and index.is_dense:
             out = self._dense(call, stage, ALL_SEEN)
@@ -177,12 +187,24 @@ class Runtime:
             if found.mass_block is None:
                 out, name = attend_call(call, index, self.backend, self.nan_guard)
             else:
-                name, attended = attended_call(call, index, self.backend, found.mass_block)
+                name, attended = self._counted(call, index, found.mass_block)
                 out, mass = attended.out, attended.mass
             self._count(call, (call.layer, stage, None, name), index.density)
         if found.learn is not None and mass is not None:
-            found.learn(mass)
+            self._made(functools.partial(found.learn, mass), call.q.device)
         return out
+
+    def _made(self, make: Callable[[], Result], device: torch.device) -> Result:
+        return make() if self.making is None else self.making.find(make, device)
+
+    def _counted(
+        self, call: AttentionCall, index: SparseIndex, mass_block: int
+    ) -> tuple[str, Attended]:
+        plain = functools.partial(attended_call, call, index, self.backend)
+        counted = functools.partial(plain, mass_block)
+        if self.making is None:
+            return counted()
+        return self.making.count(counted, plain, call.q.device)
 
     def _estimate(self, call: AttentionCall, shapes: list[Any]) -> SparseIndex:
         """What the call's own queries and keys say that is worth computing, by the shape of each head."""

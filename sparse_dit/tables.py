@@ -280,14 +280,15 @@ def show_language_frontier(rows: Sequence[dict[str, Any]]) -> None:
 def show_denoising_frontier(rows: Sequence[dict[str, Any]]) -> None:
     """Rows of a diffusion language model's frontier, least divergence first."""
     table = Table(
-        "method", "number", "density", "speed-up", "of a step", "KL", "agreement", "pass keys", "kept"
+        "method", "number", "density", "speed-up", "of a step", "KL", "agreement", "pass keys", "kept",
+        "making",
     )  # fmt: skip
     for row in sorted(rows, key=lambda row: row["kl"]):
         table.add_row(
             row["method"], "-" if row["number"] is None else f"{row['number']:g}",
             f"{row['density']:.3f}", f"{row['speedup']:.2f}x", f"{row['step_speedup']:.2f}x",
             f"{row['kl']:.4f}", f"{row['agreement']:.1%}", f"{row['passkeys']}/{row['asked']}",
-            f"{row['kept']:.2%}",
+            f"{row['kept']:.2%}", "-" if row.get("making") is None else f"{row['making']:.2%}",
         )  # fmt: skip
     out.print(table)
     if rows:

@@ -7,12 +7,14 @@ import pytest
 import torch
 import transformers as T
 
+import sparse_dit
 from sparse_dit.cli import run
 from sparse_dit.demo import writing
 from sparse_dit.denoising import denoising_plan
 from sparse_dit.eval.baselines.denoising import Baseline, sparsed_code, streaming_llm, window
 from sparse_dit.eval.denoising import ways
 from sparse_dit.eval.denoising.frontier import DenoisingFrontier, figure_of, frontier
+from sparse_dit.eval.denoising.measure import along
 from sparse_dit.eval.denoising.prompts import begun, hidden
 from sparse_dit.eval.denoising.writing import Trajectory, Writing
 from sparse_dit.inputs import is_denoiser, load_denoiser
@@ -118,6 +120,8 @@ def test_rows_of_all_methods_and_a_plan(pipe, tmp_path, monkeypatch):
     assert [row["method"] for row in rows] == ["mine", *ways.METHODS]
     assert all(0 < row["density"] <= 1 and row["kl"] >= 0 and row["asked"] == 1 for row in rows)
     assert {row["method"] for row in rows if row["kept"]} == {"online", "sparsed"}
+    assert {row["method"] for row in rows if row["making"]} == {"online", "sparsed"}
+    assert all(row["making"] is None for row in rows if row["method"] == "sliding-window")
     assert frontier(pipe, request, lambda _: None, outputs) == rows, "nothing is done twice"
     assert len(figure_of(rows).axes[0].lines) == len(rows)
     with pytest.raises(ValueError, match="methods must be among"):
@@ -157,3 +161,19 @@ def test_the_demo_shows_both_texts_and_what_differs(folder, tmp_path, monkeypatc
     for case in report["cases"]:
         assert len(case["same"]) == 8 and None not in case["dense_frames"][-1]
         assert None in case["dense_frames"][0]
+
+
+def test_the_share_of_index_making_is_measured_beside_the_divergence(pipe):
+    trajectory = Trajectory(pipe.mask_token_id, 8)
+    ids = begun(pipe.tokenizer, "a", WORDS, 256).ids
+    with trajectory.recorded(pipe):
+        SMALL.run(pipe, ids)
+    _, none = along(trajectory, pipe, ways.METHODS["online"].way(pipe, 1.0))
+    with sparse_dit.patch(pipe, "mage", keep=0.1) as handle:
+        making = handle.time_making()
+        before = trajectory.divergence(pipe)
+        summary = handle.summary()
+    assert none == 0 < making.seconds and making.seconds_again > 0
+    with sparse_dit.patch(pipe, "mage", keep=0.1) as handle:
+        assert trajectory.divergence(pipe) == before
+        assert handle.summary() == summary, "what is computed once more isn't counted"

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...timing import Pairs, Taken
+from ...making import Making
+from ...timing import Pairs, Taken, Timer
 from ..rows import Row
 from .prompts import Prompt
 from .writing import Trajectory, Writing
@@ -25,6 +26,7 @@ class Account(Protocol):
     def computed(self) -> float: ...
     @property
     def kept_bytes(self) -> int: ...
+    def time_making(self) -> Making | None: ...
 
 
 Way = Callable[[], AbstractContextManager[Account]]
@@ -79,7 +81,8 @@ class Measure:
         Of the row, `speedup` is that of whole generations, steps saved or added included; `step_speedup` is
         of the time of a forward. `agreement` is the share of written tokens that are dense's, `kl` the
         divergence of what is said of masked tokens along dense's own trajectory, `kept` the indices' share
-        of the memory of a cache of all keys and values.
+        of the memory of a cache of all keys and values, `making` the share of the seconds of the forwards
+        along that trajectory in which indices are made, None where that isn't known.
         """
         dense, sparse, same, right, kept = [], [], [], 0, 0
         pairs = computed = 0.0
@@ -94,10 +97,11 @@ class Measure:
             pairs, computed = pairs + account.pairs, computed + account.computed
             same.append((tokens == before.tokens).float().mean().item())
             right += self._is_right(prompt, tokens)
-        divergences = []
+        divergences, making = [], []
         for before in self.dense:
-            with way():
-                divergences.append(before.trajectory.divergence(self.pipe))
+            divergence, share = along(before.trajectory, self.pipe, way)
+            divergences.append(divergence)
+            making.append(share)
         timed = Pairs(dense, sparse)
         per_step = timed.speedup * len(steps[1]) / max(1, len(steps[0]))
         return {
@@ -116,6 +120,7 @@ class Measure:
             "dense_passkeys": self.dense_right,
             "asked": sum(prompt.answer is not None for prompt in self.prompts),
             "kept": round(kept / self.cache_bytes, 6),
+            "making": mean_of(making),
         }
 
     @property
@@ -127,6 +132,23 @@ class Measure:
     def _is_right(self, prompt: Prompt, tokens: Tensor) -> bool:
         said = self.pipe.tokenizer.decode(tokens, skip_special_tokens=True)
         return prompt.answer is not None and prompt.answer in said
+
+
+def along(trajectory: Trajectory, pipe: Any, way: Way) -> tuple[float, float | None]:
+    """A way's divergence along a trajectory, and the share of the seconds in which it made indices."""
+    with way() as account:
+        making, timer = account.time_making(), Timer(pipe.model.device)
+        divergence = trajectory.divergence(pipe)
+        seconds = timer.stop().seconds
+        if making is None:
+            return divergence, None
+        return divergence, making.seconds / max(1e-9, seconds - making.seconds_again)
+
+
+def mean_of(shares: Sequence[float | None]) -> float | None:
+    """Of all of them, rounded; None if one isn't known."""
+    known = [share for share in shares if share is not None]
+    return None if len(known) < len(shares) else round(sum(known) / len(known), 5)
 
 
 def cache_bytes(config: Any, tokens: int) -> int:

@@ -9,21 +9,13 @@ from typing import Any
 
 from ...denoising import DENOISING
 from ...integrations import attached, components
+from ...making import Making
 from ...patch import Handle, patch
 from ...plan import Plan
 from ..baselines.denoising import Baseline, sparsed_code, streaming_llm, window
 from .measure import Account, Way
 
 KEPT = (0.1, 0.2, 0.3, 0.5)
-
-
-@dataclass(frozen=True)
-class Told:
-    """A count of pairs, and the memory of kept indices."""
-
-    pairs: float
-    computed: float
-    kept_bytes: int = 0
 
 
 class Patched:
@@ -50,6 +42,10 @@ class Patched:
     def kept_bytes(self) -> int:
         """Memory of the indices that are kept at present."""
         return self._handle.kept_bytes
+
+    def time_making(self) -> Making:
+        """See `Handle.time_making`."""
+        return self._handle.time_making()
 
 
 @dataclass(frozen=True)
