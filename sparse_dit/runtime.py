@@ -265,6 +265,8 @@ class Runtime:
             return f"{call.q.shape[2]} heads in this process, but the plan has {num_heads}"
         if call.q.shape[1] < LEAST_QUERIES and call.context.phase != "any":
             return FEW_QUERIES
+        if (call.layer, stage) in self._shapes and call.context.phase == "any":
+            return "the plan's patterns are for causal order, and this model sees both ways"
         if call.rows is None and call.context.phase != "any":
             return "a language model's plan is for causal order, and this call has none"
         if call.rows is not None and call.context.phase != "any" and _sees_ahead(call):

@@ -19,6 +19,8 @@ from sparse_dit.layout import Segment, TokenLayout
 from sparse_dit.patterns import Budget, Dense, Mass, Pattern, Pooled
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage, config_hash
 from sparse_dit.runtime import Runtime
+from tests.helpers.language_plans import SLASH
+from tests.helpers.language_plans import plan_for as causal_plan
 from tests.helpers.tiny_canvases import (
     MASK,
     denoised,
@@ -230,7 +232,8 @@ def test_a_decoder_beside_a_cache_runs_sparse():
     }
 
 
-def test_interrupted_generations_leave_nothing_behind():
+@pytest.mark.parametrize("name", DENOISING)
+def test_interrupted_generations_leave_nothing_behind(name):
     pipe, ids, number = llada2(), prompt(300), 0
 
     def stop(*_):
@@ -240,11 +243,48 @@ def test_interrupted_generations_leave_nothing_behind():
             raise KeyboardInterrupt
         return {}
 
-    with sparse_dit.patch(pipe, "online"):
+    with sparse_dit.patch(pipe, name):
         want = written(pipe, ids)
         with pytest.raises(KeyboardInterrupt):
             written(pipe, ids, callback_on_step_end=stop)
         assert torch.equal(written(pipe, ids), want)
+
+
+@pytest.mark.parametrize("name", DENOISING)
+@pytest.mark.parametrize(
+    ("tokens", "how"),
+    [
+        (0, {"length": 48}),
+        (1, {"length": 48}),
+        (300, {"length": 12, "block": 16}),
+        (100, {"length": 16, "block": 256}),
+        (300, {"length": 3, "block": 1}),
+        (300, {"length": 64, "num_inference_steps": 1}),
+    ],
+    ids=["empty", "one token", "one block", "a block of all", "blocks of one", "one step a block"],
+)
+def test_the_least_there_is_is_written_and_leaves_nothing(name, tokens, how):
+    pipe, ids = llada2(), prompt(tokens)
+    stock = written(pipe, ids, **how)
+    with sparse_dit.patch(pipe, name) as handle:
+        found, summary = written(pipe, ids, **how), handle.summary()
+    assert found.shape == stock.shape and summary.density is not None
+    if how.get("num_inference_steps") == 1:
+        assert summary.density == 1, "there is no step to keep anything for"
+    assert torch.equal(written(pipe, ids, **how), stock)
+
+
+@torch.no_grad()
+def test_a_plan_for_causal_order_leaves_a_model_that_sees_both_ways_dense():
+    pipe, ids = llada2(), prompt(300)
+    stock = said(pipe, ids)
+    for stage in (Stage(1.0, 0.0), Stage(1.0, 0.0, phase="prefill")):
+        plan = causal_plan(pipe.model, SLASH, stages=(stage,))
+        with sparse_dit.patch(pipe, plan) as handle:
+            assert torch.equal(said(pipe, ids), stock) and handle.summary().density == 1
+        reasons = {ran.dense_because for ran in handle.ran["model"]}
+        told = "sees both ways" if stage.phase == "any" else "not in the plan"
+        assert all(told in str(reason) for reason in reasons)
 
 
 def test_bad_input_is_told():

@@ -144,10 +144,13 @@ def test_who_closes_a_stream_cancels_unless_there_is_a_key(service, engine, clie
     options = {"stream_options": {"include_canvas": True}}
     key = {"extra_headers": {"Idempotency-Key": "one"}}
     with working(service, engine):
+        alone = client.completions.create(**ASKED, extra_body=SMALL).choices
         left = client.completions.create(**asked, **options)
         id = next(iter(left)).id
         left.close()
         assert state(client, id, "cancelled")["choices"] == []
+        after = client.completions.create(**ASKED, extra_body=SMALL).choices
+        assert after == alone, "nothing is left of what was cut off"
         left = client.completions.create(**asked, **options, **key)
         id = next(iter(left)).id
         left.close()
