@@ -14,7 +14,7 @@ from sparse_dit.denoising import denoising_plan
 from sparse_dit.eval.baselines.denoising import Baseline, sparsed_code, streaming_llm, window
 from sparse_dit.eval.denoising import ways
 from sparse_dit.eval.denoising.frontier import DenoisingFrontier, figure_of, frontier
-from sparse_dit.eval.denoising.measure import along
+from sparse_dit.eval.denoising.measure import along_dense
 from sparse_dit.eval.denoising.prompts import begun, hidden
 from sparse_dit.eval.denoising.writing import Trajectory, Writing
 from sparse_dit.inputs import is_denoiser, load_denoiser
@@ -168,12 +168,15 @@ def test_the_share_of_index_making_is_measured_beside_the_divergence(pipe):
     ids = begun(pipe.tokenizer, "a", WORDS, 256).ids
     with trajectory.recorded(pipe):
         SMALL.run(pipe, ids)
-    _, none = along(trajectory, pipe, ways.METHODS["online"].way(pipe, 1.0))
+    none = along_dense(trajectory, pipe, ways.METHODS["online"].way(pipe, 1.0)).making
+    some = along_dense(trajectory, pipe, ways.METHODS["mage"].way(pipe, 0.1))
     with sparse_dit.patch(pipe, "mage", keep=0.1) as handle:
         making = handle.time_making()
         before = trajectory.divergence(pipe)
         summary = handle.summary()
     assert none == 0 < making.seconds and making.seconds_again > 0
+    assert some.making is not None and 0 < some.making < some.seconds
+    assert some.divergence == before
     with sparse_dit.patch(pipe, "mage", keep=0.1) as handle:
         assert trajectory.divergence(pipe) == before
         assert handle.summary() == summary, "what is computed once more isn't counted"

@@ -41,6 +41,15 @@ class _Dense:
     trajectory: Trajectory
 
 
+@dataclass(frozen=True)
+class Along:
+    """A way's divergence along a trajectory, the seconds it took, and those in which it made indices."""
+
+    divergence: float
+    seconds: float
+    making: float | None
+
+
 @contextmanager
 def counted_steps(pipe: Any, sizes: list[int]) -> Iterator[None]:
     """Inside the block the length of each forward of the pipeline's model is added to `sizes`."""
@@ -82,7 +91,7 @@ class Measure:
         of the time of a forward. `agreement` is the share of written tokens that are dense's, `kl` the
         divergence of what is said of masked tokens along dense's own trajectory, `kept` the indices' share
         of the memory of a cache of all keys and values, `making` the share of the seconds of the forwards
-        along that trajectory in which indices are made, None where that isn't known.
+        along those trajectories in which indices are made, None where that isn't known.
         """
         dense, sparse, same, right, kept = [], [], [], 0, 0
         pairs = computed = 0.0
@@ -97,11 +106,9 @@ class Measure:
             pairs, computed = pairs + account.pairs, computed + account.computed
             same.append((tokens == before.tokens).float().mean().item())
             right += self._is_right(prompt, tokens)
-        divergences, making = [], []
-        for before in self.dense:
-            divergence, share = along(before.trajectory, self.pipe, way)
-            divergences.append(divergence)
-            making.append(share)
+        along = [along_dense(before.trajectory, self.pipe, way) for before in self.dense]
+        making = [one.making for one in along if one.making is not None]
+        of_all = sum(one.seconds for one in along)
         timed = Pairs(dense, sparse)
         per_step = timed.speedup * len(steps[1]) / max(1, len(steps[0]))
         return {
@@ -113,14 +120,14 @@ class Measure:
             "dense_seconds": round(sum(t.seconds for t in dense), 3),
             "steps": len(steps[1]),
             "dense_steps": len(steps[0]),
-            "kl": round(sum(divergences) / len(divergences), 6),
+            "kl": round(sum(one.divergence for one in along) / len(along), 6),
             "agreement": round(sum(same) / len(same), 5),
             "agreement_least": round(min(same), 5),
             "passkeys": right,
             "dense_passkeys": self.dense_right,
             "asked": sum(prompt.answer is not None for prompt in self.prompts),
             "kept": round(kept / self.cache_bytes, 6),
-            "making": mean_of(making),
+            "making": round(sum(making) / of_all, 5) if making else None,
         }
 
     @property
@@ -134,21 +141,15 @@ class Measure:
         return prompt.answer is not None and prompt.answer in said
 
 
-def along(trajectory: Trajectory, pipe: Any, way: Way) -> tuple[float, float | None]:
-    """A way's divergence along a trajectory, and the share of the seconds in which it made indices."""
+def along_dense(trajectory: Trajectory, pipe: Any, way: Way) -> Along:
+    """What a way makes of a trajectory of dense attention."""
     with way() as account:
         making, timer = account.time_making(), Timer(pipe.model.device)
         divergence = trajectory.divergence(pipe)
         seconds = timer.stop().seconds
         if making is None:
-            return divergence, None
-        return divergence, making.seconds / max(1e-9, seconds - making.seconds_again)
-
-
-def mean_of(shares: Sequence[float | None]) -> float | None:
-    """Of all of them, rounded; None if one isn't known."""
-    known = [share for share in shares if share is not None]
-    return None if len(known) < len(shares) else round(sum(known) / len(known), 5)
+            return Along(divergence, seconds, None)
+        return Along(divergence, max(1e-9, seconds - making.seconds_again), making.seconds)
 
 
 def cache_bytes(config: Any, tokens: int) -> int:
