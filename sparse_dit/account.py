@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import Tensor
+
 logger = logging.getLogger("sparse_dit")
 
 
@@ -52,14 +54,17 @@ class Account:
         self.component = component
         self.planned = planned
         self._calls: Counter[tuple[Way, int]] = Counter()
-        self._computed: defaultdict[tuple[Way, int], float] = defaultdict(float)
+        self._computed: defaultdict[tuple[Way, int], float | Tensor] = defaultdict(float)
         self._pairs: Counter[tuple[Way, int]] = Counter()
         self._warned: set[str] = set()
         self._decoded: dict[str, list[int]] = {}  # by layer: calls, pairs, tokens
         self._notes: dict[str, None] = {}
 
-    def count(self, way: Way, tokens: int, pairs: int, density: float) -> None:
-        """Add one call over `tokens` tokens that computed a share `density` of dense attention's `pairs`."""
+    def count(self, way: Way, tokens: int, pairs: int, density: float | Tensor) -> None:
+        """Add one call over `tokens` tokens that computed a share `density` of dense attention's `pairs`.
+
+        A density that lies on a device, `[]`, is added up there, until what ran is asked for.
+        """
         key = (way, tokens)
         self._calls[key] += 1
         self._computed[key] += density * pairs
@@ -104,7 +109,7 @@ class Account:
     def ran(self) -> tuple[Ran, ...]:
         """One entry for each layer, stage, way of running and length; one for all decoding of a layer."""
         counted = tuple(
-            Ran(*way, calls, self._computed[way, tokens], self._pairs[way, tokens], tokens)
+            Ran(*way, calls, float(self._computed[way, tokens]), self._pairs[way, tokens], tokens)
             for (way, tokens), calls in self._calls.items()
         )
         return counted + tuple(

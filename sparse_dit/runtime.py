@@ -177,13 +177,19 @@ class Runtime:
             items = [item_of(call, b, condition=b) for b in range(batch)]
             return torch.cat([self._attend_found(x, stage, patterns, skipped) for x in items])
         assert self._estimates is not None, "the plan has such patterns"
-        find = functools.partial(self._estimates.find, call, patterns, shape_of(call, stage))
+        find = functools.partial(
+            self._estimates.find, call, patterns, shape_of(call, stage), self.backend
+        )
         found = self._made(find, call.q.device)
-        index, mass = found.index if call.q.is_cpu else found.index.to(call.q.device), None
+        index, mass = found.index, None
         if found.mass_block is None and index.is_dense:
             out = self._dense(call, stage, ALL_SEEN)
         else:
-            index = without(index, skipped) if skipped else index
+            if isinstance(index, SparseIndex):
+                index = index if call.q.is_cpu else index.to(call.q.device)
+                index = without(index, skipped) if skipped else index
+            elif skipped:
+                index = index.without(skipped)
             if found.mass_block is None:
                 out, name = attend_call(call, index, self.backend, self.nan_guard)
             else:
@@ -234,7 +240,12 @@ class Runtime:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be done as the plan says, though it ran sparse; and who computed dense calls."""
+        """What could not be done as the plan says, though it ran sparse; and who computed dense calls.
+
+        Waits for devices that found blocks.
+        """
+        if self._estimates is not None:
+            self._estimates.settle()
         return self._account.notes + (self._fastest.notes if self._fastest else ())
 
     def _planned_dense(self, call: AttentionCall, stage: int | None) -> str | None:
@@ -289,7 +300,7 @@ class Runtime:
         return out
 
     def _count(
-        self, call: AttentionCall, way: Way, density: float, queries: int | None = None
+        self, call: AttentionCall, way: Way, density: float | Tensor, queries: int | None = None
     ) -> None:
         tokens = _tokens(call)
         pairs = call.q.shape[0] * call.q.shape[2] * (queries or call.q.shape[1]) * tokens

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backends.cpu import estimates, library
+from ..backends.triton.chosen import Places
 from ..entry import FarField, PatternIndex, expand
 from ..index import Groups, entry_of, groups_of
 from ..layout import Tile, TileOrder, TokenLayout, cut_offsets, tile_order
@@ -58,6 +59,13 @@ class Blocks:
     def bounds(self) -> Tensor:
         """int32 `[C + 1]`: sorted positions where blocks start, and where the last ends."""
         return (self.cells + self.order.global_before).int()
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """The same for the Triton backend, which lays out what is chosen on its device."""
+        pools = self.pools.long() if self.far else None
+        groups = self.groups
+        return Places(self.order.order, self.bounds.long(), groups.offsets, groups.owner, pools)
 
     @functools.cached_property
     def permutation(self) -> Tensor | None:

@@ -17,19 +17,22 @@ import torch
 from torch import Tensor
 
 from ..autocast import lowered
+from ..backends.triton.chosen import ChosenIndex
 from ..call import AttentionCall, StepContext, with_bias
-from ..cut import slice_entry
-from ..entry import PatternIndex
-from ..index import SparseIndex, dense_entry, index_of, pattern_index
+from ..index import SparseIndex, dense_entry, pattern_index
 from ..layout import TokenLayout
 from ..patterns import Cluster, Mass, Pattern
-from .blocks import Chosen, Seen, blocks_of, entries_of, sampled_entry
+from .blocks import blocks_of, sampled_entry
 from .blockwise import Estimate, blockwise_entries, estimates_of
 from .clusters import Centroids, cluster_entries
+from .joined import Seen, joined, num_bytes
+from .on_device import Found as OnDevice
+from .on_device import blocks_of_mass, blocks_on_device, sees_all, takes
 from .orders import SAMPLED, Order, best_orders, stride_of
 from .scores import mass_by_block, mass_stretch
 
 LAID = 4096  # tokens up to which what is laid out is kept: it takes less than 2 % of k and v there
+NOT_FINITE = "queries or keys that aren't finite: heads with some are dense in such calls"
 TURNS = 4  # generations of a diffusion language model whose indices are kept
 
 _Key = tuple[str, str, int | None]  # layer, branch, condition
@@ -40,12 +43,12 @@ class Found:
     """What one call of a layer computes.
 
     Args:
-        index: On the CPU.
+        index: On the CPU; or what was chosen on the call's device, for the Triton backend.
         mass_block: If the call has to count the probability of stretches of keys: of so many; else None.
         learn: Takes what was counted, float32 `[B, H, P, S]`; None if nothing is.
     """
 
-    index: SparseIndex
+    index: SparseIndex | ChosenIndex
     mass_block: int | None = None
     learn: Callable[[Tensor], None] | None = None
 
@@ -56,14 +59,14 @@ class _Kept:
 
     Args:
         shape: What has to be the same for it to be used.
-        index: Of all heads, as of the last step, in sequences of up to `LAID` tokens.
+        index: Of all heads, as of the last step, in sequences of up to `LAID` tokens or chosen on the device.
         seen: By head.
         steps: By head the step at which that was found; -1 if it doesn't hold for another.
         centroids: By head those of its clusters.
     """
 
     shape: tuple[object, ...]
-    index: SparseIndex | None = None
+    index: SparseIndex | ChosenIndex | None = None
     seen: dict[int, Seen] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
     centroids: dict[int, Centroids] = field(default_factory=dict)
@@ -102,21 +105,31 @@ class Estimates:
         self._tell = tell
         self._lock = threading.Lock()
         self._runs: dict[int, _Run] = {}  # the last one used is the last
+        self._sound: dict[torch.device, Tensor] = {}  # whether all that devices found is, bool `[]`
 
     def forget(self) -> None:
         """Drop what is kept."""
+        self.settle()
         with self._lock:
             self._runs.clear()
+
+    def settle(self) -> None:
+        """Tell what devices found that isn't finite; waits for them."""
+        with self._lock:
+            found, self._sound = self._sound, {}
+        if not all(bool(sound) for sound in found.values()):
+            self._tell(NOT_FINITE)
 
     @property
     def num_bytes(self) -> int:
         """Memory of the indices that are kept."""
-        seen: dict[int, Seen] = {}
+        seen: dict[int, Seen | ChosenIndex] = {}
         for run in self._runs.values():
             for kept in run.kept.values():
-                laid = () if kept.index is None else kept.index.entries
+                of = kept.index
+                laid = of.entries if isinstance(of, SparseIndex) else () if of is None else (of,)
                 seen |= {id(what): what for what in (*kept.seen.values(), *laid)}
-        return sum(map(_num_bytes, seen.values()))
+        return sum(map(num_bytes, seen.values()))
 
     def _run_of(self, context: StepContext) -> _Run:
         """What is kept of a call's generation; canvases may take turns, others follow each other."""
@@ -128,7 +141,11 @@ class Estimates:
             return run
 
     def find(
-        self, call: AttentionCall, patterns: Sequence[Pattern], shape: tuple[object, ...]
+        self,
+        call: AttentionCall,
+        patterns: Sequence[Pattern],
+        shape: tuple[object, ...],
+        backend: str = "auto",
     ) -> Found:
         """What a call computes.
 
@@ -136,7 +153,10 @@ class Estimates:
             call: Of attention, whose layout is known.
             patterns: One for each head; some are found in calls, others are geometry.
             shape: What has to be the same for what was found to be used again, the plan's stage with it.
+            backend: Who computes the call: `"auto"` or a name.
         """
+        there = takes(call, patterns, backend)
+        shape = (*shape, there)
         context, layout = call.context, call.context.layout
         assert layout is not None, "else this call runs dense"
         run = self._run_of(context)
@@ -153,8 +173,8 @@ class Estimates:
         if not due and kept.index is not None:
             return Found(kept.index)
         if not due and len(kept.seen) == len(patterns):
-            return Found(_index_of(entries_of(kept.seen), call.q.shape[1]))
-        return self._found(call, layout, patterns, due, kept, orders)
+            return Found(joined(kept.seen, call, there))
+        return self._found(call, layout, patterns, due, kept, orders, there)
 
     def _found(
         self,
@@ -164,6 +184,7 @@ class Estimates:
         due: Sequence[int],
         kept: _Kept,
         orders: dict[int, Order],
+        there: bool,
     ) -> Found:
         step, n, rows = call.context.step, layout.seq_len, call.q.shape[1]
         active = call.context.active
@@ -178,6 +199,9 @@ class Estimates:
         told = {head: patterns[head] for head in due if head not in others}
         dense = [head for head, pattern in told.items() if _is_dense_at(pattern, call.context)]
         found = {head: Estimate(dense_entry(n, n), True, 1.0) for head in dense}
+        if there:
+            whole = [head for head, of in told.items() if sees_all(of, layout)]
+            found |= {head: Estimate(dense_entry(n, n), True, 1.0) for head in whole}
         told = {head: of for head, of in told.items() if head not in found}
         _try_orders(call, layout, told, orders)
         ordered: dict[int, Pattern] = {}
@@ -188,7 +212,10 @@ class Estimates:
                 found[head] = Estimate(entry, True, math.nan)
             else:
                 ordered[head] = replace(told[head], tile=order)
-        if ordered:
+        if ordered and there:
+            q, k, _, scale = _operands(call)
+            self._keep_there(kept, blocks_on_device(q, k, ordered, layout, scale), step)
+        elif ordered:
             q, k, _, scale = _operands(call)
             more = {"active": active, "valid": _valid(call)}
             found |= blockwise_entries(q, k, ordered, layout, scale, **more)
@@ -201,32 +228,33 @@ class Estimates:
         mass_block = math.gcd(*map(mass_stretch, set(blocks.values())))
 
         def learn(mass: Tensor) -> None:
-            self._keep(kept, _of_mass(mass, counted, layout, mass_block, rows, active), step)
-            kept.index = _index_of(entries_of(kept.seen), rows) if n <= LAID else None
+            if there:
+                self._keep_there(kept, blocks_of_mass(mass, counted, layout, mass_block), step)
+            else:
+                self._keep(kept, _of_mass(mass, counted, layout, mass_block, rows, active), step)
+            kept.index = joined(kept.seen, call, there) if there or n <= LAID else None
 
         now = kept.seen | {head: of.whole for head, of in blocks.items()}
-        index = _index_of(entries_of(now), rows)
+        index = joined(now, call, there)
         if counted:
             return Found(index, mass_block, learn)
-        kept.index = index if n <= LAID else None
+        kept.index = index if there or n <= LAID else None
         return Found(index)
 
     def _keep(self, kept: _Kept, found: Mapping[int, Estimate], step: int) -> None:
         kept.seen |= {head: estimate.seen for head, estimate in found.items()}
         kept.steps |= {head: step if estimate.sound else -1 for head, estimate in found.items()}
         if not all(estimate.sound for estimate in found.values()):
-            self._tell(
-                "queries or keys that aren't finite: heads with some are dense in such calls"
-            )
+            self._tell(NOT_FINITE)
 
-
-def _num_bytes(entry: Seen) -> int:
-    if isinstance(entry, Chosen):
-        return entry.bits.nbytes
-    far = entry.far
-    parts = [entry.q_order, entry.k_order, entry.q_offsets, entry.run_offsets, entry.runs]
-    parts += [] if far is None else [far.cell_offsets, far.run_offsets, far.runs]
-    return sum(x.numel() * x.element_size() for x in parts if x is not None)
+    def _keep_there(self, kept: _Kept, found: OnDevice, step: int) -> None:
+        """As `_keep`; whether it is sound is asked later, and what isn't stays dense until it is due."""
+        kept.seen |= found.seen
+        kept.steps |= dict.fromkeys(found.seen, step)
+        device = found.sound.device
+        with self._lock:
+            before = self._sound.get(device)
+            self._sound[device] = found.sound if before is None else before & found.sound
 
 
 def _holds(kept: _Kept, head: int, pattern: Pattern, context: StepContext) -> bool:
@@ -257,16 +285,6 @@ def _try_orders(
         q, k, v, scale = _operands(call)
         best = best_orders(q, k, v, tried, layout, scale)
         orders |= {head: order for head, (order, _) in best.items()}
-
-
-def _index_of(entries: Mapping[int, PatternIndex], rows: int) -> SparseIndex:
-    """The index of all heads; of the last `rows` tokens, where entries are of all."""
-    cut: dict[int, PatternIndex] = {}  # entries that heads share stay one
-    for entry in entries.values():
-        n = entry.num_queries
-        if id(entry) not in cut:
-            cut[id(entry)] = entry if n == rows else slice_entry(entry, n - rows, n)
-    return index_of({head: cut[id(entry)] for head, entry in entries.items()})
 
 
 def _valid(call: AttentionCall) -> tuple[int, int] | None:

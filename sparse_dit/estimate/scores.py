@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,15 +68,32 @@ def pooled_probabilities(logits: Tensor, owner: Tensor, blocks: Blocks) -> Tenso
         logits, owner: As `pooled_logits` gives them; they are written to.
         blocks: Where blocks lie.
     """
-    owner = owner.to(logits.device)
-    if len(owner) == blocks.num_blocks:
-        return logits.add_(blocks.sizes.to(logits).log()).softmax(-1)
-    count = torch.bincount(owner)
+    return probabilities(logits, parted(blocks, owner, logits.device))
+
+
+class Parted(NamedTuple):
+    """The block of each part of blocks, int64 `[F]`, and of each block its tokens and parts, `[C]`."""
+
+    owner: Tensor
+    sizes: Tensor
+    parts: Tensor
+
+
+def parted(blocks: Blocks, owner: Tensor, device: torch.device) -> Parted:
+    """Of parts that are in the blocks `owner`, int64 `[F]` on the CPU."""
+    count = torch.bincount(owner, minlength=blocks.num_blocks)
+    return Parted(*(x.to(device) for x in (owner, blocks.sizes.float(), count)))
+
+
+def probabilities(logits: Tensor, parts: Parted) -> Tensor:
+    """As `pooled_probabilities`; no wait for the device."""
+    c = len(parts.sizes)
+    if len(parts.owner) == c:
+        return logits.add_(parts.sizes.to(logits.dtype).log()).softmax(-1)
     p = logits.softmax(-1)  # parts of a block are about equal
-    c = blocks.num_blocks
-    keys = p.new_zeros(*p.shape[:-1], c).index_add_(-1, owner, p)
-    rows = p.new_zeros(*p.shape[:2], c, c).index_add_(2, owner, keys)
-    return rows.div_(count[:, None])
+    keys = p.new_zeros(*p.shape[:-1], c).index_add_(-1, parts.owner, p)
+    rows = p.new_zeros(*p.shape[:2], c, c).index_add_(2, parts.owner, keys)
+    return rows.div_(parts.parts[:, None])
 
 
 def block_means(x: Tensor, blocks: Blocks, bounds: Tensor) -> Tensor:
@@ -132,30 +150,68 @@ def antidiagonal_scores(
         scale: Factor of the logits.
         causal: Whether squares of later keys are left out.
     """
-    pad = -len(q) % stride
-    q, k = (torch.nn.functional.pad(x.float(), (0, 0, 0, pad)) for x in (q, k))
-    q, k = q.unflatten(0, (-1, stride)).flip(1).flatten(1), k.unflatten(0, (-1, stride)).flatten(1)
-    squares, tokens = torch.arange(len(q), device=q.device), int(bounds[-1])
-    places = (squares[:, None] * stride + torch.arange(stride, device=q.device)).clamp_max(
-        tokens - 1
+    return antidiagonal_sums(
+        q, k, squares_of(bounds, stride, q.device), stride, scale, causal=causal
     )
-    owner = torch.searchsorted(bounds.to(q.device), places, right=True) - 1  # [squares, stride]
+
+
+class Squares(NamedTuple):
+    """The blocks that each square lies in, int64 `[squares, 1 or stride]`; tokens of each block, `[C, 1]`."""
+
+    owner: Tensor
+    tokens: Tensor
+
+
+def squares_of(bounds: Tensor, stride: int, device: torch.device) -> Squares:
+    """Of squares of so many tokens from 0 on, and blocks that begin at `bounds`, int64 `[C + 1]`."""
+    tokens = int(bounds[-1])
+    squares = torch.arange(-(-tokens // stride))
+    places = (squares[:, None] * stride + torch.arange(stride)).clamp_max(tokens - 1)
+    owner = torch.searchsorted(bounds.cpu(), places, right=True) - 1  # [squares, stride]
     if (owner == owner[:, :1]).all():
         owner = owner[:, :1]
-    c, share = len(bounds) - 1, 1 / owner.shape[1]
-    found, step = q.new_zeros(c, c), max(1, MOST_LOGITS // len(k))
-    for start in range(0, len(q), step):
+    count = torch.bincount(owner.flatten(), minlength=len(bounds) - 1)[:, None]
+    return Squares(owner.to(device), count.to(device))
+
+
+def antidiagonal_sums(
+    q: Tensor,
+    k: Tensor,
+    squares: Squares,
+    stride: int,
+    scale: float,
+    *,
+    causal: bool = False,
+    most: int = MOST_LOGITS,
+) -> Tensor:
+    """As `antidiagonal_scores`, of `[..., N, D]`; no wait for the device.
+
+    Args:
+        q, k, stride, scale, causal: As there; the leading dimensions of both are the same.
+        squares: Where squares lie.
+        most: Logits that are made at once.
+    """
+    owner, tokens = squares
+    pad = -q.shape[-2] % stride
+    q, k = (torch.nn.functional.pad(x.float(), (0, 0, 0, pad)) for x in (q, k))
+    q = q.unflatten(-2, (-1, stride)).flip(-2).flatten(-2)
+    k = k.unflatten(-2, (-1, stride)).flatten(-2)
+    lead, number = q.shape[:-2], q.shape[-2]
+    c, share = len(tokens), 1 / owner.shape[1]
+    places = torch.arange(number, device=q.device)
+    found, step = q.new_zeros(*lead, c, c), max(1, most // (number * math.prod(lead)))
+    for start in range(0, number, step):
         rows = slice(start, start + step)
-        logits = q[rows] @ k.T * (scale / stride)
+        logits = q[..., rows, :] @ k.transpose(-1, -2) * (scale / stride)
         if causal:
-            logits = logits.masked_fill_(squares > squares[rows, None], -torch.inf)
+            logits = logits.masked_fill_(places > places[rows, None], -torch.inf)
         p = logits.softmax(-1).mul_(share)
-        keys = p.new_zeros(len(p), c)
+        keys = p.new_zeros(*p.shape[:-1], c)
         for of in owner.T:
-            keys.index_add_(1, of, p)
+            keys.index_add_(-1, of, p)
         for of in owner[rows].T:
-            found.index_add_(0, of, keys)
-    return found / torch.bincount(owner.flatten(), minlength=c)[:, None]
+            found.index_add_(-2, of, keys)
+    return found / tokens
 
 
 def mass_by_block(mass: Tensor, blocks: Blocks, mass_block: int) -> Tensor:
@@ -167,18 +223,45 @@ def mass_by_block(mass: Tensor, blocks: Blocks, mass_block: int) -> Tensor:
         mass_block: Sorted keys in a stretch. Exact if it divides the blocks' bounds; else a stretch's
             probability is taken as even.
     """
-    mass = mass[:, :, : len(blocks.groups.owner)].cpu()
-    mine = blocks.groups.owner >= 0
-    rows = mass.new_zeros(*mass.shape[:2], blocks.num_blocks, mass.shape[-1])
-    rows.index_add_(2, blocks.groups.owner[mine], mass[:, :, mine])
-    total = torch.nn.functional.pad(rows.double().cumsum(-1), (1, 0))
-    bounds, ends = blocks.bounds.long(), mass.shape[-1] - 1
+    return mass_sums(mass, stretches_of(blocks, mass_block, mass.device)).cpu()
+
+
+class Stretches(NamedTuple):
+    """Where blocks lie among stretches of keys, and which groups are theirs; `C` blocks.
+
+    Args:
+        groups, owner: int64: the groups of blocks, and the block of each.
+        whole: int64 `[C + 1]`: whole stretches before each bound.
+        inside: float32 `[C + 1]`: the share of the next stretch that is before it.
+        sizes: int64 `[C]`: tokens of each block.
+    """
+
+    groups: Tensor
+    owner: Tensor
+    whole: Tensor
+    inside: Tensor
+    sizes: Tensor
+
+
+def stretches_of(blocks: Blocks, mass_block: int, device: torch.device) -> Stretches:
+    """Of blocks and stretches of so many keys."""
+    mine = (blocks.groups.owner >= 0).nonzero()[:, 0]
+    bounds, ends = blocks.bounds.long(), -(-blocks.num_tokens // mass_block) - 1
     whole = (bounds // mass_block).clamp_max(ends)
-    inside = bounds - whole * mass_block
     length = (blocks.num_tokens - whole * mass_block).clamp_max(mass_block)  # the last one's
-    part = rows.double()[..., whole] * (inside / length)
-    upto = total[..., whole] + part
-    return (upto.diff(dim=-1) / blocks.sizes[:, None]).float()
+    inside = (bounds - whole * mass_block) / length
+    tables = (mine, blocks.groups.owner[mine], whole, inside, blocks.sizes)
+    return Stretches(*(x.to(device) for x in tables))
+
+
+def mass_sums(mass: Tensor, stretches: Stretches) -> Tensor:
+    """As `mass_by_block`; no wait for the device."""
+    groups, owner, whole, inside, sizes = stretches
+    rows = mass.new_zeros(*mass.shape[:2], len(sizes), mass.shape[-1])
+    rows = rows.index_add_(2, owner, mass.index_select(2, groups)).double()
+    total = torch.nn.functional.pad(rows.cumsum(-1), (1, 0))
+    upto = total[..., whole] + rows[..., whole] * inside
+    return (upto.diff(dim=-1) / sizes[:, None]).float()
 
 
 def mass_stretch(blocks: Blocks) -> int:

@@ -41,9 +41,10 @@ TARGETS = {
     "gfx950": ("gfx9", r"v_mfma", 160 * 1024),
 }
 WIDE = r"LDGSTS\S*\.128"  # what head_dim 80 and 96 have beyond 64 may take half that
-PLAIN = {"MASK": 0, "HAS_FAR": False}
-FAR = {"MASK": 0, "HAS_FAR": True}
-FULL = {"MASK": 2, "HAS_FAR": True}
+PLAIN = {"MASK": 0, "HAS_FAR": False, "PARTIAL": False}
+FAR = {"MASK": 0, "HAS_FAR": True, "PARTIAL": False}
+FULL = {"MASK": 2, "HAS_FAR": True, "PARTIAL": False}
+PARTIAL = {"MASK": 0, "HAS_FAR": True, "PARTIAL": True}
 POINTERS = {"Work": "i32", "Heads": "i64", "Slots": "i64", "Cells": "i32"}
 POINTERS |= {"RowStart": "i32", "RowStop": "i32", "Lse": "fp32", "Mass": "fp32"}
 TENSORS = ("Q", "K", "V", "Out", "Pooled")
@@ -249,13 +250,16 @@ def tested() -> Iterator[Case]:
         yield Case(target, 128, configs_for(name, 128)[0])
         yield Case(target, 128, configs_for(name, 128)[1], FAR)
         yield Case(target, 128, configs_for(name, 128)[1], FULL)
+        yield Case(target, 128, configs_for(name, 128)[0], PARTIAL)
 
 
 def every() -> Iterator[Case]:
     """All targets, head_dims, dtypes, configurations and cases."""
     switches = [
-        dict(zip(PLAIN, on, strict=True)) for on in itertools.product((0, 1, 2), (False, True))
+        dict(zip(PLAIN, on, strict=True))
+        for on in itertools.product((0, 1, 2), (False, True), (False,))
     ]
+    switches += [{**PARTIAL, "HAS_FAR": far} for far in (False, True)]
     for target, (name, *_) in TARGETS.items():
         for dim, dtype, flags in itertools.product((64, 80, 96, 128), ("bf16", "fp16"), switches):
             for config in dict.fromkeys(configs_for(name, dim)):

@@ -2,7 +2,9 @@
 
 `kernel.py` is the kernels, `tables.py` and `work.py` write an index as they read it, `config.py` has the
 block sizes of each architecture, `launch.py` calls, `operator.py` makes
-torch operators of it for compiled graphs. Nothing here imports triton before a kernel runs. What
+torch operators of it for compiled graphs. Blocks that are chosen on the device (`chosen.py`) have tables that
+`lay.py` writes there, over what the host knows of them (`frames.py`), and `laid.py` launches it.
+Nothing here imports triton before a kernel runs. What
 was measured on which GPU is in `docs/measurements/`, what is checked without one in
 `docs/reference/gpu-checks.md`.
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
+from .chosen import ChosenIndex
 from .config import CAPABILITIES, CDNA, Config, configs_for
 from .operator import parts_of
 
@@ -57,14 +60,14 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: SparseIndex,
+    index: SparseIndex | ChosenIndex,
     rows: RowIntervals | None,
     scale: float,
     return_lse: bool,
     mass_block: int | None,
 ) -> Attended:
-    """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`."""
-    if torch.compiler.is_compiling():
+    """Attention over `[B, H, N, D]`; arguments as in `sparse_attention`, or a `ChosenIndex`."""
+    if torch.compiler.is_compiling() and isinstance(index, SparseIndex):
         return _traced(q, k, v, index, rows, scale, return_lse, mass_block)
     from . import launch
 
@@ -80,14 +83,14 @@ def forward(
 def block_mass(
     q: Tensor,
     k: Tensor,
-    index: SparseIndex,
+    index: SparseIndex | ChosenIndex,
     lse: Tensor,
     rows: RowIntervals | None,
     scale: float,
     mass_block: int,
 ) -> Tensor:
     """Mass from a cached LSE; arguments as in `sparse_dit.attention.block_mass`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and isinstance(index, SparseIndex):
         parts, groups = parts_of(index), index.max_groups
         return torch.ops.sparse_dit.triton_mass(
             q, k, *parts, lse, *_own(index, rows), scale, mass_block, groups

@@ -131,6 +131,7 @@ def attend(
     heads, kv_group, num_queries, pooled_rows, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_FAR: tl.constexpr, AHEAD: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head. `scale` is positive, and carries log2(e)."""
     item = tl.load(Work + tl.program_id(0))
@@ -187,7 +188,7 @@ def attend(
     place = tl.load(steps + middle, mask=middle < high, other=0)
     token = tl.load(keys + place + offs_n)
     place = tl.load(steps + middle + 1, mask=middle + 1 < high, other=0)
-    for j in tl.range(middle, high, num_stages=1):  # there are few such steps
+    for j in tl.range(middle, high, num_stages=None if PARTIAL else 1):  # else such steps are few
         row = token
         token = tl.load(keys + place + offs_n)
         place = tl.load(steps + j + 2, mask=j + 2 < high, other=0)
@@ -198,9 +199,8 @@ def attend(
         acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, there, D, D0, D1)
 
     if HAS_FAR:
-        base = b * pooled_rows + tl.load(
-            Heads + head * HEAD + 6
-        )  # the row before it is that of no cell
+        # the row before it is that of no cell
+        base = b * pooled_rows + tl.load(Heads + head * HEAD + 6)
         all_rows = tl.num_programs(1).to(tl.int64) * pooled_rows
         PooledK = Pooled + base * D
         PooledV = PooledK + all_rows * D

@@ -14,7 +14,9 @@ from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
 from . import kernel as written
+from .chosen import ChosenIndex
 from .config import Config, power_of_two
+from .laid import chosen_work
 from .work import Work, work_of
 
 kernel: Any = written  # Triton launches its functions with a grid and with options
@@ -28,14 +30,14 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: SparseIndex,
+    index: SparseIndex | ChosenIndex,
     rows: RowIntervals | None,
     scale: float,
     configs: tuple[Config, Config],
 ) -> Attended:
     """Attention and its LSE, `[B, H, N, D]` and float32 `[B, H, N]`."""
     batch, heads, queries, dim = q.shape
-    work = work_of(index, k.shape[1], *configs)
+    work = _work(index, k, *configs)
     q, k, v = _readable(q), _readable(k), _readable(v)
     q, scale = _positive(q, scale)
     out = torch.empty_like(q)
@@ -46,6 +48,7 @@ def forward(
     bounds, strides = _bounds(index, rows, lse)
     config = work.config
     mask, has_far = _mask(index, rows), work.pooled_rows > 0
+    partial = work.partial or (mask > 0 and isinstance(index, ChosenIndex))
     _launch(
         "attend", (len(work.order), batch, 1),
         (q.dtype, config, *map(_aligned, bounds)),
@@ -55,7 +58,7 @@ def forward(
          heads, heads // k.shape[1], queries, work.pooled_rows),
         scale / math.log(2),
         (dim, *config.channels(dim), config.block_m, config.block_n, mask, has_far,
-         mask == 0 or config.masked_ahead),
+         mask == 0 or config.masked_ahead, partial),
     )  # fmt: skip
     return Attended(out, lse)
 
@@ -63,7 +66,7 @@ def forward(
 def block_mass(
     q: Tensor,
     k: Tensor,
-    index: SparseIndex,
+    index: SparseIndex | ChosenIndex,
     lse: Tensor,
     rows: RowIntervals | None,
     scale: float,
@@ -72,7 +75,7 @@ def block_mass(
 ) -> Tensor:
     """Mass from an LSE, float32 `[B, H, G, ceil(M / mass_block)]`."""
     batch, heads, queries, dim = q.shape
-    work = work_of(index, k.shape[1], config, config, by_group=True)
+    work = _work(index, k, config, config, by_group=True)
     q, k, lse = _readable(q), _readable(k), lse.contiguous()
     q, scale = _positive(q, scale)
     groups, blocks = index.max_groups, -(-k.shape[2] // mass_block)
@@ -92,13 +95,21 @@ def block_mass(
     return mass
 
 
-def _mask(index: SparseIndex, rows: RowIntervals | None) -> int:
+def _work(
+    index: SparseIndex | ChosenIndex, k: Tensor, small: Config, large: Config, **options: bool
+) -> Work:
+    if isinstance(index, ChosenIndex):
+        return chosen_work(index, k, small, large, **options)
+    return work_of(index, k.shape[1], small, large, **options)
+
+
+def _mask(index: SparseIndex | ChosenIndex, rows: RowIntervals | None) -> int:
     """What the kernels call MASK."""
     return 0 if rows is None else 1 if rows is index.rows else 2
 
 
 def _bounds(
-    index: SparseIndex, rows: RowIntervals | None, unused: Tensor
+    index: SparseIndex | ChosenIndex, rows: RowIntervals | None, unused: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int]]:
     """Where rows' keys start and stop, int32 `[N]` or `[B, N]`; the strides of both by batch item and row."""
     if rows is None:

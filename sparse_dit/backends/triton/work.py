@@ -27,6 +27,8 @@ class Work:
         cells: Most cells of a pattern.
         pooled_rows: Pooled keys of all slots, with one of no tokens before each slot's.
         tables: Keeps what is pointed to.
+        partial: Whether many steps may be of fewer keys than others.
+        num_bytes: Memory of what no other index shares.
     """
 
     config: Config
@@ -35,7 +37,9 @@ class Work:
     slots: Tensor
     cells: int
     pooled_rows: int
-    tables: tuple[Tables, ...]
+    tables: tuple[object, ...]
+    partial: bool = False
+    num_bytes: int = 0
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Copies and pickles hold None: what is pointed to isn't theirs."""
@@ -75,9 +79,17 @@ def launch_order(costs: list[Tensor]) -> Tensor:
     """
     if max(len(cost) for cost in costs) >= 1 << TILE_BITS:
         raise ValueError(f"a head must have fewer than {1 << TILE_BITS} tiles; got more tokens")
-    heaviest = sorted(range(len(costs)), key=lambda h: -costs[h].sum().item())
-    ranked = ((-(costs[h].log2() * 2).floor()).argsort(stable=True) for h in heaviest)
-    return torch.cat([(h << TILE_BITS) + r for h, r in zip(heaviest, ranked, strict=True)])
+    items = [(h << TILE_BITS) + torch.arange(len(cost)) for h, cost in enumerate(costs)]
+    return in_order(torch.cat(items), torch.cat(costs), len(costs))
+
+
+def in_order(items: Tensor, cost: Tensor, num_heads: int) -> Tensor:
+    """As `launch_order`, of items on any device, `[items]`, tiles in order, and their costs; no wait."""
+    head, cost = items >> TILE_BITS, cost.double()
+    total = cost.new_zeros(num_heads).index_add_(0, head, cost)
+    rank = total.argsort(descending=True, stable=True).argsort()
+    octaves = (cost.log2() * 2).floor().long()
+    return items[(rank[head] * 128 - octaves).argsort(stable=True)]
 
 
 @on_cpu
