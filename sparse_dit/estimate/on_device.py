@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import backend_name
+from ..attention import TESTED_DEVICES, backend_name
 from ..autocast import lowered, without_autocast
 from ..backends import triton
+from ..backends.triton.check import is_right
 from ..backends.triton.chosen import ChosenBlocks
 from ..call import AttentionCall
 from ..index import dense_index
@@ -46,27 +47,26 @@ Shape = Pooled | Antidiagonal | Mass
 
 def takes(call: AttentionCall, patterns: Sequence[Pattern], backend: str) -> bool:
     """Whether a call's blocks are found on its device: the Triton backend computes it, over a whole grid."""
-    q, shapes = call.q, {type(p.shape): p.shape for p in patterns if p.is_estimated}
+    q, k = call.q, call.k
     if backend not in ("auto", "triton") or (q.is_cpu and not triton.interpreted()):
         return False
-    if torch.compiler.is_compiling() or call.context.active or call.sinks is not None:
+    if torch.compiler.is_compiling() or call.context.active or q.shape[1] != k.shape[1]:
         return False
-    if shapes.keys() - {Pooled, Antidiagonal, Mass} or q.shape[1] != call.k.shape[1]:
+    shapes = {pattern.shape for pattern in patterns if pattern.is_estimated}
+    plain = all(type(shape) in (Pooled, Antidiagonal, Mass) for shape in shapes)
+    of_text = any(getattr(s, "isolated", False) or getattr(s, "canvas", False) for s in shapes)
+    if not plain or of_text or call.sinks is not None or call.bias is not None:
         return False
-    of_text = (
-        getattr(p.shape, "isolated", False) or getattr(p.shape, "canvas", False) for p in patterns
-    )
-    if any(of_text):
-        return False
-    index = dense_index(q.shape[2], q.shape[1], q.shape[1], q.device)
+    like = lowered(q)[0].transpose(1, 2)
+    index = dense_index(like.shape[1], like.shape[2], like.shape[2], like.device)
+    mass = any(isinstance(shape, Mass) for shape in shapes)
     try:
-        like = lowered(q)[0].transpose(1, 2)
-        width = call.v.shape[-1]
-        return (
-            backend_name(like, index, backend, mass=Mass in shapes, value_width=width) == "triton"
-        )
+        name = backend_name(like, index, backend, mass=mass, value_width=call.v.shape[-1])
     except NotImplementedError:
         return False  # who computes it says why
+    if name != "triton":
+        return False
+    return q.device.type in TESTED_DEVICES or is_right(q.device, like.shape[-1], like.dtype)
 
 
 def sees_all(pattern: Pattern, layout: TokenLayout) -> bool:
@@ -175,7 +175,7 @@ def _chosen(p: Tensor, shape: Shape, rules: _Rules) -> Tensor:
         place = recall.argsort(descending=True).argsort()
         fewer, more = place < count, place >= len(p) - count
         rule = torch.where(fewer, 1, torch.where(more, 2, 0))
-        chosen = _best(scores, rules.sizes, rules.most[rule])
+        return _best(scores, rules.sizes, rules.most[rule])
     if isinstance(shape.keep, Share):
         chosen |= fewest(scores, p, shape.keep.gamma)
     return chosen

@@ -48,7 +48,7 @@ def pooled_logits(
         bounds = cut_offsets(bounds.long(), size).int()
         owner = torch.searchsorted(blocks.bounds.long(), bounds[:-1].long(), right=True) - 1
     group = q.shape[1] // k.shape[1]
-    listed = torch.tensor(heads, device=q.device)
+    listed = torch.tensor(heads).to(q.device)
     if rows is not None and parts == 1:
         mean_q = means_of(q, blocks, rows)[:, listed]
     elif q.shape[2] == k.shape[2]:

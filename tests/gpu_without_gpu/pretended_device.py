@@ -64,7 +64,7 @@ class PretendedDevice(TorchDispatchMode):
 
 
 def _run(op: Any, args: tuple, kwargs: dict) -> Any:
-    given = [*_tensors(args), *_tensors(kwargs)]
+    given = [*tensors_in(args), *tensors_in(kwargs)]
     there = any(isinstance(x, Pretended) for x in given)
     strange = any(not isinstance(x, Pretended) and x.dim() > 0 for x in given)
     if there and strange and op._schema.name not in MAY_MIX:
@@ -81,13 +81,13 @@ def _inner(x: Tensor) -> Tensor:
     return x.inner if isinstance(x, Pretended) else x
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
+def tensors_in(x: Any) -> Iterator[Tensor]:
     """Those in lists, tuples and dicts; PyTorch's own functions for it take most of the time here."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, list | tuple | dict):
         for part in x.values() if isinstance(x, dict) else x:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def _each(change: Callable[[Tensor], Tensor], x: Any) -> Any:
