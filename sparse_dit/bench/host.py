@@ -91,10 +91,11 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from ..backends.triton import kernel, launch
+    from ..backends.triton import kernel, launch, lay
 
     made = NullGpu([], [])
     kernels = {name: getattr(kernel, name) for name in ("attend", "pool", "mass")}
+    kernels["lay"] = lay.lay
     target = GPUTarget("cuda", architecture, 32)
     fake = mock.Mock(spec_set=["get_current_device", "get_current_stream", "get_current_target"])
     fake.get_current_device = lambda: 0

@@ -154,10 +154,11 @@ def test_every_architecture_has_blocks_for_every_head_dim():
 
 
 @pytest.mark.skipif(triton._absent(), reason="triton isn't installed")
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_chosen.py"])
+def test_kernels_in_the_interpreter(name):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not exhaustive",
-         "tests/gpu_without_gpu/triton_interpreted.py"],
+         f"tests/gpu_without_gpu/{name}"],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

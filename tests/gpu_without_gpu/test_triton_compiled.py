@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton isn't installed")
 
-from sparse_dit.backends.triton import kernel
+from sparse_dit.backends.triton import kernel, lay
 from sparse_dit.backends.triton.config import CONFIGS, Config
 from tests.gpu_without_gpu import triton_aot
 from tests.gpu_without_gpu.triton_aot import FULL, RECORD, TARGETS, Case, compiled
@@ -42,15 +42,17 @@ def test_every_architecture_is_compiled_for():
     assert {name for name, *_ in TARGETS.values()} == set(CONFIGS)
 
 
-@pytest.mark.parametrize("name", ["attend", "pool", "mass"])
-def test_no_number_is_specialised(name):
+@pytest.mark.parametrize("function", [kernel.attend, kernel.pool, kernel.mass, lay.lay], ids=str)
+def test_no_number_is_specialised(function):
     """So another resolution or number of frames compiles nothing anew."""
-    free = [
-        p.name
-        for p in getattr(kernel, name).params
-        if not p.is_constexpr and not p.do_not_specialize
-    ]
-    assert set(free) <= {*triton_aot.POINTERS, *triton_aot.TENSORS, "Valid", "scale"}
+    free = [p.name for p in function.params if not p.is_constexpr and not p.do_not_specialize]
+    assert set(free) <= {*triton_aot.POINTERS, *triton_aot.TENSORS, *lay.POINTERS, "Valid", "scale"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("block_n", [32, 128])
+def test_tables_are_written_without_a_stack(target, block_n):
+    assert triton_aot.spilled_by_lay(target, block_n) == 0
 
 
 def test_registers_that_nothing_is_written_to_are_found():

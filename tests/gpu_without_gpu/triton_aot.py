@@ -23,8 +23,9 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_dit.backends.triton import kernel
+from sparse_dit.backends.triton import kernel, lay
 from sparse_dit.backends.triton.config import Config, configs_for
+from sparse_dit.backends.triton.laid import CHUNK
 from tests.gpu_without_gpu.sass_flow import uninitialised
 
 RECORD = Path(__file__).parents[1] / "golden" / "triton_instructions.json"
@@ -157,6 +158,25 @@ def compiled(case: Case) -> Built:
     options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
     built = triton.compile(source, target=target, options=options)
     return _amd(built, case) if amd else _nvidia(built, case)
+
+
+def spilled_by_lay(target: str, block_n: int) -> int:
+    """Bytes of stack that the kernel has which writes tables of chosen blocks."""
+    constants = {"BLOCK_N": block_n, "CHUNK": CHUNK}
+    kinds = {"Bits": "*u8", "Cost": "*fp64", "Pairs": "*i64"}
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, "*i32")
+        for name in lay.lay.arg_names
+    } | dict.fromkeys(lay.INTEGERS, "i32")
+    source = ASTSource(lay.lay, signature, constants, {})
+    if target.startswith("gfx"):
+        built = triton.compile(source, target=GPUTarget("hip", target, 64))
+        return int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", built.asm["amdgcn"])[1])
+    built = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        return int(re.search(r"STACK:(\d+)", _said("cuobjdump", "-res-usage", file.name))[1])
 
 
 def _nvidia(built, case: Case) -> Built:

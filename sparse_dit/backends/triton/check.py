@@ -15,9 +15,9 @@ from . import forward
 from .chosen import ChosenBlocks, ChosenIndex, Places
 
 logger = logging.getLogger("sparse_dit")
-LAYOUT = TokenLayout.video(5, 10, 12, text_before=7, text_after=70)
+LAYOUT = TokenLayout.video(5, 6, 8, text_before=7, text_after=70)
 TILE = (4, 4, 4)  # whose blocks have 64, 32, 16 and 8 tokens here
-HEADS = 4
+HEADS = 2
 
 
 @functools.lru_cache(maxsize=64)
@@ -46,7 +46,7 @@ def is_right(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
 
 @on_cpu
 def _indices(device: torch.device) -> tuple[ChosenIndex, SparseIndex]:
-    """The same blocks on the device and as lists on the CPU; two heads have a far field."""
+    """The same blocks on the device and as lists on the CPU; every other head has a far field."""
     order = tile_order(LAYOUT, TILE)
     cells = order.cell_offsets(None)
     groups = groups_of(order, cells)

@@ -15,7 +15,7 @@ from .work import Work, in_order
 
 kernel: Any = written  # Triton launches its functions with a grid and with options
 
-CHUNK = 512  # items of a list at once
+CHUNK = 1024  # items of a list at once; with 256 or 512, `ptxas` keeps some in memory
 KEPT = 0.02  # of the memory of k and v: tables up to which they are kept for other calls
 
 
