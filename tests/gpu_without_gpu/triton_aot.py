@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from sparse_dit.backends.triton import kernel, lay
 from sparse_dit.backends.triton.config import Config, configs_for
-from sparse_dit.backends.triton.laid import CHUNK
+from sparse_dit.backends.triton.laid import CHUNK, WARPS
 from tests.gpu_without_gpu.sass_flow import uninitialised
 
 RECORD = Path(__file__).parents[1] / "golden" / "triton_instructions.json"
@@ -168,11 +168,11 @@ def spilled_by_lay(target: str, block_n: int) -> int:
         name: "constexpr" if name in constants else kinds.get(name, "*i32")
         for name in lay.lay.arg_names
     } | dict.fromkeys(lay.INTEGERS, "i32")
-    source = ASTSource(lay.lay, signature, constants, {})
+    source, options = ASTSource(lay.lay, signature, constants, {}), {"num_warps": WARPS}
     if target.startswith("gfx"):
-        built = triton.compile(source, target=GPUTarget("hip", target, 64))
+        built = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
         return int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", built.asm["amdgcn"])[1])
-    built = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32))
+    built = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

@@ -15,7 +15,7 @@ from .work import Work, in_order
 
 kernel: Any = written  # Triton launches its functions with a grid and with options
 
-CHUNK = 1024  # items of a list at once; with 256 or 512, `ptxas` keeps some in memory
+CHUNK, WARPS = 512, 1  # items of a list at once, and what works on them
 KEPT = 0.02  # of the memory of k and v: tables up to which they are kept for other calls
 
 
@@ -80,7 +80,7 @@ def _lay(index: ChosenIndex, part: Part, tables: Tensor, cost: Tensor, pairs: Te
         grid.blocks, bits.shape[-1], len(grid.tile_rows), grid.whole, len(grid.piece_block),
         len(grid.small_block), len(grid.cell_block), first_packed,
         grid.most_steps, grid.most_small, grid.most_cells,
-        BLOCK_N=grid.block_n, CHUNK=CHUNK, num_warps=4,
+        BLOCK_N=grid.block_n, CHUNK=CHUNK, num_warps=WARPS,
     )  # fmt: skip
 
 
