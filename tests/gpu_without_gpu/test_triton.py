@@ -13,12 +13,14 @@ from sparse_dit.attention import attend
 from sparse_dit.backends import triton
 from sparse_dit.backends.reference import token_mask
 from sparse_dit.backends.triton.config import CAPABILITIES, CONFIGS, configs_for
+from sparse_dit.backends.triton.grids import grid_of
 from sparse_dit.backends.triton.tables import TILE_BITS, tables_of
 from sparse_dit.backends.triton.work import launch_order
+from sparse_dit.estimate.blocks import blocks_of
 from sparse_dit.index import build_index
 from sparse_dit.intervals import causal_rows
 from sparse_dit.layout import TokenLayout
-from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
+from sparse_dit.patterns import Dense, Pattern, Pooled, SlidingTile, Stripe, Window
 from tests.helpers.cases import LAYOUTS, PATTERN_CASES
 from tests.helpers.kernel_cases import dense, one_head, qkv
 
@@ -100,6 +102,23 @@ def test_equal_neighbours_become_one_tile():
     assert len(tables_of(e, 128, 64, by_group=True).tiles) == 64
     steps = tables_of(e, 128, 64).cost.sum() * 128 * 64
     assert steps < 1.3 * e.density * e.num_queries * e.num_keys
+
+
+@pytest.mark.parametrize(
+    ("tile", "most"),
+    [((4, 4, 4), 1.01), ((None, 1, 3), 1.02), ((None, 3, 1), 1.02), ((1, 8, 8), 1.07)],
+)
+def test_blocks_laid_out_on_the_device_are_about_as_many_steps(tile, most):
+    """As the host makes of the same blocks, in the token orders of `own_order`."""
+    blocks = blocks_of(Pattern(Pooled(), tile=tile), WAN)
+    count = blocks.num_blocks
+    chosen = torch.rand(count, count, generator=torch.Generator().manual_seed(0)) < 0.25
+    chosen[torch.arange(count) % 20 > 0] = False
+    host = tables_of(blocks.entries(chosen[None])[0], 64, 64).tiles
+    grid = grid_of(blocks.places, configs_for("sm90", 128)[0], False, torch.device("cpu"))
+    small = chosen[:, grid.small_block.long()].sum(1)
+    steps = chosen[:, grid.piece_block.long()].sum(1) + (small + 63) // 64
+    assert 1 <= steps.sum() / (host[:, 4] - host[:, 2]).sum() < most
 
 
 def makespan(costs, slots):

@@ -13,11 +13,16 @@ import torch
 
 from sparse_dit.attention import BACKENDS, attend, sparse_attention
 from sparse_dit.backends import selfcheck, triton
+from sparse_dit.backends.triton.check import is_right
+from sparse_dit.backends.triton.chosen import ChosenIndex
 from sparse_dit.bench.lists import build, layout_of
 from sparse_dit.bench.truth import check, check_mass
+from sparse_dit.estimate.blockwise import blockwise_entries
+from sparse_dit.estimate.on_device import blocks_on_device
 from sparse_dit.index import build_index
+from sparse_dit.index import index_of as lists_of
 from sparse_dit.layout import TokenLayout
-from sparse_dit.patterns import Dense, Pattern, Window
+from sparse_dit.patterns import Budget, Dense, Pattern, Pooled, Window
 from tests.gpu_without_gpu.triton_emulated import (
     FAR,
     INDICES,
@@ -40,7 +45,7 @@ from tests.helpers.kernel_cases import (
 
 if not torch.cuda.is_available() or triton._absent() or triton.interpreted():
     pytest.skip("this needs a GPU that torch sees, and triton", allow_module_level=True)
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda", 0)
 CALL = {"backend": "triton", "return_lse": True}
 LONG = ("blocks", "far", "columns", "diagonals", "tiles")
 
@@ -140,6 +145,38 @@ def test_a_call_waits_for_nothing_and_fits_a_graph(patterns):
         fresh.copy_(other)
         graph.replay()
         assert torch.equal(out, sparse_attention(other, k, v, index, backend="triton"))
+
+
+@pytest.mark.parametrize("dtype", triton.DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_blocks_are_laid_out_on_the_device_as_on_the_host(head_dim, dtype):
+    assert is_right(DEVICE, head_dim, dtype)
+
+
+def test_finding_blocks_waits_for_nothing():
+    """Once tables of the layout are there; the output is that of the blocks that the host would choose."""
+    layout, pattern = TokenLayout.video(5, 18, 20), Pattern(Pooled(Budget(beta=0.3)), far=True)
+    q, k, v = (torch.randn(1, 4, layout.seq_len, 64, device=DEVICE).bfloat16() for _ in range(3))
+    patterns = dict.fromkeys(range(4), pattern)
+
+    def found():
+        seen = blocks_on_device(q, k, patterns, layout, 0.125).seen
+        return triton.forward(
+            q, k, v, ChosenIndex((*seen.values(),), DEVICE), None, 0.125, False, None
+        ).out
+
+    with torch.no_grad():
+        found()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = found()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        entries = blockwise_entries(q.cpu(), k.cpu(), patterns, layout, 0.125)
+        index = lists_of({head: of.entry for head, of in entries.items()}).to(DEVICE)
+        want = sparse_attention(q, k, v, index, scale=0.125, backend="triton")
+    assert (ours - want).norm() / want.norm() < 3e-2
 
 
 def test_compiled_code_calls_it():
