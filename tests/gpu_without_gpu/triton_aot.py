@@ -270,7 +270,6 @@ def tested() -> Iterator[Case]:
         yield Case(target, 128, configs_for(name, 128)[0])
         yield Case(target, 128, configs_for(name, 128)[1], FAR)
         yield Case(target, 128, configs_for(name, 128)[1], FULL)
-        yield Case(target, 128, configs_for(name, 128)[0], PARTIAL)
 
 
 def every() -> Iterator[Case]:

@@ -114,7 +114,9 @@ def frame_of(
         lists, tiles = len(heads) * grid.lists, len(grid.tile_rows)
         sizes = (
             len(grid.keys) + lists * grid.most_small if grid.most_small else 0,
-            len(heads) * tiles * TILE_FIELDS, lists * grid.most_steps, lists * grid.most_cells,
+            len(heads) * tiles * TILE_FIELDS,
+            lists * grid.most_steps,
+            max(grid.block_n, lists * grid.most_cells),
         )  # fmt: skip
         at = []
         for each in sizes:
@@ -132,7 +134,7 @@ def frame_of(
                 4 * at[0] if grid.most_small else grid.keys.data_ptr(),
                 4 * (at[2] + i * grid.lists * grid.most_steps),
                 4 * (at[3] + i * grid.lists * grid.most_cells),
-                grid.cell_steps.data_ptr(), pooled, grid.positions.data_ptr(),
+                grid.cell_steps.data_ptr(), pooled, grid.positions.data_ptr(), grid.lasts.data_ptr(),
             ])  # fmt: skip
             chosen[head, [0, 3, 4]] = 1
             chosen[head, 2] = int(grid.most_small > 0)
@@ -184,6 +186,7 @@ class _Slots:
             return 0
         first = self._first.get((id(tables), kv_head))
         if first is None:
+            self.pooled_rows += 1  # that of no cell, for -1 in the tables
             first = self._first[id(tables), kv_head] = self.pooled_rows
             self.rows.append([keys.data_ptr(), offsets.data_ptr(), cells, first, kv_head])
             self.pooled_rows += cells
@@ -193,7 +196,7 @@ class _Slots:
 
 def _addresses(t: Tables, pooled: int) -> list[int]:
     arrays = (t.tiles, t.q_tokens, t.keys, t.steps, t.cells, t.cell_steps)
-    return [*(x.data_ptr() for x in arrays), pooled, t.positions.data_ptr()]
+    return [*(x.data_ptr() for x in arrays), pooled, t.positions.data_ptr(), t.lasts.data_ptr()]
 
 
 def _fullest(

@@ -37,6 +37,8 @@ class Grid:
         small_block, small_tokens: `[S]`: the block and token of each.
         cell_block, cell_offsets: `[C]` and `[C + 1]`; empty without a far field.
         cell_steps: First places of steps over pooled keys, of all lists; at least one.
+        lasts: Of every step of a list, for rows with intervals: that its last key is beyond all tokens, as it
+            isn't known, so that those rows are compared with all keys.
         tile_rows: `[T, 3]`: first row, rows and group of each tile, in the order of lists.
         tile_start: `[lists + 1]`: the first tile of each list; the last list is of rows that see everything.
         blocks, whole: How many blocks, and whole pieces.
@@ -52,6 +54,7 @@ class Grid:
     cell_block: Tensor
     cell_offsets: Tensor
     cell_steps: Tensor
+    lasts: Tensor
     tile_rows: Tensor
     tile_start: Tensor
     blocks: int
@@ -112,10 +115,12 @@ def grid_of(places: Places, config: Config, by_group: bool, device: torch.device
     pools = bounds[:0] if places.pools is None else places.pools
     rows, starts = _tiles(places, config.block_m, by_group)
     steps = (len(starts) - 1) * -(-max(0, len(pools) - 1) // block_n)
+    most = max(1, len(own) + -(-len(of) // block_n))
+    lasts = torch.full(((len(starts) - 1) * most,), 2**31 - 1)
     tables = [
         places.tokens, keys, positions, block[own], size[own], block[of], places.tokens[start[of] + rank],
         torch.searchsorted(bounds, pools[:-1], right=True) - 1, pools,
-        torch.arange(max(1, steps)) * block_n, rows, starts,
+        torch.arange(max(1, steps)) * block_n, lasts, rows, starts,
     ]  # fmt: skip
     moved = (table.int().contiguous().to(device) for table in tables)
     return Grid(
