@@ -92,12 +92,8 @@ def _interval(RowStart, RowStop, b, q_token, real, stb, stn, spb, spn):
     start = tl.load(RowStart + b * stb + q_token * stn, mask=real, other=0)
     stop = tl.load(RowStop + b * spb + q_token * spn, mask=real, other=0)
     some = stop > start
-    return (
-        start,
-        stop,
-        tl.min(tl.where(some, start, 2147483647), 0),
-        tl.max(tl.where(some, stop, 0), 0),
-    )
+    lowest, highest = tl.where(some, start, 2147483647), tl.where(some, stop, 0)
+    return start, stop, tl.min(lowest, 0), tl.max(highest, 0)
 
 
 @triton.jit
@@ -129,9 +125,8 @@ def attend(
     Q, K, V, Out, Lse, Pooled, Cells, RowStart, RowStop, Work, Heads,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, stb, stn, spb, spn,
     heads, kv_group, num_queries, pooled_rows, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_FAR: tl.constexpr, AHEAD: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, HAS_FAR: tl.constexpr, AHEAD: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head. `scale` is positive, and carries log2(e)."""
     item = tl.load(Work + tl.program_id(0))
@@ -199,8 +194,7 @@ def attend(
         acc0, acc1 = _accumulate(p, acc0, acc1, alpha, V, row, svn, there, D, D0, D1)
 
     if HAS_FAR:
-        # the row before it is that of no cell
-        base = b * pooled_rows + tl.load(Heads + head * HEAD + 6)
+        base = b * pooled_rows + tl.load(Heads + head * HEAD + 6)  # the row before is of no cell
         all_rows = tl.num_programs(1).to(tl.int64) * pooled_rows
         PooledK = Pooled + base * D
         PooledV = PooledK + all_rows * D
