@@ -36,10 +36,20 @@ class Making:
         """What `work`, which finds or learns an index, returns."""
         return self._found.run(work, device)
 
-    def count(
-        self, counted: Callable[[], Result], plain: Callable[[], object], device: torch.device
-    ) -> Result:
-        """What `counted` returns: a call's attention with probability counted, `plain` without."""
-        result = self._counted.run(counted, device)
-        self._again.run(plain, device)
+    def count(self, attend: Callable[..., Result], mass_block: int, device: torch.device) -> Result:
+        """What `attend` returns: a call's attention, which counts probability if it is given a block."""
+        result = self._counted.run(lambda: attend(mass_block), device)
+        self._again.run(attend, device)
         return result
+
+
+def timed(making: Making | None, work: Callable[[], Result], device: torch.device) -> Result:
+    """What `work`, which finds or learns an index, returns; timed if somebody wants to know."""
+    return work() if making is None else making.find(work, device)
+
+
+def counted(
+    making: Making | None, attend: Callable[..., Result], mass_block: int, device: torch.device
+) -> Result:
+    """What `attend` returns with probability counted; timed if somebody wants to know."""
+    return attend(mass_block) if making is None else making.count(attend, mass_block, device)

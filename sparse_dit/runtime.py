@@ -6,7 +6,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,19 +14,16 @@ from torch import Tensor
 from .account import Account, Ran, Way
 from .attend_call import attend_call, attended_call
 from .autocast import lowered
-from .backends.attended import Attended
 from .call import AttentionCall, item_of
 from .estimate import Estimates, estimated_index, sighted
 from .fastest import FASTEST, STOCK, Fastest
 from .index import PatternIndex, SparseIndex, build_index, dense_index
 from .layout import TokenLayout
-from .making import Making
+from .making import Making, counted, timed
 from .patterns import Pattern
 from .plan import ComponentPlan
 from .reuse import Reuse, shape_of, without
 from .settled import Settled, steps_between
-
-Result = TypeVar("Result")
 
 MAX_LAYOUTS = 8
 
@@ -180,7 +177,7 @@ class Runtime:
         find = functools.partial(
             self._estimates.find, call, patterns, shape_of(call, stage), self.backend
         )
-        found = self._made(find, call.q.device)
+        found = timed(self.making, find, call.q.device)
         index, mass = found.index, None
         if found.mass_block is None and index.is_dense:
             out = self._dense(call, stage, ALL_SEEN)
@@ -193,24 +190,13 @@ class Runtime:
             if found.mass_block is None:
                 out, name = attend_call(call, index, self.backend, self.nan_guard)
             else:
-                name, attended = self._counted(call, index, found.mass_block)
+                attend = functools.partial(attended_call, call, index, self.backend)
+                name, attended = counted(self.making, attend, found.mass_block, call.q.device)
                 out, mass = attended.out, attended.mass
             self._count(call, (call.layer, stage, None, name), index.density)
         if found.learn is not None and mass is not None:
-            self._made(functools.partial(found.learn, mass), call.q.device)
+            timed(self.making, functools.partial(found.learn, mass), call.q.device)
         return out
-
-    def _made(self, make: Callable[[], Result], device: torch.device) -> Result:
-        return make() if self.making is None else self.making.find(make, device)
-
-    def _counted(
-        self, call: AttentionCall, index: SparseIndex, mass_block: int
-    ) -> tuple[str, Attended]:
-        plain = functools.partial(attended_call, call, index, self.backend)
-        counted = functools.partial(plain, mass_block)
-        if self.making is None:
-            return counted()
-        return self.making.count(counted, plain, call.q.device)
 
     def _estimate(self, call: AttentionCall, shapes: list[Any]) -> SparseIndex:
         """What the call's own queries and keys say that is worth computing, by the shape of each head."""
