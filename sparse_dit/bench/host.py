@@ -115,7 +115,6 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
 
 def _not_compiled(made: NullGpu, name: str, function: Any) -> Callable[..., Any]:
     """What Triton calls for a kernel that it hasn't compiled."""
-
     from triton.compiler import CompiledKernel
 
     class Kernel(CompiledKernel):

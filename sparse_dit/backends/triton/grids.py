@@ -18,9 +18,7 @@ from .chosen import Places
 from .config import Config
 
 MOST = 0.75  # of a step: pieces of more keys are a step of their own
-PACKED = (
-    6144  # keys of small pieces; their lists then take 3/4 of the memory of 128 channels of k and v
-)
+PACKED = 6144  # keys of small pieces; their lists take 3/4 of the memory of 128 channels of k and v
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,7 @@ import triton.language as tl
 from .tables import TILE_FIELDS, TILE_STEPS
 
 TILE: tl.constexpr = tl.constexpr(TILE_FIELDS)
-ROWS: tl.constexpr = tl.constexpr(
-    3
-)  # fields of a tile that are known before: first row, rows, group
+ROWS: tl.constexpr = tl.constexpr(3)  # fields of a tile known before: first row, rows, group
 EACH: tl.constexpr = tl.constexpr(TILE_STEPS)
 POINTERS = [  # slices begin anywhere
     "Bits", "PieceBlock", "PieceKeys", "SmallBlock", "SmallToken", "CellBlock", "TileRows", "TileStart",
