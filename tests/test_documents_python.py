@@ -34,6 +34,7 @@ SMALLER = {
     r"height=480, width=832, num_frames=81": "height=64, width=64, num_frames=17",
     r"num_inference_steps=\d+": "num_inference_steps=1",
     r'"demos/tiny_wan/model"': repr(str(ROOT / "demos" / "tiny_wan" / "model")),
+    r'"demos/tiny_wan"': repr(str(ROOT / "demos" / "tiny_wan")),
     r'"demos/tiny_vlm/model"': repr(str(ROOT / "demos" / "tiny_vlm" / "model")),
     r'"demos/tiny_dlm/model"': repr(str(ROOT / "demos" / "tiny_dlm" / "model")),
     r"video\(21, 30, 52": "video(3, 8, 8",
