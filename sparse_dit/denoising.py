@@ -132,7 +132,7 @@ def denoising_plan(model: Any, name: str = "online", **options: float) -> Plan:
     heads, pattern = heads_of(module), rule.pattern(value)
     planned = {layer: ((HeadChoice(pattern),) * heads[layer][0],) for layer in layers}
     share, note = min(1.0, rule.density(value)), "found while text is denoised"
-    if name == "online" and beside_cache(module):
+    if name == "online" and canvas_length(module) is not None:
         share = value
         note = "dense: beside a cache nothing but the canvas is computed" if value >= 1 else note
     component = ComponentPlan(
@@ -152,9 +152,9 @@ def denoising_plan(model: Any, name: str = "online", **options: float) -> Plan:
     )
 
 
-def beside_cache(module: Any) -> bool:
-    """Whether a model denoises a canvas beside a cache of all other tokens."""
-    return getattr(module.config, "canvas_length", None) is not None
+def canvas_length(model: Any) -> int | None:
+    """Tokens of the canvas that a model denoises beside a cache of all others; None for other models."""
+    return getattr(model.config, "canvas_length", None)
 
 
 def of_text(model: Any, name: str) -> bool:

@@ -207,13 +207,24 @@ def best_blocks(p: Tensor, keys: float, sizes: Tensor, rows: Tensor | None = Non
     scores = (p / sizes).flatten(0, 1)
     size = int(sizes.max())
     place = torch.arange(c) if rows is None else rows
-    turn = ((place.double() * 0.6180339887) % 1 * size + keys % size >= size).repeat(heads)
+    turn = rows_with_more(place, keys, size).repeat(heads)
     chosen = torch.zeros(heads * c, count, dtype=torch.bool)
     none = torch.zeros(count, dtype=torch.bool)
     for which, more in ((turn, size), (~turn, 0)):
         if which.any():
             chosen[which] = within(scores[which], sizes, none, int(keys // size) * size + more)
     return chosen.view(heads, c, count)
+
+
+def rows_with_more(place: Tensor, keys: float, size: int) -> Tensor:
+    """Which rows see a block of `size` keys more, bool, so that the mean over all rows is `keys`.
+
+    Args:
+        place: The number of each row.
+        keys: What the rows see in the mean.
+        size: Keys of a block.
+    """
+    return (place.double() * 0.6180339887) % 1 * size + keys % size >= size
 
 
 def adapted(recall: Tensor) -> list[tuple[float, list[int]]]:

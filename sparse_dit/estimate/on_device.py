@@ -21,17 +21,18 @@ from ..backends.triton.check import is_right
 from ..backends.triton.chosen import ChosenBlocks
 from ..call import AttentionCall
 from ..index import dense_index
-from ..layout import TokenLayout, cut_offsets
+from ..layout import TokenLayout
 from ..on_cpu import on_cpu
 from ..patterns import Antidiagonal, Mass, Pattern, Pooled, Share
 from ..patterns.blockwise import Above
 from .blocks import Blocks, blocks_of
-from .blockwise import GOOD_RECALL
+from .blockwise import GOOD_RECALL, rows_with_more
 from .budget import fewest
 from .scores import (
     Parted,
     Squares,
     antidiagonal_sums,
+    cut_blocks,
     mass_sums,
     parted,
     probabilities,
@@ -40,7 +41,6 @@ from .scores import (
 )
 
 MOST = 1 << 25  # logits, or scores of pairs of blocks, of heads that are estimated at once
-TURN = 0.6180339887  # as in `best_blocks`
 
 Shape = Pooled | Antidiagonal | Mass
 
@@ -222,8 +222,7 @@ def _turns(keys: float, total: int, blocks: Blocks) -> Tensor:
     count, size = blocks.num_blocks, int(blocks.sizes.max())
     if keys >= total:
         return torch.full((count,), total)
-    turn = (torch.arange(count).double() * TURN) % 1 * size + keys % size >= size
-    return int(keys // size) * size + turn * size
+    return int(keys // size) * size + rows_with_more(torch.arange(count), keys, size) * size
 
 
 class _Pooling(NamedTuple):
@@ -245,10 +244,8 @@ class _Pooling(NamedTuple):
 @functools.lru_cache(maxsize=256)
 @on_cpu
 def _pooling(blocks: Blocks, parts: int, device: torch.device) -> _Pooling:
-    bounds = blocks.bounds.long()
-    if parts > 1:
-        bounds = cut_offsets(bounds, -(-int(blocks.sizes.max()) // parts))
-    owner = torch.searchsorted(blocks.bounds.long(), bounds[:-1], right=True) - 1
+    bounds, owner = cut_blocks(blocks, parts)
+    bounds = bounds.long()
     sizes = bounds.diff()
     place = torch.arange(int(sizes.max()))
     real = place < sizes[:, None]

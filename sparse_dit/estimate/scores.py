@@ -42,11 +42,7 @@ def pooled_logits(
         parts: Each block is cut into at most so many parts; not so where queries are the last tokens alone.
         rows: int64 `[r]`: the blocks of queries that are wanted, `[B, L, r, F]`; None for all, as with parts.
     """
-    bounds, owner = blocks.bounds, torch.arange(blocks.num_blocks)
-    if parts > 1 and q.shape[2] == k.shape[2]:
-        size = -(-int(blocks.sizes.max()) // parts)
-        bounds = cut_offsets(bounds.long(), size).int()
-        owner = torch.searchsorted(blocks.bounds.long(), bounds[:-1].long(), right=True) - 1
+    bounds, owner = cut_blocks(blocks, parts if q.shape[2] == k.shape[2] else 1)
     group = q.shape[1] // k.shape[1]
     listed = torch.tensor(heads).to(q.device)
     if rows is not None and parts == 1:
@@ -59,6 +55,20 @@ def pooled_logits(
         mean_q = means_by_torch(q, torch.arange(q.shape[2]), starts)[:, listed]
     mean_k = block_means(k, blocks, bounds)[:, listed // group]
     return (mean_q @ mean_k.transpose(2, 3)).mul_(scale), owner
+
+
+def cut_blocks(blocks: Blocks, parts: int) -> tuple[Tensor, Tensor]:
+    """Where parts of blocks begin, and the last ends, int32 `[F + 1]`; the block of each, int64 `[F]`.
+
+    Args:
+        blocks: Where blocks lie.
+        parts: Each is cut into at most so many.
+    """
+    if parts == 1:
+        return blocks.bounds, torch.arange(blocks.num_blocks)
+    whole = blocks.bounds.long()
+    bounds = cut_offsets(whole, -(-int(blocks.sizes.max()) // parts))
+    return bounds.int(), torch.searchsorted(whole, bounds[:-1], right=True) - 1
 
 
 def pooled_probabilities(logits: Tensor, owner: Tensor, blocks: Blocks) -> Tensor:

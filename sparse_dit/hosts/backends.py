@@ -29,18 +29,8 @@ def following(
         forward: Says where a forward stands, by the layer's metadata and the number of queries.
         shard: See `PlannedAttention.attend`.
     """
-    impl = _following(backend.get_impl_cls(), planned, named, forward, shard)
-    own = {"get_impl_cls": staticmethod(lambda: impl)}
-    return type(f"Planned{backend.__name__}", (backend,), own)
+    base = backend.get_impl_cls()
 
-
-def _following(
-    base: Any,
-    planned: PlannedAttention,
-    named: Callable[[str], tuple[str | None, str]],
-    forward: Callable[[Any, int], Forward],
-    shard: Shard,
-) -> Any:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
         name, self._planned_layer = named(str(kwargs.get("prefix", "")))
@@ -57,19 +47,19 @@ def _following(
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: Any = None, **more: Any
     ) -> Any:
-        def own() -> Any:
+        def stock() -> Any:
             return base.forward(self, query, key, value, attn_metadata, **more)
 
         if not self._follows:
             if self._planned_known:
                 planned.unmatched(self._planned_layer)
-            return own()
+            return stock()
         if more:
             planned.decline(f"it asks for {', '.join(sorted(more))}")
-            return own()
+            return stock()
         if self._planned_layout not in (None, "BSND"):
             planned.decline(f"queries lie as {self._planned_layout}, not as BSND")
-            return own()
+            return stock()
         return planned.attend(  # pyright: ignore[reportAttributeAccessIssue]
             self._planned_component,
             self._planned_layer,
@@ -77,7 +67,7 @@ def _following(
             self._planned_scale,
             lambda: forward(attn_metadata, query.shape[1]),
             shard,
-            own,
+            stock,
         )
 
     def forward_into(self, *args: Any, **kwargs: Any) -> bool:
@@ -87,7 +77,9 @@ def _following(
     methods: dict[str, Any] = {"__init__": __init__, "forward": attend}
     if hasattr(base, "forward_into"):
         methods["forward_into"] = forward_into
-    return type(f"Planned{base.__name__}", (base,), methods)
+    impl = type(f"Planned{base.__name__}", (base,), methods)
+    own = {"get_impl_cls": staticmethod(lambda: impl)}
+    return type(f"Planned{backend.__name__}", (backend,), own)
 
 
 def share(tensor: tuple[int, int], ulysses: tuple[int, int], ring: int) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import uvicorn
 
-from ..eval.denoising.writing import CANVAS_STEPS, Writing, canvas_of
+from ..denoising import canvas_length
+from ..eval.denoising.writing import CANVAS_STEPS, Writing
 from ..generation import GenerationSettings
 from ..inputs import check_device, check_model, described, is_denoiser, load_denoiser
 from ..patch import patch
@@ -135,7 +136,7 @@ def text_card_of(served: Served) -> TextCard:
     outline = load_denoiser(served.path, served.devices[0], served.dtype, weights=False)
     plans = text_plans(outline, served.plans)
     _check_plans(outline, plans)
-    canvas = canvas_of(outline)
+    canvas = canvas_length(outline.model)
     writing = Writing() if canvas is None else Writing(block=canvas, steps=CANVAS_STEPS)
     if steps is not None:
         writing = replace(writing, steps=steps)

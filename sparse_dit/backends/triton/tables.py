@@ -19,9 +19,8 @@ from ...intervals import RowIntervals
 from ...on_cpu import on_cpu
 
 TILE_FIELDS = 8  # first row, rows, first step, first masked step, end; first cell step, end; group
-HEAD_FIELDS = (
-    9  # addresses: tiles, queries, keys, steps, cells, cell steps; pooled row; positions, lasts
-)
+# addresses: tiles, queries, keys, steps, cells, cell steps; pooled row; positions, lasts
+HEAD_FIELDS = 9
 SLOT_FIELDS = 5  # addresses: keys, cell offsets; cells, first pooled row, key head
 TILE_BITS = 20
 TILE_STEPS = 2  # what a tile costs besides its steps, in steps: loading queries, writing the output

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...denoising import canvas_length
 from ...integrations import host_of
 from ...timing import Taken
 
 CANVAS_STEPS = 48  # for a canvas beside a cache: what DiffusionGemma's pipeline takes
 
 
-def canvas_of(pipe: Any) -> int | None:
-    """Tokens of a model's canvas beside a cache; None for other models, whose blocks have any length."""
-    return getattr(pipe.model.config, "canvas_length", None)
+def context_of(pipe: Any) -> int | None:
+    """Tokens that a prompt and what follows it may have together; None if the model doesn't say."""
+    return getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Writing:
         """
         if tokens < 1:
             raise ValueError("a prompt must have at least one token, got an empty one")
-        if canvas_of(pipe) not in (None, self.block):
+        canvas, most = canvas_length(pipe.model), context_of(pipe)
+        if canvas not in (None, self.block):
             raise ValueError(
-                f"a block must be the model's canvas of {canvas_of(pipe)} tokens, got {self.block}"
+                f"a block must be the model's canvas of {canvas} tokens, got {self.block}"
             )
-        most = getattr(pipe.model.config.get_text_config(), "max_position_embeddings", None)
-        if canvas_of(pipe) is None:  # blocks begin with the prompt
+        if canvas is None:  # blocks begin with the prompt
             total = self.block * math.ceil((tokens + self.length) / self.block)
         else:
             total = tokens + self.block * math.ceil(self.length / self.block)

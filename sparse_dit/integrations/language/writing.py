@@ -21,10 +21,8 @@ from ..pipeline import progress_bars_off
 from .beside_cache import write_canvases
 from .loading import load, outline
 
-IN_PARTS = (
-    "model",
-    "processor",
-)  # where a `DiffusionGemmaPipeline` has its model and its tokenizer
+# where a `DiffusionGemmaPipeline` has its model and its tokenizer
+IN_PARTS = ("model", "processor")
 
 
 def write(

@@ -7,7 +7,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...eval.denoising.writing import Writing, canvas_of
+from ...denoising import canvas_length
+from ...eval.denoising.writing import Writing, context_of
 from ..errors import invalid
 from ..options import Limits
 from ..plans import Plans
@@ -44,8 +45,7 @@ class TextCard:
     @property
     def context(self) -> int | None:
         """Tokens that prompt and text may have together; None if the model doesn't say."""
-        config = self.outline.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return context_of(self.outline)
 
     def spec_of(self, asked: CompletionRequest, has_input: bool, limits: Limits) -> TextSpec:
         """A request with every default filled in.
@@ -63,7 +63,7 @@ class TextCard:
             asked.block_length or self.writing.block,
             asked.num_inference_steps or self.writing.steps,
         )
-        canvas = canvas_of(self.outline)
+        canvas = canvas_length(self.outline.model)
         if canvas not in (None, writing.block):
             raise invalid(
                 f"block_length must be the model's canvas of {canvas} tokens, got {writing.block}",
