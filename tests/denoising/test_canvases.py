@@ -11,7 +11,7 @@ import sparse_dit
 from sparse_dit.denoising import denoising_plan
 from sparse_dit.eval.denoising.frontier import DenoisingFrontier
 from sparse_dit.eval.denoising.writing import Writing
-from sparse_dit.integrations import host_of
+from sparse_dit.integrations import attached, components, host_of
 from tests.helpers.tiny_canvases import CANVAS, canvas_writer, diffusion_gemma
 
 PROMPT = "Anna lives in the mill by the river, and Otto in the tower behind it. " * 8
@@ -33,7 +33,7 @@ def pipe():
     return canvas_writer()
 
 
-def said(pipe, prompt=PROMPT, **more):
+def said(pipe, prompt=PROMPT, steps=4, **more):
     """The tokens that a pipeline writes, and what it thought of each in the last step of each canvas."""
     found = []
 
@@ -42,7 +42,7 @@ def said(pipe, prompt=PROMPT, **more):
         return {}
 
     tokens = pipe(
-        prompt=prompt, gen_length=2 * CANVAS, num_inference_steps=4, output_type="seq",
+        prompt=prompt, gen_length=2 * CANVAS, num_inference_steps=steps, output_type="seq",
         generator=torch.Generator().manual_seed(3), confidence_threshold=None, eos_early_stop=False,
         callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["logits"], **more,
     ).sequences  # fmt: skip
@@ -68,6 +68,21 @@ def test_it_is_bit_equal_under_a_dense_patch_sparse_under_a_rule_and_restored(
     assert summary.sparse_calls == 2 * 2 * 4 and summary.density < 0.8
     assert (few[1] - stock[1]).abs().max() > 1e-5
     assert same(said(pipe, cache_implementation=cache), stock)
+
+
+@pytest.mark.parametrize(("corrector_steps", "counted"), [(0, 10), (1, 11), (2, 10)])
+def test_what_is_left_of_the_steps_counts_those_of_a_corrector(corrector_steps, counted, pipe):
+    pipe = canvas_writer(SCHEDULERS["ddim"](corrector_steps=corrector_steps), pipe.model)
+    left = []
+
+    def watch(call):
+        if call.layer.endswith("decoder.layers.1.self_attn"):
+            left.append(call.context.sigma)
+        return call.stock()
+
+    with attached(pipe, dict.fromkeys(components(pipe), watch)):
+        said(pipe, steps=10)
+    assert left == pytest.approx([1 - step / counted for step in range(10)] * 2)
 
 
 def test_a_rule_of_density_1_says_that_it_is_dense(pipe):

@@ -182,7 +182,7 @@ class Canvases:
             if length != known.length:
                 known.length, known.first = length, known.step
             scheduler = getattr(None if self._pipe is None else self._pipe(), "scheduler", None)
-            return known.context(getattr(scheduler, "num_inference_steps", None) or self.steps)
+            return known.context(_forwards(scheduler) or self.steps)
 
     def _of_tokens(self, ids: Tensor) -> StepContext:
         with self._lock:
@@ -208,6 +208,16 @@ def sees_both_ways(module: Any) -> bool:
         return False
     said = getattr(getattr(module, "config", None), "is_causal", None)
     return said is False or getattr(module, "is_causal", True) is False
+
+
+def _forwards(scheduler: Any) -> int:
+    """In how many forwards a scheduler's steps denoise a canvas, at most; 0 if it doesn't say.
+
+    Those of `corrector_steps` come after the first steps; the pipeline takes them off their number.
+    """
+    steps = getattr(scheduler, "num_inference_steps", None) or 0
+    more = getattr(getattr(scheduler, "config", None), "corrector_steps", None) or 0
+    return steps + max(0, steps - 1) * more
 
 
 def _layout(before: int, length: int) -> TokenLayout:
