@@ -67,15 +67,17 @@ def mage(keep: float, block: int = BLOCK) -> Pattern:
     return Pattern(shape, tile=(1, 1, block))
 
 
-SETTLED = 64  # steps: as long as a block is denoised, mostly
+SETTLED = 64  # steps
 
 
 def online(density: float) -> Pattern:
-    """Ours. What isn't being denoised is computed at a block's first step alone; what is sees everything.
+    """Ours. What isn't being denoised is computed at a generation's first step, and every `SETTLED` later.
+
+    What is, and the last tokens before it, see everything in every step.
 
     Args:
-        density: Share of the keys that a token which isn't being denoised sees exactly in that step; the rest
-            is pooled, and the block that is denoised is seen by all.
+        density: Share of the keys that a token sees exactly in that first step; the rest is pooled, and the
+            block that is denoised sees everything and is seen by all.
     """
     if density >= 1:
         return Pattern(Dense(), settled_every=SETTLED)
@@ -85,10 +87,10 @@ def online(density: float) -> Pattern:
 
 DENOISING: dict[str, DenoisingRule] = {
     "online": DenoisingRule(
-        "ours: what isn't being denoised is computed at a block's first step alone",
+        "ours: what isn't being denoised is computed at a generation's first step alone",
         ("density", 1.0, 0.01, 1.0),
         online,
-        lambda density: density / 8,
+        lambda density: density / 16,
     ),
     "sparsed": DenoisingRule(
         "SparseD (arXiv 2509.24014)",

@@ -1,9 +1,10 @@
 """What attention gave for tokens that a diffusion language model isn't denoising, taken again for some steps.
 
 A generation computes all of its tokens in each step, but most of them are the prompt and what is written,
-and they change little while a block of new tokens is denoised. Their attention is computed at some steps;
-between, only that of the tokens being denoised is, over all keys. Fast-dLLM
-(https://arxiv.org/abs/2505.22618) keeps these tokens' keys and values instead, from block to block.
+and they change little. Their attention is computed at some steps; between, only that of the last tokens is,
+over all keys: those being denoised, the `NEAR` ones before them, and what was written since. Fast-dLLM
+(https://arxiv.org/abs/2505.22618) keeps tokens' keys and values instead, from block to block, and dLLM-Cache
+(https://arxiv.org/abs/2506.06295) the prompt's features for so many steps.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from .autocast import autocast_dtype
 from .call import AttentionCall, StepContext
 from .intervals import RowIntervals
 from .patterns import Pattern
-from .reuse import shape_of
 
 TURNS = 4  # generations whose outputs are kept at once
+NEAR = 32  # tokens before those being denoised: they change most
+MOST = 0.25  # of all tokens, that are computed between
 IDLE = 2 * TURNS  # forwards of others after which a generation is taken to have ended
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """Output of the tokens before those being denoised, `[B, N - active, H, D]`, when, and for what."""
+    """Output of the first tokens, `[B, N - last, H, D]`, when, and for what calls."""
 
     out: Tensor
     step: int
-    active: int
-    shape: tuple[object, ...]
+    calls: tuple[object, ...]
 
 
 @dataclass(eq=False)
@@ -44,8 +46,8 @@ class _Run:
 class Settled:
     """Outputs of one model that are kept for later steps: for each layer batch x tokens x heads x head_dim.
 
-    They are taken again in the same generation, stage and guidance branch, at the same size, for the same
-    tokens being denoised, and fewer steps later than is said. A copy is empty.
+    They are taken again in the same generation, stage and guidance branch, fewer steps later than is said,
+    while no more than `MOST` of the tokens have come since. A copy is empty.
     """
 
     def __init__(self) -> None:
@@ -94,22 +96,18 @@ class Settled:
             whole: Computes a call.
             part: Computes a call of the last tokens alone, over all keys.
         """
-        context = call.context
-        run = self._run_of(context)
-        key, shape = (call.layer, context.branch), shape_of(call, stage)
-        kept, before = run.kept.get(key), call.q.shape[1] - context.active
-        if (
-            kept is not None
-            and kept.active == context.active
-            and kept.shape == shape
-            and 0 < context.step - kept.step < every
-        ):
-            out = kept.out.new_empty(*call.q.shape[:3], call.v.shape[-1])
-            out[:, :before] = kept.out
-            out[:, before:] = part(_last(call, context.active))
-            return out
+        context, n = call.context, call.q.shape[1]
+        run, key, calls = self._run_of(context), (call.layer, context.branch), _calls(call, stage)
+        kept, near = run.kept.get(key), context.active + NEAR
+        if kept is not None and kept.calls == calls and 0 < context.step - kept.step < every:
+            before = kept.out.shape[1]
+            if near <= n - before <= max(near, MOST * n):
+                out = kept.out.new_empty(*call.q.shape[:3], call.v.shape[-1])
+                out[:, :before] = kept.out
+                out[:, before:] = part(_last(call, n - before))
+                return out
         out = whole(call)
-        run.kept[key] = _Kept(out[:, :before].detach().clone(), context.step, context.active, shape)
+        run.kept[key] = _Kept(out[:, : n - near].detach().clone(), context.step, calls)
         return out
 
 
@@ -121,9 +119,21 @@ def steps_between(call: AttentionCall, patterns: Sequence[Pattern]) -> int:
         patterns: Of the layer's heads.
     """
     n, m = call.q.shape[1], call.k.shape[1]
-    if not 0 < call.context.active < n or n != m or call.split is not None:
+    if (
+        not call.context.active
+        or call.context.active + NEAR >= n
+        or n != m
+        or call.split is not None
+    ):
         return 1
     return min(pattern.settled_every for pattern in patterns)
+
+
+def _calls(call: AttentionCall, stage: int) -> tuple[object, ...]:
+    """What calls have in common, one of which may take what another gave, whatever their lengths."""
+    q, v = call.q, call.v
+    dtypes = (q.dtype, autocast_dtype(q.device.type))
+    return (stage, len(q), q.shape[2:], v.shape[2:], dtypes, q.device)
 
 
 def _last(call: AttentionCall, count: int) -> AttentionCall:

@@ -127,7 +127,8 @@ def test_every_rule_runs_sparse_and_everything_kept_is_dense(name):
 def call_of(step, sigma, run=0, seed=0, n=100, **fields):
     drawn = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, n, 2, 16, generator=drawn) for _ in range(3))
-    context = StepContext(LAYOUT, sigma, run=run, step=step, active=30)
+    layout = TokenLayout((Segment.grid(1, 1, n - 30), Segment.grid(1, 1, 30)))
+    context = StepContext(layout, sigma, run=run, step=step, active=30)
     made = AttentionCall("a", q, k, v, None, None, None, context, None, lambda: stock(q, k, v))
     for name, value in fields.items():
         setattr(made, name, value)
@@ -174,15 +175,15 @@ def test_what_isnt_denoised_is_taken_again_and_what_is_sees_everything():
     for step in (1, 2):
         call = call_of(step, 0.5, seed=step)
         out = runtime(call)
-        assert torch.equal(out[:, :70], first.stock()[:, :70])
-        torch.testing.assert_close(out[:, 70:], call.stock()[:, 70:], rtol=1e-4, atol=1e-5)
+        assert torch.equal(out[:, :38], first.stock()[:, :38]), "and not the 32 before the canvas"
+        torch.testing.assert_close(out[:, 38:], call.stock()[:, 38:], rtol=1e-4, atol=1e-5)
     call = call_of(3, 0.25, seed=3)
     assert torch.equal(runtime(call), call.stock()), "after three steps all is computed"
     other = call_of(4, 1.0, run=1, seed=4)
     assert torch.equal(runtime(other), other.stock()), "and of another generation nothing is taken"
     back = runtime(call_of(4, 0.2, seed=5))
-    assert torch.equal(back[:, :70], call.stock()[:, :70]), "generations may take turns"
-    one = 70 * 2 * 16 * 4
+    assert torch.equal(back[:, :38], call.stock()[:, :38]), "generations may take turns"
+    one = 38 * 2 * 16 * 4
     assert runtime._settled is not None and runtime._settled.num_bytes == 2 * one
     for step in range(12):
         runtime(call_of(step, 1.0, run=2))
@@ -191,6 +192,22 @@ def test_what_isnt_denoised_is_taken_again_and_what_is_sees_everything():
     assert runtime._settled.num_bytes == 0
     changed = call_of(5, 0.1, seed=6, n=100)
     assert torch.equal(runtime(changed), changed.stock())
+
+
+def test_what_was_written_since_is_computed_until_it_is_a_quarter_of_all():
+    runtime = runtime_of(Pattern(Dense(), settled_every=64))
+    first = call_of(0, 1.0, n=400)
+    assert torch.equal(runtime(first), first.stock())
+    for step, n in enumerate((400, 430, 440), 1):  # blocks that follow
+        call = call_of(step, 1.0, seed=step, n=n)
+        out = runtime(call)
+        assert torch.equal(out[:, :338], first.stock()[:, :338])
+        torch.testing.assert_close(out[:, 338:], call.stock()[:, 338:], rtol=1e-4, atol=1e-5)
+    for step, n in enumerate((460, 300), 4):  # too many, and fewer than were kept
+        call = call_of(step, 1.0, seed=step, n=n)
+        assert torch.equal(runtime(call), call.stock())
+    short = call_of(6, 1.0, n=62)
+    assert torch.equal(runtime(short), short.stock()), "all of it is computed in every step"
 
 
 @pytest.mark.parametrize("name", DENOISING)
@@ -270,7 +287,7 @@ def test_the_least_there_is_is_written_and_leaves_nothing(name, tokens, how):
         found, summary = written(pipe, ids, **how), handle.summary()
     assert found.shape == stock.shape and summary.density is not None
     if how.get("num_inference_steps") == 1:
-        assert summary.density == 1, "there is no step to keep anything for"
+        assert (summary.density == 1) == (name != "online"), "a block has no other step"
     assert torch.equal(written(pipe, ids, **how), stock)
 
 
