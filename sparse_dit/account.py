@@ -78,7 +78,7 @@ class Account:
 
         Args:
             layer: Module path.
-            heads: Of all batch items together.
+            heads: The heads of all batch items together.
             tokens: Keys of each.
         """
         found = self._decoded.get(layer)

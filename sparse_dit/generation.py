@@ -41,7 +41,7 @@ class Sampling:
     Args:
         temperature: 0 takes the most likely one.
         top_p: Share of the probability that is drawn from, the most likely tokens first; None is all of it.
-        seed: Of the draws.
+        seed: The seed of the draws.
     """
 
     temperature: float = 0.0

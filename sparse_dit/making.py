@@ -24,12 +24,12 @@ class Making:
 
     @property
     def seconds(self) -> float:
-        """Of making; a call that was no slower for counting counts as nothing."""
+        """Seconds of making; a call that was no slower for counting counts as nothing."""
         return self._found.seconds + max(0.0, self._counted.seconds - self._again.seconds)
 
     @property
     def seconds_again(self) -> float:
-        """Of the calls that were computed once more."""
+        """Seconds of the calls that were computed once more."""
         return self._again.seconds
 
     def find(self, work: Callable[[], Result], device: torch.device) -> Result:

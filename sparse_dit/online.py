@@ -194,7 +194,7 @@ def rule_number(
     """The one number that a rule takes.
 
     Args:
-        name: Of the rule.
+        name: The rule's name.
         number: The number's name, default, least and greatest value.
         options: What is given.
 

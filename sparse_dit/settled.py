@@ -90,7 +90,7 @@ class Settled:
         """Attention of a call, `[B, N, H, D]`.
 
         Args:
-            call: Of all tokens of a generation, some of which are being denoised.
+            call: A call of all tokens of a generation, some of which are being denoised.
             stage: The plan's stage.
             every: For so many steps what was computed is taken.
             whole: Computes a call.
@@ -116,7 +116,7 @@ def steps_between(call: AttentionCall, patterns: Sequence[Pattern]) -> int:
 
     Args:
         call: The attention call.
-        patterns: Of the layer's heads.
+        patterns: The patterns of the layer's heads.
     """
     n, m = call.q.shape[1], call.k.shape[1]
     if (

@@ -101,7 +101,7 @@ def cache_notes(
     Args:
         plan: The plan.
         enabled: For each component the one that is enabled; of one that isn't known here what it is called.
-        steps: Of the last generation; None if that isn't known.
+        steps: Steps of the last generation; None if that isn't known.
     """
     planned = StepCache.of(plan)
     if planned is None:

@@ -14,7 +14,7 @@ class Size:
     """What is known of one class of lengths.
 
     Args:
-        name: Of its plan in the store.
+        name: The name of its plan in the store.
         learner: What records; None if nothing is recorded any more.
         plan: The plan, once there is one.
         runtimes: What follows it, by component name.

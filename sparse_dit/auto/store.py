@@ -63,7 +63,7 @@ class PlanStore:
         """Write a plan, unless another process is writing one of that name now.
 
         Args:
-            name: Of the plan.
+            name: The plan's name.
             plan: What is written; None if it isn't made yet.
             learner: What it is made from, if that is to be refined; it is written too.
         """
@@ -84,7 +84,7 @@ class PlanStore:
         """What goes on learning for a plan; None if it is learned, or what it was made from can't be read.
 
         Args:
-            name: Of the plan.
+            name: The plan's name.
             modules: The transformers, by component name.
         """
         file = self._profile(name)

@@ -30,7 +30,7 @@ class Blocks:
     """Blocks of queries and keys, which are the same stretches of sorted tokens. All tensors are on the CPU.
 
     Args:
-        order: Of the tokens.
+        order: The order of the tokens.
         cells: int64 `[C + 1]`, as of `TileOrder.cell_offsets`.
         groups: Rows of every block, and of global tokens.
         far, pool, cell: As of a `Pattern`.
@@ -180,7 +180,7 @@ class Chosen:
 
     Args:
         blocks: Where they lie.
-        bits: Of bool `[C, C]`, row by row, 8 to a byte.
+        bits: A bool `[C, C]`, row by row, 8 to a byte.
     """
 
     blocks: Blocks

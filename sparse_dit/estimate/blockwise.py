@@ -62,7 +62,7 @@ def blockwise_entries(
         q: `[B, H, N, D]`, any strides; of pooled shapes these may be the last tokens alone.
         k: `[B, num_kv_heads, M, D]`, any strides; H must be a multiple of `num_kv_heads`.
         patterns: By head: of shapes that are pooled or antidiagonal.
-        layout: Of the M tokens.
+        layout: Where the M tokens lie.
         scale: Factor of the logits.
         active: So many last tokens are being denoised, of a diffusion language model.
         valid: The first key that some row may see, and the last + 1; None for all.

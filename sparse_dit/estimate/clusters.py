@@ -79,7 +79,7 @@ def cluster_entries(
         q: `[B, H, N, D]`, any strides.
         k: `[B, num_kv_heads, N, D]`, any strides; H must be a multiple of `num_kv_heads`.
         patterns: By head: of clusters.
-        layout: Of the N tokens.
+        layout: Where the N tokens lie.
         scale: Factor of the logits.
         known: By head the centroids to start from; those that are found are put there.
     """

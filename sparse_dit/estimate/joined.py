@@ -19,7 +19,7 @@ def joined(seen: Mapping[int, Seen], call: AttentionCall, there: bool) -> Sparse
 
     Args:
         seen: What each head sees, by head.
-        call: Of attention.
+        call: The attention call.
         there: Whether blocks were chosen on the call's device, if any were.
     """
     chosen = {head: what for head, what in seen.items() if isinstance(what, ChosenBlocks)}

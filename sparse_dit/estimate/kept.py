@@ -150,7 +150,7 @@ class Estimates:
         """What a call computes.
 
         Args:
-            call: Of attention, whose layout is known.
+            call: An attention call whose layout is known.
             patterns: One for each head; some are found in calls, others are geometry.
             shape: What has to be the same for what was found to be used again, the plan's stage with it.
             backend: Who computes the call: `"auto"` or a name.

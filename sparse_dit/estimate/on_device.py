@@ -189,7 +189,7 @@ def _best(scores: Tensor, sizes: Tensor, most: Tensor) -> Tensor:
 
 
 class _Rules(NamedTuple):
-    """Of a shape over blocks.
+    """What a shape over blocks says.
 
     Args:
         sizes: int64 `[C]`: tokens of each block.
@@ -232,7 +232,7 @@ class _Pooling(NamedTuple):
         tokens: int64 `[F * S]`; short parts are filled up with their first token.
         real: Bool `[F, S, 1]`: what isn't filled up; None if nothing is.
         sizes: float32 `[F, 1]`: tokens of each part.
-        parts: Of the blocks.
+        parts: The parts that the blocks lie in.
     """
 
     tokens: Tensor

@@ -45,7 +45,7 @@ def best_orders(
         q: `[B, H, N, D]`, any strides.
         k, v: `[B, num_kv_heads, N, D]`, any strides.
         patterns: By head: with `own_order`.
-        layout: Of the N tokens.
+        layout: Where the N tokens lie.
         scale: Factor of the logits.
     """
     best: dict[int, tuple[Order, float]] = {}

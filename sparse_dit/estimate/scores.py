@@ -90,7 +90,7 @@ class Parted(NamedTuple):
 
 
 def parted(blocks: Blocks, owner: Tensor, device: torch.device) -> Parted:
-    """Of parts that are in the blocks `owner`, int64 `[F]` on the CPU."""
+    """The tables of parts that are in the blocks `owner`, int64 `[F]` on the CPU."""
     count = torch.bincount(owner, minlength=blocks.num_blocks)
     return Parted(*(x.to(device) for x in (owner, blocks.sizes.float(), count)))
 
@@ -173,7 +173,7 @@ class Squares(NamedTuple):
 
 
 def squares_of(bounds: Tensor, stride: int, device: torch.device) -> Squares:
-    """Of squares of so many tokens from 0 on, and blocks that begin at `bounds`, int64 `[C + 1]`."""
+    """The tables of squares of so many tokens, and of blocks that begin at `bounds`, int64 `[C + 1]`."""
     tokens = int(bounds[-1])
     squares = torch.arange(-(-tokens // stride))
     places = (squares[:, None] * stride + torch.arange(stride)).clamp_max(tokens - 1)
@@ -254,7 +254,7 @@ class Stretches(NamedTuple):
 
 
 def stretches_of(blocks: Blocks, mass_block: int, device: torch.device) -> Stretches:
-    """Of blocks and stretches of so many keys."""
+    """The tables of blocks and stretches of so many keys."""
     mine = (blocks.groups.owner >= 0).nonzero()[:, 0]
     bounds, ends = blocks.bounds.long(), -(-blocks.num_tokens // mass_block) - 1
     whole = (bounds // mass_block).clamp_max(ends)

@@ -34,7 +34,7 @@ def create_app(service: Service, workers: Sequence[WorkerOptions] = ()) -> FastA
 
     Args:
         service: What it serves.
-        workers: Of the processes that are started with it; none if others run the jobs.
+        workers: The workers that are started with it; none if others run the jobs.
     """
     options = service.options
     app = FastAPIOffline(

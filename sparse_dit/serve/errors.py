@@ -42,7 +42,7 @@ class ApiError(Exception):
         code: For programs.
         message: For people.
         param: The field of the request that it is about.
-        headers: Of the answer.
+        headers: Headers of the answer.
     """
 
     def __init__(

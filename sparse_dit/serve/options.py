@@ -16,8 +16,8 @@ class Limits:
         prompt: Characters of a prompt, and of a negative prompt.
         steps: Denoising steps.
         frames: Frames of video.
-        pixels: Of a frame.
-        input_pixels: Of an uploaded image.
+        pixels: Pixels of a frame.
+        input_pixels: Pixels of an uploaded image.
         rate: Submissions of one client, as the package limits writes it.
     """
 
@@ -42,7 +42,7 @@ class ServeOptions:
             `"*"` for any.
         queue_size: Jobs that may wait.
         ttl: Seconds from its submission until a job and its files are deleted; None keeps them.
-        max_store_bytes: Of all files; those of the jobs that ended first are deleted. None sets no limit.
+        max_store_bytes: Most bytes of all files; those of jobs that ended first are deleted. None: no limit.
         half_run: What becomes of a job that ran when the server ended.
         log_prompts: Whether the log holds prompts.
         fps: Frames a second of a video, if the request doesn't say.

@@ -33,7 +33,7 @@ class Pages:
     Args:
         card: What is served.
         keyed: Who may look; others are asked for a key.
-        filters: Of the templates, beside those of the report.
+        filters: Filters for the templates, beside those of the report.
     """
 
     def __init__(self, card: Any, keyed: Keyed, **filters: Any) -> None:

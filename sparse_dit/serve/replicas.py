@@ -106,7 +106,7 @@ def application(prepare: Prepare, scaling: Scaling, device: str, log: str = "inf
     Args:
         prepare: Called in each replica; must be a function that can be pickled.
         scaling: How many replicas.
-        device: Of each: `"cuda"` takes one GPU of the cluster, `"cpu"` none.
+        device: The device of each: `"cuda"` takes one GPU of the cluster, `"cpu"` none.
         log: Level of the log.
     """
     serve, config = _ray("serve"), _ray("serve.config")

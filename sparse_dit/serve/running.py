@@ -63,7 +63,7 @@ class Runner:
         engine: What generates, or what writes.
         claims: The queue.
         files: Where results go.
-        most_pixels: Of an uploaded image.
+        most_pixels: Most pixels of an uploaded image.
         stopping: Whether the worker is to stop; the job then goes back to its place in the queue.
     """
 

@@ -77,7 +77,7 @@ class Store:
             limit: Jobs that may wait.
             ttl: Seconds from now until it and its files are deleted.
             key: Idempotency key: the job that came with the same key is returned in its place.
-            fingerprint: Of the request, to tell whether the same key came with the same request.
+            fingerprint: Hash of the request, to tell whether the same key came with the same request.
             id: Its id, if the caller has made one.
 
         Returns:

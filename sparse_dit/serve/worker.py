@@ -37,7 +37,7 @@ class WorkerOptions:
         model: Name of the model, as jobs have it.
         url: The store's database.
         folder: The store's files.
-        most_pixels: Of an uploaded image.
+        most_pixels: Most pixels of an uploaded image.
     """
 
     load: Callable[[str], Generator | TextEngine]

@@ -48,12 +48,12 @@ def hidden(
     """Questions for a number of five digits that is hidden in a text, one for each depth.
 
     Args:
-        tokenizer: Of the model that is asked.
-        name: Of the text.
+        tokenizer: The tokenizer of the model that is asked.
+        name: The text's name.
         text: What the number is hidden in, after one of its full stops.
-        tokens: Of a whole prompt, at most.
+        tokens: Most tokens of a whole prompt.
         depths: Where the number lies, as shares of the text.
-        seed: Of the numbers.
+        seed: The seed by which numbers are drawn.
 
     Raises:
         ValueError: If the text is too short, or there is no room for one.

@@ -53,7 +53,7 @@ class Writing:
 
         Args:
             pipe: The pipeline; it needs no weights.
-            tokens: Of the prompt.
+            tokens: Tokens of the prompt.
         """
         if tokens < 1:
             raise ValueError("a prompt must have at least one token, got an empty one")

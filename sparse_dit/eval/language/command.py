@@ -35,7 +35,7 @@ def evaluate_language_plan(
         folder: Where the report is written to; `outputs` has checked it.
         command: The command line, which the report notes.
         say: Called with a line of text before each part.
-        outputs: Of the command.
+        outputs: What the command writes.
         overwrite: Whether files in the folder may be replaced.
     """
     texts = request.read_by(model, tokenizer)

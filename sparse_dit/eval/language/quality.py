@@ -88,7 +88,7 @@ class TextQuality:
     """One text, read dense and sparse in turn.
 
     Args:
-        name: Of the text.
+        name: The text's name.
         tokens: How many were read.
         dense_loss, sparse_loss: Mean negative log-likelihood of its own next tokens, in nats.
         kl: Mean divergence of what is said from dense, in nats a token.

@@ -30,7 +30,7 @@ class Question:
     """A text with a question at its end, and what must follow.
 
     Args:
-        kind: Of `KINDS`, or "passkey".
+        kind: One of `KINDS`, or "passkey".
         prompt: int64 `[1, N]`.
         answer: int64 `[A]`: the tokens of a right answer.
         answers: The parts of it that are looked for in what is said.
@@ -179,10 +179,10 @@ def question(kind: str, tokenizer: Any, tokens: int, seed: int) -> Question:
     """A question of a kind over a text of about `tokens` tokens, the same for the same seed.
 
     Args:
-        kind: Of `KINDS`.
-        tokenizer: Of the model that is asked.
-        tokens: Of text and question together, at most but for a few.
-        seed: Of what is drawn.
+        kind: One of `KINDS`.
+        tokenizer: The tokenizer of the model that is asked.
+        tokens: Tokens of text and question together, at most but for a few.
+        seed: The seed of what is drawn.
 
     Raises:
         ValueError: If there is no room for a text.

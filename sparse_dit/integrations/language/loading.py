@@ -15,7 +15,7 @@ def load(
 
     Args:
         name: A folder or hub id.
-        dtype: Of its weights.
+        dtype: The dtype of its weights.
         part, tokenizer_part: Folders in it where their files lie.
 
     Raises:
@@ -38,7 +38,7 @@ def outline(
 
     Args:
         name: A folder or hub id.
-        dtype: Of the weights that it would have.
+        dtype: The dtype that its weights would have.
         part, tokenizer_part: Folders in it where their files lie.
 
     Raises:

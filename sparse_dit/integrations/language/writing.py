@@ -74,7 +74,7 @@ def load_denoiser(name: str, dtype: torch.dtype) -> Any:
     Args:
         name: A folder or hub id: of a `LLaDA2Pipeline` or `DiffusionGemmaPipeline`, or of a model of
             transformers whose config says `is_causal: false` or how long its canvas is.
-        dtype: Of its weights.
+        dtype: The dtype of its weights.
 
     Returns:
         The pipeline; its `mask_token_id` is None where a canvas has random tokens in place of masked ones.
@@ -111,7 +111,7 @@ def outline_denoiser(name: str, dtype: torch.dtype) -> Any:
 
     Args:
         name: A folder or hub id, of which only small files are read.
-        dtype: Of the weights that it would have.
+        dtype: The dtype that its weights would have.
 
     Raises:
         ValueError: If it can't be read, or is of another kind.

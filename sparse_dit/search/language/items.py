@@ -26,7 +26,7 @@ class Item:
         rows: int64 `[R]`, the rows whose outputs are computed.
         weights: float32 `[R]`, how many rows each stands for.
         places: int64 `[P]`, where tokens are drawn.
-        share: Of the item in the loss of all.
+        share: The item's share of the loss of all.
         of: Numbers of the rows of each modality that the text has, int64.
     """
 
@@ -48,7 +48,7 @@ class Item:
         Args:
             text: The text.
             rows: How many rows are sampled, of each modality.
-            seed: Of the rows.
+            seed: The seed by which rows are drawn.
             share: See above.
         """
         tokens = text.ids.shape[1]

@@ -27,7 +27,7 @@ class LanguageOptions:
     Args:
         tokenizer: Turns texts into tokens and makes passkey questions; None if all texts are tokens.
         held_out: Texts for verification; the last of several calibration texts if None.
-        target_speedup: Of a whole prefill, with the least divergence.
+        target_speedup: Speed-up of a whole prefill, with the least divergence.
         max_kl: The greatest divergence from dense attention in nats a token, as fast as possible.
         max_ppl_increase: The greatest relative increase of perplexity, as fast as possible.
         tokens: The most tokens of a text; what comes later is left out.

@@ -65,7 +65,7 @@ def influences(model: Any, item: Item, draws: int, seed: int) -> dict[str, Tenso
         model: The model, not attached.
         item: Where tokens are drawn, and by which rows' outputs.
         draws: S, how often they are drawn.
-        seed: Of the draws.
+        seed: The seed of the draws.
     """
     places = item.places.to(model.device)
     taps: dict[str, Tensor] = {}
