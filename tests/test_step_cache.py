@@ -129,6 +129,8 @@ def test_what_is_asked_for_is_read_from_text():
     bolder = [one.settings["threshold"] for one in asked_caches("first-block", 50)]
     assert bolder == sorted(bolder)
     assert str(asked_caches("taylorseer", 50)[0]) == "taylorseer=2:25"
+    few = [str(one) for one in asked_caches("taylorseer", 12)]
+    assert few[:4] == ["taylorseer=2:7", "taylorseer=2:5", "taylorseer=2:3", "taylorseer=3:3"]
     for text in ("tea", "first-block=", "first-block=a", "first-block=1:2", "taylorseer=1:2:3"):
         with pytest.raises(ValueError, match=r"step cache must be one of|must be \S+=[A-Z]"):
             asked_caches(text, 12)
