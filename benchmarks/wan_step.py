@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern
 from sparse_dit.plan import ComponentPlan, HeadChoice, Plan, Stage
 from sparse_dit.search.cost import CostTable, measure_cost, nearest_tiles
+from sparse_dit.token_order import MODEL, TOKEN_ORDERS
 from sparse_dit.whole_file import whole_file
 
 MODELS = {  # heads, layers, width of the feed-forward part; heads have 128 channels
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = _measure(transformer, call, layout, table, options)
     for row in rows:
         forecast = "" if row.forecast is None else f"  forecast {row.forecast:.2f}x"
-        print(f"{row.name:34} density {row.density:6.1%} {1e3 * row.seconds:9.1f} ms "
+        print(f"{row.name:48} density {row.density:6.1%} {1e3 * row.seconds:9.1f} ms "
               f"{row.speedup:5.2f}x{forecast}  {', '.join(row.backends)}")  # fmt: skip
     if options.dry:
         print("a dry run: its times are of this CPU and of a tiny model, and say nothing of a GPU")
@@ -150,15 +152,18 @@ def _measure(
     transformer: Any, call: Callable[[], Tensor], layout: TokenLayout, table: CostTable,
     options: argparse.Namespace,
 ) -> list[Row]:  # fmt: skip
-    """Stock, then a dense plan and each density, each beside stock in the same rounds."""
+    """Stock, then a dense plan, and each density with tokens sorted in every layer and once a step."""
     heads = transformer.config.num_attention_heads
     calls = heads * len(transformer.blocks)
     want = call()
     stock = interleaved({"stock": call}, clock="wall", rounds=options.rounds)["stock"]
     rows = [Row("stock", 1.0, stock.seconds, stock.spread, 1.0, None, [])]
     patterns = [Pattern(Dense())] + [nearest_tiles(layout, d, True) for d in options.density]
-    for pattern in patterns:
-        with sparse_dit.patch(transformer, _plan(transformer, layout, pattern)) as handle:
+    for pattern, order in itertools.product(patterns, TOKEN_ORDERS):
+        if pattern.is_dense and order != MODEL:
+            continue
+        plan = _plan(transformer, layout, pattern)
+        with sparse_dit.patch(transformer, plan, token_order=order) as handle:
             out = call()
             if pattern.is_dense and not torch.equal(out, want):
                 raise AssertionError("a dense plan must compute what stock does, bit for bit")
@@ -170,6 +175,7 @@ def _measure(
             saved = calls * (table.dense - table.seconds(pattern, density))
             forecast = stock.seconds / (stock.seconds - saved)
         name = "a dense plan" if pattern.is_dense else f"nearest tiles {pattern.tile}, far field"
+        name += "" if order == MODEL else ", sorted once"
         rows.append(Row(name, density, timing.seconds, timing.spread,
                         stock.seconds / timing.seconds, forecast, sorted(ran)))  # fmt: skip
     return rows

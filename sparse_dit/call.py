@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .intervals import RowIntervals, valid_rows
-from .layout import TokenLayout
+from .layout import Tile, TokenLayout
 from .modalities import Modalities
 
 Branch = Literal["any", "cond", "uncond"]
@@ -38,6 +38,8 @@ class StepContext:
         active: Of a diffusion language model: so many last tokens are being denoised; `sigma` is the share of
             them that is masked still, and the layout has two segments, prompt and generated tokens. 0 for
             other models.
+        sorted_by: The tile by which the tokens have been sorted before the first layer; None if they lie as
+            `layout` says.
     """
 
     layout: TokenLayout | None = None
@@ -49,6 +51,7 @@ class StepContext:
     phase: Phase = "any"
     modalities: tuple[Modalities, ...] = field(default=(), compare=False)
     active: int = 0
+    sorted_by: Tile | None = None
 
 
 class Split(Protocol):

@@ -104,6 +104,19 @@ class PatternIndex:
         pairs = (rows * (self.group_keys + self.group_cells)).sum().item()
         return pairs / (self.num_queries * self.num_keys)
 
+    def placed(self, places: Tensor) -> PatternIndex:
+        """The same of a sequence whose tokens have been moved: token `t` lies at `places[t]`, int64 `[N]`.
+
+        Raises:
+            ValueError: If queries and keys aren't the tokens of one sequence, in one order.
+        """
+        if self.q_order is not self.k_order or self.num_queries != self.num_keys:
+            raise ValueError("queries and keys must have one order, got two; move each by itself")
+        order = places[self.query_tokens].int()
+        stays = bool((order == torch.arange(len(order), device=order.device)).all())
+        order = None if stays else order
+        return replace(self, q_order=order, k_order=order, cache={})
+
     def to(self, device: torch.device | str) -> PatternIndex:
         """A copy with all tensors on `device` (itself if they are there)."""
         if self.q_offsets.device == torch.device(device):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .density import density_in
 from .entry import FarField, PatternIndex
 from .intervals import RowIntervals
-from .layout import TileOrder, TokenLayout, cut_offsets, tile_order
+from .layout import Tile, TileOrder, TokenLayout, cut_offsets, tile_order
 from .on_cpu import on_cpu
 from .patterns import Pattern, Skip
 
@@ -112,6 +112,7 @@ def build_index(
     *,
     group: int = 64,
     rows: RowIntervals | None = None,
+    sorted_by: Tile | None = None,
 ) -> SparseIndex:
     """Index of a self-attention layer over the tokens of `layout`.
 
@@ -122,6 +123,8 @@ def build_index(
         layout: Segments of the sequence; it is the same for queries and keys.
         group: Largest number of query rows in a group, 1 to 128.
         rows: See `SparseIndex`; `causal_rows(n, n)` for causal order.
+        sorted_by: The tile by which the sequence has been sorted already, as `tile_order` does it; None if
+            it lies as `layout` says. Heads of this tile then have no order, and their runs are neighbours.
 
     Raises:
         ValueError: If there are no patterns, or `group` is out of range.
@@ -132,7 +135,7 @@ def build_index(
         raise ValueError(f"group must be 1 to {MAX_GROUP} rows, got {group}")
     patterns = [pattern.computed for pattern in patterns]
     distinct = list(dict.fromkeys(patterns))
-    entries = tuple(pattern_index(pattern, layout, group) for pattern in distinct)
+    entries = tuple(pattern_index(pattern, layout, group, sorted_by) for pattern in distinct)
     heads = tuple(distinct.index(pattern) for pattern in patterns)
     return SparseIndex(entries, heads, rows)
 
@@ -164,11 +167,16 @@ def dense_entry(num_queries: int, num_keys: int) -> PatternIndex:
 
 @functools.lru_cache(maxsize=1024)
 @on_cpu
-def pattern_index(pattern: Pattern, layout: TokenLayout, group: int = 64) -> PatternIndex:
+def pattern_index(
+    pattern: Pattern, layout: TokenLayout, group: int = 64, sorted_by: Tile | None = None
+) -> PatternIndex:
     """Index of one pattern at one size; see `build_index`."""
     n = layout.seq_len
     if pattern.computed.is_dense or layout.num_grid == 0:
         return dense_entry(n, n)
+    if sorted_by is not None:
+        places = tile_order(layout, sorted_by).order.argsort()
+        return pattern_index(pattern, layout, group).placed(places)
     order = tile_order(layout, pattern.tile)
     cells = order.cell_offsets(pattern.cell)
     groups = groups_of(order, order.tile_offsets, group)

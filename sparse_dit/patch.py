@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from .account import Ran
+from .attaching import attach_all, detached_on_error, enable_step_cache, order_notes, sort_tokens
 from .attention import BACKENDS
 from .call import AttentionCall
 from .denoising import DENOISING, denoising_plan, of_text
@@ -21,6 +22,7 @@ from .plan import Plan, config_hash
 from .runtime import How, Runtime
 from .step_cache import StepCache, cache_notes
 from .summary import Summary, summarise
+from .token_order import MODEL, PLAN, TOKEN_ORDERS
 
 if TYPE_CHECKING:
     from .integrations import Attachment
@@ -39,6 +41,7 @@ def patch(
     nan_guard: bool = False,
     dense: str = STOCK,
     step_cache: bool = True,
+    token_order: str = MODEL,
     density: float | None = None,
     sparsity: float | None = None,
     threshold: float | None = None,
@@ -69,6 +72,9 @@ def patch(
             `summary()` says what each took.
         step_cache: Enable the step cache that the plan was searched with, if it was with one, until the patch
             is removed. One that is enabled already stays; `summary()` says if it is another.
+        token_order: `"model"`: tokens lie as the model puts them, and each layer's kernel sorts them for its
+            heads. `"plan"`: they are sorted once a forward by the tile of most heads, equal to rounding;
+            where that can't be done they aren't, and `summary()` says why.
         density, sparsity, threshold, tau, top_p: Of `"online"`, `"adaspa"`, `"xattention"`, `"sol"` and
             `"svg2"` in turn the one number that it takes; see `online.RULES`.
         keep: Of `"sparsed"` and `"mage"`: the share of the keys that is seen; see `denoising.DENOISING`,
@@ -93,6 +99,10 @@ def patch(
         )
     if dense not in (STOCK, FASTEST):
         raise ValueError(f"dense must be {STOCK!r} or {FASTEST!r}, got {dense!r}")
+    if token_order not in TOKEN_ORDERS:
+        raise ValueError(f"token_order must be one of {TOKEN_ORDERS}, got {token_order!r}")
+    if token_order == PLAN and plan in (EXACT, AUTO):
+        raise ValueError(f"{plan!r} has no tiles to sort by; leave token_order={PLAN!r} out")
     found, how = unpatched(pipe_or_transformer), How(backend, nan_guard, dense)
     if not isinstance(plan, Plan | str | os.PathLike):
         raise TypeError(
@@ -122,7 +132,7 @@ def patch(
             )
         asked = AutoOptions(**options)
         session, intercepts = attach_auto(pipe_or_transformer, found, asked, how)
-        attachments = _attached(found, intercepts, pipe_or_transformer)
+        attachments = attach_all(found, intercepts, pipe_or_transformer)
         return Handle(None, attachments, intercepts, session)
     if plan == EXACT:
         if dense != STOCK:
@@ -130,7 +140,7 @@ def patch(
                 f"'exact' computes by its own kernel or stock attention, got dense={dense!r}"
             )
         exact = {name: Exact(name, backend, nan_guard) for name in found}
-        return Handle(None, _attached(found, exact, pipe_or_transformer), exact)
+        return Handle(None, attach_all(found, exact, pipe_or_transformer), exact)
     if not isinstance(plan, Plan):
         plan = Plan.from_pretrained(plan)
     targets = _targets(pipe_or_transformer, found, plan)
@@ -138,41 +148,13 @@ def patch(
         check_fits(plan, name, transformer)
     planned = StepCache.of(plan)
     runtimes = {name: Runtime(name, plan.components[name], *how) for name in targets}
-    attachments = _attached(targets, runtimes, pipe_or_transformer)
-    if planned is not None and step_cache:
-        _cache_steps(attachments, planned)
+    attachments = attach_all(targets, runtimes, pipe_or_transformer)
+    with detached_on_error(attachments):
+        if planned is not None and step_cache:
+            enable_step_cache(attachments, planned)
+        if token_order == PLAN:
+            sort_tokens(attachments, {name: plan.components[name] for name in targets})
     return Handle(plan, attachments, runtimes)
-
-
-def _cache_steps(attachments: Mapping[str, Attachment], cache: StepCache) -> None:
-    """Enable a step cache on all that is attached to, or detach it all."""
-    from .integrations import Caching
-
-    try:
-        for attachment in attachments.values():
-            if isinstance(attachment, Caching):
-                attachment.enable_step_cache(cache)
-    except BaseException:
-        for attachment in attachments.values():
-            attachment.detach()
-        raise
-
-
-def _attached(
-    targets: Mapping[str, nn.Module], intercepts: Mapping[str, Patched], pipe: Any
-) -> dict[str, Attachment]:
-    """Attach to all components, or to none."""
-    from .integrations import attach
-
-    attachments: dict[str, Attachment] = {}
-    try:
-        for name, module in targets.items():
-            attachments[name] = attach(module, intercepts[name], pipe)
-    except BaseException:
-        for attachment in attachments.values():
-            attachment.detach()
-        raise
-    return attachments
 
 
 def unpatch(pipe_or_transformer: Any) -> None:
@@ -259,7 +241,7 @@ class Handle:
         lost = {name: tuple(a.lost) for name, a in self._attachments.items()}
         replaced = tuple(name for name, a in self._attachments.items() if a.replaced)
         notes = [note for runtime in self._runtimes.values() for note in runtime.notes]
-        notes += self._cache_notes()
+        notes += [*self._cache_notes(), *order_notes(self._attachments)]
         kind = "exact" if self._learning is None else "learning"
         return summarise(self.plan, self.ran, lost, replaced, tuple(notes), kind)
 

@@ -164,6 +164,6 @@ def without(index: SparseIndex, heads: Sequence[int]) -> SparseIndex:
 
 def shape_of(call: AttentionCall, stage: int) -> tuple[object, ...]:
     """What has to be the same for what one call gave or found to be used in another."""
-    q = call.q
+    q, context = call.q, call.context
     dtypes = (q.dtype, autocast_dtype(q.device.type))
-    return (stage, call.context.layout, q.shape, call.v.shape, dtypes, q.device)
+    return (stage, context.layout, context.sorted_by, q.shape, call.v.shape, dtypes, q.device)

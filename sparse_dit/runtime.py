@@ -18,7 +18,7 @@ from .call import AttentionCall, item_of
 from .estimate import Estimates, estimated_index, sighted
 from .fastest import FASTEST, STOCK, Fastest
 from .index import PatternIndex, SparseIndex, build_index, dense_index
-from .layout import TokenLayout
+from .layout import Tile, TokenLayout
 from .making import Making, counted, timed
 from .patterns import Pattern
 from .plan import ComponentPlan
@@ -26,6 +26,7 @@ from .reuse import Reuse, shape_of, without
 from .settled import Settled, steps_between
 
 MAX_LAYOUTS = 8
+_Tokens = tuple[TokenLayout, Tile | None]  # and the tile by which they have been sorted
 
 # the plan's own choice, so nothing to warn of
 NOT_NAMED = "layer not in the plan"
@@ -79,7 +80,7 @@ class Runtime:
         self.nan_guard = nan_guard
         self.dense = dense
         self.making: Making | None = None
-        self._indices: OrderedDict[TokenLayout, dict[tuple, SparseIndex]] = OrderedDict()
+        self._indices: OrderedDict[_Tokens, dict[tuple, SparseIndex]] = OrderedDict()
         self._moved: dict[tuple[PatternIndex, torch.device], PatternIndex] = {}
         self._account = Account(component, PLANNED)
         self._fastest = Fastest(self._account.tell, backend) if dense == FASTEST else None
@@ -295,11 +296,11 @@ class Runtime:
         self._account.count(way, tokens, pairs, density)
 
     def _index(self, call: AttentionCall, stage: int, skipped: tuple[int, ...]) -> SparseIndex:
-        layout, device = call.context.layout, call.q.device
+        layout, sorted_by, device = call.context.layout, call.context.sorted_by, call.q.device
         assert layout is not None, "else this call runs dense"
-        indices = self._indices.get(layout)
+        indices = self._indices.get((layout, sorted_by))
         if indices is None:
-            indices = self._indices.setdefault(layout, {})
+            indices = self._indices.setdefault((layout, sorted_by), {})
             if len(self._indices) > MAX_LAYOUTS:
                 self._indices.popitem(last=False)
                 self._moved.clear()
@@ -308,7 +309,7 @@ class Runtime:
             indices[key] = without(self._index(call, stage, ()), skipped)
         if key not in indices:
             patterns = [head.pattern for head in self.plan.layers[call.layer][stage]]
-            indices[key] = self._on(build_index(patterns, layout), device)
+            indices[key] = self._on(build_index(patterns, layout, sorted_by=sorted_by), device)
         return indices[key]
 
     def _on(self, index: SparseIndex, device: torch.device) -> SparseIndex:

@@ -6,6 +6,7 @@ import torch
 
 from sparse_dit.attention import sparse_attention
 from sparse_dit.backends.reference import token_mask
+from sparse_dit.curve import Curve
 from sparse_dit.entry import expand
 from sparse_dit.index import (
     PatternIndex,
@@ -190,3 +191,29 @@ def test_finer_pools_cut_the_far_field_alone(layout, cell):
             assert tokens[0] == tokens[1]
         if pool == 100:
             assert torch.equal(one.far.runs, two.far.runs)
+
+
+@pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 3), (2, 3)])
+@pytest.mark.parametrize("other", [(1, 2, 4), (3, 5, 7), Curve("frame", tokens=8)])
+def test_the_index_of_a_sequence_that_is_sorted_already(text, other):
+    """It computes the same, and heads of the tile that it is sorted by have no order."""
+    layout = TokenLayout.video(3, 5, 7, text_before=text[0], text_after=text[1])
+    shared = (2, 3, 3)
+    patterns = [
+        Pattern(Window(frames=0, rows=1, columns=1), tile=shared, far=True),
+        Pattern(Window(frames=1, rows=1, columns=1), tile=other),
+        Pattern(Dense()),
+    ]
+    plain = build_index(patterns, layout)
+    index = build_index(patterns, layout, sorted_by=shared)
+    assert [entry.q_order is None for entry in index.entries] == [True, False, True]
+    assert [entry.k_order is None for entry in index.entries] == [True, False, True]
+    assert index.entries[1].q_order is index.entries[1].k_order
+    assert build_index(patterns, layout, sorted_by=shared).entries[1] is index.entries[1]
+    order = tile_order(layout, shared).order
+    q, k, v = torch.randn(3, 1, 3, layout.seq_len, 16, generator=torch.Generator().manual_seed(0))
+    want = sparse_attention(q, k, v, plain, backend="reference")[:, :, order]
+    got = sparse_attention(*(x[:, :, order] for x in (q, k, v)), index, backend="reference")
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="queries and keys must have one order"):
+        replace(plain.entries[0], k_order=None).placed(order)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..call import Intercept
 from ..generation import GenerationSettings
-from .host import Attachment, Caching, Host, Seen, Workload
+from .host import Attachment, Caching, Host, Seen, Sorting, Workload
 
 __all__ = [
     "HOSTS",
@@ -22,6 +22,7 @@ __all__ = [
     "Caching",
     "Host",
     "Seen",
+    "Sorting",
     "Workload",
     "attach",
     "attached",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..call import Intercept, StepContext
+from ..layout import Tile
 from ..step_cache import StepCache
 from .families import Family, family_of, forward_arguments, sigma_of
 from .families.unqualified import UNQUALIFIED
@@ -25,6 +26,7 @@ from .step_caches import (
     enabled_step_cache,
 )
 from .step_tracker import StepTracker
+from .token_order import TokenOrder
 
 logger = logging.getLogger("sparse_dit")
 
@@ -147,6 +149,7 @@ class Attachment:
         self._tracker = StepTracker(self._schedule)
         self._lost: set[str] = set()
         self._was_replaced = False
+        self._token_order: TokenOrder | None = None
         self._cache_config: object = None  # of the step cache that was enabled with the patch
         self._last_cache: StepCache | str | None = None
         try:
@@ -206,6 +209,15 @@ class Attachment:
         """Steps of the generation that the pipeline is in, or was in last; None if that isn't known."""
         return steps_of(self._schedule.pipe)
 
+    def sort_tokens(self, tile: Tile | str) -> None:
+        """Sort tokens once a forward until detached, or note why not; see `host.Sorting`."""
+        self._token_order = TokenOrder(self._transformer, tile)
+
+    @property
+    def token_order(self) -> tuple[str, ...]:
+        """In which forwards tokens were sorted, and in which not, and why; nothing if it wasn't asked for."""
+        return () if self._token_order is None else self._token_order.notes
+
     def begin_run(self) -> None:
         """Let the next forward begin a generation; see `Handle.begin_run`."""
         self._tracker.begin()
@@ -221,6 +233,8 @@ class Attachment:
         self._last_cache = enabled_step_cache(self._transformer)
         disable_step_cache(self._transformer, self._cache_config)
         self._hook.remove()
+        if self._token_order is not None:
+            self._token_order.detach()
         vars(self._transformer).pop("cache_context", None)
         delattr(self._transformer, self.KEY)
         self._tap.intercept = None  # a processor that the host kept runs stock from now on
@@ -252,7 +266,7 @@ class Attachment:
             self._name = previous
 
     @torch.compiler.disable
-    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._report_lost()
         family = _family(transformer)
         arguments = forward_arguments(transformer, args, kwargs)
@@ -264,8 +278,15 @@ class Attachment:
         layout = arrangement.layout if arrangement else family.layout(transformer.config, arguments)
         check_split(transformer, layout, self._num_heads, arguments)
         condition = self._tracker.condition(arguments)
-        self._tap.context = StepContext(layout, sigma, branch, run, step, condition)
-        self._tap.arrangement = arrangement
+        self._tap.arrangement, sorted_by = arrangement, None
+        if self._token_order is not None:
+            own = family.layout(transformer.config, arguments) if arrangement else layout
+            found = self._token_order.begin_forward(own, arguments, args, kwargs)
+            sorted_by, args, kwargs = found
+        self._tap.context = StepContext(
+            layout, sigma, branch, run, step, condition, sorted_by=sorted_by
+        )
+        return None if self._token_order is None else (args, kwargs)
 
     def _report_lost(self) -> None:
         if not self._lost and self._untouched():  # the usual case, at a microsecond a layer

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..call import Intercept, StepContext
 from ..generation import Case, GenerationSettings
-from ..layout import TokenLayout
+from ..layout import Tile, TokenLayout
 from ..step_cache import StepCache
 from ..timing import Taken
 
@@ -65,6 +65,26 @@ class Caching(Protocol):
     @property
     def steps(self) -> int | None:
         """Steps of the generation that the model is in, or was in last; None if that isn't known."""
+        ...
+
+
+@runtime_checkable
+class Sorting(Protocol):
+    """An attachment to a component whose tokens can be sorted before its first layer."""
+
+    def sort_tokens(self, tile: Tile | str) -> None:
+        """Sort tokens once a forward by a tile until detached, where that can be done.
+
+        `StepContext.sorted_by` says of each forward whether it was.
+
+        Args:
+            tile: The tile; or why there is none, which `token_order` then tells.
+        """
+        ...
+
+    @property
+    def token_order(self) -> tuple[str, ...]:
+        """In which forwards tokens were sorted, and in which not, and why; nothing if it wasn't asked for."""
         ...
 
 

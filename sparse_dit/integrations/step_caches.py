@@ -45,6 +45,13 @@ def disable_step_cache(transformer: nn.Module, config: object) -> None:
         what.disable_cache()
 
 
+def reset_step_cache(transformer: nn.Module) -> None:
+    """Let the step cache that is enabled, if any, forget what it holds."""
+    what: Any = transformer
+    if cache_config(transformer) is not None:
+        what._reset_stateful_cache()
+
+
 def cache_config(transformer: nn.Module) -> object | None:
     """The configuration of the step cache that is enabled on a transformer."""
     return getattr(transformer, "_cache_config", None)

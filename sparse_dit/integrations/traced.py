@@ -18,23 +18,31 @@ from ..autocast import lowered
 
 
 class Layer(Protocol):
-    """What a handle names."""
+    """What the handle of an attention layer names."""
 
     def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """What the host's attention function would return for these arguments."""
         ...
 
 
-_LAYERS: WeakValueDictionary[int, Layer] = WeakValueDictionary()
+class Sorter(Protocol):
+    """What the handle of a place where tokens are sorted names."""
+
+    def sort(self, x: Tensor) -> Tensor:
+        """The tensor with its tokens sorted, or as it is."""
+        ...
+
+
+_NAMED: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 # arguments of the host's attention function that the operator hands on
 OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "backend")
 
 
-def handle_of(layer: Layer) -> Tensor:
-    """int64 `[]` on the CPU that names `layer` in this process for as long as the layer lives."""
+def handle_of(named: Layer | Sorter) -> Tensor:
+    """int64 `[]` on the CPU that names something in this process for as long as that lives."""
     number = next(_NUMBERS)
-    _LAYERS[number] = layer
+    _NAMED[number] = named
     return torch.tensor(number, device="cpu")
 
 
@@ -77,12 +85,7 @@ def _seam(
     attn_mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None,
     enable_gqa: bool, backend: str | None, heads_first: bool,
 ) -> Tensor:  # fmt: skip
-    layer = _LAYERS.get(int(handle))
-    if layer is None:
-        raise RuntimeError(
-            "a compiled block must run while its transformer exists, but that was deleted; "
-            "compile the new one"
-        )
+    layer: Layer = _named(handle)
     options = {
         "attn_mask": attn_mask,
         "dropout_p": dropout_p,
@@ -98,6 +101,30 @@ def _seam(
     if heads_first:  # hosts bring tokens first next, which then copies nothing
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     return out.contiguous()
+
+
+def _named(handle: Tensor) -> Any:
+    named = _NAMED.get(int(handle))
+    if named is None:
+        raise RuntimeError(
+            "a compiled block must run while its transformer exists, but that was deleted; "
+            "compile the new one"
+        )
+    return named
+
+
+def sort_traced(handle: Tensor, x: Tensor) -> Tensor:
+    """Call the operator that sorts tokens as a `Sorter` says."""
+    return torch.ops.sparse_dit.sort(handle, x)
+
+
+def _sort(handle: Tensor, x: Tensor) -> Tensor:
+    out = _named(handle).sort(x)
+    return x.clone(memory_format=torch.contiguous_format) if out is x else out
+
+
+def _fake_sort(handle: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _fake_seam(
@@ -126,6 +153,8 @@ OPERATOR.define(
     "bool is_causal, float? scale, bool enable_gqa, str? backend, bool heads_first) -> Tensor",
     tags=_TAGS,
 )
-OPERATOR.impl("seam", _seam, "CompositeExplicitAutograd")
-torch.library.register_fake("sparse_dit::seam", _fake_seam, lib=OPERATOR)
-torch.library.register_autograd("sparse_dit::seam", _no_backward, lib=OPERATOR)
+OPERATOR.define("sort(Tensor handle, Tensor x) -> Tensor", tags=_TAGS)
+for name, run, fake in (("seam", _seam, _fake_seam), ("sort", _sort, _fake_sort)):
+    OPERATOR.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_dit::{name}", fake, lib=OPERATOR)
+    torch.library.register_autograd(f"sparse_dit::{name}", _no_backward, lib=OPERATOR)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import wan_step
+from benchmarks import token_order, wan_step
 from benchmarks.tile_model import TileModel, fit
 from sparse_dit.attention import BACKENDS
 from sparse_dit.backends.attended import Attended
@@ -135,11 +135,19 @@ def test_a_step_of_wan_in_the_dry(tmp_path, capsys):
     file = tmp_path / "wan.json"
     assert wan_step.main(["--dry", "--density", ".3", "--rounds", "1", "--json", str(file)]) == 0
     data = json.loads(file.read_text())
-    stock, dense, sparse = data["rows"]
+    stock, dense, sparse, once = data["rows"]
     assert data["dry"] and "say nothing of a GPU" in capsys.readouterr().out
     assert dense["density"] == 1 and dense["backends"] == ["stock"]
     assert 0 < sparse["density"] < 1 and sparse["backends"] == ["cpu"] and sparse["forecast"] > 0
+    assert once["name"] == f"{sparse['name']}, sorted once" and once["density"] == sparse["density"]
     for row in data["rows"]:
         assert row["speedup"] == pytest.approx(stock["seconds"] / row["seconds"])
     if not torch.cuda.is_available():
         assert wan_step.main([]) == 2 and "--dry" in capsys.readouterr().err
+
+
+def test_generations_in_both_token_orders_in_the_small(capsys):
+    assert token_order.main(["--size", "48", "--steps", "2", "--pairs", "2"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("tokens sorted once a forward (4x), by tiles of allx1x8") == 2
+    assert "once a forward takes" in told

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...layout import TokenLayout
 from .family import Arguments, Family
+from .way import Axis, Way
 
 
 def _cogvideox(config: Any, arguments: Arguments) -> TokenLayout:
@@ -20,7 +21,15 @@ def _cogvideox(config: Any, arguments: Arguments) -> TokenLayout:
 
 LAYERS = r"transformer_blocks\.\d+\.attn1"
 
+WAY = Way(
+    {
+        "": {"image_rotary_emb": Axis(0, 2)},
+        "transformer_blocks.0": {"hidden_states": Axis(1, 3)},
+    },
+    back={"proj_out": Axis(1, 3)},
+)
+
 FAMILIES = {
-    "CogVideoXTransformer3DModel": Family(LAYERS, _cogvideox),
+    "CogVideoXTransformer3DModel": Family(LAYERS, _cogvideox, way=WAY),
     "ConsisIDTransformer3DModel": Family(LAYERS, _cogvideox),
 }

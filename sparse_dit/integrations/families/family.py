@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...layout import TokenLayout
 from ..arrangement import Arrangement
+from .way import Way
 
 logger = logging.getLogger("sparse_dit")
 
@@ -44,6 +45,8 @@ class Family:
         unpadded: Whether layers attend item by item, without the padding at the layout's end.
         two_calls: Whether pipelines that don't name guidance branches run them in two forwards, the
             prompt's first.
+        way: Where the grid's tokens enter and leave, so that they can be sorted once a forward; or why they
+            can't be.
         tested: What the tests run with the patch on: a whole `"pipeline"`, the `"transformer"` alone, or
             `"nothing"` (a class that a user made known).
     """
@@ -59,12 +62,13 @@ class Family:
     arrange: Callable[[Any, Arguments], Arrangement | None] | None = None
     unpadded: bool = False
     two_calls: bool = False
+    way: Way | str = "where its tokens enter and leave isn't known"
     tested: Literal["pipeline", "transformer", "nothing"] = "pipeline"
 
 
 def forward_arguments(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Arguments:
     """Arguments of a forward call by name, however they were passed."""
-    return _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
+    return signature_of(type(transformer)).bind(transformer, *args, **kwargs).arguments
 
 
 def sigma_of(family: Family, config: Any, arguments: Arguments) -> float:
@@ -90,5 +94,6 @@ def warn_of_other_keys(host: str) -> None:
 
 
 @functools.cache
-def _signature(cls: type[nn.Module]) -> inspect.Signature:
+def signature_of(cls: type[nn.Module]) -> inspect.Signature:
+    """The signature of a module's forward, `self` included."""
     return inspect.signature(cls.forward)

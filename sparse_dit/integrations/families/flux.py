@@ -13,6 +13,7 @@ from torch import Tensor
 from ...layout import Segment, TokenLayout
 from ..arrangement import Arrangement, padding_last, version_of
 from .family import Arguments, Family, warn_of_other_keys
+from .way import Axis, Way
 
 
 def _flux(config: Any, arguments: Arguments) -> TokenLayout | None:
@@ -88,9 +89,17 @@ def _fibo(config: Any, arguments: Arguments) -> Arrangement | None:
 
 LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"
 
+CONTROLS = ("controlnet_block_samples", "controlnet_single_block_samples")
+
 FAMILIES = {
-    "FluxTransformer2DModel": Family(LAYERS, _flux, max_timestep=1.0, two_calls=True),
-    "Flux2Transformer2DModel": Family(LAYERS, _flux2, max_timestep=1.0, two_calls=True),
+    "FluxTransformer2DModel": Family(
+        LAYERS,
+        _flux,
+        max_timestep=1.0,
+        two_calls=True,
+        way=Way({"": dict.fromkeys(CONTROLS, Axis(1, 3))}),
+    ),
+    "Flux2Transformer2DModel": Family(LAYERS, _flux2, max_timestep=1.0, two_calls=True, way=Way()),
     "Flux3Transformer2DModel": Family(
         r"(mode_blocks\.image|single_transformer_blocks)\.\d+\.attn",
         _flux3,

@@ -7,6 +7,7 @@ stretches are coarser), so it counts as text does: all see it, and it sees all.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ...layout import Segment, TokenLayout
 from ..arrangement import Arrangement, version_of
 from .family import Arguments, Family
+from .way import Axis, Way
 
 # kernels of the host's `HunyuanVideoHistoryPatchEmbed`, which pads latents to their multiple
 HISTORY = {
@@ -89,10 +91,26 @@ def _valid_first(
 
 LAYERS = r"(single_)?transformer_blocks\.\d+\.attn"
 
+
+def _replaces_tokens(config: Any) -> bool:
+    """Whether the first frame's tokens, which are given, are modulated by themselves (image to video)."""
+    return config.image_condition_type == "token_replace"
+
+
+WAY = Way(
+    {
+        "rope": {0: Axis(0, 2), 1: Axis(0, 2)},
+        "transformer_blocks.0": {"hidden_states": Axis(1, 3)},
+    },
+    back={"proj_out": Axis(1, 3)},
+)
+
 FAMILIES = {
-    "HunyuanVideoTransformer3DModel": Family(LAYERS, _hunyuan_video, two_calls=True),
+    "HunyuanVideoTransformer3DModel": Family(
+        LAYERS, _hunyuan_video, two_calls=True, way=replace(WAY, by_frames=_replaces_tokens)
+    ),
     "HunyuanVideoFramepackTransformer3DModel": Family(LAYERS, _framepack, two_calls=True),
     "HunyuanVideo15Transformer3DModel": Family(
-        r"transformer_blocks\.\d+\.attn", _hunyuan_video15, arrange=_padded
+        r"transformer_blocks\.\d+\.attn", _hunyuan_video15, arrange=_padded, way=WAY
     ),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...layout import Segment, TokenLayout
 from ..arrangement import version_of
 from .family import Arguments, Family
+from .way import Axis, Way
 
 
 def _ltx(config: Any, arguments: Arguments) -> TokenLayout | None:
@@ -79,6 +80,6 @@ def _first(changes: Tensor, otherwise: int) -> int:
 LAYERS = r"transformer_blocks\.\d+\.attn1"
 
 FAMILIES = {
-    "LTXVideoTransformer3DModel": Family(LAYERS, _ltx),
+    "LTXVideoTransformer3DModel": Family(LAYERS, _ltx, way=Way({"": {"timestep": Axis(1, 2)}})),
     "LTX2VideoTransformer3DModel": Family(LAYERS, _ltx2),
 }

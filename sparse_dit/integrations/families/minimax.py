@@ -13,6 +13,7 @@ from torch import Tensor
 from ...layout import Segment, TokenLayout
 from ..arrangement import version_of
 from .family import Arguments, Family
+from .way import Way
 
 
 def _minimax_h3(config: Any, arguments: Arguments) -> TokenLayout | None:
@@ -82,5 +83,6 @@ FAMILIES = {
         _minimax_h3,
         max_timestep=0.0,  # the video's noise level; sound, on a flatter schedule, is ahead of it
         clean_timestep=1.0,
+        way=Way(),
     ),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...layout import Segment, TokenLayout
 from ..arrangement import Arrangement, image_first, padding_last, version_of
 from .family import Arguments, Family
+from .way import Axis, Way
 
 
 def _qwen(config: Any, arguments: Arguments) -> TokenLayout | None:
@@ -82,6 +83,14 @@ FAMILIES = {
         tested="transformer",
     ),
     "QwenImageTransformer2DModel": Family(
-        r"transformer_blocks\.\d+\.attn", _qwen, max_timestep=1.0, arrange=_padded, two_calls=True
+        r"transformer_blocks\.\d+\.attn",
+        _qwen,
+        max_timestep=1.0,
+        arrange=_padded,
+        two_calls=True,
+        way=Way(
+            {"": {"controlnet_block_samples": Axis(1, 3)}},
+            without=[("pos_embed", 1)],  # the text's
+        ),
     ),
 }

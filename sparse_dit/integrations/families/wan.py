@@ -9,6 +9,7 @@ from typing import Any
 
 from ...layout import TokenLayout
 from .family import Arguments, Family
+from .way import Way
 
 
 def _wan(config: Any, arguments: Arguments) -> TokenLayout:
@@ -19,9 +20,18 @@ def _wan(config: Any, arguments: Arguments) -> TokenLayout:
 LAYERS = r"blocks\.\d+\.attn1"
 
 FAMILIES = {
-    "WanTransformer3DModel": Family(LAYERS, _wan, two_calls=True),
-    "WanVACETransformer3DModel": Family(rf"(vace_)?{LAYERS}", _wan, two_calls=True),
-    "WanAnimateTransformer3DModel": Family(LAYERS, _wan, two_calls=True),
-    "SkyReelsV2Transformer3DModel": Family(LAYERS, _wan, two_calls=True),
-    "ChronoEditTransformer3DModel": Family(LAYERS, _wan, two_calls=True),
+    "WanTransformer3DModel": Family(LAYERS, _wan, two_calls=True, way=Way()),
+    "WanVACETransformer3DModel": Family(
+        rf"(vace_)?{LAYERS}",
+        _wan,
+        two_calls=True,
+        way="a control video in the model's own order is added in its layers",
+    ),
+    "WanAnimateTransformer3DModel": Family(
+        LAYERS, _wan, two_calls=True, way="its layers add a face to the tokens of each frame"
+    ),
+    "SkyReelsV2Transformer3DModel": Family(
+        LAYERS, _wan, two_calls=True, way="its layers may have a mask in the order of frames"
+    ),
+    "ChronoEditTransformer3DModel": Family(LAYERS, _wan, two_calls=True, way=Way()),
 }
