@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarks import token_order, wan_step
 from benchmarks.tile_model import TileModel, fit
 from sparse_dit.attention import BACKENDS
 from sparse_dit.backends.attended import Attended
+from sparse_dit.resources import shipped
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 INTERPRETED = """
@@ -146,8 +148,14 @@ def test_a_step_of_wan_in_the_dry(tmp_path, capsys):
         assert wan_step.main([]) == 2 and "--dry" in capsys.readouterr().err
 
 
-def test_generations_in_both_token_orders_in_the_small(capsys):
-    assert token_order.main(["--size", "48", "--steps", "2", "--pairs", "2"]) == 0
+def test_forwards_in_both_token_orders_in_the_small(capsys):
+    model = str(shipped("tiny_wan"))
+    assert (
+        token_order.main(["--model", model, "--size", "48", "--steps", "2", "--rounds", "1"]) == 0
+    )
     told = capsys.readouterr().out
-    assert told.count("tokens sorted once a forward (4x), by tiles of allx1x8") == 2
-    assert "once a forward takes" in told
+    assert "tokens sorted once a forward (8x), by tiles of allx1x8" in told
+    assert "4 pairs: " in told
+    model, plan = re.findall(r"density (0\.\d+)", told)
+    assert model == plan
+    assert float(re.search(r"difference of an output: (.+)", told)[1]) < 1e-5
