@@ -57,7 +57,7 @@ def to_blocks(entry: PatternIndex, block_q: int, block_k: int) -> BlockIndex:
     rows, columns = -(-n // block_q), -(-m // block_k)
     bounds = (torch.arange(columns + 1) * block_k).clamp_max(m)
     seen = _keys_below(entry, bounds).diff(dim=1)  # [G, Kb] keys of each block that a group sees
-    group, row = _overlaps(entry, block_q, n)
+    group, row = overlaps(entry, block_q, n)
     hit = torch.zeros(rows, columns, dtype=torch.int32)
     whole = torch.zeros(rows, columns, dtype=torch.int32)
     hit.index_add_(0, row, (seen[group] > 0).int())
@@ -163,7 +163,7 @@ def _csr(mask: Tensor) -> tuple[Tensor, Tensor]:
     return offsets.int(), mask.nonzero()[:, 1].int()
 
 
-def _overlaps(entry: PatternIndex, block_q: int, n: int) -> tuple[Tensor, Tensor]:
+def overlaps(entry: PatternIndex, block_q: int, n: int) -> tuple[Tensor, Tensor]:
     """Pairs of a group and a block of rows that share rows."""
     first = entry.q_offsets[:-1].long() // block_q
     last = (entry.q_offsets[1:].long() - 1) // block_q

@@ -6,9 +6,9 @@ computes what that documents for its lists, so that a wrong conversion gives wro
 
 import ast
 import importlib.metadata
-import inspect
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +16,13 @@ from torch.nn import functional as F
 
 from sparse_dit.attention import AUTO, BACKENDS, attend
 from sparse_dit.backends import packages, selfcheck
-from sparse_dit.backends.packages import whole
+from sparse_dit.backends.packages import flashinfer_routes, whole
+from sparse_dit.curve import Curve
 from sparse_dit.index import SparseIndex, build_index
 from sparse_dit.layout import TokenLayout
-from sparse_dit.patterns import Dense, Pattern, SlidingTile, Stripe, Window
+from sparse_dit.patterns import Dense, Pattern, Skip, SlidingTile, Stripe, Window
+from tests.helpers import emulated_packages
+from tests.helpers.emulated_packages import FAKES, GIVEN
 from tests.helpers.kernel_cases import in_order, until
 from tests.helpers.signatures import parameters
 
@@ -27,134 +30,12 @@ NAMES = ("cudnn", "flash_attn_4", "flashinfer", "sparge", "block_sparse_attn")
 CONTRACTS = [contract for name in NAMES for contract in BACKENDS[name].CONTRACTS]
 WHOLE = TokenLayout.video(4, 16, 16)  # tiles of 4 x 16 x 4 = 256 tokens
 TILES = (4, 16, 4)
+CASES = [(name, capability) for name in NAMES for capability in FAKES[name][1]]
 MIXED = [
     Pattern(SlidingTile(1, 1, 3), TILES),
     Pattern(Dense()),
     Pattern(Window(0), (1, None, None)),
 ]
-
-
-def bound(contract, args, kwargs):
-    """Arguments by name; TypeError if the package's function wouldn't take them."""
-    names = contract.parameters
-    kinds = [
-        inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names
-    ]
-    got = inspect.Signature(kinds).bind(*args, **kwargs)
-    got.apply_defaults()
-    return types.SimpleNamespace(**got.arguments)
-
-
-def by_blocks(q, k, v, seen, block_q, block_k, scale):
-    """What all of them document: attention over the blocks that are seen; nothing seen gives 0."""
-    mask = seen.repeat_interleave(block_q, -2)[..., : q.shape[2], :]
-    mask = mask.repeat_interleave(block_k, -1)[..., : k.shape[2]]
-    logits = (q.double() @ k.double().mT * scale).masked_fill(~mask, -torch.inf)
-    out = logits.softmax(-1).nan_to_num(0.0) @ v.double()
-    return out.to(q.dtype), logits.logsumexp(-1).float()
-
-
-def from_lists(counts, lists, columns):
-    assert counts.dtype == lists.dtype == torch.int32
-    place = torch.arange(lists.shape[-1]) < counts[..., None]
-    seen = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool)
-    seen.scatter_(-1, torch.where(place, lists.long(), columns), True)
-    return seen[..., :columns]
-
-
-def fake_cudnn():
-    def forward(*args, **kwargs):
-        a = bound(BACKENDS["cudnn"].CONTRACTS[0], args, kwargs)
-        assert a.layout == "bhsd" and a.q_tensor.is_contiguous() and a.allow_empty_block_nums
-        block = a.sparse_block_size
-        seen = from_lists(a.q2k_block_nums, a.q2k_block_index, -(-a.k_tensor.shape[2] // block))
-        tensors = (a.q_tensor, a.k_tensor, a.v_tensor)
-        return by_blocks(*tensors, seen, block, block, a.softmax_scale)
-
-    return {"cudnn.block_sparse_attention.api": {"block_sparse_attention_forward": forward}}
-
-
-def fake_flash_attn_4():
-    class Tensors(types.SimpleNamespace):
-        def __init__(self, *args, **kwargs):
-            super().__init__(**vars(bound(BACKENDS["flash_attn_4"].CONTRACTS[1], args, kwargs)))
-
-    def forward(*args, **kwargs):
-        a = bound(BACKENDS["flash_attn_4"].CONTRACTS[0], args, kwargs)
-        q, k, v = (x.transpose(1, 2) for x in (a.q, a.k, a.v))
-        t = a.block_sparse_tensors
-        assert not t.mask_block_cnt.any()
-        seen = from_lists(t.full_block_cnt, t.full_block_idx, -(-k.shape[2] // t.block_size[1]))
-        out, lse = by_blocks(q, k, v, seen, *t.block_size, a.softmax_scale)
-        return out.transpose(1, 2), lse if a.return_lse else None
-
-    return {
-        "flash_attn.cute": {"flash_attn_func": forward},
-        "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": Tensors},
-    }
-
-
-def fake_flashinfer():
-    made, plan, run = BACKENDS["flashinfer"].CONTRACTS
-
-    class Wrapper:
-        def __init__(self, *args, **kwargs):
-            bound(made, args, kwargs)
-
-        def plan(self, *args, **kwargs):
-            self.plan = bound(plan, args, kwargs)
-
-        def run(self, *args, **kwargs):
-            a, p = bound(run, args, kwargs), self.plan
-            assert a.q.shape[0] == p.num_qo_heads and a.k.shape[0] == p.num_kv_heads
-            outs = []
-            for head, seen in enumerate(p.block_mask_map):
-                rows, columns = p.block_row_sz[head].long(), p.block_col_sz[head].long()
-                assert rows.sum() == a.q.shape[1] and columns.sum() == a.k.shape[1]
-                mask = seen.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-                one = [x[None, head : head + 1] for x in (a.q, a.k, a.v)]
-                outs.append(by_blocks(*one, mask[None, None], 1, 1, p.sm_scale)[0][0, 0])
-            return torch.stack(outs)
-
-    return {"flashinfer": {"VariableBlockSparseAttentionWrapper": Wrapper}}
-
-
-def fake_sparge():
-    def forward(*args, **kwargs):
-        a = bound(BACKENDS["sparge"].CONTRACTS[0], args, kwargs)
-        assert a.mask_id.is_contiguous() and a.mask_id.dim() == 4 and a.mask_id.dtype == torch.int8
-        return by_blocks(a.q, a.k, a.v, a.mask_id.bool(), *BACKENDS["sparge"].block(None), a.scale)[
-            0
-        ]
-
-    return {"spas_sage_attn.core": {"block_sparse_sage2_attn_cuda": forward}}
-
-
-def fake_block_sparse_attn():
-    def forward(*args, **kwargs):
-        a = bound(BACKENDS["block_sparse_attn"].CONTRACTS[0], args, kwargs)
-        assert (a.head_mask_type == 1).all() and a.p_dropout == 0.0 and not a.is_causal
-        out = torch.empty_like(a.q)
-        for one, seen in enumerate(a.base_blockmask):
-            rows = slice(*a.cu_seqlens_q[one : one + 2].tolist())
-            keys = slice(*a.cu_seqlens_k[one : one + 2].tolist())
-            q, k, v = (x.transpose(0, 1)[None] for x in (a.q[rows], a.k[keys], a.v[keys]))
-            assert (q.shape[2], k.shape[2]) == (a.max_seqlen_q_, a.max_seqlen_k_)
-            got = by_blocks(q, k, v, seen[None], 128, 128, a.softmax_scale)[0]
-            out[rows] = got[0].transpose(0, 1)
-        return out
-
-    return {"block_sparse_attn": {"block_sparse_attn_func": forward}}
-
-
-FAKES = {
-    "cudnn": (fake_cudnn, [(9, 0), (10, 0), (12, 0)]),
-    "flash_attn_4": (fake_flash_attn_4, [(9, 0), (10, 0)]),
-    "flashinfer": (fake_flashinfer, [(8, 0)]),
-    "sparge": (fake_sparge, [(8, 9), (9, 0)]),
-    "block_sparse_attn": (fake_block_sparse_attn, [(8, 0)]),
-}
-CASES = [(name, capability) for name in NAMES for capability in FAKES[name][1]]
 
 
 @pytest.fixture
@@ -170,6 +51,7 @@ def emulated(monkeypatch):
             vars(sys.modules[module]).update(contents)
         monkeypatch.setattr(whole, "not_here", lambda q, package, head_dims: None)
         monkeypatch.setattr(whole, "capability", lambda device: capability)
+        flashinfer_routes.planned.cache_clear()
         return BACKENDS[name]
 
     return put
@@ -217,16 +99,139 @@ def test_a_package_that_ignores_its_lists_is_caught(name, capability, emulated, 
     module = emulated(name, capability)
 
     def everything(q, k, v, seen, block_q, block_k, scale):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale), torch.zeros(q.shape[:3])
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+        return out, torch.zeros(q.shape[:3])
 
-    monkeypatch.setitem(globals(), "by_blocks", everything)
+    monkeypatch.setattr(emulated_packages, "by_blocks", everything)
     found = selfcheck.examine(module, "cpu", 128, torch.float16)
     assert found.problem is not None and ("aren't 0" in found.problem or "error" in found.problem)
 
 
+STILL = [Pattern(Window(n), (1, None, None)) for n in range(3)] + [Pattern(Dense())]
+
+
+@pytest.mark.parametrize(("name", "capability"), CASES)
+def test_tokens_that_lie_in_order_are_not_copied(name, capability, emulated):
+    """In a host's layout, `[B, N, H, D]`, with fewer heads of keys or as many."""
+    emulated(name, capability)
+    for key_heads in (4, 1):
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(WHOLE, 4))
+        k, v = (x[:, :key_heads].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+        index = build_index(STILL if key_heads == 4 else STILL[:1] * 4, WHOLE)
+        GIVEN.clear()
+        got = attend(q, k, v, index, backend=name).out
+        assert GIVEN and set(GIVEN) == {x.untyped_storage().data_ptr() for x in (q, k, v)}
+        truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
+        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "capability"), CASES)
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_heads_share_keys(name, capability, key_heads, emulated):
+    """In one order or in two, with one pattern a key head and with more."""
+    emulated(name, capability)
+    tile, dense, frames = MIXED
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, WHOLE.seq_len, 128, generator=generator)
+        for heads in (4, key_heads, key_heads)
+    )
+    for patterns in ([tile, tile, frames, frames], [tile, frames, dense, tile], [tile] * 4):
+        index = build_index(patterns, WHOLE)
+        got = attend(q, k, v, index, backend=name).out
+        truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
+        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "capability"), CASES)
+def test_stretches_of_a_curve_are_blocks_in_any_grid(name, capability, emulated):
+    """1,155 tokens, which no block divides; tables are made once."""
+    emulated(name, capability)
+    ragged = TokenLayout.video(5, 11, 21)
+    along = Curve("video", 256)
+    index = build_index(
+        [Pattern(Window(0, 0, 200), along), Pattern(Dense()), Pattern(Skip())], ragged
+    )
+    q, k, v = inputs(ragged)
+    assert index.head_density[0] < 0.8
+    got = attend(q, k, v, index, backend=name).out
+    truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
+    torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+    cached = {key: id(made) for key, made in index.cache.items()}
+    attend(q, k, v, index, backend=name)
+    assert cached == {key: id(made) for key, made in index.cache.items()}
+
+
+FAR = [
+    Pattern(Window(0, 0, 100), Curve("video", 128), far=True),
+    Pattern(Window(0, 0, 300), Curve("video", 128), far=True),
+    Pattern(Dense()),
+    Pattern(Window(0, 0, 100), Curve("video", 128)),
+    Pattern(Skip()),
+]
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "pool"),
+    [
+        ([0, 1], 128, None),
+        ([0, 2, 1], 64, None),
+        ([0, 3, 4, 1], 128, 64),
+        ([3, 2], 64, None),
+        ([4, 4], 128, None),
+    ],
+    ids=str,
+)
+def test_flashinfer_pools_what_is_not_seen(heads, tokens, pool, emulated):
+    """On Blackwell: heads with a far field, dense, plain and skipped ones; a ragged last block."""
+    emulated("flashinfer", (10, 0))
+    ragged = TokenLayout.video(5, 11, 21)
+    patterns = [
+        replace(FAR[h], tile=Curve("video", tokens), pool=pool if FAR[h].far else None)
+        if h in (0, 1, 3) else FAR[h] for h in heads
+    ]  # fmt: skip
+    index = build_index([p for p in patterns for _ in range(2)], ragged)
+    generator = torch.Generator().manual_seed(0)
+    for key_heads in (len(heads), 2 * len(heads)):
+        q, k, v = (
+            torch.randn(2, count, ragged.seq_len, 128, generator=generator)
+            for count in (2 * len(heads), key_heads, key_heads)
+        )
+        assert BACKENDS["flashinfer"].unsupported(q, index) is None
+        got = attend(q, k, v, index, backend="flashinfer").out
+        truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
+        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_flashinfer_pools_nothing_else(emulated):
+    """Pooled keys of 32 tokens have no block; before Blackwell, and at other head_dims, there are none."""
+    module = emulated("flashinfer", (10, 0))
+    ragged = TokenLayout.video(5, 11, 21)
+    q = inputs(ragged)[0]
+    small = build_index([replace(FAR[0], pool=32)] * 3, ragged)
+    assert "pools blocks of 128 keys" in module.unsupported(q, small)
+    fitting = build_index([FAR[0]] * 3, ragged)
+    assert module.unsupported(q, fitting) is None
+    assert "no far field" in module.unsupported(q[..., :64], fitting)
+    with pytest.raises(NotImplementedError, match="no log-sum-exp"):
+        attend(q, q, q, fitting, backend="flashinfer", return_lse=True)
+    module = emulated("flashinfer", (9, 0))
+    assert "no far field" in module.unsupported(q, fitting)
+
+
+def test_flash_attn_4_has_small_blocks_on_hopper(emulated):
+    index = build_index([Pattern(Window(0, 0, 64), Curve("video", 64))] * 3, WHOLE)
+    q, k, v = inputs(WHOLE)
+    assert "seen in part" in emulated("flash_attn_4", (10, 0)).unsupported(q, index)
+    assert emulated("flash_attn_4", (9, 0)).unsupported(q, index) is None
+    got = attend(q, k, v, index, backend="flash_attn_4").out
+    truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
+    torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+
+
 REFUSED = [
     (build_index([Pattern(Window(0, 1, 1), (2, 2, 2))], WHOLE), "are seen in part"),
-    (build_index([Pattern(SlidingTile(1, 1, 1), TILES, far=True)], WHOLE), "no far field"),
+    (build_index([Pattern(SlidingTile(1, 1, 1), TILES, far=True, pool=32)], WHOLE), "no far field"),
     (in_order(build_index([Pattern(SlidingTile(1, 1, 1), TILES)], WHOLE)), "no row intervals"),
     (build_index([Pattern(Stripe(time_width=1), (1, None, None), cell=1)],
                  TokenLayout.video(3, 5, 7)), "are seen in part"),
@@ -256,8 +261,8 @@ def test_padding_mass_and_missing_lse_are_refused(name, emulated):
             attend(q, k, v, index, backend=name, return_lse=True)
 
 
-OLD = [("cudnn", (8, 0), "sm_90 to sm_120"), ("flash_attn_4", (8, 9), "sm_90 and sm_100 only"),
-       ("flash_attn_4", (12, 0), "sm_90 and sm_100 only"), ("flashinfer", (7, 5), "sm_80 or later"),
+OLD = [("cudnn", (8, 0), "sm_90 to sm_120"), ("flash_attn_4", (8, 9), "sm_90, sm_100 and sm_110 only"),
+       ("flash_attn_4", (12, 0), "sm_90, sm_100 and sm_110 only"), ("flashinfer", (7, 5), "sm_80 or later"),
        ("sparge", (7, 5), "sm_80 or later"), ("block_sparse_attn", (7, 5), "sm_80 or later")]  # fmt: skip
 
 
@@ -272,8 +277,6 @@ def test_flashinfer_refuses_lists_that_would_fill_the_memory(emulated, monkeypat
     index = build_index(MIXED, WHOLE)
     monkeypatch.setattr(module, "MOST_LISTED", 1000)
     assert "GiB" in module.unsupported(inputs(WHOLE)[0], index)
-    monkeypatch.setattr(module, "MOST_ROWS", 10)
-    assert "10 blocks of rows" in module.unsupported(inputs(WHOLE)[0], index)
 
 
 @pytest.mark.parametrize("name", NAMES)

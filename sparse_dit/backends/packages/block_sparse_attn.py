@@ -9,7 +9,7 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
-from . import whole
+from . import blocks, whole
 
 NAME = "block_sparse_attn"
 PACKAGE = "block_sparse_attn"
@@ -34,7 +34,7 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
         return reason
     if whole.capability(q.device) < (8, 0):
         return f"it needs sm_80 or later, and {q.device} is older"
-    return whole.not_whole(index, BLOCK, BLOCK)
+    return whole.not_whole(index, [(BLOCK, BLOCK)])
 
 
 def starts(batch: int, tokens: int, like: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
     """Why it can't give the LSE or block mass that is asked for, to follow its name; None if it can."""
     if mass:
         return "it has no block mass"
-    return "its log-sum-exp isn't returned" if return_lse else None
+    return None
 
 
 def forward(
@@ -74,16 +74,20 @@ def forward(
             block_sparse_attn, FUNCTION
         )  # a checker takes this file for the package
         batch, heads, n, _ = q.shape
-        seen = whole.block_map(index, BLOCK, BLOCK).expand(batch, -1, -1, -1).contiguous()
+        seen = blocks.block_map(index, BLOCK, BLOCK)
+        seen = blocks.for_batch(index, (NAME,), batch, seen)
         flat = [rearrange(x, "batch heads n dim -> (batch n) heads dim") for x in (q, k, v)]
         every = torch.ones(heads, dtype=torch.int32, device=q.device)  # each head has a block mask
-        out = attention(
+        out, lse, _ = attention(
             *flat, starts(batch, n, q), starts(batch, k.shape[2], q), every, None, seen, n, k.shape[2],
-            0.0, softmax_scale=scale, is_causal=False,
+            0.0, softmax_scale=scale, is_causal=False, return_attn_probs=True,
         )  # fmt: skip
-        return rearrange(out, "(batch n) heads dim -> batch heads n dim", batch=batch), None
+        out = rearrange(out, "(batch n) heads dim -> batch heads n dim", batch=batch)
+        return out, lse.masked_fill(lse.isinf(), -torch.inf)  # it has +inf where nothing is seen
 
-    return whole.run(NAME, q, k, v, index, rows, kernel)
+    shared = whole.share_keys(index, k.shape[1])
+    got = whole.run(NAME, q, k, v, index, rows, kernel, shared=shared)
+    return got if return_lse else got._replace(lse=None)
 
 
 def block_mass(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
-from . import whole
+from . import blocks, whole
 
 NAME = "cudnn"
 PACKAGE = "nvidia-cudnn-frontend"
@@ -34,17 +34,17 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
         return (
             f"sm_90 to sm_120 have it, and sm_120 with head_dim 128 only; {q.device} is sm_{major}x"
         )
-    reasons = [whole.not_whole(index, block, block) for block in blocks_for(q, index)]
-    return None if None in reasons else reasons[0]
+    return whole.not_whole(index, sizes(q, index))
 
 
-def blocks_for(q: Tensor, index: SparseIndex) -> tuple[int, ...]:
-    """Sizes of blocks that the architecture has for such a call, the preferred one first."""
+def sizes(q: Tensor, index: SparseIndex) -> tuple[tuple[int, int], ...]:
+    """Rows and keys of the blocks that the architecture has for such a call, the preferred first."""
+    large, small = (128, 128), (64, 64)
     major = whole.capability(q.device)[0]
     if major == 9:
-        return (128, 64) if index.num_queries % 64 == 0 else (128,)
-    small = major == 12 or (q.shape[-1] == 128 and q.dtype == torch.bfloat16)
-    return (128, 64) if small else (128,)
+        return (large, small) if index.num_queries % 64 == 0 else (large,)
+    every = major == 12 or (q.shape[-1] == 128 and q.dtype == torch.bfloat16)
+    return (large, small) if every else (large,)
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
@@ -72,22 +72,31 @@ def forward(
     if reason := lacks(q, return_lse, mass_block is not None):
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
+    size = whole.fit(index, sizes(q, index))
+    assert size is not None, "`unsupported` has looked"
+
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         from cudnn.block_sparse_attention.api import (  # pyright: ignore[reportMissingImports]
             block_sparse_attention_forward,
         )
 
-        fits = [b for b in blocks_for(q, index) if whole.not_whole(index, b, b) is None]
-        counts, lists = whole.block_lists(index, fits[0], fits[0])
-        got = block_sparse_attention_forward(
-            q, k, v, lists.expand(len(q), -1, -1, -1).contiguous(),
-            q2k_block_nums=counts.expand(len(q), -1, -1).contiguous(),
-            sparse_block_size=fits[0], allow_empty_block_nums=True, softmax_scale=scale,
-            pack_gqa=False, layout="bhsd",
+        counts, listed = (
+            blocks.for_batch(index, (NAME, size, name), len(q), table)
+            for name, table in zip(
+                ("counts", "lists"), blocks.block_lists(index, *size), strict=True
+            )
+        )
+        by_token = q.stride(1) < q.stride(2)  # as most hosts lay them out, [B, N, H, D]
+        out, lse = block_sparse_attention_forward(
+            *(x.transpose(1, 2) if by_token else x for x in (q, k, v)), listed,
+            q2k_block_nums=counts, sparse_block_size=size[0], allow_empty_block_nums=True,
+            softmax_scale=scale, pack_gqa=False, layout="bshd" if by_token else "bhsd",
         )  # fmt: skip
-        return got[0], got[1]
+        return out.transpose(1, 2) if by_token else out, lse
 
-    got = whole.run(NAME, q, k, v, index, rows, kernel)
+    major = whole.capability(q.device)[0]
+    shared = whole.share_keys(index, k.shape[1]) and not (size[0] == 64 and major in (10, 11))
+    got = whole.run(NAME, q, k, v, index, rows, kernel, shared=shared)
     return got if return_lse else got._replace(lse=None)
 
 

@@ -1,6 +1,8 @@
-"""FlashAttention 4 with block lists (flash-attn-4): sm_90 and sm_100; below, it ignores the lists."""
+"""FlashAttention 4 with block lists (flash-attn-4): sm_90, sm_100, sm_110; below, it ignores the lists."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
-from . import whole
+from . import blocks, whole
 
 NAME = "flash_attn_4"
 PACKAGE = "flash-attn-4"
@@ -32,17 +34,18 @@ CONTRACTS = (
         ),
     ),
 )  # fmt: skip
-BLOCKS = {9: (128, 128), 10: (256, 128)}  # sm_100 refuses 128 rows
+HOPPER, BLACKWELL = ((128, 128), (128, 64), (64, 128), (64, 64)), ((256, 128),)  # no fewer rows
+BLOCKS = {9: HOPPER, 10: BLACKWELL, 11: BLACKWELL}
 
 
 def unsupported(q: Tensor, index: SparseIndex) -> str | None:
     """Why FlashAttention 4 can't run this; None if it can."""
     if reason := whole.not_here(q, PACKAGE, (64, 128)):
         return reason
-    block = BLOCKS.get(whole.capability(q.device)[0])
-    if block is None:
-        return f"it honours block lists on sm_90 and sm_100 only, and {q.device} is another"
-    return whole.not_whole(index, *block)
+    sizes = BLOCKS.get(whole.capability(q.device)[0])
+    if sizes is None:
+        return f"it honours block lists on sm_90, sm_100 and sm_110 only, and {q.device} is another"
+    return whole.not_whole(index, sizes)
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
@@ -72,24 +75,34 @@ def forward(
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+        out, lse = flash_attn_func(
+            *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, pack_gqa=False,
+            block_sparse_tensors=lists(index, q.device), return_lse=return_lse,
+        )  # fmt: skip
+        return out.transpose(1, 2), lse
+
+    shared = whole.share_keys(index, k.shape[1])
+    return whole.run(NAME, q, k, v, index, rows, kernel, shared=shared)
+
+
+def lists(index: SparseIndex, device: torch.device) -> Any:
+    """An index's blocks as the package's own type, for all items of a batch; made once."""
+    size = whole.fit(index, BLOCKS[whole.capability(device)[0]])
+    assert size is not None, "`unsupported` has looked"
+
+    def make() -> Any:
         from flash_attn.cute.block_sparsity import (  # pyright: ignore[reportMissingImports]
             BlockSparseTensorsTorch,
         )
 
-        block = BLOCKS[whole.capability(q.device)[0]]
-        counts, lists = (x[None].expand(len(q), *x.shape) for x in whole.block_lists(index, *block))
-        tensors = BlockSparseTensorsTorch(
-            mask_block_cnt=torch.zeros_like(counts), mask_block_idx=torch.zeros_like(lists),
-            full_block_cnt=counts.contiguous(), full_block_idx=lists.contiguous(), block_size=block,
+        counts, listed = (x[None] for x in blocks.block_lists(index, *size))
+        return BlockSparseTensorsTorch(
+            mask_block_cnt=torch.zeros_like(counts), mask_block_idx=torch.zeros_like(listed[..., :1]),
+            full_block_cnt=counts, full_block_idx=listed, block_size=size,
         )  # fmt: skip
-        out, lse = flash_attn_func(
-            *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, block_sparse_tensors=tensors,
-            return_lse=True,
-        )  # fmt: skip
-        return out.transpose(1, 2), lse
 
-    got = whole.run(NAME, q, k, v, index, rows, kernel)
-    return got if return_lse else got._replace(lse=None)
+    return blocks.kept(index, ("flash_attn_4", size), make)
 
 
 def block_mass(

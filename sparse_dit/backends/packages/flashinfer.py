@@ -1,7 +1,13 @@
-"""flashinfer's attention over blocks of any size (flashinfer-python), sm_80 and later."""
+"""flashinfer's block-sparse attention (flashinfer-python), sm_80 and later.
+
+On data-centre Blackwell at head_dim 128 its routes take the lists as they are, with a pooled key for every
+block that isn't seen (`flashinfer_routes.py`). Elsewhere it writes lists out to tokens.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -10,32 +16,33 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
-from . import whole
+from . import blocks, flashinfer_routes, whole
 
 NAME = "flashinfer"
-PACKAGE = "flashinfer-python"
+PACKAGE, VERSION = flashinfer_routes.PACKAGE, flashinfer_routes.VERSION
 FILE, WRAPPER = "flashinfer/sparse.py", "VariableBlockSparseAttentionWrapper"
 CONTRACTS = (
     whole.Contract(
-        PACKAGE, "0.7.2.post1", FILE, f"{WRAPPER}.__init__", ("float_workspace_buffer", "backend")
+        PACKAGE, VERSION, FILE, f"{WRAPPER}.__init__", ("float_workspace_buffer", "backend")
     ),
     whole.Contract(
-        PACKAGE, "0.7.2.post1", FILE, f"{WRAPPER}.plan",
+        PACKAGE, VERSION, FILE, f"{WRAPPER}.plan",
         (
             "block_mask_map", "block_row_sz", "block_col_sz", "num_qo_heads", "num_kv_heads",
             "head_dim", "causal", "pos_encoding_mode", "use_fp16_qk_reduction", "logits_soft_cap",
             "sm_scale", "rope_scale", "rope_theta", "non_blocking", "q_data_type", "kv_data_type",
+            "q_scale", "k_scale", "v_scale",
         ),
     ),
     whole.Contract(
-        PACKAGE, "0.7.2.post1", FILE, f"{WRAPPER}.run",
+        PACKAGE, VERSION, FILE, f"{WRAPPER}.run",
         ("q", "k", "v", "out", "lse", "return_lse", "enable_pdl"),
     ),
+    *flashinfer_routes.CONTRACTS,
 )  # fmt: skip
 BLOCK = 64
 WORKSPACE = 128 << 20  # bytes, as it recommends
 MOST_LISTED = 1 << 28  # keys: it writes every block out to tokens, 4 bytes each
-MOST_ROWS = 32768  # blocks of rows of all heads: the length of its buffer
 
 
 def unsupported(q: Tensor, index: SparseIndex) -> str | None:
@@ -44,15 +51,18 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
         return reason
     if whole.capability(q.device) < (8, 0):
         return f"it needs sm_80 or later, and {q.device} is older"
-    return whole.not_whole(index, BLOCK, BLOCK) or too_long(index)
+    if flashinfer_routes.here(q):
+        return whole.not_whole(index, flashinfer_routes.SIZES, far=True)
+    return whole.not_whole(index, [(BLOCK, BLOCK)]) or too_long(index)
 
 
 def too_long(index: SparseIndex) -> str | None:
     """Why its token lists would be too long; None if they wouldn't."""
-    counts, _ = whole.block_lists(index, BLOCK, BLOCK)
-    if counts.numel() > MOST_ROWS:
-        return f"it has room for {MOST_ROWS} blocks of rows, the index has {counts.numel()}"
-    listed = int(counts.sum()) * BLOCK
+
+    def make() -> int:
+        return int(blocks.block_lists(index, BLOCK, BLOCK)[0].sum()) * BLOCK
+
+    listed = blocks.kept(index, ("tokens that flashinfer lists",), make)
     if listed > MOST_LISTED:
         return f"it writes lists out to tokens, which would take {listed * 4 / 2**30:.1f} GiB"
     return None
@@ -64,30 +74,40 @@ def sizes(tokens: int, heads: int) -> Tensor:
     return bounds.diff().int().expand(heads, -1).contiguous()
 
 
-def planned(q: Tensor, index: SparseIndex, scale: float) -> Any:
-    """A wrapper that has the lists, kept in the index's cache."""
-    import flashinfer
+@functools.lru_cache(maxsize=8)
+def workspace(device: torch.device, stream: int) -> Tensor:
+    """Room for partial results, shared by all calls of one stream."""
+    return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
 
-    key = ("flashinfer", q.dtype, q.shape[-1], scale)
-    if key not in index.cache:
-        heads, dim = q.shape[1], q.shape[-1]
-        space = torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device)
+
+def planned(q: Tensor, key_heads: int, index: SparseIndex, scale: float) -> Any:
+    """A wrapper that has the lists, kept in the index's cache."""
+    heads, dim = q.shape[1], q.shape[-1]
+    stream = flashinfer_routes.stream(q.device)
+
+    def make() -> Any:
+        import flashinfer
+
         make = getattr(flashinfer, WRAPPER)  # a checker finds this very file under the name
-        wrapper = make(space, backend="auto")
+        wrapper = make(workspace(q.device, stream), backend="auto")
+        seen = blocks.block_map(index, BLOCK, BLOCK)[:: heads // key_heads].contiguous()
         wrapper.plan(
-            whole.block_map(index, BLOCK, BLOCK), sizes(q.shape[2], heads).to(q.device),
-            sizes(index.num_keys, heads).to(q.device), heads, heads, dim, sm_scale=scale,
+            seen, sizes(q.shape[2], key_heads).to(q.device),
+            sizes(index.num_keys, key_heads).to(q.device), heads, key_heads, dim, sm_scale=scale,
             q_data_type=q.dtype,
         )  # fmt: skip
-        index.cache[key] = wrapper
-    return index.cache[key]
+        return wrapper
+
+    return blocks.kept(index, (NAME, q.dtype, dim, key_heads, scale, stream), make)
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
     """Why it can't give the LSE or block mass that is asked for, to follow its name; None if it can."""
     if mass:
         return "it has no block mass"
-    return "its log-sum-exp has another base, and isn't used" if return_lse else None
+    if return_lse and flashinfer_routes.here(q):
+        return "its routes on Blackwell give no log-sum-exp"
+    return None
 
 
 def forward(
@@ -109,10 +129,17 @@ def forward(
         raise NotImplementedError(f"backend {NAME!r} cannot run this: {reason}")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        wrapper = planned(q, index, scale)
-        return torch.stack([wrapper.run(*one) for one in zip(q, k, v, strict=True)]), None
+        if flashinfer_routes.here(q):
+            return flashinfer_routes.attention(q, k, v, index, scale), None
+        wrapper = planned(q, k.shape[1], index, scale)
+        items = [wrapper.run(*one, return_lse=return_lse) for one in zip(q, k, v, strict=True)]
+        if not return_lse:
+            return torch.stack(items), None
+        out, lse = (torch.stack(x) for x in zip(*items, strict=True))
+        return out, lse * math.log(2)  # it sums powers of 2
 
-    return whole.run(NAME, q, k, v, index, rows, kernel)
+    shared = whole.share_keys(index, k.shape[1], blocks=True)
+    return whole.run(NAME, q, k, v, index, rows, kernel, shared=shared)
 
 
 def block_mass(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
-from . import whole
+from . import blocks, whole
 
 NAME = "sparge"
 PACKAGE = "spas_sage_attn"
@@ -38,7 +38,7 @@ def unsupported(q: Tensor, index: SparseIndex) -> str | None:
         return f"it needs sm_80 or later, and {q.device} is older"
     if index.num_queries < LEAST_TOKENS:
         return f"it needs at least {LEAST_TOKENS} tokens, got {index.num_queries}"
-    return whole.not_whole(index, *block(q.device))
+    return whole.not_whole(index, [block(q.device)])
 
 
 def lacks(q: Tensor, return_lse: bool, mass: bool) -> str | None:
@@ -71,12 +71,12 @@ def forward(
             block_sparse_sage2_attn_cuda,
         )
 
-        seen = whole.block_map(index, *block(q.device)).expand(len(q), -1, -1, -1)
-        return block_sparse_sage2_attn_cuda(
-            q, k, v, mask_id=seen.to(torch.int8).contiguous(), scale=scale
-        ), None
+        seen = blocks.block_map(index, *block(q.device))
+        mask = blocks.for_batch(index, (NAME, block(q.device)), len(q), seen).view(torch.int8)
+        return block_sparse_sage2_attn_cuda(q, k, v, mask_id=mask, scale=scale), None
 
-    return whole.run(NAME, q, k, v, index, rows, kernel)
+    shared = whole.share_keys(index, k.shape[1])
+    return whole.run(NAME, q, k, v, index, rows, kernel, shared=shared)
 
 
 def block_mass(

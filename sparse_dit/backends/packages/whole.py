@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ...on_cpu import on_cpu
-from ...rounding import BlockIndex, to_blocks
 from ..attended import Attended
-from ..flex_lists import full_width
 from ..sorting import orders_of, sort_tokens, unsort_tokens
+from .blocks import kept, rounded, stands_for_the_rest
 
 HALF = (torch.float16, torch.bfloat16)
 Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -72,11 +71,34 @@ def not_here(q: Tensor, package: str, head_dims: tuple[int, ...]) -> str | None:
     return None
 
 
-def not_whole(index: SparseIndex, block_q: int, block_k: int) -> str | None:
-    """Why an index isn't whole blocks; None if it is."""
+def not_whole(
+    index: SparseIndex, sizes: Sequence[tuple[int, int]], *, far: bool = False
+) -> str | None:
+    """Why an index isn't whole blocks of any of these sizes; None if it is.
+
+    Args:
+        index: Of one layer.
+        sizes: Rows and keys of the blocks that a kernel has, the preferred ones first.
+        far: Whether the kernel adds a pooled key for every block that it doesn't compute.
+    """
+    if fit(index, sizes, far=far) is not None:
+        return None
+    return _part(index, *sizes[0], far)
+
+
+def fit(
+    index: SparseIndex, sizes: Sequence[tuple[int, int]], *, far: bool = False
+) -> tuple[int, int] | None:
+    """The first of these sizes of blocks in which an index is whole; None if there is none."""
+    return next((size for size in sizes if _part(index, *size, far) is None), None)
+
+
+def _part(index: SparseIndex, block_q: int, block_k: int, far: bool) -> str | None:
+    """What of an index isn't whole blocks of one size; None if all is."""
     if index.rows is not None:
         return "it has no row intervals (causal order)"
-    if any(entry.far is not None for entry in index.entries):
+    pooled = [entry for entry in index.entries if entry.far is not None]
+    if pooled and not far:
         return "it has no far field"
     partial = sum(len(blocks.partial) for blocks in rounded(index, block_q, block_k))
     if partial:
@@ -84,50 +106,28 @@ def not_whole(index: SparseIndex, block_q: int, block_k: int) -> str | None:
             f"it computes whole blocks of {block_q} rows and {block_k} keys, but {partial} of the "
             "index are seen in part; use tiles of that many tokens that divide the grid"
         )
+    if not all(stands_for_the_rest(entry, block_q, block_k) for entry in pooled):
+        return (
+            f"it pools blocks of {block_k} keys, all that a block of {block_q} rows doesn't see, but "
+            "the index pools others; use cells of that many tokens that divide the grid"
+        )
     return None
 
 
-def rounded(index: SparseIndex, block_q: int, block_k: int) -> list[BlockIndex]:
-    """The blocks that each entry of an index computes; kept in the entry's cache."""
-    found = []
-    for entry in index.entries:
-        key = ("blocks", block_q, block_k)
-        if key not in entry.cache:
-            entry.cache[key] = to_blocks(entry, block_q, block_k)
-        found.append(entry.cache[key])
-    return found
+def share_keys(index: SparseIndex, key_heads: int, *, blocks: bool = False) -> bool:
+    """Whether heads with the same keys have them in one order; with `blocks`, see the same of them too."""
 
+    def make() -> bool:
+        groups = torch.tensor(index.head_to_pattern).view(key_heads, -1)
+        if bool((groups == groups[:, :1]).all()):
+            return True
+        order = orders_of(index).keys
+        if order is None or blocks:
+            return not blocks
+        apart = order.unflatten(0, (key_heads, -1))
+        return bool((apart == apart[:, :1]).all())
 
-@on_cpu
-def block_map(index: SparseIndex, block_q: int, block_k: int) -> Tensor:
-    """Which blocks each head computes, bool `[H, Qb, Kb]` on the index's device; kept in its cache."""
-    key = ("block map", block_q, block_k)
-    if key not in index.cache:
-        columns = -(-index.num_keys // block_k)
-        maps = []
-        for blocks in rounded(index, block_q, block_k):
-            rows = len(blocks.full_offsets) - 1
-            table = torch.zeros(rows, columns, dtype=torch.bool)
-            row = torch.repeat_interleave(torch.arange(rows), blocks.full_offsets.diff().long())
-            table[row, blocks.full.long()] = True
-            maps.append(table)
-        index.cache[key] = _by_head(maps, index)
-    return index.cache[key]
-
-
-def block_lists(index: SparseIndex, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block sees, int32 `[H, Qb]`, and which, int32 `[H, Qb, Kb]`.
-
-    The numbers of key blocks rise and are filled up with 0. Both are kept in the index's cache.
-    """
-    key = ("block lists", block_q, block_k)
-    if key not in index.cache:
-        columns = -(-index.num_keys // block_k)
-        found = rounded(index, block_q, block_k)
-        tables = [full_width(blocks.full_offsets, blocks.full, columns) for blocks in found]
-        counts = [blocks.full_offsets.diff() for blocks in found]
-        index.cache[key] = (_by_head(counts, index), _by_head(tables, index))
-    return index.cache[key]
+    return kept(index, ("share keys", key_heads, blocks), on_cpu(make))
 
 
 def run(
@@ -138,8 +138,19 @@ def run(
     index: SparseIndex,
     rows: RowIntervals | None,
     kernel: Kernel,
+    *,
+    shared: bool,
 ) -> Attended:
-    """Call a kernel with tokens in the order of each head, `[B, H, N, D]` contiguous, keys by query head.
+    """Call a kernel with tokens in the order of each head.
+
+    Where no head has an order and keys needn't be repeated, it gets q, k and v themselves.
+
+    Args:
+        name: Of the backend.
+        q, k, v, index, rows: As of a backend's `forward`.
+        kernel: Takes q `[B, H, N, D]` and keys and values of H heads, or of fewer, with any strides.
+        shared: Whether it takes the fewer heads that keys have, in the one order of the heads that share
+            them; see `share_keys`.
 
     Raises:
         NotImplementedError: If rows have intervals.
@@ -148,13 +159,15 @@ def run(
         raise NotImplementedError(
             f"backend {name!r} cannot run this: it has no row intervals (padding)"
         )
-    orders = orders_of(index)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    q, k, v = (
-        sort_tokens(x, order).contiguous()
-        for x, order in ((q, orders.queries), (k, orders.keys), (v, orders.keys))
+    orders, ratio = orders_of(index), q.shape[1] // k.shape[1]
+    key_order = orders.keys
+    if ratio > 1 and not shared:
+        k, v = (x.repeat_interleave(ratio, 1) for x in (k, v))
+    elif key_order is not None:
+        key_order = key_order[::ratio]
+    out, lse = kernel(
+        sort_tokens(q, orders.queries), sort_tokens(k, key_order), sort_tokens(v, key_order)
     )
-    out, lse = kernel(q, k, v)
     if lse is not None:
         lse = unsort_tokens(lse.float(), orders.queries)
     return Attended(unsort_tokens(out.to(q.dtype), orders.queries), lse, None)
@@ -163,8 +176,3 @@ def run(
 def no_mass(name: str) -> NotImplementedError:
     """The error of a backend without block mass."""
     return NotImplementedError(f"backend {name!r} cannot run this: it has no block mass")
-
-
-def _by_head(tables: list[Tensor], index: SparseIndex) -> Tensor:
-    device = index.entries[0].q_offsets.device
-    return torch.stack([tables[p] for p in index.head_to_pattern]).contiguous().to(device)
