@@ -1,7 +1,7 @@
 """Whether a backend computes here what it should: checked once for each device, head_dim and dtype.
 
 Nothing of the GPU backends has been run on all GPUs, and some kernels of others compute dense attention
-without a word. So before its first use on a device a backend computes two small cases, which differ from
+without a word. So before its first use on a device a backend computes small cases, which differ from
 head to head, have a ragged end, shared keys and rows that see nothing; it must agree with the reference.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..entry import FarField
 from ..index import PatternIndex, SparseIndex, build_index, runs_of
 from ..intervals import RowIntervals
 from ..layout import TokenLayout
@@ -185,8 +186,11 @@ def refused(
 
 
 def _cases() -> Iterator[_Case]:
-    """Blocks that every kernel can have; then patterns, order, pooled keys and an interval for each row."""
+    """Blocks that every kernel can have; these with the rest pooled; and then patterns, order, pooled keys
+    and an interval for each row.
+    """
     yield _Case(block_case(), None)
+    yield _Case(block_case(far=True), None)
     window = Window(frames=0, rows=1, columns=1)
     patterns = [
         Pattern(Dense()),
@@ -205,8 +209,12 @@ def _ragged_rows() -> RowIntervals:
 
 
 @on_cpu
-def block_case() -> SparseIndex:
-    """Blocks of 256 rows and 128 keys over 700 tokens, other ones in each head; one row of them empty."""
+def block_case(far: bool = False) -> SparseIndex:
+    """Blocks of 256 rows and 128 keys over 700 tokens, other ones in each head; one row of them empty.
+
+    Args:
+        far: Whether each other block is a pooled key.
+    """
     generator = torch.Generator().manual_seed(0)
     rows, columns = -(-TOKENS // ROWS), -(-TOKENS // KEYS)
     entries = []
@@ -216,20 +224,28 @@ def block_case() -> SparseIndex:
         seen[head % rows, (head + 1) % columns] = False
         if head == 1:
             seen[1] = False
-        entries.append(_of_blocks(seen))
+        entries.append(_of_blocks(seen, far))
     return SparseIndex(tuple(entries), tuple(range(HEADS)))
 
 
-def _of_blocks(seen: Tensor) -> PatternIndex:
+def _of_blocks(seen: Tensor, far: bool) -> PatternIndex:
     """Index of a bool mask of blocks; a group has 128 rows, two to a block."""
-    offsets = (torch.arange(2 * len(seen) + 1) * (ROWS // 2)).clamp_max(TOKENS).unique()
+    offsets = (torch.arange(2 * len(seen) + 1) * (ROWS // 2)).clamp_max(TOKENS).unique().int()
     groups = seen.repeat_interleave(2, 0)[: len(offsets) - 1]
-    bounds = (torch.arange(seen.shape[1] + 1) * KEYS).clamp_max(TOKENS)
+    bounds = (torch.arange(seen.shape[1] + 1) * KEYS).clamp_max(TOKENS).int()
+    run_offsets, runs = _lists(groups, bounds)
+    pooled = None
+    if far:
+        pooled = FarField(bounds, *_lists(~groups, torch.arange(seen.shape[1] + 1).int()))
+    return PatternIndex(TOKENS, TOKENS, None, None, offsets, run_offsets, runs, pooled)
+
+
+def _lists(groups: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and runs of what a bool mask of blocks between bounds lets groups see."""
     row, first, last = runs_of(groups)
-    runs = torch.stack([bounds[first], bounds[last] - bounds[first]], 1).int()
     counts = torch.bincount(row, minlength=len(groups))
     run_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    return PatternIndex(TOKENS, TOKENS, None, None, offsets.int(), run_offsets, runs)
+    return run_offsets, torch.stack([bounds[first], bounds[last] - bounds[first]], 1)
 
 
 def _inputs(case: _Case, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
