@@ -91,7 +91,7 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from ..backends.triton import kernel, launch, lay
+    from ..backends.triton import bound, kernel, lay
 
     made = NullGpu([], [])
     kernels = {name: getattr(kernel, name) for name in ("attend", "pool", "mass")}
@@ -104,7 +104,7 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "interpreted", lambda: True))
         stack.enter_context(mock.patch.object(driver, "_active", fake))
-        stack.enter_context(mock.patch.object(launch, "COMPILED", {}))
+        stack.enter_context(mock.patch.object(bound, "COMPILED", {}))
         for name, function in kernels.items():
             caches = type(function.device_caches)(function.create_binder)
             stack.enter_context(mock.patch.object(function, "device_caches", caches))

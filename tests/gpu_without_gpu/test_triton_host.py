@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton isn't installed")
 
 from sparse_dit import cli
 from sparse_dit.attention import sparse_attention
-from sparse_dit.backends.triton import launch, tables, work
+from sparse_dit.backends.triton import bound, tables, work
 from sparse_dit.bench.host import PATTERNS, null_gpu
 from sparse_dit.index import build_index
 from sparse_dit.layout import TokenLayout
@@ -87,7 +87,7 @@ def test_other_sizes_and_frames_compile_nothing_anew(patterns, dim, monkeypatch)
             pass
 
     with null_gpu() as gpu, torch.no_grad():
-        monkeypatch.setattr(launch, "COMPILED", Forgetful())
+        monkeypatch.setattr(bound, "COMPILED", Forgetful())
         for size in SIZES:
             for text in (0, 1, 77):
                 run(

@@ -162,7 +162,7 @@ def compiled(case: Case) -> Built:
 
 def spilled_by_lay(target: str, block_n: int) -> int:
     """Bytes of stack that the kernel has which writes tables of chosen blocks."""
-    constants = {"BLOCK_N": block_n, "CHUNK": CHUNK}
+    constants = {"BLOCK_N": block_n, "CHUNK": CHUNK, "INTERVALS": True}
     kinds = {"Bits": "*u8", "Cost": "*fp64", "Pairs": "*i64"}
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "*i32")

@@ -14,7 +14,7 @@ import torch
 
 from sparse_dit.backends import triton
 from sparse_dit.backends.reference import token_mask
-from sparse_dit.backends.triton import check, grids, laid
+from sparse_dit.backends.triton import check, frames, grids, laid
 from sparse_dit.backends.triton.chosen import ChosenIndex
 from sparse_dit.backends.triton.config import Config
 from sparse_dit.backends.triton.laid import chosen_work
@@ -33,6 +33,7 @@ from tests.test_reuse import LAYOUT, call_at, component, dense
 if not triton.interpreted():
     pytest.skip("TRITON_INTERPRET=1 must be set", allow_module_level=True)
 CONFIGS = (Config(64, 16, 4, 1), Config(128, 16, 4, 1))
+UNKNOWN = 2**31 - 1  # of steps that are packed from small pieces
 NEAR = Pattern(Window(0, 1, 1), (1, 2, 2), far=True)
 
 
@@ -47,7 +48,7 @@ def seen(work, head, n, cells):
     """What the tables of a head say, bool `[N, N]` and `[N, C]`; a pair that comes twice is an error."""
     items = [i & ((1 << TILE_BITS) - 1) for i in work.order.tolist() if i >> TILE_BITS == head]
     assert sorted(items) == list(range(len(items)))
-    tiles, queries, keys, steps, far, far_steps, *_ = work.heads[head].tolist()
+    tiles, queries, keys, steps, far, far_steps, _, _, lasts = work.heads[head].tolist()
     block = work.config.block_n
     exact, pooled = torch.zeros(n, n, dtype=torch.int64), torch.zeros(n, cells, dtype=torch.int64)
     q_tokens = read(queries, n)
@@ -55,9 +56,15 @@ def seen(work, head, n, cells):
         first, rows, low, middle, high, far_low, far_high, _ = tile
         assert 0 < rows <= work.config.block_m and low <= middle <= high
         mine = q_tokens[first : first + rows].long()[:, None]
+        told = read(lasts + 4 * low, middle - low) if lasts else torch.zeros(0)
+        assert (told.diff() >= 0).all(), (
+            "the kernel counts the first that end before an interval does"
+        )
         for number, place in enumerate(read(steps + 4 * low, high - low).tolist()):
             tokens = read(keys + 4 * place, block)
             assert number >= middle - low or (tokens >= 0).all()
+            if number < len(told):
+                assert told[number] == tokens.max() or (grids.PACKED and told[number] == UNKNOWN)
             exact[mine, tokens[tokens >= 0].long()] += 1
         for place in read(far_steps + 4 * far_low, far_high - far_low).tolist():
             numbers = read(far + 4 * place, block)
@@ -73,6 +80,7 @@ def test_tables_say_what_the_lists_of_the_host_say(name, layout, packed, monkeyp
     monkeypatch.setattr(grids, "PACKED", packed)
     monkeypatch.setattr(laid, "CHUNK", 8)  # more than one of them
     grids.grid_of.cache_clear()
+    frames.frame_of.cache_clear()
     pattern, size = PATTERNS[name], LAYOUTS[layout]
     q, k = tensors(size.seq_len, size.seq_len, heads=4, kv_heads=2)
     patterns = {0: pattern, 2: replace(pattern, tile=(1, 2, 8))}
@@ -80,8 +88,9 @@ def test_tables_say_what_the_lists_of_the_host_say(name, layout, packed, monkeyp
     entries = {h: e.entry for h, e in blockwise_entries(q, k, patterns, size, 0.3).items()}
     entries[1], entries[3] = build_index([Pattern(Skip()), NEAR], size).entries
     index = ChosenIndex((there[0], entries[1], there[2], entries[3]), q.device)
-    for by_group in (False, True):
-        work = chosen_work(index, k, *CONFIGS, by_group=by_group)
+    for by_group, intervals in ((False, False), (True, False), (False, True)):
+        work = chosen_work(index, k, *CONFIGS, intervals=intervals, by_group=by_group)
+        assert all((work.heads[head, 8] > 0) >= intervals for head in (0, 2))
         for head, entry in entries.items():
             want, far = token_mask(entry)
             cells = 0 if entry.far is None else len(entry.far.cell_offsets) - 1

@@ -28,6 +28,7 @@ class Part(NamedTuple):
         grid: Their tables that no choice changes.
         heads: Which heads.
         keys, tiles, steps, cells: Places of tables that a choice makes.
+        lasts: That of the largest key token of each step; None if rows have no intervals.
         first_item: The first of the tiles in the order of all heads.
     """
 
@@ -37,6 +38,7 @@ class Part(NamedTuple):
     tiles: int
     steps: int
     cells: int
+    lasts: int | None
     first_item: int
 
 
@@ -82,6 +84,7 @@ def frame_of(
     known: Known,
     kv_heads: int,
     configs: tuple[Config, Config],
+    intervals: bool,
     by_group: bool,
     device: torch.device,
 ) -> Frame:
@@ -91,6 +94,7 @@ def frame_of(
         known: What the host knows of each head, see `ChosenIndex.frame`.
         kv_heads: Number of key heads.
         configs: For small and for large tiles; the one whose tiles are less empty is taken.
+        intervals: Whether rows have intervals.
         by_group: As in `tables_of`.
         device: Of the tables.
 
@@ -117,6 +121,7 @@ def frame_of(
             len(heads) * tiles * TILE_FIELDS,
             lists * grid.most_steps,
             max(grid.block_n, lists * grid.most_cells),
+            lists * grid.most_steps if intervals else 0,
         )  # fmt: skip
         at = []
         for each in sizes:
@@ -126,17 +131,21 @@ def frame_of(
             raise ValueError(
                 f"tables of {sizes[0]} keys and {tiles} tiles are too long; got more tokens"
             )
-        parts.append(Part(grid, tuple(heads), *at, first_item=count))
+        keys, of_tiles, steps, cells, lasts = at
+        told = lasts if intervals else None
+        parts.append(Part(grid, tuple(heads), keys, of_tiles, steps, cells, told, count))
         for i, head in enumerate(heads):
             pooled = slots.of(grid, head, grid.q_tokens, grid.cell_offsets)
             fields[head] = torch.tensor([
-                4 * (at[1] + i * tiles * TILE_FIELDS), grid.q_tokens.data_ptr(),
-                4 * at[0] if grid.most_small else grid.keys.data_ptr(),
-                4 * (at[2] + i * grid.lists * grid.most_steps),
-                4 * (at[3] + i * grid.lists * grid.most_cells),
-                grid.cell_steps.data_ptr(), pooled, grid.positions.data_ptr(), grid.lasts.data_ptr(),
+                4 * (of_tiles + i * tiles * TILE_FIELDS), grid.q_tokens.data_ptr(),
+                4 * keys if grid.most_small else grid.keys.data_ptr(),
+                4 * (steps + i * grid.lists * grid.most_steps),
+                4 * (cells + i * grid.lists * grid.most_cells),
+                grid.cell_steps.data_ptr(), pooled, grid.positions.data_ptr(),
+                4 * (lasts + i * grid.lists * grid.most_steps) if intervals else 0,
             ])  # fmt: skip
             chosen[head, [0, 3, 4]] = 1
+            chosen[head, 8] = int(intervals)
             chosen[head, 2] = int(grid.most_small > 0)
             items.append((head << TILE_BITS) + torch.arange(tiles))
             costs.append(torch.zeros(tiles, dtype=torch.float64))
@@ -165,7 +174,7 @@ def frame_of(
         torch.cat(items).int().to(device),
         torch.cat(costs).to(device),
         pairs,
-        any(len(part.grid.piece_block) > part.grid.whole for part in parts),
+        any(part.grid.has_partial(intervals) for part in parts),
         tuple(held),
     )
 

@@ -31,12 +31,11 @@ class Grid:
         q_tokens: `[N]`, the token at each sorted position.
         keys: `[P * block_n]`, key tokens of pieces, -1 where there is none.
         positions: The sorted positions of these keys.
-        piece_block, piece_keys: `[P]`: the block of each, -1 for global tokens; its keys. Whole ones first.
+        piece_block, piece_keys, piece_last: `[P]`: the block of each, -1 for global tokens; its keys, and the
+            largest of their tokens. Whole ones come first, sorted by that, so that those of a list are too.
         small_block, small_tokens: `[S]`: the block and token of each.
         cell_block, cell_offsets: `[C]` and `[C + 1]`; empty without a far field.
         cell_steps: First places of steps over pooled keys, of all lists; at least one.
-        lasts: Of every step of a list, for rows with intervals: that its last key is beyond all tokens, as it
-            isn't known, so that those rows are compared with all keys.
         tile_rows: `[T, 3]`: first row, rows and group of each tile, in the order of lists.
         tile_start: `[lists + 1]`: the first tile of each list; the last list is of rows that see everything.
         blocks, whole: How many blocks, and whole pieces.
@@ -47,12 +46,12 @@ class Grid:
     positions: Tensor
     piece_block: Tensor
     piece_keys: Tensor
+    piece_last: Tensor
     small_block: Tensor
     small_tokens: Tensor
     cell_block: Tensor
     cell_offsets: Tensor
     cell_steps: Tensor
-    lasts: Tensor
     tile_rows: Tensor
     tile_start: Tensor
     blocks: int
@@ -63,6 +62,10 @@ class Grid:
     def lists(self) -> int:
         """A list for each block of queries, and one for rows that see everything, if there are any."""
         return len(self.tile_start) - 1
+
+    def has_partial(self, intervals: bool) -> bool:
+        """Whether many steps may be masked: those of fewer keys, and, if rows have intervals, packed ones."""
+        return len(self.piece_block) > self.whole or (intervals and self.most_small > 0)
 
     @property
     def most_small(self) -> int:
@@ -101,10 +104,11 @@ def grid_of(places: Places, config: Config, by_group: bool, device: torch.device
     small = size < MOST * block_n
     if by_group or int(size[small].sum()) > PACKED:
         small = torch.zeros_like(small)
-    order = (size < block_n).int().argsort(stable=True)
+    within = _positions(start, size, block_n)
+    last = torch.where(within < 0, -1, places.tokens[within.clamp_min(0)]).amax(1)
+    order = torch.where(size < block_n, n, last).argsort(stable=True)
     own, few = order[~small[order]], small.nonzero()[:, 0]
-    positions = start[own, None] + torch.arange(block_n)
-    positions = torch.where(positions < (start + size)[own, None], positions, -1).flatten()
+    positions = within[own].flatten()
     keys = torch.where(positions < 0, -1, places.tokens[positions.clamp_min(0)])
     of = torch.repeat_interleave(few, size[few])
     rank = torch.arange(len(of)) - torch.repeat_interleave(
@@ -113,17 +117,21 @@ def grid_of(places: Places, config: Config, by_group: bool, device: torch.device
     pools = bounds[:0] if places.pools is None else places.pools
     rows, starts = _tiles(places, config.block_m, by_group)
     steps = (len(starts) - 1) * -(-max(0, len(pools) - 1) // block_n)
-    most = max(1, len(own) + -(-len(of) // block_n))
-    lasts = torch.full(((len(starts) - 1) * most,), 2**31 - 1)
     tables = [
-        places.tokens, keys, positions, block[own], size[own], block[of], places.tokens[start[of] + rank],
-        torch.searchsorted(bounds, pools[:-1], right=True) - 1, pools,
-        torch.arange(max(1, steps)) * block_n, lasts, rows, starts,
+        places.tokens, keys, positions, block[own], size[own], last[own], block[of],
+        places.tokens[start[of] + rank], torch.searchsorted(bounds, pools[:-1], right=True) - 1, pools,
+        torch.arange(max(1, steps)) * block_n, rows, starts,
     ]  # fmt: skip
     moved = (table.int().contiguous().to(device) for table in tables)
     return Grid(
         *moved, blocks=len(bounds) - 1, whole=int((size[own] == block_n).sum()), block_n=block_n
     )
+
+
+def _positions(start: Tensor, size: Tensor, block_n: int) -> Tensor:
+    """Sorted positions in pieces of at most `block_n`, `[pieces, block_n]`; -1 where there is none."""
+    positions = start[:, None] + torch.arange(block_n)
+    return torch.where(positions < (start + size)[:, None], positions, -1)
 
 
 def _tiles(places: Places, block_m: int, by_group: bool) -> tuple[Tensor, Tensor]:

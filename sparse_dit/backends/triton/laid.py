@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import lay as written
+from .bound import launch
 from .chosen import ChosenBlocks, ChosenIndex
 from .config import Config
 from .frames import Frame, Part, frame_of
@@ -20,7 +21,13 @@ KEPT = 0.02  # of the memory of k and v: tables up to which they are kept for ot
 
 
 def chosen_work(
-    index: ChosenIndex, k: Tensor, small: Config, large: Config, *, by_group: bool = False
+    index: ChosenIndex,
+    k: Tensor,
+    small: Config,
+    large: Config,
+    *,
+    intervals: bool = False,
+    by_group: bool = False,
 ) -> Work:
     """The work of an index, as `work_of`, in an order that is found on the device; kept if it is small.
 
@@ -28,11 +35,12 @@ def chosen_work(
         index: The index, on the device of the launch.
         k: Keys `[B, num_kv_heads, M, D]`, whose memory says what is small.
         small, large, by_group: As for `work_of`.
+        intervals: Whether rows of the call have intervals, for which the last keys of steps are told.
     """
-    name = ("triton", k.shape[1], small, large, by_group)
+    name = ("triton", k.shape[1], small, large, intervals, by_group)
     work = index.cache.get(name)
     if work is None:
-        frame = frame_of(index.frame, k.shape[1], (small, large), by_group, index.device)
+        frame = frame_of(index.frame, k.shape[1], (small, large), intervals, by_group, index.device)
         work = _work(index, frame)
         if work.num_bytes <= KEPT * 2 * k.nbytes:
             index.cache[name] = work
@@ -73,14 +81,17 @@ def _lay(index: ChosenIndex, part: Part, tables: Tensor, cost: Tensor, pairs: Te
         first_packed = len(keys)
         tables[part.keys : part.keys + first_packed].copy_(keys)
         keys = tables[part.keys :]
-    kernel.lay[(grid.lists, len(part.heads))](
-        bits, grid.piece_block, grid.piece_keys, grid.small_block, grid.small_tokens, grid.cell_block,
-        grid.tile_rows, grid.tile_start,
-        keys, tables[part.tiles :], tables[part.steps :], tables[part.cells :], cost, pairs,
-        grid.blocks, bits.shape[-1], len(grid.tile_rows), grid.whole, len(grid.piece_block),
-        len(grid.small_block), len(grid.cell_block), first_packed,
-        grid.most_steps, grid.most_small, grid.most_cells,
-        BLOCK_N=grid.block_n, CHUNK=CHUNK, num_warps=WARPS,
+    launch(
+        kernel, "lay", (grid.lists, len(part.heads), 1), (), {"num_warps": WARPS},
+        (bits, grid.piece_block, grid.piece_keys, grid.piece_last, grid.small_block,
+         grid.small_tokens, grid.cell_block, grid.tile_rows, grid.tile_start,
+         keys, tables[part.tiles :], tables[part.steps :],
+         tables[part.steps if part.lasts is None else part.lasts :], tables[part.cells :], cost, pairs),
+        (grid.blocks, bits.shape[-1], len(grid.tile_rows), grid.whole, len(grid.piece_block),
+         len(grid.small_block), len(grid.cell_block), first_packed,
+         grid.most_steps, grid.most_small, grid.most_cells),
+        None,
+        (grid.block_n, CHUNK, part.lasts is not None),
     )  # fmt: skip
 
 

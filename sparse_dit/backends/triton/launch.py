@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ...index import SparseIndex
 from ...intervals import RowIntervals
 from ..attended import Attended
 from . import kernel as written
+from .bound import launch
 from .chosen import ChosenIndex
 from .config import Config, power_of_two
 from .laid import chosen_work
@@ -21,7 +21,6 @@ from .work import Work, work_of
 
 kernel: Any = written  # Triton launches its functions with a grid and with options
 
-COMPILED: dict[tuple[Hashable, ...], Any] = {}  # kernels that were launched
 POOL_ROWS = 32
 UNIT = 8  # strides are passed in units of so many elements
 
@@ -37,7 +36,7 @@ def forward(
 ) -> Attended:
     """Attention and its LSE, `[B, H, N, D]` and float32 `[B, H, N]`."""
     batch, heads, queries, dim = q.shape
-    work = _work(index, k, *configs)
+    work = _work(index, k, *configs, intervals=rows is not None)
     q, k, v = _readable(q), _readable(k), _readable(v)
     q, scale = _positive(q, scale)
     out = torch.empty_like(q)
@@ -48,9 +47,8 @@ def forward(
     bounds, strides = _bounds(index, rows, lse)
     config = work.config
     mask, has_far = _mask(index, rows), work.pooled_rows > 0
-    partial = work.partial or (mask > 0 and isinstance(index, ChosenIndex))
-    _launch(
-        "attend", (len(work.order), batch, 1),
+    launch(
+        kernel, "attend", (len(work.order), batch, 1),
         (q.dtype, config, *map(_aligned, bounds)),
         {"num_warps": config.warps, "num_stages": config.stages},
         (q, k, v, out, lse, *pooled, *bounds, work.order, work.heads),
@@ -58,7 +56,7 @@ def forward(
          heads, heads // k.shape[1], queries, work.pooled_rows),
         scale / math.log(2),
         (dim, *config.channels(dim), config.block_m, config.block_n, mask, has_far,
-         mask == 0 or config.masked_ahead, partial),
+         mask == 0 or config.masked_ahead, work.partial),
     )  # fmt: skip
     return Attended(out, lse)
 
@@ -82,8 +80,8 @@ def block_mass(
     mass = torch.zeros(batch, heads, groups, blocks, dtype=torch.float32, device=q.device)
     bounds, strides = _bounds(index, rows, lse)
     mask = _mask(index, rows)
-    _launch(
-        "mass", (len(work.order), batch, 1),
+    launch(
+        kernel, "mass", (len(work.order), batch, 1),
         (q.dtype, config, *map(_aligned, (lse, *bounds))),
         {"num_warps": config.warps, "num_stages": config.stages},
         (q, k, lse, mass, *bounds, work.order, work.heads),
@@ -96,11 +94,17 @@ def block_mass(
 
 
 def _work(
-    index: SparseIndex | ChosenIndex, k: Tensor, small: Config, large: Config, **options: bool
+    index: SparseIndex | ChosenIndex,
+    k: Tensor,
+    small: Config,
+    large: Config,
+    *,
+    intervals: bool = False,
+    by_group: bool = False,
 ) -> Work:
     if isinstance(index, ChosenIndex):
-        return chosen_work(index, k, small, large, **options)
-    return work_of(index, k.shape[1], small, large, **options)
+        return chosen_work(index, k, small, large, intervals=intervals, by_group=by_group)
+    return work_of(index, k.shape[1], small, large, by_group=by_group)
 
 
 def _mask(index: SparseIndex | ChosenIndex, rows: RowIntervals | None) -> int:
@@ -139,45 +143,14 @@ def _pooled(
     cells = work.order.new_empty(3, batch, work.pooled_rows)
     valid = cells if rows is None else _valid(rows, k, num_queries)
     masked = rows is not None
-    _launch(
-        "pool", (work.cells + 1, len(work.slots), batch), (k.dtype,), {"num_warps": 1},
+    launch(
+        kernel, "pool", (work.cells + 1, len(work.slots), batch), (k.dtype,), {"num_warps": 1},
         (k, v, pooled, cells, valid, work.slots),
         (*_units(k), *_units(v), work.pooled_rows),
         None,
         (dim, power_of_two(dim), POOL_ROWS, masked),
     )  # fmt: skip
     return pooled, cells
-
-
-def _launch(
-    name: str,
-    grid: tuple[int, int, int],
-    kind: tuple[Hashable, ...],
-    options: dict[str, int],
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
-    scale: float | None,
-    constants: tuple[Any, ...],
-) -> None:
-    """Launch a kernel; after the first time without Triton's look at every argument.
-
-    Args:
-        name: The kernel's.
-        grid: Programs along each axis.
-        kind: By what Triton would tell two kernels apart besides constants: dtypes, unaligned addresses.
-        options: Triton's, the same for the same constants.
-        tensors, numbers, scale, constants: The kernel's arguments, in its order; a scale of None is none.
-    """
-    long = max(numbers) >= 1 << 31  # Triton's int64
-    key = (name, tensors[0].device, long, *kind, *constants)
-    factor = () if scale is None else (scale,)
-    compiled = COMPILED.get(key)
-    if compiled is not None:
-        compiled[grid](*tensors, *numbers, *factor, *constants)
-        return
-    compiled = getattr(kernel, name)[grid](*tensors, *numbers, *factor, *constants, **options)
-    if compiled is not None:  # as it is where kernels are interpreted
-        COMPILED[key] = compiled
 
 
 def _valid(rows: RowIntervals, k: Tensor, num_queries: int) -> Tensor:

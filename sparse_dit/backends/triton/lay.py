@@ -15,8 +15,8 @@ TILE: tl.constexpr = tl.constexpr(TILE_FIELDS)
 ROWS: tl.constexpr = tl.constexpr(3)  # fields of a tile known before: first row, rows, group
 EACH: tl.constexpr = tl.constexpr(TILE_STEPS)
 POINTERS = [  # slices begin anywhere
-    "Bits", "PieceBlock", "PieceKeys", "SmallBlock", "SmallToken", "CellBlock", "TileRows", "TileStart",
-    "Keys", "Tiles", "Steps", "Cells", "Cost", "Pairs",
+    "Bits", "PieceBlock", "PieceKeys", "PieceLast", "SmallBlock", "SmallToken", "CellBlock", "TileRows",
+    "TileStart", "Keys", "Tiles", "Steps", "Lasts", "Cells", "Cost", "Pairs",
 ]  # fmt: skip
 INTEGERS = [
     "blocks", "row_bytes", "tiles", "whole", "pieces", "small", "cells", "first_packed", "most_steps",
@@ -35,10 +35,10 @@ def _seen(bits, Block, at, there, everything):
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def lay(
-    Bits, PieceBlock, PieceKeys, SmallBlock, SmallToken, CellBlock, TileRows, TileStart,
-    Keys, Tiles, Steps, Cells, Cost, Pairs,
+    Bits, PieceBlock, PieceKeys, PieceLast, SmallBlock, SmallToken, CellBlock, TileRows, TileStart,
+    Keys, Tiles, Steps, Lasts, Cells, Cost, Pairs,
     blocks, row_bytes, tiles, whole, pieces, small, cells, first_packed, most_steps, most_small, most_cells,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """The list of one block of query rows, or of the rows that see everything, of one head; and its tiles."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -47,6 +47,7 @@ def lay(
     bits = Bits + (head.to(tl.int64) * blocks + row) * row_bytes
     number = (head * lists + row).to(tl.int64)
     Steps += number * most_steps
+    Lasts += number * most_steps
     offs = tl.arange(0, CHUNK)
 
     count = 0
@@ -54,7 +55,10 @@ def lay(
         at = i + offs
         seen = _seen(bits, PieceBlock, at, at < whole, everything)
         some = seen.to(tl.int32)
-        tl.store(Steps + count + tl.cumsum(some, 0) - 1, at * BLOCK_N, mask=seen)
+        step = count + tl.cumsum(some, 0) - 1
+        tl.store(Steps + step, at * BLOCK_N, mask=seen)
+        if INTERVALS:
+            tl.store(Lasts + step, tl.load(PieceLast + at, mask=seen, other=0), mask=seen)
         count += tl.sum(some, 0)
     keys = count * BLOCK_N
 
@@ -80,6 +84,8 @@ def lay(
     for i in tl.range(0, full, CHUNK):
         at = i + offs
         tl.store(Steps + count + at, (place + at * BLOCK_N).to(tl.int32), mask=at < full)
+        if INTERVALS:  # their last keys aren't known
+            tl.store(Lasts + count + at, tl.full([CHUNK], 2147483647, tl.int32), mask=at < full)
     count += full
 
     middle = count
