@@ -7,6 +7,7 @@ generation is given out, and nothing older than the plan says.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Turn:
     def filled(self, out: Tensor) -> Tensor:
         """`out` `[B, N, H, D]` with what was taken written into it."""
         for every, values in self.taken.items():
-            out[:, :, list(self.groups[every])] = values
+            out[:, :, places(self.groups[every], out.device)] = values
         return out
 
 
@@ -128,7 +129,7 @@ class Reuse:
         kept = self._kept.setdefault(turn.key, {})
         for every, heads in turn.groups.items():
             if every not in turn.taken:
-                part = out[:, :, list(heads)].detach()
+                part = out[:, :, places(heads, out.device)].detach()
                 kept[every] = _Kept(part, step, sigma, shape_of(call, stage))
             elif step - kept[every].step == every - 1:
                 del kept[every]
@@ -145,6 +146,12 @@ class Reuse:
             self._kept.pop(key, None)
         self._last[key] = context.step
         return None if key in self._doubled else key
+
+
+@functools.lru_cache(maxsize=256)
+def places(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Heads as int64 on a device; the same object for the same arguments, as a copy there waits for it."""
+    return torch.tensor(heads, device="cpu").to(device)
 
 
 def without(index: SparseIndex, heads: Sequence[int]) -> SparseIndex:

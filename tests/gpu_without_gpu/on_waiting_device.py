@@ -28,6 +28,7 @@ PATTERNS = {
     "antidiagonal": [Pattern(Antidiagonal(keep, stride=3), tile=(1, 3, 3)) for keep in (HALF, HALF, SHARE)],
     "mass": [MASS, replace(MASS, shape=replace(MASS.shape, refresh=2, adaptive=True)), POOLED],
     "own order": [OWN] * 3,
+    "taken again": [POOLED, replace(POOLED, every=2), replace(POOLED, every=2)],
 }  # fmt: skip
 
 
