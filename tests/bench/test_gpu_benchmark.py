@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import token_order, wan_step
+from benchmarks import token_order
 from benchmarks.tile_model import TileModel, fit
 from sparse_dit.attention import BACKENDS
 from sparse_dit.backends.attended import Attended
@@ -130,22 +130,6 @@ def test_tiles_take_the_slot_that_is_free_first():
     steps = [2048 / 64 * 0.25] * math.ceil(2048 / 128) * 3
     assert model.seconds(steps) == pytest.approx(model.uniform(2048, 3, 0.25))
     assert model.seconds([]) == 1.0
-
-
-def test_a_step_of_wan_in_the_dry(tmp_path, capsys):
-    """On the CPU, tiny."""
-    file = tmp_path / "wan.json"
-    assert wan_step.main(["--dry", "--density", ".3", "--rounds", "1", "--json", str(file)]) == 0
-    data = json.loads(file.read_text())
-    stock, dense, sparse, once = data["rows"]
-    assert data["dry"] and "say nothing of a GPU" in capsys.readouterr().out
-    assert dense["density"] == 1 and dense["backends"] == ["stock"]
-    assert 0 < sparse["density"] < 1 and sparse["backends"] == ["cpu"] and sparse["forecast"] > 0
-    assert once["name"] == f"{sparse['name']}, sorted once" and once["density"] == sparse["density"]
-    for row in data["rows"]:
-        assert row["speedup"] == pytest.approx(stock["seconds"] / row["seconds"])
-    if not torch.cuda.is_available():
-        assert wan_step.main([]) == 2 and "--dry" in capsys.readouterr().err
 
 
 def test_forwards_in_both_token_orders_in_the_small(capsys):

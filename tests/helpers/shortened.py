@@ -51,8 +51,8 @@ CODES: dict[tuple[str, ...], tuple[int, ...]] = {
 READ = {
     "torchrun --nproc-per-node 8 -m sparse_dit profile": "processes: tests/search/test_shares.py",
     "python -m benchmarks.gpu": "needs a GPU: tests/bench/test_gpu_benchmark.py runs it dry",
-    "python benchmarks/wan_step.py": "needs a GPU: tests/bench/test_gpu_benchmark.py runs it dry",
     "python benchmarks/token_order.py": "takes minutes: tests/bench/test_gpu_benchmark.py runs it",
+    "python -m benchmarks.wan_step": "needs a GPU: tests/bench/test_wan_step.py runs it dry",
     "python benchmarks/openvino_prefill.py": (
         "needs OpenVINO: tests/bench/test_openvino_prefill.py runs it with a stand-in"
     ),
