@@ -48,7 +48,7 @@ def device(monkeypatch):
     monkeypatch.setattr(Pretended, "tolist", not_read)
     monkeypatch.setattr(Pretended, "data_ptr", lambda x: x.inner.data_ptr(), raising=False)
     monkeypatch.setattr(triton, "unsupported", lambda q, index: None)
-    monkeypatch.setattr(triton, "_on", lambda q: contextlib.nullcontext())
+    monkeypatch.setattr(triton, "on_device", lambda q: contextlib.nullcontext())
     monkeypatch.setattr(triton, "_architecture", lambda device: "sm90")
     for module in (laid, launch):
         monkeypatch.setattr(module, "kernel", NoKernel())

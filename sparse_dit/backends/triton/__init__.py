@@ -71,7 +71,7 @@ def forward(
         return _traced(q, k, v, index, rows, scale, return_lse, mass_block)
     from . import launch
 
-    with _on(q):
+    with on_device(q):
         got = launch.forward(q, k, v, index, rows, scale, _configs(q))
     mass = None
     if mass_block is not None:
@@ -97,7 +97,7 @@ def block_mass(
         )
     from . import launch
 
-    with _on(q):
+    with on_device(q):
         return launch.block_mass(q, k, index, lse, rows, scale, mass_block, _configs(q)[0])
 
 
@@ -134,7 +134,7 @@ def _absent() -> bool:
     return _ABSENT
 
 
-def _on(q: Tensor):
+def on_device(q: Tensor):
     """Launches go to the current device, which must be that of `q`."""
     return torch.cuda.device(q.device if q.is_cuda else -1)
 

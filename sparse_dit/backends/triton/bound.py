@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from torch import Tensor
-
 COMPILED: dict[tuple[Hashable, ...], Any] = {}  # kernels that were launched
 
 
@@ -16,7 +14,7 @@ def launch(
     grid: tuple[int, int, int],
     kind: tuple[Hashable, ...],
     options: dict[str, int],
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[int, ...],
     scale: float | None,
     constants: tuple[Any, ...],
@@ -29,7 +27,8 @@ def launch(
         grid: Programs along each axis.
         kind: By what Triton would tell two kernels apart besides constants: dtypes, unaligned addresses.
         options: Triton's, the same for the same constants.
-        tensors, numbers, scale, constants: The kernel's arguments, in its order; a scale of None is none.
+        tensors, numbers, scale, constants: The kernel's arguments, in its order; the first is a tensor on
+            the device of the launch, and a scale of None is none.
     """
     long = max(numbers) >= 1 << 31  # Triton's int64
     key = (module.__name__, name, tensors[0].device, long, *kind, *constants)

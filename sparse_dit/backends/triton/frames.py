@@ -15,8 +15,9 @@ from ...on_cpu import on_cpu
 from .chosen import Places
 from .config import Config
 from .grids import Grid, grid_of, padded
-from .tables import HEAD_FIELDS, SLOT_FIELDS, TILE_BITS, TILE_FIELDS, Tables, tables_of
-from .work import SMALL_TILE
+from .slots import Slots
+from .tables import HEAD_FIELDS, TILE_BITS, TILE_FIELDS, tables_of
+from .work import SMALL_TILE, addresses_of
 
 ALIGNED = 4  # integers, of 16 bytes together
 
@@ -108,7 +109,7 @@ def frame_of(
             alike.setdefault(id(what), []).append(head)
     size, count = 0, 0
     fields, chosen = torch.zeros(2, len(known), HEAD_FIELDS, dtype=torch.int64)
-    slots = _Slots(len(known) // kv_heads)
+    slots = Slots(len(known) // kv_heads)
     parts: list[Part] = []
     items, costs = [], []
     for heads in alike.values():
@@ -157,7 +158,7 @@ def frame_of(
             continue
         tables = tables_of(_moved(what, device), config.block_m, config.block_n, by_group=by_group)
         pooled = slots.of(tables, head, tables.keys, tables.cell_offsets)
-        fields[head] = torch.tensor(_addresses(tables, pooled))
+        fields[head] = torch.tensor(addresses_of(tables, pooled))
         items.append((head << TILE_BITS) + torch.arange(len(tables.cost)))
         costs.append(tables.cost)
         pairs += what.density * what.num_queries * what.num_keys
@@ -168,7 +169,7 @@ def frame_of(
         size,
         fields.to(device),
         chosen.to(device),
-        torch.tensor(slots.rows, dtype=torch.int64).view(-1, SLOT_FIELDS).to(device),
+        slots.table(device),
         slots.cells,
         slots.pooled_rows,
         torch.cat(items).int().to(device),
@@ -177,35 +178,6 @@ def frame_of(
         any(part.grid.has_partial(intervals) for part in parts),
         tuple(held),
     )
-
-
-class _Slots:
-    """Pooled keys of pairs of tables and a key head."""
-
-    def __init__(self, repeat: int) -> None:
-        self._repeat = repeat
-        self._first: dict[tuple[int, int], int] = {}
-        self.rows: list[list[int]] = []
-        self.pooled_rows = self.cells = 0
-
-    def of(self, tables: object, head: int, keys: Tensor, offsets: Tensor) -> int:
-        """The first pooled key of a head."""
-        cells, kv_head = len(offsets) - 1, head // self._repeat
-        if cells < 1:
-            return 0
-        first = self._first.get((id(tables), kv_head))
-        if first is None:
-            self.pooled_rows += 1  # that of no cell, for -1 in the tables
-            first = self._first[id(tables), kv_head] = self.pooled_rows
-            self.rows.append([keys.data_ptr(), offsets.data_ptr(), cells, first, kv_head])
-            self.pooled_rows += cells
-            self.cells = max(self.cells, cells)
-        return first
-
-
-def _addresses(t: Tables, pooled: int) -> list[int]:
-    arrays = (t.tiles, t.q_tokens, t.keys, t.steps, t.cells, t.cell_steps)
-    return [*(x.data_ptr() for x in arrays), pooled, t.positions.data_ptr(), t.lasts.data_ptr()]
 
 
 def _fullest(

@@ -93,7 +93,7 @@ class _Steps(NamedTuple):
 def _build(
     entry: PatternIndex, block_m: int, block_n: int, within: RowIntervals | None, by_group: bool
 ) -> Tables:
-    first = torch.arange(entry.num_groups) if by_group else _bands(entry)
+    first = torch.arange(entry.num_groups) if by_group else bands(entry)
     start = entry.q_offsets.long()[first]
     end = torch.cat([start[1:], entry.q_offsets.long()[-1:]])
     parts = (end - start + block_m - 1) // block_m
@@ -101,14 +101,14 @@ def _build(
     rank = torch.arange(len(owner)) - (parts.cumsum(0) - parts)[owner]
     row = start[owner] + rank * block_m
     rows = torch.minimum(end[owner] - row, torch.tensor(block_m))
-    exact = _steps(*_lists(entry.runs, entry.run_offsets, first), entry.num_keys, block_n)
+    exact = _steps(*lists_of(entry.runs, entry.run_offsets, first), entry.num_keys, block_n)
     positions = _table(entry.num_keys, exact, block_n)
     keys = torch.where(positions < 0, -1, entry.key_tokens[positions.clamp_min(0)])
     far, cells, cell_offsets = _far_steps(entry, first, block_n)
     places, lasts = _sorted_by_last(exact, keys, block_n)
     bounds = exact.bounds[owner]
     if within is not None:
-        extents = _extents(entry, within, row, rows)
+        extents = extents_of(entry, within, row, rows)
         kept, bounds = _within(places, lasts, bounds, keys, extents, block_n)
         places, lasts = places[kept], lasts[kept]
     tiles = torch.cat(
@@ -129,7 +129,7 @@ def _build(
     )
 
 
-def _bands(entry: PatternIndex) -> Tensor:
+def bands(entry: PatternIndex) -> Tensor:
     """First groups of neighbours that see the same, exactly and pooled."""
     fresh = _differs(entry.runs, entry.run_offsets)
     if entry.far is not None:
@@ -149,7 +149,7 @@ def _differs(runs: Tensor, offsets: Tensor) -> Tensor:
     return fresh
 
 
-def _lists(runs: Tensor, offsets: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def lists_of(runs: Tensor, offsets: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """The runs of some groups, int64, and how many each has."""
     offsets = offsets.long()
     counts = offsets.diff()[groups]
@@ -172,19 +172,19 @@ def _steps(runs: Tensor, counts: Tensor, length: int, block: int) -> _Steps:
     low = total.cumsum(0) - total
     begin = packed.cumsum(0) - packed
     places = torch.empty(int(total.sum()), dtype=torch.int64)
-    of, rank = _ranks(whole)
+    of, rank = ranks(whole)
     places[low[owner[of]] + _rank_in(direct, owner[of])] = start[of] + rank * block
-    of, rank = _ranks(packed)
+    of, rank = ranks(packed)
     places[low[of] + direct[of] + rank] = size + (begin[of] + rank) * block
     extra = torch.full((int(packed.sum()) * block,), -1)
-    of, rank = _ranks(rest)
+    of, rank = ranks(rest)
     extra[begin[owner[of]] * block + _rank_in(left, owner[of])] = (
         start[of] + whole[of] * block + rank
     )
     return _Steps(places, extra, torch.stack([low, low + direct + left // block, low + total], 1))
 
 
-def _ranks(counts: Tensor) -> tuple[Tensor, Tensor]:
+def ranks(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For `counts[i]` items of each i: i, and the item's rank."""
     of = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return of, torch.arange(len(of)) - (counts.cumsum(0) - counts)[of]
@@ -214,11 +214,11 @@ def _far_steps(entry: PatternIndex, first: Tensor, block: int) -> tuple[_Steps, 
         return _Steps(none, none, bounds), torch.full((block,), -1), none[:0]
     far = entry.far
     count = len(far.cell_offsets) - 1
-    steps = _steps(*_lists(far.runs, far.run_offsets, first), count, block)
+    steps = _steps(*lists_of(far.runs, far.run_offsets, first), count, block)
     return steps, _table(count, steps, block), far.cell_offsets
 
 
-class _Extents(NamedTuple):
+class Extents(NamedTuple):
     """Keys that all rows of each tile may see, and that any may, `[T]`: the first, and the last + 1."""
 
     all_start: Tensor
@@ -227,9 +227,9 @@ class _Extents(NamedTuple):
     any_stop: Tensor
 
 
-def _extents(entry: PatternIndex, within: RowIntervals, row: Tensor, rows: Tensor) -> _Extents:
+def extents_of(entry: PatternIndex, within: RowIntervals, row: Tensor, rows: Tensor) -> Extents:
     """The extents of tiles that begin at sorted rows `row` and have so many `rows`."""
-    of, rank = _ranks(rows)
+    of, rank = ranks(rows)
     token = entry.query_tokens[row[of] + rank]
     bounds = within.bounds(entry.num_keys, entry.num_queries)
     start, stop = (x.expand(1, entry.num_queries)[0, token].long() for x in bounds)
@@ -238,7 +238,7 @@ def _extents(entry: PatternIndex, within: RowIntervals, row: Tensor, rows: Tenso
     def reduced(values: Tensor, how: str, first: int) -> Tensor:
         return torch.full((len(row),), first).scatter_reduce_(0, of, values, how)
 
-    return _Extents(
+    return Extents(
         reduced(start, "amax", 0),
         reduced(torch.where(none, 0, stop), "amin", entry.num_keys),
         reduced(torch.where(none, entry.num_keys, start), "amin", entry.num_keys),
@@ -250,20 +250,20 @@ def _sorted_by_last(steps: _Steps, keys: Tensor, block: int) -> tuple[Tensor, Te
     """First places and largest keys of steps, each list's full ones sorted by these."""
     last = keys[steps.places[:, None] + torch.arange(block)].amax(1)
     low, part, high = steps.bounds.unbind(1)
-    of, rank = _ranks(high - low)
+    of, rank = ranks(high - low)
     order = last.argsort(stable=True)
     order = order[(of * 2 + (low[of] + rank >= part[of]))[order].argsort(stable=True)]
     return steps.places[order], last[order]
 
 
 def _within(
-    places: Tensor, largest: Tensor, bounds: Tensor, keys: Tensor, extents: _Extents, block: int
+    places: Tensor, largest: Tensor, bounds: Tensor, keys: Tensor, extents: Extents, block: int
 ) -> tuple[Tensor, Tensor]:
     """Lists of steps for each tile: those that all rows see wholly, then those seen in part; no others."""
     mine = keys[places[:, None] + torch.arange(block)]
     smallest = torch.where(mine < 0, len(keys), mine).amin(1)
     low, masked, high = bounds.unbind(1)
-    tile, rank = _ranks(high - low)
+    tile, rank = ranks(high - low)
     step = low[tile] + rank
     all_start, all_stop, any_start, any_stop = (x[tile] for x in extents)
     whole = (step < masked[tile]) & (smallest[step] >= all_start) & (largest[step] < all_stop)

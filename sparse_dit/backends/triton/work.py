@@ -10,7 +10,8 @@ from torch import Tensor
 from ...index import SparseIndex
 from ...on_cpu import on_cpu
 from .config import Config
-from .tables import HEAD_FIELDS, SLOT_FIELDS, TILE_BITS, Tables, tables_of
+from .slots import Slots
+from .tables import HEAD_FIELDS, TILE_BITS, Tables, tables_of
 
 SMALL_TILE = 1.05  # cost of two tiles of 64 rows over one of 128, measured on an H200
 
@@ -47,7 +48,13 @@ class Work:
 
 
 def work_of(
-    index: SparseIndex, kv_heads: int, small: Config, large: Config, *, by_group: bool = False
+    index: SparseIndex,
+    kv_heads: int,
+    small: Config,
+    large: Config,
+    *,
+    by_group: bool = False,
+    heads: tuple[int, ...] | None = None,
 ) -> Work:
     """The work of an index, made once.
 
@@ -56,11 +63,12 @@ def work_of(
         kv_heads: Number of key heads.
         small, large: Configurations for tiles of fewer and of more rows; what costs less is taken.
         by_group: As in `tables_of`.
+        heads: Those that are computed; None for all.
     """
-    name = ("triton", kv_heads, small, large, by_group)
+    name = ("triton", kv_heads, small, large, by_group, heads)
     work = index.cache.get(name)
     if not isinstance(work, Work):
-        work = _work(index, kv_heads, (small, large), by_group)
+        work = _work(index, kv_heads, (small, large), by_group, heads)
         index.cache[name] = work
     return work
 
@@ -94,33 +102,29 @@ def in_order(items: Tensor, cost: Tensor, num_heads: int) -> Tensor:
 
 @on_cpu
 def _work(
-    index: SparseIndex, kv_heads: int, configs: tuple[Config, Config], by_group: bool
+    index: SparseIndex,
+    kv_heads: int,
+    configs: tuple[Config, Config],
+    by_group: bool,
+    heads: tuple[int, ...] | None,
 ) -> Work:
     device = index.entries[0].q_offsets.device
     config, tables = _cheapest(index, configs, by_group)
-    order = launch_order([tables[p].cost for p in index.head_to_pattern])
-    slots, base, row = [], {}, 0
-    repeat = index.num_heads // kv_heads
-    for head, p in enumerate(index.head_to_pattern):
-        cells = len(tables[p].cell_offsets) - 1
-        pair = (p, head // repeat)
-        if cells > 0 and pair not in base:
-            row += 1  # that of no cell, for -1 in the tables
-            base[pair] = row
-            keys, offsets = tables[p].keys.data_ptr(), tables[p].cell_offsets.data_ptr()
-            slots.append([keys, offsets, cells, row, pair[1]])
-            row += cells
-    heads = []
-    for head, p in enumerate(index.head_to_pattern):
-        fields = _addresses(tables[p])
-        heads.append([*fields[:6], base.get((p, head // repeat), 0), *fields[6:]])
+    mine = range(index.num_heads) if heads is None else heads
+    every = [tables[p].cost for p in index.head_to_pattern]
+    costs = [cost if head in mine else cost[:0] for head, cost in enumerate(every)]
+    slots = Slots(index.num_heads // kv_heads)
+    fields = [[0] * HEAD_FIELDS for _ in costs]
+    for head in mine:
+        t = tables[index.head_to_pattern[head]]
+        fields[head] = addresses_of(t, slots.of(t, head, t.keys, t.cell_offsets))
     return Work(
         config,
-        order.int().to(device),
-        torch.tensor(heads).view(-1, HEAD_FIELDS).to(device),
-        torch.tensor(slots, dtype=torch.int64).view(-1, SLOT_FIELDS).to(device),
-        max((len(t.cell_offsets) - 1 for t in tables), default=0),
-        row,
+        launch_order(costs).int().to(device),
+        torch.tensor(fields).view(-1, HEAD_FIELDS).to(device),
+        slots.table(device),
+        slots.cells,
+        slots.pooled_rows,
         tables,
     )
 
@@ -143,6 +147,7 @@ def _cheapest(
     return best[1], best[2]
 
 
-def _addresses(t: Tables) -> list[int]:
-    arrays = (t.tiles, t.q_tokens, t.keys, t.steps, t.cells, t.cell_steps, t.positions, t.lasts)
-    return [x.data_ptr() for x in arrays]
+def addresses_of(t: Tables, pooled: int) -> list[int]:
+    """The fields of a head whose pooled keys begin at row `pooled`."""
+    arrays = (t.tiles, t.q_tokens, t.keys, t.steps, t.cells, t.cell_steps)
+    return [*(x.data_ptr() for x in arrays), pooled, t.positions.data_ptr(), t.lasts.data_ptr()]
