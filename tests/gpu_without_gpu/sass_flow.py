@@ -18,14 +18,14 @@ class Instruction(NamedTuple):
     """Args:
     text: As disassembled, without its predicate.
     reads, writes: Numbers of uniform registers.
-    to: Label that it jumps to.
+    to: Labels that it may jump to.
     goes_on: Whether the next instruction may follow.
     """
 
     text: str
     reads: frozenset[int]
     writes: frozenset[int]
-    to: str | None
+    to: tuple[str, ...]
     goes_on: bool
 
 
@@ -49,8 +49,7 @@ def uninitialised(code: str) -> list[str]:
         after = merged | line.writes
         if line.goes_on and place + 1 < len(lines):
             open_places.append((place + 1, after))
-        if line.to is not None and line.to in labels:
-            open_places.append((labels[line.to], after))
+        open_places += [(labels[label], after) for label in line.to if label in labels]
     found = []
     for line, written in zip(lines, before, strict=True):
         if written is not None and (missing := line.reads - written):
@@ -67,7 +66,18 @@ def _parsed(code: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[label[1]] = len(lines)
         if text := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*);", row):
             lines.append(_instruction(text[2].strip(), text[1] is not None))
-    return lines, labels
+    return [_met(place, lines, labels) for place in range(len(lines))], labels
+
+
+def _met(place: int, lines: list[Instruction], labels: dict[str, int]) -> Instruction:
+    """Ways of a branch that meet (`BSYNC B0`) go on at the label said before (`BSSY B0`), the next one."""
+    line = lines[place]
+    if not line.text.startswith("BSYNC"):
+        return line
+    said = f"BSSY {line.text.split()[1]}, "
+    found = [re.search(r"`\((\.L_\w+)\)", x.text) for x in lines if x.text.startswith(said)]
+    behind = [label[1] for label in found if label and labels[label[1]] > place]
+    return line._replace(to=tuple(sorted(behind, key=labels.__getitem__)[:1]), goes_on=not behind)
 
 
 def _instruction(text: str, conditional: bool) -> Instruction:
@@ -84,13 +94,14 @@ def _instruction(text: str, conditional: bool) -> Instruction:
     reads: set[int] = set()
     for kind, number in OPERAND.findall(", ".join(operands)):
         reads.update(int(number) + place for place in _span(kind, name, operands))
-    jump = re.search(r"`\((\.L_\w+)\)", rest) if name.startswith(("BRA", "BSSY", "CALL")) else None
+    jump = re.search(r"`\((\.L_\w+)\)", rest) if name.startswith(("BRA", "CALL")) else None
     ends = (
         name.startswith(("EXIT", "BRA", "RET"))
         and not conditional
         and "UP" not in rest.split("`")[0]
     )
-    return Instruction(text, frozenset(reads), frozenset(writes), jump and jump[1], not ends)
+    to = (jump[1],) if jump else ()
+    return Instruction(text, frozenset(reads), frozenset(writes), to, not ends)
 
 
 def _span(kind: str, name: str, operands: list[str]) -> range:

@@ -47,3 +47,22 @@ def test_both_ways_must_write():
 def test_a_loop_is_followed_once():
     code = "\n.L_x_0:\n" + HEAD.replace("UR4, 0x40", "UR4, UR8").replace("_1", "_0")
     assert uninitialised(code) == ["UMOV UR4, UR8: UR8 may not be written"]
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_ways_that_meet_again(left_out):
+    """Each way writes a register, and only where they meet is it read."""
+    code = """
+        /*0000*/                   BSSY B0, `(.L_x_2) ;
+        /*0010*/               @P2 BRA `(.L_x_1) ;
+        /*0020*/                   UMOV UR8, 0x1 ;
+        /*0030*/                   BSYNC B0 ;
+.L_x_1:
+        /*0040*/                   UMOV UR8, 0x2 ;
+        /*0050*/                   BSYNC B0 ;
+.L_x_2:
+        /*0060*/                   STS [R2+UR8], R4 ;
+        /*0070*/                   EXIT ;
+"""
+    found = uninitialised(code.replace("UMOV UR8, 0x1", "NOP") if left_out else code)
+    assert found == (["STS [R2+UR8], R4: UR8 may not be written"] if left_out else [])

@@ -176,36 +176,36 @@ def spilled_by_lay(target: str, block_n: int) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        return int(re.search(r"STACK:(\d+)", _said("cuobjdump", "-res-usage", file.name))[1])
+        return int(re.search(r"STACK:(\d+)", said("cuobjdump", "-res-usage", file.name))[1])
 
 
 def _nvidia(built, case: Case) -> Built:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = _said("cuobjdump", "-res-usage", file.name)
-        code = _said("nvdisasm", "-c", file.name)
+        usage = said("cuobjdump", "-res-usage", file.name)
+        code = said("nvdisasm", "-c", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     wide = WIDE if case.head_dim in (64, 128) else rf"{WIDE}|LDGSTS\S*\.64"
     return Built(
         registers,
         stack + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         built.metadata.shared,
-        *_steps(_instructions(code), case, r"LDGSTS", wide),
+        *_steps(instructions(code), case, r"LDGSTS", wide),
         tuple(uninitialised(code)),
     )
 
 
-def _said(tool: str, *arguments: str) -> str:
+def said(tool: str, *arguments: str) -> str:
     done = subprocess.run([BIN / tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
-def _count(body: list[str], pattern: str) -> int:
+def count(body: list[str], pattern: str) -> int:
     return sum(bool(re.match(pattern, line)) for line in body)
 
 
-def _instructions(code: str) -> list[str]:
+def instructions(code: str) -> list[str]:
     """Instructions and labels (`.L_x_1:`) of SASS, in order."""
     found = []
     for line in code.splitlines():
@@ -219,25 +219,29 @@ def _instructions(code: str) -> list[str]:
 def _steps(lines: list[str], case: Case, loads: str, wide: str) -> tuple[Step, Step | None]:
     """The steps that all rows see, and those of pooled keys: the first and the last loop."""
     tensor = TARGETS[case.target][1]
-    bodies = _hot_loops(lines, tensor)
+    bodies = hot_loops(lines, tensor)
     found = [
-        Step(len(body), *(_count(body, what) for what in (tensor, loads, wide)))
+        Step(len(body), *(count(body, what) for what in (tensor, loads, wide)))
         for body in (bodies[0], bodies[-1])
     ]
     return found[0], found[1] if case.flags["HAS_FAR"] else None
 
 
-def _hot_loops(lines: list[str], tensor: str) -> list[list[str]]:
-    """The bodies of loops with tensor-core instructions and no such loop inside them, in order."""
+def hot_loops(lines: list[str], tensor: str) -> list[list[str]]:
+    """The bodies of loops with tensor-core instructions and no such loop inside them, in order.
+
+    What begins in a loop and ends behind it is none, but a wait that is tried again out of line.
+    """
     label = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     loops = []
     for i, line in enumerate(lines):
         to = re.match(r"(?:BRA|s_cbranch)\S*\s.*?(\.?L\w+)", line)
         if to and label.get(to[1], i) < i:
             body = [x for x in lines[label[to[1]] : i + 1] if not x.endswith(":")]
-            if _count(body, tensor):
+            if count(body, tensor):
                 loops.append((label[to[1]], i, body))
     inner = [a for a in loops if not any(a[0] <= b[0] and b[1] < a[1] for b in loops)]
+    inner = [a for a in inner if not any(b[0] < a[0] <= b[1] < a[1] for b in loops)]
     return [body for _, _, body in sorted(inner)] or [[]]
 
 
