@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .autocast import lowered, without_autocast
-from .backends import cpu, flex, gather, reference, triton
+from .backends import cpu, flex, gather, gluon, reference, triton
 from .backends.attended import Attended
 from .backends.packages import block_sparse_attn, cudnn, flash_attn_4, flashinfer, sparge
 from .backends.selfcheck import verdict
@@ -22,6 +22,7 @@ logger = logging.getLogger("sparse_dit")
 BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "triton": triton,
+    "gluon": gluon,
     "flex": flex,
     "gather": gather,
     "reference": reference,
@@ -31,7 +32,7 @@ BACKENDS: dict[str, ModuleType] = {
     "sparge": sparge,
     "block_sparse_attn": block_sparse_attn,
 }
-AUTO = ("cpu", "triton", "flex", "gather")  # the first that can
+AUTO = ("cpu", "triton", "flex", "gather")  # the first that can; gluon joins once timed on a GPU
 AUTO_DEVICES = {"flex": ("cuda",)}  # where it is taken unasked; on CPUs a size compiles for seconds
 TESTED_DEVICES = ("cpu", "meta")  # on others a backend is checked before its first use
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

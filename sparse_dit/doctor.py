@@ -76,7 +76,7 @@ def devices() -> list[str]:
 
 
 def check_backend(backend: str, device: str, *, timed: bool = True) -> Checkup:
-    """Compare a backend with the reference on two small cases, and time it beside dense attention.
+    """Compare a backend with the reference on small cases, and time it beside dense attention.
 
     Whatever it raises is its problem, and reported as such. GPUs are tried in bfloat16, others in float32.
     """

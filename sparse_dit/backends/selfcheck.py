@@ -102,7 +102,7 @@ def examine(
     if tolerance is None:
         tolerance = max(TOLERANCES[dtype], getattr(module, "TOLERANCE", 0.0))
     worst, ran, reasons = 0.0, False, []
-    for case in _cases():
+    for case in _cases(module):
         tensors = _inputs(case, head_dim, dtype)
         here = [x.to(device) for x in tensors]
         index = case.index.to(device)
@@ -179,15 +179,15 @@ def refused(
 ) -> str | None:
     """Why a backend runs none of the cases; None if it runs one."""
     reasons = []
-    for case in _cases():
+    for case in _cases(module):
         q = torch.empty(1, HEADS, case.index.num_queries, head_dim, dtype=dtype, device=device)
         reasons.append(module.unsupported(q, case.index.to(device)))
     return None if None in reasons else reasons[0]
 
 
-def _cases() -> Iterator[_Case]:
-    """Blocks that every kernel can have; these with the rest pooled; and then patterns, order, pooled keys
-    and an interval for each row.
+def _cases(module: ModuleType) -> Iterator[_Case]:
+    """Blocks that every kernel can have; these with the rest pooled; patterns with order, pooled keys and an
+    interval for each row; and the backend's own cases.
     """
     yield _Case(block_case(), None)
     yield _Case(block_case(far=True), None)
@@ -199,6 +199,8 @@ def _cases() -> Iterator[_Case]:
         Pattern(Skip()),
     ]
     yield _Case(build_index(patterns, RAGGED), _ragged_rows())
+    for index, rows in module.check_cases() if hasattr(module, "check_cases") else ():
+        yield _Case(index, rows)
 
 
 def _ragged_rows() -> RowIntervals:

@@ -1,4 +1,4 @@
-"""What a call of the Triton backend takes on the host, measured without a GPU.
+"""What a call of the Triton and Gluon backends takes on the host, measured without a GPU.
 
 Kernels are looked up by Triton's own code for each call, as on a GPU, and then neither compiled nor launched;
 tensors lie on the CPU. So the driver's launch and the switch to the tensors' device are not in it.
@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from ..attention import sparse_attention
+from ..backends import gluon
 from ..backends import triton as backend
 from ..index import build_index
 from ..layout import TokenLayout
@@ -26,6 +27,13 @@ NEAR = Pattern(Window(frames=1, rows=2, columns=2), (1, 8, 8))
 PATTERNS = {
     "exact": [NEAR, Pattern(SlidingTile(1, 1, 1), (2, 8, 8)), Pattern(Dense())],
     "far field": [replace(NEAR, far=True), NEAR, Pattern(Dense())],
+}
+
+
+FRAME = Pattern(Window(frames=1), (1, None, None))
+NEIGHBOURS = {  # whose keys the Gluon kernel loads
+    "gluon, exact": [FRAME, Pattern(Dense())],
+    "gluon, far field": [replace(FRAME, far=True), FRAME],
 }
 
 
@@ -64,7 +72,7 @@ class HostCost:
     """Host time of one call with a cached index, in seconds of one thread.
 
     Args:
-        patterns: A name in `PATTERNS`.
+        patterns: A name in `PATTERNS` or `NEIGHBOURS`.
         call: The host time of one call of `sparse_attention`, in seconds.
         launches: The number of kernels that the call launches.
     """
@@ -76,7 +84,7 @@ class HostCost:
 
 @contextlib.contextmanager
 def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
-    """Inside, the Triton backend takes CPU tensors of float16 and bfloat16, and its launches do nothing.
+    """Inside, the Triton and Gluon backends take CPU tensors of float16 and bfloat16; launches do nothing.
 
     Args:
         architecture: NVIDIA's, as a number; only Triton's own lookup sees it.
@@ -91,11 +99,12 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
+    from ..backends.gluon import kernel as gluon_kernel
     from ..backends.triton import bound, kernel, lay
 
     made = NullGpu([], [])
     kernels = {name: getattr(kernel, name) for name in ("attend", "pool", "mass")}
-    kernels["lay"] = lay.lay
+    kernels |= {"lay": lay.lay, "gluon": gluon_kernel.attend}
     target = GPUTarget("cuda", architecture, 32)
     fake = mock.Mock(spec_set=["get_current_device", "get_current_stream", "get_current_target"])
     fake.get_current_device = lambda: 0
@@ -103,6 +112,7 @@ def null_gpu(architecture: int = 80) -> Iterator[NullGpu]:
     fake.get_current_target = lambda: target
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "interpreted", lambda: True))
+        stack.enter_context(mock.patch.object(gluon, "_on_hopper", lambda device: True))
         stack.enter_context(mock.patch.object(driver, "_active", fake))
         stack.enter_context(mock.patch.object(bound, "COMPILED", {}))
         for name, function in kernels.items():
@@ -147,7 +157,7 @@ def _not_compiled(made: NullGpu, name: str, function: Any) -> Callable[..., Any]
 
 
 def measure_host(heads: int = 12, head_dim: int = 128, rounds: int = 9) -> list[HostCost]:
-    """Time calls of the Triton backend with null launches, batch 1, bfloat16, at 4,096 tokens.
+    """Time calls of both backends with null launches, batch 1, bfloat16, at 4,096 tokens.
 
     The size matters nothing: tables are made at the first call, which doesn't count.
 
@@ -158,12 +168,13 @@ def measure_host(heads: int = 12, head_dim: int = 128, rounds: int = 9) -> list[
     q, k, v = torch.randn(3, 1, layout.seq_len, heads, head_dim, dtype=torch.bfloat16)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     runs, launches = {}, {}
-    with null_gpu() as gpu, torch.no_grad():
-        for name, patterns in PATTERNS.items():
+    with null_gpu(90) as gpu, torch.no_grad():
+        for name, patterns in {**PATTERNS, **NEIGHBOURS}.items():
             index = build_index((patterns * heads)[:heads], layout)
+            kind = "gluon" if name in NEIGHBOURS else "triton"
 
-            def call(index=index) -> object:
-                return sparse_attention(q, k, v, index, backend="triton")
+            def call(index=index, kind=kind) -> object:
+                return sparse_attention(q, k, v, index, backend=kind)
 
             call()
             gpu.launches.clear()
