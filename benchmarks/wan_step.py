@@ -135,7 +135,9 @@ class Bench:
                 handle = None
                 if way.pattern is not None:
                     plan = plan_of(self.transformer, self.case.layout, way.pattern)
-                    handle = stack.enter_context(sparse_dit.patch(self.transformer, plan, token_order=way.order))
+                    handle = stack.enter_context(
+                        sparse_dit.patch(self.transformer, plan, token_order=way.order)
+                    )
                 if way.compiled:
                     stack.enter_context(compiled(self.transformer, self.device))
                 out = self.call()

@@ -7,7 +7,6 @@ which must be chosen before kernels are imported. Everything, in some minutes:
 """
 
 import contextlib
-import inspect
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,7 +18,7 @@ import torch
 
 from sparse_dit.attention import attend
 from sparse_dit.backends import gluon, selfcheck
-from sparse_dit.backends.gluon import kernel, launch, work
+from sparse_dit.backends.gluon import launch, work
 from sparse_dit.backends.gluon.config import configs_for
 from sparse_dit.backends.triton import interpreted
 from sparse_dit.index import SparseIndex, build_index
@@ -27,7 +26,7 @@ from sparse_dit.intervals import RowIntervals
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
 from tests.gpu_without_gpu import triton_bfloat16, triton_nested
-from tests.gpu_without_gpu.gluon_emulator import emulated, pool
+from tests.gpu_without_gpu.gluon_emulator import emulated, pool, source_of_kernel
 from tests.helpers import contract_cases
 from tests.helpers.contiguous_cases import FRAMES, LAYOUT, PATTERNS, patterns_index, random_entry
 from tests.helpers.kernel_cases import (
@@ -325,11 +324,11 @@ def holds(source):
 
 
 def test_the_calls_that_find_faults_find_none():
-    assert holds(inspect.getsource(kernel))
+    assert holds(source_of_kernel())
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault):
-    source, (old, new) = inspect.getsource(kernel), FAULTS[fault]
+    source, (old, new) = source_of_kernel(), FAULTS[fault]
     assert old in source
     assert not holds(source.replace(old, new))

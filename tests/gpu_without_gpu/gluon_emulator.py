@@ -15,6 +15,7 @@ Layouts, registers and time aren't in it: for these the compiled code is read (`
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import builtins
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from sparse_dit.backends import gluon
-from sparse_dit.backends.gluon import kernel, launch
+from sparse_dit.backends.gluon import kernel, launch, masks
 from sparse_dit.intervals import RowIntervals
 
 LATE = 8  # how much less likely a copy arrives than a partition goes on
@@ -384,13 +385,21 @@ GL = types.SimpleNamespace(
 )
 
 
+def source_of_kernel() -> str:
+    """The text of its files."""
+    return inspect.getsource(masks) + inspect.getsource(kernel)
+
+
 def functions(source: str) -> dict[str, Any]:
-    """What the source of the kernel's file defines, over stand-ins."""
+    """What the source of the kernel defines, over stand-ins."""
     tree = ast.parse(source)
     tree.body = [
         node
         for node in tree.body
-        if not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("triton"))
+        if not (
+            isinstance(node, ast.ImportFrom)
+            and str(node.module).startswith(("triton", "masks", "__future__"))
+        )
     ]
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
@@ -398,7 +407,8 @@ def functions(source: str) -> dict[str, Any]:
     found: dict[str, Any] = {"__package__": kernel.__package__, "gl": GL, "tma": Tma}
     found |= {"mbarrier": Mbarrier, "fence_async_shared": fence_async_shared}
     found |= {"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait}
-    exec(compile(tree, kernel.__file__, "exec"), found)
+    flag = __future__.annotations.compiler_flag
+    exec(compile(tree, kernel.__file__, "exec", flags=flag), found)
     return found
 
 
@@ -464,10 +474,10 @@ def emulated(seed: int = 0, source: str | None = None) -> Iterator[Launcher]:
 
     Args:
         seed: Of the order in which partitions run and copies arrive.
-        source: Instead of that of the kernel's file.
+        source: Instead of that of the kernel's files.
     """
     module = types.ModuleType("emulated")
-    found = functions(source or inspect.getsource(kernel))
+    found = functions(source or source_of_kernel())
     module.attend = launcher = Launcher(found["attend"], seed)
     with (
         mock.patch.object(gluon, "_on_hopper", lambda device: True),

@@ -1,7 +1,7 @@
 """Block-sparse attention in Gluon, for NVIDIA's sm_90: heads whose tokens lie side by side, loaded by TMA.
 
-`kernel.py` is the kernel, `tables.py` writes a pattern as it reads it, `work.py` decides which heads it
-takes; the others run, in the same call, in the Triton backend's kernel, which gathers keys one by one.
+`kernel.py` and `masks.py` are the kernel, `tables.py` writes a pattern as it reads it, `work.py` decides
+which heads it takes; the others run, in the same call, in the Triton backend's kernel, which gathers keys.
 `config.py` has the block sizes, `launch.py` calls. It was compiled, and its source was executed in a stand-in
 for Gluon, but it never ran on a GPU: `auto` doesn't take it. What is checked is in
 `docs/reference/gpu-checks.md`.

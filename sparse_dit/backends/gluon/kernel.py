@@ -31,14 +31,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .masks import ROWS, clean, intervals, keys, whole_until
 from .tables import TILE_FIELDS
 
 TILE: gl.constexpr = gl.constexpr(TILE_FIELDS)
-ROWS: gl.constexpr = gl.constexpr(64)  # of a warpgroup: the M of its products
 PLAIN: gl.constexpr = gl.constexpr(0)
 POOLED: gl.constexpr = gl.constexpr(1)
 MASKED: gl.constexpr = gl.constexpr(2)
-LAST: gl.constexpr = gl.constexpr(2147483647)
 INTEGERS = [  # never specialised on their values: another resolution must not compile anew
     "sob", "soh", "son", "stb", "stn", "spb", "spn", "heads", "kv_group", "num_queries", "pooled_rows",
 ]  # fmt: skip
@@ -191,11 +190,11 @@ def _consume(
     b, head, first, rows, low, middle, pooled_end, high, pooled = where
     dtype: gl.constexpr = q.dtype
     query = q.index(WHICH).reshape([ROWS, D])
-    real, start, stop, lowest, highest = _intervals(
+    real, start, stop, lowest, highest = intervals(
         tables, strides, b, first, rows, MASK, WHICH, CONSUMERS, S
     )
     if MASK == 2:
-        middle = _whole_until(tables, strides, b, first, rows, low, middle, BLOCK_N, CONSUMERS)
+        middle = whole_until(tables, strides, b, first, rows, low, middle, BLOCK_N, CONSUMERS)
     if MASK > 0:
         pooled_end = middle  # a pooled key is seen if all its tokens are: that takes a mask
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
@@ -239,7 +238,7 @@ def _consume(
     last = high - 1 - low
     mbarrier.wait(v_filled.index(last % STAGES), (last // STAGES) & 1)
     value = v.index(last % STAGES).reshape([BLOCK_N, D])
-    _clean(
+    clean(
         value, barriers, tables, high - 1, high - masked, facts, D, BLOCK_N, CONSUMERS, MASK, FAR, WHICH
     )  # fmt: skip
     acc = warpgroup_mma(weights, value, acc, is_async=True)
@@ -282,7 +281,7 @@ def _round(
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=S)
     if KIND == MASKED:
         mbarrier.wait(v_filled.index(before), before_phase)
-        _clean(
+        clean(
             value, barriers, tables, j - 1, j - masked, facts, D, BLOCK_N, CONSUMERS, MASK, FAR, WHICH
         )  # fmt: skip
         mbarrier.wait(k_filled.index(i), phase)
@@ -320,7 +319,7 @@ def _softmax(
         floor = m_new
         p = gl.exp2(s - m_new[:, None])
     else:
-        there, early, late, bias = _keys(
+        there, early, late, bias = keys(
             tables, j, plane, BLOCK_N, 0, BLOCK_N, MASK, FAR, gl.SliceLayout(0, S)
         )
         s = s * scale
@@ -335,106 +334,3 @@ def _softmax(
         p = gl.exp2(s - floor[:, None])
     alpha = gl.exp2(m - floor)
     return p, alpha, m_new, total * alpha + gl.sum(p, 1)
-
-
-@gluon.jit
-def _keys(
-    tables, j, plane,
-    BLOCK_N: gl.constexpr, BEGIN: gl.constexpr, COUNT: gl.constexpr, MASK: gl.constexpr, FAR: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Which keys of a step the tile sees, each one's first and last token, and what raises its logit."""
-    Steps, Masks, Cells, _RowStart, _RowStop = tables
-    column = BEGIN + gl.arange(0, COUNT, layout=LAYOUT)
-    first, kind = gl.load(Steps + j * 2), gl.load(Steps + j * 2 + 1)
-    word = gl.load(Masks + (kind >> 1) * (BLOCK_N // 32) + column // 32)
-    there = ((word >> (column % 32)) & 1) != 0
-    early = first + column
-    late = early
-    bias = gl.zeros([COUNT], gl.float32, layout=LAYOUT)
-    if FAR:
-        is_cell = ((kind + column * 0) & 1) != 0
-        here = there & is_cell
-        cell = Cells + early
-        bias = gl.cast(gl.load(cell, mask=here, other=0), gl.float32, bitcast=True)
-        if MASK > 0:
-            early = gl.where(is_cell, gl.load(cell + plane, mask=here, other=0), early)
-            late = gl.where(is_cell, gl.load(cell + 2 * plane, mask=here, other=0), late)
-    return there, early, late, bias
-
-
-@gluon.jit
-def _clean(
-    value, barriers, tables, j, turn, facts,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, MASK: gl.constexpr, FAR: gl.constexpr,
-    WHICH: gl.constexpr,
-):  # fmt: skip
-    """Make values 0 that no row of the tile sees: each consumer its share of them, the `turn`-th time."""
-    SHARE: gl.constexpr = BLOCK_N // CONSUMERS
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    _start, _stop, lowest, highest, plane = facts
-    there, early, late, _bias = _keys(
-        tables, j, plane, BLOCK_N, WHICH * SHARE, SHARE, MASK, FAR, gl.SliceLayout(1, L)
-    )
-    if MASK > 0:
-        there = there & (early >= lowest) & (late < highest)
-    mine = value.slice(WHICH * SHARE, SHARE)
-    x = mine.load(L)
-    mine.store(gl.where(there[:, None], x, 0.0))
-    fence_async_shared()
-    if CONSUMERS > 1:
-        _q_filled, cleaned, _k_filled, _k_empty, _v_filled, _v_empty = barriers
-        mbarrier.arrive(cleaned, count=1)
-        mbarrier.wait(cleaned, turn & 1)
-
-
-@gluon.jit
-def _intervals(
-    tables, strides, b, first, rows,
-    MASK: gl.constexpr, WHICH: gl.constexpr, CONSUMERS: gl.constexpr, S: gl.constexpr,
-):  # fmt: skip
-    """Which rows there are, where their keys start and stop, and where those of the whole tile do."""
-    row = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    real = row < rows
-    start = row
-    stop = row
-    lowest = 0
-    highest = 0
-    if MASK > 0:
-        start, stop = _bounds(tables, strides, b, first, row, real)
-        T: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        every = gl.arange(0, ROWS * CONSUMERS, layout=T)
-        begin, end = _bounds(tables, strides, b, first, every, every < rows)
-        some = end > begin
-        lowest = gl.min(gl.where(some, begin, LAST), 0)
-        highest = gl.max(gl.where(some, end, 0), 0)
-    return real, start, stop, lowest, highest
-
-
-@gluon.jit
-def _bounds(tables, strides, b, first, row, real):
-    _Steps, _Masks, _Cells, RowStart, RowStop = tables
-    _sob, _soh, _son, stb, stn, spb, spn = strides
-    start = gl.load(RowStart + b * stb + (first + row) * stn, mask=real, other=0)
-    stop = gl.load(RowStop + b * spb + (first + row) * spn, mask=real, other=0)
-    return start, stop
-
-
-@gluon.jit
-def _whole_until(
-    tables, strides, b, first, rows, low, middle, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr
-):
-    """Up to which of the plain steps, sorted by their keys, all rows see all keys."""
-    T: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    every = gl.arange(0, ROWS * CONSUMERS, layout=T)
-    real = every < rows
-    start, stop = _bounds(tables, strides, b, first, every, real)
-    shortest = gl.min(gl.where(real, stop, LAST), 0)
-    latest = gl.max(gl.where(real, start, 0), 0)
-    whole = 0
-    place = gl.arange(0, 128, layout=T)
-    for j in range(low, middle, 128):
-        step = j + place
-        key = gl.load(tables[0] + step * 2, mask=step < middle, other=LAST)
-        whole += gl.sum((key <= shortest - BLOCK_N).to(gl.int32), 0)
-    return low + gl.where(latest > 0, 0, whole)
