@@ -231,7 +231,9 @@ def test_indices_are_built_once_a_layout_stage_and_layer(monkeypatch):
     pipe, call, _ = _built("wan")
     built = []
     original = runtime.build_index
-    monkeypatch.setattr(runtime, "build_index", lambda *a: built.append(a) or original(*a))
+    monkeypatch.setattr(
+        runtime, "build_index", lambda *a, **k: built.append(a) or original(*a, **k)
+    )
     with patch(pipe, plan_for(pipe, NARROW, stages=(Stage(1.0, 0.5), Stage(0.5, 0.0)))) as handle:
         generate(pipe, call)
         generate(pipe, call)

@@ -12,8 +12,8 @@ from sparse_dit.backends.chunks import chunks_of
 from sparse_dit.backends.cpu import library
 from sparse_dit.backends.cpu.packed import pack_index
 from sparse_dit.backends.flex_lists import lists_of
+from sparse_dit.backends.packages.blocks import block_lists, block_map
 from sparse_dit.backends.packages.flashinfer import sizes
-from sparse_dit.backends.packages.whole import block_lists, block_map
 from sparse_dit.backends.reference import token_mask
 from sparse_dit.backends.sorting import orders_of, pool_far_field
 from sparse_dit.backends.triton.config import configs_for

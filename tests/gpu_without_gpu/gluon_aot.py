@@ -7,6 +7,7 @@ round, which `test_gluon_compiled.py` compares with, for the kernels of that tes
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -166,7 +167,9 @@ def every() -> Iterator[Case]:
 
 def main(arguments: list[str]) -> int:
     """Compile, print and record; 1 if anything is wrong."""
-    recording = "--record" in arguments
+    parser = argparse.ArgumentParser(description="Compile the Gluon kernel for sm_90.")
+    parser.add_argument("--record", action="store_true", help="write what the tests compare with")
+    recording = parser.parse_args(arguments).record
     wrong, rounds = 0, {}
     for case in tested() if recording else every():
         built = compiled(case)

@@ -56,6 +56,9 @@ READ = {
     "python benchmarks/openvino_prefill.py": (
         "needs OpenVINO: tests/bench/test_openvino_prefill.py runs it with a stand-in"
     ),
+    "python -m tests.gpu_without_gpu.gluon_aot": (
+        "minutes: tests/gpu_without_gpu/test_gluon_compiled.py compiles some of it"
+    ),
     "python -m tests.gpu_without_gpu.triton_emulated": (
         "10 minutes: tests/gpu_without_gpu/test_triton_emulated.py runs parts of it"
     ),
