@@ -30,7 +30,7 @@ class Case:
         config: What differs from its default configuration; of the lists of blocks it says nothing.
         blocks: How many blocks each of its lists has.
         counted: The configuration's name for each of those numbers.
-        layout: Of one sequence.
+        layout: Where the tokens of one sequence lie.
         inputs: Makes a forward's arguments of the transformer and the layout, on the CPU.
         timestep: What the model is told at a noise level from 1 to 0.
     """

@@ -52,13 +52,13 @@ class Row:
 
     Args:
         name: What ran.
-        density: Of attention, all layers.
+        density: The density of attention in all layers.
         compiled, cache: Whether blocks were compiled; the step cache, whose steps are of one generation.
-        seconds, spread: Of a step of all blocks, and its samples' quartile distance over it.
+        seconds, spread: Time of a step of all blocks, and its samples' quartile distance over it.
         measured: Blocks that were timed, and seconds, of each run that `seconds` is reckoned from.
         speedup: Against the dense step that ran the same way, without a cache.
-        forecast: Of `speedup`, by the cost table; None for what needs none.
-        backends: That ran.
+        forecast: What the cost table gives for `speedup`; None for what needs none.
+        backends: The backends that ran.
     """
 
     name: str

@@ -32,10 +32,10 @@ class StepContext:
         condition: Number of the tensor object that the forward is conditioned on, never given twice: another
             number may be another generation. None if there is none. It doesn't count in comparisons.
             One object gets another number where it can't be told whether another generation has begun.
-        phase: Of a language model: `"decode"` for one query, else `"prefill"`. `"any"` for other models.
+        phase: In a language model: `"decode"` for one query, else `"prefill"`. `"any"` for other models.
         modalities: Where images and videos lie among a VLM's keys, for each item of the batch; empty for
             other models, and for layers that keep the last keys alone. It doesn't count in comparisons.
-        active: Of a diffusion language model: so many last tokens are being denoised; `sigma` is the share of
+        active: In a diffusion language model: so many last tokens are being denoised; `sigma` is the share of
             them that is masked still, and the layout has two segments, prompt and generated tokens. 0 for
             other models.
         sorted_by: The tile by which the tokens have been sorted before the first layer; None if they lie as

@@ -195,7 +195,7 @@ def entry_of(
 
     Args:
         exact: Bool `[T, C]`: which cells of keys each owner of rows sees.
-        order: Of the tokens.
+        order: The order of the tokens.
         cells: int64 `[C + 1]`, as of `TileOrder.cell_offsets`.
         groups: The rows, and which of the T each group belongs to; global ones see everything.
         far, pool: As of a `Pattern`.
@@ -249,7 +249,7 @@ def groups_of(order: TileOrder, stretches: Tensor, group: int = 64) -> Groups:
     """Each stretch of the grid's rows in equal parts of at most `group` rows; global ones apart (-1).
 
     Args:
-        order: Of the tokens.
+        order: The order of the tokens.
         stretches: int64 `[T + 1]`, sorted positions as of `TileOrder.tile_offsets`.
         group: The largest number of rows.
     """

@@ -171,6 +171,12 @@ def without(index: SparseIndex, heads: Sequence[int]) -> SparseIndex:
 
 def shape_of(call: AttentionCall, stage: int) -> tuple[object, ...]:
     """What has to be the same for what one call gave or found to be used in another."""
-    q, context = call.q, call.context
+    lengths = (call.q.shape[1], call.v.shape[1])
+    return (call.context.layout, call.context.sorted_by, lengths, *kind_of(call, stage))
+
+
+def kind_of(call: AttentionCall, stage: int) -> tuple[object, ...]:
+    """What of that has nothing to do with how many tokens there are, and how they lie."""
+    q, v = call.q, call.v
     dtypes = (q.dtype, autocast_dtype(q.device.type))
-    return (stage, context.layout, context.sorted_by, q.shape, call.v.shape, dtypes, q.device)
+    return (stage, len(q), q.shape[2:], v.shape[2:], dtypes, q.device)

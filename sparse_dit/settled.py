@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from .autocast import autocast_dtype
 from .call import AttentionCall, StepContext
 from .intervals import RowIntervals
 from .patterns import Pattern
+from .reuse import kind_of
 
 TURNS = 4  # generations whose outputs are kept at once
 NEAR = 32  # tokens before those being denoised: they change most
@@ -32,7 +32,7 @@ class _Kept:
 
     out: Tensor
     step: int
-    calls: tuple[object, ...]
+    kind: tuple[object, ...]
 
 
 @dataclass(eq=False)
@@ -97,9 +97,9 @@ class Settled:
             part: Computes a call of the last tokens alone, over all keys.
         """
         context, n = call.context, call.q.shape[1]
-        run, key, calls = self._run_of(context), (call.layer, context.branch), _calls(call, stage)
+        run, key, kind = self._run_of(context), (call.layer, context.branch), kind_of(call, stage)
         kept, near = run.kept.get(key), context.active + NEAR
-        if kept is not None and kept.calls == calls and 0 < context.step - kept.step < every:
+        if kept is not None and kept.kind == kind and 0 < context.step - kept.step < every:
             before = kept.out.shape[1]
             if near <= n - before <= max(near, MOST * n):
                 out = kept.out.new_empty(*call.q.shape[:3], call.v.shape[-1])
@@ -107,7 +107,7 @@ class Settled:
                 out[:, before:] = part(_last(call, n - before))
                 return out
         out = whole(call)
-        run.kept[key] = _Kept(out[:, : n - near].detach().clone(), context.step, calls)
+        run.kept[key] = _Kept(out[:, : n - near].detach().clone(), context.step, kind)
         return out
 
 
@@ -127,13 +127,6 @@ def steps_between(call: AttentionCall, patterns: Sequence[Pattern]) -> int:
     ):
         return 1
     return min(pattern.settled_every for pattern in patterns)
-
-
-def _calls(call: AttentionCall, stage: int) -> tuple[object, ...]:
-    """What calls have in common, one of which may take what another gave, whatever their lengths."""
-    q, v = call.q, call.v
-    dtypes = (q.dtype, autocast_dtype(q.device.type))
-    return (stage, len(q), q.shape[2:], v.shape[2:], dtypes, q.device)
 
 
 def _last(call: AttentionCall, count: int) -> AttentionCall:

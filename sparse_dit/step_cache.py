@@ -173,16 +173,16 @@ def asked_caches(text: str, steps: int) -> tuple[StepCache, ...]:
         numbers = []
     names = tuple(_SETTINGS[name])
     if name == TAYLORSEER and len(numbers) == 1:
-        numbers.append(_first(int(numbers[0]), first, steps) if numbers[0] >= 1 else first)
+        numbers.append(_first(numbers[0], first, steps))
     if len(numbers) != len(names):
         raise ValueError(f"{text!r} must be {name}={':'.join(map(str.upper, names))}, in numbers")
     return (StepCache(name, dict(zip(names, numbers, strict=True))),)
 
 
-def _first(interval: int, first: int, steps: int) -> int:
+def _first(interval: float, first: int, steps: int) -> int:
     """So many first steps, or one more where otherwise the last step would be computed.
 
     Nothing follows that one, so what it lacks costs least: at equal shares of calls this is worth 5 dB and
     more at 12 steps.
     """
-    return first + ((steps - first - 2) % interval == 0)
+    return first + (interval > 0 and (steps - first - 2) % interval == 0)

@@ -134,6 +134,11 @@ def test_what_is_asked_for_is_read_from_text():
     for text in ("tea", "first-block=", "first-block=a", "first-block=1:2", "taylorseer=1:2:3"):
         with pytest.raises(ValueError, match=r"step cache must be one of|must be \S+=[A-Z]"):
             asked_caches(text, 12)
+    for text in ("taylorseer=0", "taylorseer=1", "taylorseer=2.5", "taylorseer=1.e999"):
+        with pytest.raises(
+            ValueError, match="interval of the step cache taylorseer must be a whole"
+        ):
+            asked_caches(text, 12)
 
 
 def test_show_prints_it_with_what_was_compared(tiny, tmp_path, capsys):

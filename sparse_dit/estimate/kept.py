@@ -59,7 +59,8 @@ class _Kept:
 
     Args:
         shape: What has to be the same for it to be used.
-        index: Of all heads, as of the last step, in sequences of up to `LAID` tokens or chosen on the device.
+        index: The index of all heads at the last step, in sequences of up to `LAID` tokens, or chosen on
+            the device.
         seen: By head.
         steps: By head the step at which that was found; -1 if it doesn't hold for another.
         centroids: By head those of its clusters.

@@ -168,7 +168,7 @@ class Seen:
 
     Attributes:
         layouts: The token layout of each component, by name.
-        image_only: Of each component the layers that see the layout without its text.
+        image_only: For each component the layers that see the layout without its text.
         sigmas: Noise level of each step from the first on; None if it can't be told.
         steps: How many there are; None if that isn't known either.
         boundary: The noise level from which on upwards the first of two components runs; None if not known.

@@ -122,7 +122,7 @@ def flow_shifted(pipe: Any, shift: float | None) -> Iterator[None]:
 def noise_level(pipe: Any, share: float, steps: int = 50) -> float:
     """The noise level that a pipeline's schedule reaches after a share of its steps, from 1 to 0.
 
-    Of a pipeline whose scheduler doesn't tell, or of none, levels are taken as even.
+    Where a pipeline's scheduler doesn't tell, or there is none, levels are taken as even.
 
     Args:
         pipe: A pipeline, which isn't changed, or a transformer alone.

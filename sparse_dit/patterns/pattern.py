@@ -99,7 +99,7 @@ class Pattern:
         every: The head is computed at the first step of a stage and at every so many steps from there;
             at the others its output of the step before is taken again.
         pool: With `far`: a pooled key stands for at most this many tokens of a cell; None for whole cells.
-        settled_every: Of a diffusion language model: tokens that aren't being denoised are computed at the
+        settled_every: For a diffusion language model: tokens that aren't being denoised are computed at the
             first step of a generation and at every so many steps from there. Between, their output is taken
             again; those being denoised, and the last ones before them, see everything. The least of a
             layer's heads holds for all of them.

@@ -69,11 +69,7 @@ def forward(
 
     with triton.on_device(q):
         got = launch.forward(q, k, v, index, rows, scale)
-    mass = None
-    if mass_block is not None:
-        assert got.lse is not None, "the kernels always write it"
-        mass = block_mass(q, k, index, got.lse, rows, scale, mass_block)
-    return Attended(got.out, got.lse if return_lse else None, mass)
+    return triton.as_asked(got, q, k, index, rows, scale, return_lse, mass_block)
 
 
 def block_mass(

@@ -14,8 +14,9 @@ class Config(NamedTuple):
         consumers: Warpgroups that compute, 1 or 2, of `ROWS` query rows each.
         block_n: The keys of a step.
         stages: How many steps of keys, and of values, fit into shared memory at once.
-        registers: Of a thread as a block starts. Then the warps that load keep 24, and those that compute
-            share the others: with 2 consumers 240 each. With 1 two blocks fit into a multiprocessor.
+        registers: The registers of a thread as a block starts. Then the warps that load keep 24, and those
+            that compute share the others: with 2 consumers 240 each. With 1 two blocks fit into a
+            multiprocessor.
     """
 
     consumers: int

@@ -46,8 +46,8 @@ class Work:
     Args:
         config: How the kernel is launched.
         tiles: int32 `[items, TILE_FIELDS]`, in the order of launching.
-        steps, masks: Of all entries, as of `Tables`.
-        slots, cells, pooled_rows: Of the pooled keys, see `Slots`.
+        steps, masks: Those of all entries, see `Tables`.
+        slots, cells, pooled_rows: Where pooled keys lie, see `Slots`.
         held: Keeps what slots point to.
         others: What the gathering kernel does: the other heads; None if there are none.
     """
@@ -72,7 +72,7 @@ def choice_of(index: SparseIndex, head_dim: int, *, masked: bool) -> Choice:
 
     Args:
         index: The index, on any device.
-        head_dim: Of the keys; both kernels' configurations follow from it.
+        head_dim: The channels of a key; both kernels' configurations follow from it.
         masked: Whether calls have row intervals.
     """
     name = ("gluon", head_dim, masked)

@@ -24,10 +24,7 @@ def rounded(index: SparseIndex, block_q: int, block_k: int) -> list[BlockIndex]:
 
 def blocks_of(entry: PatternIndex, block_q: int, block_k: int) -> BlockIndex:
     """The blocks that an entry computes; kept in its cache."""
-    key = ("blocks", block_q, block_k)
-    if key not in entry.cache:
-        entry.cache[key] = to_blocks(entry, block_q, block_k)
-    return entry.cache[key]
+    return kept(entry, ("blocks", block_q, block_k), lambda: to_blocks(entry, block_q, block_k))
 
 
 def block_map(index: SparseIndex, block_q: int, block_k: int) -> Tensor:
@@ -66,8 +63,8 @@ def block_lists(index: SparseIndex, block_q: int, block_k: int) -> tuple[Tensor,
     return kept(index, ("block lists", block_q, block_k), on_cpu(make))
 
 
-def kept(index: SparseIndex, key: tuple[object, ...], make: Callable[[], T]) -> T:
-    """What is made of an index, once."""
+def kept(index: SparseIndex | PatternIndex, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What is made of an index or an entry, once."""
     if key not in index.cache:
         index.cache[key] = make()
     return index.cache[key]
@@ -92,11 +89,12 @@ def stands_for_the_rest(entry: PatternIndex, block_q: int, block_k: int) -> bool
         entry: It has a far field, and sees whole blocks exactly.
         block_q, block_k: Rows and keys of a block.
     """
-    key = ("pooled blocks", block_q, block_k)
-    if key not in entry.cache:
+
+    def make() -> bool:
         blocks = blocks_of(entry, block_q, block_k)
-        entry.cache[key] = _pools(entry.to("cpu"), ~listed(blocks, entry.num_keys), blocks)
-    return entry.cache[key]
+        return _pools(entry.to("cpu"), ~listed(blocks, entry.num_keys), blocks)
+
+    return kept(entry, ("pooled blocks", block_q, block_k), make)
 
 
 def _pools(entry: PatternIndex, rest: Tensor, blocks: BlockIndex) -> bool:

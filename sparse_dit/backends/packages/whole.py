@@ -77,7 +77,7 @@ def not_whole(
     """Why an index isn't whole blocks of any of these sizes; None if it is.
 
     Args:
-        index: Of one layer.
+        index: The index of one layer.
         sizes: Rows and keys of the blocks that a kernel has, the preferred ones first.
         far: Whether the kernel adds a pooled key for every block that it doesn't compute.
     """
@@ -146,7 +146,7 @@ def run(
     Where no head has an order and keys needn't be repeated, it gets q, k and v themselves.
 
     Args:
-        name: Of the backend.
+        name: The backend's name.
         q, k, v, index, rows: As of a backend's `forward`.
         kernel: Takes q `[B, H, N, D]` and keys and values of H heads, or of fewer, with any strides.
         shared: Whether it takes the fewer heads that keys have, in the one order of the heads that share

@@ -73,9 +73,26 @@ def forward(
 
     with on_device(q):
         got = launch.forward(q, k, v, index, rows, scale, _configs(q))
+    return as_asked(got, q, k, index, rows, scale, return_lse, mass_block)
+
+
+def as_asked(
+    got: Attended,
+    q: Tensor,
+    k: Tensor,
+    index: SparseIndex | ChosenIndex,
+    rows: RowIntervals | None,
+    scale: float,
+    return_lse: bool,
+    mass_block: int | None,
+) -> Attended:
+    """What kernels gave that always write the LSE: with block mass, and the LSE, if they are asked for.
+
+    Arguments as of `forward`.
+    """
     mass = None
     if mass_block is not None:
-        assert got.lse is not None, "the kernel always writes it"
+        assert got.lse is not None, "the kernels always write it"
         mass = block_mass(q, k, index, got.lse, rows, scale, mass_block)
     return Attended(got.out, got.lse if return_lse else None, mass)
 

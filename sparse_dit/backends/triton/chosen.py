@@ -53,7 +53,7 @@ class ChosenIndex:
 
     Args:
         heads: What each sees: blocks that were chosen on the device, or an entry on the CPU.
-        device: Of the blocks.
+        device: The device that the blocks are on.
 
     Attributes:
         cache: What launches made of it.

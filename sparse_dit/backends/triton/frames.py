@@ -97,7 +97,7 @@ def frame_of(
         configs: For small and for large tiles; the one whose tiles are less empty is taken.
         intervals: Whether rows have intervals.
         by_group: As in `tables_of`.
-        device: Of the tables.
+        device: The device of the tables.
 
     Raises:
         ValueError: If a head has too many tiles to number, or tables are too long for that.

@@ -16,6 +16,7 @@ from ...layout import cut_offsets
 from ...on_cpu import on_cpu
 from .chosen import Places
 from .config import Config
+from .tables import ranks
 
 MOST = 0.75  # of a step: pieces of more keys are a step of their own
 PACKED = 6144  # keys of small pieces; their lists take 3/4 of the memory of 128 channels of k and v
@@ -92,7 +93,7 @@ def grid_of(places: Places, config: Config, by_group: bool, device: torch.device
         places: Where they lie.
         config: Rows of a tile and keys of a step.
         by_group: As in `tables_of`.
-        device: Of the tables.
+        device: The device of the tables.
     """
     n, block_n, bounds = len(places.tokens), config.block_n, places.bounds
     first, end = int(bounds[0]), int(bounds[-1])
@@ -110,10 +111,8 @@ def grid_of(places: Places, config: Config, by_group: bool, device: torch.device
     own, few = order[~small[order]], small.nonzero()[:, 0]
     positions = within[own].flatten()
     keys = torch.where(positions < 0, -1, places.tokens[positions.clamp_min(0)])
-    of = torch.repeat_interleave(few, size[few])
-    rank = torch.arange(len(of)) - torch.repeat_interleave(
-        size[few].cumsum(0) - size[few], size[few]
-    )
+    which, rank = ranks(size[few])
+    of = few[which]
     pools = bounds[:0] if places.pools is None else places.pools
     rows, starts = _tiles(places, config.block_m, by_group)
     steps = (len(starts) - 1) * -(-max(0, len(pools) - 1) // block_n)

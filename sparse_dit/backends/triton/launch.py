@@ -68,7 +68,7 @@ def attend_into(
         q, k, v: As made by `readable`.
         index, rows: As for `forward`.
         scale: Factor of the logits, positive.
-        work: Of the index.
+        work: The work of the index.
     """
     batch, heads, queries, dim = q.shape
     out, lse = into

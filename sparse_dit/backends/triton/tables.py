@@ -97,8 +97,7 @@ def _build(
     start = entry.q_offsets.long()[first]
     end = torch.cat([start[1:], entry.q_offsets.long()[-1:]])
     parts = (end - start + block_m - 1) // block_m
-    owner = torch.repeat_interleave(torch.arange(len(first)), parts)
-    rank = torch.arange(len(owner)) - (parts.cumsum(0) - parts)[owner]
+    owner, rank = ranks(parts)
     row = start[owner] + rank * block_m
     rows = torch.minimum(end[owner] - row, torch.tensor(block_m))
     exact = _steps(*lists_of(entry.runs, entry.run_offsets, first), entry.num_keys, block_n)
@@ -153,10 +152,8 @@ def lists_of(runs: Tensor, offsets: Tensor, groups: Tensor) -> tuple[Tensor, Ten
     """The runs of some groups, int64, and how many each has."""
     offsets = offsets.long()
     counts = offsets.diff()[groups]
-    rank = torch.arange(int(counts.sum())) - torch.repeat_interleave(
-        counts.cumsum(0) - counts, counts
-    )
-    return runs.long()[torch.repeat_interleave(offsets[groups], counts) + rank], counts
+    of, rank = ranks(counts)
+    return runs.long()[offsets[groups][of] + rank], counts
 
 
 def _steps(runs: Tensor, counts: Tensor, length: int, block: int) -> _Steps:

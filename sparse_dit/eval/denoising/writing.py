@@ -94,7 +94,7 @@ class Trajectory:
 
     Args:
         given: The arguments of each forward.
-        places: Of each, int64 `[P]`: the masked tokens that are denoised.
+        places: For each, int64 `[P]`: the masked tokens that are denoised.
         said: float32 `[P, V]` of each: log-probabilities.
     """
 

@@ -37,7 +37,7 @@ class Point:
         module: Module path from the transformer, `""` for itself.
         what: The name of an argument of its forward, or the number of an output; None for its whole output,
             where tokens leave: it is put back.
-        axis: Of each tensor.
+        axis: The axis of each tensor that counts tokens.
         always: Whether every forward passes it.
     """
 

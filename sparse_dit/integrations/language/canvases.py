@@ -33,7 +33,7 @@ class _Generation:
         ids: int64 `[B, N]`, on the CPU.
         masked: Bool `[B, N]`.
         active: Tokens from here on are denoised at present.
-        most: Of each item the masked tokens among them when they first came, at least 1: int64 `[B]`.
+        most: For each item the masked tokens among them when they first came, at least 1: int64 `[B]`.
         step: Forwards before this one.
     """
 

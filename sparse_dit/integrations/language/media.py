@@ -39,7 +39,7 @@ class Request:
         self.found: tuple[Modalities, ...] | None = None
 
     def modalities(self, config: Any) -> tuple[Modalities, ...]:
-        """Of each item, found once for the tokens so far."""
+        """The modalities of each item, found once for the tokens so far."""
         if self.found is None:
             length = self.kinds.shape[1]
             try:
@@ -86,7 +86,7 @@ class Media:
         return handles
 
     def modalities(self, num_keys: int, batch: int) -> tuple[Modalities, ...]:
-        """Of each item of the present forward; empty if its keys aren't its first `num_keys` tokens."""
+        """Those of each item of the present forward; empty if its keys aren't its first `num_keys` tokens."""
         now, grids, self._grids = self._now, self._grids, []
         if isinstance(now, Request):
             if grids:
