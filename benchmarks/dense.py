@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from sparse_dit.timing import timed
 
 Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative L2
@@ -90,11 +91,7 @@ def measured(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPEATS):
         for name, run in runs.items():
-            _wait(q)
-            started = time.perf_counter()
-            run(q, k, v, scale)
-            _wait(q)
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append(timed(lambda run=run: run(q, k, v, scale), q.device))
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
@@ -136,8 +133,3 @@ def _agrees(run: Dense, want: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: fl
 
 def _tokens_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
-
-
-def _wait(q: Tensor) -> None:
-    if q.is_cuda:
-        torch.cuda.synchronize(q.device)

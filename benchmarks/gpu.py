@@ -189,9 +189,9 @@ def _measure(
             skipped.append({"backend": name, **what})
         else:
             calls.append(made)
-    runs = {number: _synchronised(call.run, device) for number, call in enumerate(calls)}
+    runs = {number: call.run for number, call in enumerate(calls)}
     with torch.no_grad():
-        times = interleaved(runs, clock="wall", rounds=options.rounds)
+        times = interleaved(runs, clock="wall", rounds=options.rounds, device=torch.device(device))
     best = min((n for n, c in enumerate(calls) if c.name in dense_kernels.CANDIDATES and c.error is not None),
                key=lambda number: times[number].seconds)  # fmt: skip
     return [
@@ -234,17 +234,6 @@ def _checked(
     except WrongResult as wrong:
         return str(wrong)
     return _Call(name, pattern, index.density, error, run)
-
-
-def _synchronised(run: Callable[[], object], device: str) -> Callable[[], object]:
-    if device == "cpu":
-        return run
-
-    def whole() -> None:
-        run()
-        torch.cuda.synchronize()
-
-    return whole
 
 
 def _row(

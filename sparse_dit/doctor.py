@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,6 +17,7 @@ from .backends.cpu import library
 from .index import SparseIndex, build_index
 from .layout import TokenLayout
 from .patterns import Pattern, SlidingTile, Window
+from .timing import timed
 
 TOLERANCE = 1e-4  # relative error of float32 against the reference in float64
 TIMED = TokenLayout.video(16, 16, 16)
@@ -176,13 +176,5 @@ def _inputs(layout: TokenLayout, device: str) -> list[Tensor]:
 
 def _seconds(run: Callable[[], Tensor], device: str, repeats: int = 5) -> float:
     """Median duration of a call, after one that doesn't count."""
-    taken = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        run()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        elif device == "mps":
-            torch.mps.synchronize()
-        taken.append(time.perf_counter() - started)
+    taken = [timed(run, torch.device(device)) for _ in range(repeats + 1)]
     return sorted(taken[1:])[repeats // 2]

@@ -16,7 +16,7 @@ from torch import Tensor
 from .attend_call import attend_call
 from .call import AttentionCall
 from .index import dense_index
-from .timing import Timer
+from .timing import Stopwatch
 
 STOCK, FASTEST = "stock", "fastest"  # who computes calls that are dense
 OWN = "sparse_dit's own kernel"
@@ -93,9 +93,9 @@ class Fastest:
         """The output by the kernel whose turn it is."""
         name = trial.left.pop(0)
         try:
-            timer = Timer(call.q.device)
-            out = self._run(name, call)
-            seconds = timer.stop().seconds
+            watch = Stopwatch()
+            out = watch.run(lambda: self._run(name, call), call.q.device)
+            seconds = watch.seconds
             if name != STOCK and name not in trial.sound:
                 _check(out, call.stock())
                 trial.sound.add(name)

@@ -7,13 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_dit.bench.measure import interleaved
 from sparse_dit.generation import GenerationSettings
 from sparse_dit.search.options import SearchOptions
 from sparse_dit.search.provenance import measured_of
 from sparse_dit.search.verify import Verified
-from sparse_dit.timing import LEAST_SHARE, Pairs, Stopwatch, Taken, Timer, timed, timing_of
+from sparse_dit.timing import (
+    LEAST_SHARE,
+    QUEUED,
+    Pairs,
+    Stopwatch,
+    Taken,
+    Timer,
+    timed,
+    timing_of,
+)
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def busy(seconds):
@@ -43,6 +53,31 @@ def test_what_waits_takes_no_seconds_and_shows():
     assert watch.run(lambda: busy(0.05), CPU) is None and watch.run(lambda: 3, CPU) == 3
     watch.run(lambda: time.sleep(0.2), CPU)
     assert 0.05 <= watch.seconds < 0.2
+
+
+def test_a_gpu_is_timed_by_its_own_clock_over_calls_that_are_queued(monkeypatch):
+    queue = []
+
+    class Event:
+        def __init__(self, device, enable_timing):
+            assert device == GPU and enable_timing
+
+        def record(self):
+            queue.append(self)
+
+        def synchronize(self):
+            queue.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0 * (queue.index(end) - queue.index(self) - 1)
+
+    monkeypatch.setattr(torch, "Event", Event)
+    assert timed(lambda: queue.append("call"), GPU) == pytest.approx(2e-3)
+    assert [entry if isinstance(entry, str) else "event" for entry in queue] == [
+        "call", "event", *["call"] * QUEUED, "event", "wait"
+    ]  # fmt: skip
+    (one,) = interleaved({"call": lambda: None}, clock="wall", rounds=1, device=GPU).values()
+    assert one.samples == 1 and queue.count("wait") == 2
 
 
 def test_what_other_threads_compute_counts_too(monkeypatch):

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from ..timing import timed
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MIN_ROUNDS = 3
 TURN_SECONDS = 0.1  # short calls are repeated for this long before the next one's turn
@@ -88,6 +90,7 @@ def interleaved(
     clock: str,
     rounds: int,
     budget: float | None = None,
+    device: torch.device | None = None,
 ) -> dict[Key, Timing]:
     """Time calls in turn, round after round. Call each once before: nothing is thrown away here.
 
@@ -96,6 +99,7 @@ def interleaved(
         clock: A name in `CLOCKS`. `"cpu"` adds up what all threads of this process use: set one.
         rounds: How many times each call is timed, at most.
         budget: Seconds after which no further round begins; at least three are done.
+        device: Where the calls compute. A GPU's own clock is then taken instead, see `timing.timed`.
     """
     now = CLOCKS[clock]
     samples: dict[Key, list[float]] = {key: [] for key in runs}
@@ -105,7 +109,10 @@ def interleaved(
         if budget is not None and done >= MIN_ROUNDS and spent * (done + 1) / done > budget:
             break
         for key, run in runs.items():
-            samples[key] += _turn(run, now)
+            if device is None or device.type == "cpu":
+                samples[key] += _turn(run, now)
+            else:
+                samples[key].append(timed(run, device))
     return {key: _summed_up(values) for key, values in samples.items()}
 
 
