@@ -218,9 +218,11 @@ def entry_of(
 
 
 @on_cpu
-def seen_cells(pattern: Pattern, order: TileOrder) -> Tensor:
-    """Which cells each tile sees exactly, bool `[tiles, cells]`."""
+def seen_cells(pattern: Pattern, order: TileOrder, places: Tensor | None = None) -> Tensor:
+    """Which cells each tile sees exactly, bool `[tiles, cells]`; of some tiles, at `places`, int64 `[n]`."""
     cells, tiles = order.boxes(pattern.cell), order.boxes()
+    if places is not None:
+        tiles = tiles.at(places)
     step = max(1, (1 << 24) // max(1, len(cells)))
     parts = [
         pattern.shape.covers(tiles.slice(start, start + step), cells, order)

@@ -217,6 +217,10 @@ class Boxes:
         """Boxes `start` to `stop - 1`."""
         return Boxes(self.lo[start:stop], self.hi[start:stop])
 
+    def at(self, places: Tensor) -> Boxes:
+        """The boxes at some places, int64 `[m]`."""
+        return Boxes(self.lo[places], self.hi[places])
+
 
 @dataclass(frozen=True, eq=False)
 class TileOrder:

@@ -99,9 +99,9 @@ def sums():
     tile, generator = (2, 2, 2), torch.Generator("cpu").manual_seed(0)
     q, k, v = (x[0, 0] for x in INPUTS)
     rows = sample_rows(LAYOUT, 20, generator)
-    sampled = sampled_rows(q, k, v, rows, 0.3, LAYOUT.seq_len)
+    sampled = sampled_rows(q[None], k[None], v[None], rows, 0.3, LAYOUT.seq_len)
     statistics, cells = empty_statistics(LAYOUT, tile), sampled.by_cells(cell_table(LAYOUT, tile))
-    discover(statistics, cells, LAYOUT, tile)
+    discover([statistics], cells, LAYOUT, tile)
     listed = [pattern for pattern in fixed(LAYOUT) if pattern.tile == tile]
     found = [statistics, score_all(sampled, Candidates([WINDOW, *listed]), LAYOUT)]
     found.append(improve(TASK, evaluate(TASK, torch.zeros(8, dtype=torch.int64)), loss=0.05))

@@ -19,7 +19,7 @@ from .candidates import chosen_offsets, tilings
 from .cells import CellSums, CellTable, cell_table
 from .placed import best_columns
 from .profile import HALF, LATER, ComponentProfile
-from .seen import relative_cells
+from .seen import by_offset
 from .statistics import compared_shapes
 
 BUDGET = 0.2  # share of the pairs, or of the columns, that is chosen
@@ -27,15 +27,15 @@ MARKED = 0.1  # from this regret on a head counts as depending on the prompt
 
 
 def add_rows(
-    profile: ComponentProfile, kind: str, level: int, layer: str, head: int, sums: CellSums
+    profile: ComponentProfile, kind: str, level: int, layer: str, heads: range, sums: CellSums
 ) -> None:
-    """Add a head's sampled rows to the sums by which its attention is compared between prompts.
+    """Add the sampled rows of h heads to the sums by which their attention is compared between prompts.
 
     Args:
         profile: The profile that is added to.
         kind: `HALF` for a finding run, of which every other row counts; `LATER` for a scoring run, of which
             all rows do.
-        level, layer, head: The noise level, layer and head that the rows are of.
+        level, layer, heads: The noise level, layer and heads that the rows are of.
         sums: The sums of the rows by cells in the first token order of `tilings`.
     """
     layout, key = profile.known_layout, (kind, level, layer)
@@ -47,14 +47,12 @@ def add_rows(
         }
         profile.looks.setdefault(key, fresh)  # other heads, on other threads, come to it too
     rows = slice(None, None, 2) if kind == HALF else slice(None)
-    saved = sums.benefit(far=True)[rows]
-    places = relative_cells(layout, tile)[sums.cell[rows]].flatten()
-    mine = {name: values[head] for name, values in profile.looks[key].items()}
-    mine["offset_far"].view(-1).index_add_(0, places, saved.flatten())
-    mine["offset_count"].view(-1).index_add_(
-        0, places, torch.ones(len(places), dtype=torch.float32)
-    )
-    mine["column"] += saved.sum(0)
+    saved, cell = sums.benefit(far=True)[:, rows], sums.cell[rows]
+    once = torch.ones(saved.shape[1:], dtype=torch.float32)
+    mine = {name: v[heads.start : heads.stop] for name, v in profile.looks[key].items()}
+    mine["offset_far"] += by_offset(saved, cell, layout, tile)
+    mine["offset_count"] += by_offset(once, cell, layout, tile)
+    mine["column"] += saved.sum(1).cpu()
 
 
 def prompt_dependence(profile: ComponentProfile) -> dict[tuple[int, str], Tensor]:

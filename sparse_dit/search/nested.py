@@ -94,13 +94,14 @@ class Drawn:
     Args:
         kind: The kind of the pattern.
         grid: The calibrated size in tokens: frames, rows and columns, whole tiles of `kind`'s order.
-        seen: Gives the tiles that each tile sees, bool `[T, T]`, or `[1, T]` if all tiles see the same.
+        seen: Gives the tiles that each tile sees, bool `[T, T]`, or `[1, T]` if all tiles see the same; for
+            the numbers of some tiles, int64 `[R]`, what these see, `[R, T]` or `[1, T]`.
         shape: Builds the shape of the pattern.
     """
 
     kind: Kind
     grid: tuple[int, int, int]
-    seen: Callable[[], Tensor]
+    seen: Callable[..., Tensor]
     shape: Callable[[], Any]
 
     def __len__(self) -> int:

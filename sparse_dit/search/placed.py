@@ -66,7 +66,7 @@ class _Places:
         frames, rows, columns = ranking.table.counts.tolist()
         self.lattice = (frames, rows, columns)
 
-    def seen_columns(self, budget: float) -> Tensor:
+    def seen_columns(self, budget: float, tiles: Tensor | None = None) -> Tensor:
         """The tiles that every tile sees in the best columns, bool `[1, T]`."""
         seen = torch.zeros(1, len(self.ranking.table.tokens), dtype=torch.bool)
         seen[:, list(best_columns(self.statistics["column"], budget))] = True
@@ -75,19 +75,23 @@ class _Places:
     def columns(self, budget: float) -> Vertical:
         return Vertical(self.lattice, best_columns(self.statistics["column"], budget))
 
-    def seen_union(self, count: int) -> Tensor:
-        """The tiles that each tile sees in a stencil of `count` offsets or in columns, bool `[T, T]`."""
+    def seen_union(self, count: int, tiles: Tensor | None = None) -> Tensor:
+        """The tiles that each tile sees in a stencil of `count` offsets or in columns, bool `[T, T]`; or some
+        tiles, `[R, T]`."""
         (members,) = self.ranking.members([count])
-        stencil = members[relative_cells(self.layout, self.tile)]
+        places = relative_cells(self.layout, self.tile)
+        stencil = members[places if tiles is None else places[tiles]]
         return stencil | self.seen_columns(COLUMN_BUDGETS[-1])
 
     def union(self, count: int) -> Union:
         return Union((self.ranking.stencil([count], 0), self.columns(COLUMN_BUDGETS[-1])))
 
-    def seen_blocks(self, budget: float) -> Tensor:
-        """The best tiles for each tile, bool `[T, T]`."""
+    def seen_blocks(self, budget: float, tiles: Tensor | None = None) -> Tensor:
+        """The best tiles for each tile, bool `[T, T]`; or for some tiles, `[R, T]`."""
         benefit = self.statistics["block"]
         keep = max(1, round(budget * len(benefit)))
+        if tiles is not None:
+            benefit = benefit[tiles]
         best = best_first(benefit)[:, :keep]
         return torch.zeros_like(benefit, dtype=torch.bool).scatter_(-1, best, True)
 

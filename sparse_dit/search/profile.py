@@ -13,6 +13,7 @@ from ..layout import Tile, TokenLayout
 from .candidates import all_candidates
 from .nested import Candidates
 from .ranking import runs_each
+from .sampling import parallel_map
 from .statistics import HeadStatistics
 from .verify import Reference
 
@@ -112,9 +113,15 @@ class ComponentProfile:
         key = (level, layer)
         if key not in self._candidates:
             runs = runs_each(sum(map(len, self.found.values())))
-            self._candidates[key] = [
-                all_candidates(head, self.known_layout, runs) for head in self.found[key]
-            ]
+            layout, heads = self.known_layout, self.found[key]
+            made: dict[int, Candidates] = {}
+
+            def make(head: int) -> None:
+                made[head] = all_candidates(heads[head], layout, runs)
+
+            make(0)  # and with it what all heads have
+            parallel_map(lambda number: make(number + 1), len(heads) - 1)
+            self._candidates[key] = [made[head] for head in range(len(heads))]
         return self._candidates[key]
 
     def add(self, other: ComponentProfile) -> None:

@@ -33,7 +33,7 @@ from .sampling import each_sum, items_of, whole_layout
 from .statistics import HeadStatistics, discover, empty_heads, score
 
 PICTURE = 96
-Use = Callable[[int, Cells, CellSums], None]  # for a head and what was summed by
+Use = Callable[[range, Cells, CellSums], None]  # for some heads and what was summed by
 
 
 class Recorder:
@@ -135,24 +135,24 @@ class Recorder:
         return len(sigmas) - 1
 
     def _finding(self, level: int, layer: str) -> Use:
-        """What is done with the sums of one head in one token order while finding."""
+        """What is done with the sums of some heads in one token order while finding."""
         run, layout = self.run, self.run.known_layout
         orders = tilings(layout)
         if (level, layer) not in run.found:
             run.found[level, layer] = empty_heads(layout, orders, run.heads[layer][0])
-        heads = run.found[level, layer]
+        found = run.found[level, layer]
 
-        def use(head: int, cells: Cells, sums: CellSums) -> None:
+        def use(heads: range, cells: Cells, sums: CellSums) -> None:
             tile, _ = cells
-            discover(heads[head][tile], sums, layout, tile)
+            discover([found[head][tile] for head in heads], sums, layout, tile)
             if tile == orders[0]:
-                check_finite(sums, layer, head, run.sigmas[level])
-                add_rows(run, HALF, level, layer, head, sums)
+                check_finite(sums, layer, heads, run.sigmas[level])
+                add_rows(run, HALF, level, layer, heads, sums)
 
         return use
 
     def _scoring(self, level: int, layer: str, orders: list[Cells]) -> tuple[Use, list[Cells]]:
-        """What is done with the sums of one head over some cells while scoring, and which cells."""
+        """What is done with the sums of some heads over some cells while scoring, and which cells."""
         run, layout = self.run, self.run.known_layout
         candidates = self.profile.candidates(level, layer)
         kinds = candidates[0].kinds
@@ -169,33 +169,35 @@ class Recorder:
         scores = run.scores[level, layer]
         dense = torch.tensor([kind.is_dense for kind in kinds])
 
-        def use(head: int, cells: Cells, sums: CellSums) -> None:
-            for where, error, square, recall in score(sums, cells, candidates[head], layout):
-                scores["error"][head, where] += error
-                scores["error_squared"][head, where] += square
-                scores["recall"][head, where] += recall
+        def use(heads: range, cells: Cells, sums: CellSums) -> None:
+            some = slice(heads.start, heads.stop)
+            of_heads = {name: values[some] for name, values in scores.items()}
+            for where, error, square, recall in score(sums, cells, candidates[some], layout):
+                of_heads["error"][:, where] += error
+                of_heads["error_squared"][:, where] += square
+                of_heads["recall"][:, where] += recall
             if cells == orders[0]:
-                check_finite(sums, layer, head, run.sigmas[level])
-                scores["recall"][head, dense] += len(sums.out)
-                scores["norm"][head] += sums.out.square().sum()
-                scores["rows"][head] += len(sums.out)
-                add_rows(run, LATER, level, layer, head, sums)
+                check_finite(sums, layer, heads, run.sigmas[level])
+                of_heads["recall"][:, dense] += sums.out.shape[1]
+                of_heads["norm"] += sums.out.square().sum((1, 2)).cpu()
+                of_heads["rows"] += sums.out.shape[1]
+                add_rows(run, LATER, level, layer, heads, sums)
             if cells in orders and level == len(run.sigmas) // 2:
-                self._picture(layer, cells[0], head, sums)
+                self._picture(layer, cells[0], heads, sums)
 
         return use, list(dict.fromkeys([*orders, *candidates[0].cells]))
 
-    def _picture(self, layer: str, tile: Tile, head: int, sums: CellSums) -> None:
+    def _picture(self, layer: str, tile: Tile, heads: range, sums: CellSums) -> None:
         """Attention of the sampled rows over tiles, both in tile order, at most 96 x 96."""
-        image = sums.mass[sums.cell.argsort(stable=True)]
-        size = (min(PICTURE, image.shape[0]), min(PICTURE, image.shape[1]))
-        image = torch.nn.functional.adaptive_avg_pool2d(image[None], size)[0]
-        pictures, (heads, _) = self.profile.pictures, self.profile.heads[layer]
+        image = sums.mass[:, sums.cell.argsort(stable=True)]
+        size = (min(PICTURE, image.shape[1]), min(PICTURE, image.shape[2]))
+        image = torch.nn.functional.adaptive_avg_pool2d(image, size).cpu()
+        pictures, (count, _) = self.profile.pictures, self.profile.heads[layer]
         if (layer, tile) not in pictures:
-            fresh = torch.zeros(heads, *size, dtype=torch.float32)
+            fresh = torch.zeros(count, *size, dtype=torch.float32)
             pictures.setdefault((layer, tile), fresh)  # heads come in parallel
-        if image.shape == pictures[layer, tile].shape[1:]:
-            pictures[layer, tile][head] = image
+        if image.shape[1:] == pictures[layer, tile].shape[1:]:
+            pictures[layer, tile][heads.start : heads.stop] = image
 
 
 def profile_larger(
@@ -267,10 +269,10 @@ class _LargerProfile:
         )
         projection = self.projection.get(call.layer)
 
-        def add(head: int, cells: Cells, sums: CellSums) -> None:
+        def add(some: range, cells: Cells, sums: CellSums) -> None:
             if cells[0] == self.tiles[0]:  # the output is the same in all orders
-                check_finite(sums, call.layer, head, call.context.sigma)
-            discover(heads[head][cells[0]], sums, layout, cells[0])
+                check_finite(sums, call.layer, some, call.context.sigma)
+            discover([heads[head][cells[0]] for head in some], sums, layout, cells[0])
 
         for item in items_of(call, layout):
             each_sum(item, rows, projection, [(tile, None) for tile in self.tiles], layout, add)

@@ -1,7 +1,7 @@
 """Which forwards are sampled, the sampled rows of a call's heads, and the attention of a call over an index.
 
-Sampled rows are many small operations. They run in parallel, each on one thread, as many at a time as torch
-has threads.
+Sampled rows are many small operations. On a CPU they run in parallel, each on one thread, as many at a time
+as torch has threads. On another device they run there, for several heads together.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from ..index import SparseIndex
 from ..layout import TokenLayout
 from .cells import CellSums, SampledRows, cell_table, sampled_rows
 from .nested import Cells
+
+MEMORY = 2 << 30  # bytes that sums of heads may take on a GPU
+LIVE = 8  # tensors `[R, C, D]` of a head that are there at a time, at most
 
 
 def in_turn(context: StepContext) -> bool:
@@ -51,10 +54,10 @@ def whole_layout(call: AttentionCall) -> TokenLayout | None:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One item of a call's batch, on the CPU; H heads, fewer of keys and values if several share them.
+    """One item of a call's batch; H heads, fewer of keys and values if several share them.
 
     Args:
-        q, k, v: `[N, H, D]`, a bias on the logits being part of queries and keys.
+        q, k, v: `[N, H, D]` on the call's device, a bias on the logits being part of queries and keys.
         valid: Keys from here on are padding.
         scale: Factor of the logits.
     """
@@ -65,15 +68,18 @@ class Item:
     valid: int
     scale: float
 
-    def sampled(self, head: int, rows: Tensor, projection: Tensor | None) -> SampledRows:
-        """The exact attention of sampled rows; see `sampled_heads`."""
-        shared = head // (self.q.shape[1] // self.k.shape[1])
-        values = self.v[:, shared]
+    def sampled(self, heads: range, rows: Tensor, projection: Tensor | None) -> SampledRows:
+        """The exact attention of sampled rows of h heads that follow each other; see `sampled_heads`."""
+        group, some = self.q.shape[1] // self.k.shape[1], slice(heads.start, heads.stop)
+        q, k, v = (x.movedim(1, 0) for x in (self.q, self.k, self.v))
+        if group > 1:
+            shared = torch.arange(heads.start, heads.stop, device=k.device) // group
+            q, k, v = q[some], k.index_select(0, shared), v.index_select(0, shared)
+        else:
+            q, k, v = q[some], k[some], v[some]
         if projection is not None:
-            values = values.float() @ projection[head]
-        return sampled_rows(
-            self.q[:, head], self.k[:, shared], values, rows, self.scale, self.valid
-        )
+            v = v.float() @ projection[some].to(v.device)
+        return sampled_rows(q, k, v, rows, self.scale, self.valid)
 
 
 def items_of(call: AttentionCall, layout: TokenLayout) -> Iterator[Item]:
@@ -81,9 +87,9 @@ def items_of(call: AttentionCall, layout: TokenLayout) -> Iterator[Item]:
     scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
     for batch in range(call.q.shape[0]):
         valid = layout.seq_len if call.kv_len is None else int(call.kv_len[batch])
-        q, k, v = (x[batch].detach().to("cpu") for x in (call.q, call.k, call.v))
+        q, k, v = (x[batch].detach() for x in (call.q, call.k, call.v))
         if call.bias is not None:
-            bias = call.bias[None, batch].to("cpu", torch.float32)
+            bias = call.bias[None, batch].float()
             (q, k) = (
                 x[0] for x in with_bias(q[None].float(), k[None].float(), v[None], bias, scale)[:2]
             )
@@ -97,7 +103,7 @@ def sampled_heads(
     projection: Tensor | None,
     heads: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, SampledRows]]:
-    """The exact attention of sampled rows for each batch item and head: `(head, rows)`.
+    """The exact attention of sampled rows for each batch item and head, `[1, ...]`: `(head, rows)`.
 
     Keys that are padding get nothing; a bias on the logits is part of queries and keys.
 
@@ -110,7 +116,7 @@ def sampled_heads(
     """
     for item in items_of(call, layout):
         for head in range(item.q.shape[1]) if heads is None else heads:
-            yield head, item.sampled(head, rows, projection)
+            yield head, item.sampled(range(head, head + 1), rows, projection)
 
 
 def attention_over(call: AttentionCall, index: SparseIndex) -> Tensor:
@@ -187,11 +193,12 @@ def each_sum(
     projection: Tensor | None,
     wanted: Sequence[Cells],
     layout: TokenLayout,
-    use: Callable[[int, Cells, CellSums], object],
+    use: Callable[[range, Cells, CellSums], object],
 ) -> None:
-    """Call `use(head, cells, sums)` in parallel, for each head of a batch item and each kind of cells.
+    """Call `use(heads, cells, sums)` for the heads of a batch item and each kind of cells.
 
-    As many heads are in memory at a time as torch has threads, however many the item has.
+    On a CPU for one head after another, in parallel: as many are in memory at a time as torch has threads. On
+    another device for several heads together, as many as `MEMORY` has room for.
 
     Args:
         item: The batch item, with q, k and v of all heads.
@@ -201,15 +208,39 @@ def each_sum(
         layout: The token layout of the item.
         use: What is done with the sums. It may only write to what belongs to that head and these cells.
     """
+    if item.q.device.type != "cpu":
+        _each_sum_together(item, rows, projection, wanted, layout, use)
+        return
     count, together = item.q.shape[1], torch.get_num_threads()
     for first in range(0, count, together):
         heads = range(first, min(count, first + together))
-        sampled = [item.sampled(head, rows, projection) for head in heads]
+        each = [range(head, head + 1) for head in heads]
+        sampled = [item.sampled(head, rows, projection) for head in each]
 
-        def one(number: int, first: int = first, sampled: list = sampled) -> None:
+        def one(number: int, each: list = each, sampled: list = sampled) -> None:
             head, place = divmod(number, len(wanted))
             tile, pool = wanted[place]
             sums = sampled[head].by_cells(cell_table(layout, tile), pool)
-            use(first + head, wanted[place], sums)
+            use(each[head], wanted[place], sums)
 
         parallel_map(one, len(heads) * len(wanted))
+
+
+def _each_sum_together(
+    item: Item,
+    rows: Tensor,
+    projection: Tensor | None,
+    wanted: Sequence[Cells],
+    layout: TokenLayout,
+    use: Callable[[range, Cells, CellSums], object],
+) -> None:
+    """What `each_sum` does on a device that isn't a CPU."""
+    count, device = item.q.shape[1], item.q.device
+    tables = {tile: cell_table(layout, tile, device) for tile, _ in wanted}
+    most = max(len(table.tokens) for table in tables.values())
+    together = max(1, MEMORY // (LIVE * 4 * len(rows) * most * item.v.shape[-1]))
+    for first in range(0, count, together):
+        heads = range(first, min(count, first + together))
+        sampled = item.sampled(heads, rows, projection)
+        for tile, pool in wanted:
+            use(heads, (tile, pool), sampled.by_cells(tables[tile], pool))

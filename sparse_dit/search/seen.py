@@ -16,20 +16,39 @@ from torch import Tensor
 from ..index import seen_cells
 from ..layout import Tile, TokenLayout, tile_order
 from ..patterns import Pattern, Stencil
-from .cells import CellTable, cell_table
+from .cells import CPU, CellTable, cell_table
 from .nested import Candidates, Cells, Drawn, Nested
 
 SMALL = 160  # tiles up to which masks are kept: 25 KB each
 
 
 @functools.lru_cache(maxsize=16)
-def relative_cells(layout: TokenLayout, tile: Tile) -> Tensor:
-    """For each pair of tiles the flat index of their offset in the lattice, int64 `[T, T]`."""
+def relative_cells(layout: TokenLayout, tile: Tile, device: torch.device = CPU) -> Tensor:
+    """For each pair of tiles the flat index of their offset in the lattice, int64 `[T, T]`, on a device."""
+    if device != CPU:
+        return relative_cells(layout, tile).to(device)
     table: CellTable = cell_table(layout, tile)
     lattice = (2 * table.counts - 1).tolist()
     delta = table.place[None] - table.place[:, None] + table.counts - 1
     strides = torch.tensor([math.prod(lattice[1:]), lattice[2], 1])
     return (delta * strides).sum(-1)
+
+
+def by_offset(values: Tensor, cell: Tensor, layout: TokenLayout, tile: Tile) -> Tensor:
+    """Sums over the pairs of tiles that lie at the same offset, over the lattice of offsets.
+
+    Args:
+        values: `[..., R, T]`, for rows and tiles.
+        cell: int64 `[R]`, the tile that each row lies in.
+        layout, tile: The token order.
+
+    Returns:
+        `[..., *lattice]`, on the CPU.
+    """
+    lattice = (2 * cell_table(layout, tile).counts - 1).tolist()
+    places = relative_cells(layout, tile, values.device)[cell].flatten()
+    sums = values.new_zeros(*values.shape[:-2], math.prod(lattice))
+    return sums.index_add_(-1, places, values.flatten(-2)).cpu().unflatten(-1, lattice)
 
 
 def seen_tiles(pattern: Pattern, layout: TokenLayout) -> Tensor:
@@ -50,18 +69,22 @@ def _seen_by(patterns: tuple[Pattern, ...], layout: TokenLayout, cell: Tensor) -
     """Which tiles the tiles `cell` see by several patterns of one token order, bool `[k, R, T]`."""
     if len(cell_table(layout, patterns[0].tile).tokens) <= SMALL:
         return _stacked(patterns, layout)[:, cell]
-    return torch.stack([seen_tiles(pattern, layout)[cell] for pattern in patterns])
+    places = tuple(cell.tolist())
+    return torch.stack([_seen_at(pattern, layout, places) for pattern in patterns])
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _seen_at(pattern: Pattern, layout: TokenLayout, places: tuple[int, ...]) -> Tensor:
+    """Which tiles some tiles see, bool `[R, T]`; cached, as all heads of a call ask for the same rows."""
+    if _by_lattice(pattern):
+        return seen_tiles(pattern, layout)[list(places)]
+    return seen_cells(pattern, tile_order(layout, pattern.tile), torch.tensor(places))
 
 
 @functools.lru_cache(maxsize=64)
 def _stacked(patterns: tuple[Pattern, ...], layout: TokenLayout) -> Tensor:
     """What patterns see, bool `[k, T, T]`; cached, for patterns that all heads have."""
     return torch.stack([seen_tiles(pattern, layout) for pattern in patterns])
-
-
-def _of_tiles(seen: Tensor, cell: Tensor) -> Tensor:
-    """Rows of a mask `[T, T]`, or of one that is the same for all, `[1, T]`."""
-    return seen.expand(len(cell), -1) if len(seen) == 1 else seen[cell]
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -100,12 +123,14 @@ class Group:
     others: tuple[Pattern, ...]
     drawn: tuple[Drawn, ...]
 
-    def rows(self, cell: Tensor, layout: TokenLayout) -> Tensor:
+    def rows(self, cell: Tensor, layout: TokenLayout, device: torch.device = CPU) -> Tensor:
         """The tiles that each candidate shows to the tiles `cell` (int64 `[R]`), bool `[K, R, T]`."""
-        parts = [self.members[:, relative_cells(layout, self.cells[0])[cell]]]
+        places = relative_cells(layout, self.cells[0], device)[cell]
+        parts = [self.members.to(device)[:, places]]
         if self.others:
-            parts.append(_seen_by(self.others, layout, cell))
-        parts += [_of_tiles(one.seen(), cell)[None] for one in self.drawn]
+            parts.append(_seen_by(self.others, layout, cell).to(device))
+        for one in self.drawn:
+            parts.append(one.seen(cell).expand(1, len(cell), -1).to(device))
         return torch.cat(parts)
 
     def densities(self, layout: TokenLayout) -> Tensor:

@@ -7,7 +7,7 @@ saves when it is computed exactly. Scoring then measures, on other prompts, ever
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .candidates import tilings
 from .cells import CellSums, SampledRows, cell_table
 from .nested import Candidates, Cells
 from .placed import MAX_BLOCK_CELLS
-from .seen import grouped, relative_cells
+from .seen import by_offset, grouped
 
 HeadStatistics = dict[Tile, dict[str, Tensor]]
 
@@ -52,49 +52,58 @@ def compared_shapes(layout: TokenLayout) -> dict[str, list[int]]:
 
 
 def discover(
-    statistics: dict[str, Tensor], sums: CellSums, layout: TokenLayout, tile: Tile
+    heads: Sequence[dict[str, Tensor]], sums: CellSums, layout: TokenLayout, tile: Tile
 ) -> None:
-    """Add the sampled rows of one head to its accumulators in one token order, see `empty_statistics`."""
-    far, drop = sums.benefit(far=True), sums.benefit(far=False)
-    flat = relative_cells(layout, tile)[sums.cell].flatten()
-    for key, value in (
-        ("offset_far", far),
-        ("offset_drop", drop),
-        ("offset_count", torch.ones_like(far)),
-    ):
-        statistics[key].view(-1).index_add_(0, flat, value.flatten())
-    statistics["column"] += far.sum(0)
-    if "block" in statistics:
-        statistics["block"].index_add_(0, sums.cell, far)
+    """Add the sampled rows of h heads to their accumulators in one token order, see `empty_statistics`."""
+    far, drop = sums.benefit(far=True), sums.benefit(far=False)  # [h, R, T]
+    once = torch.ones(far.shape[1:], dtype=torch.float32)
+    added = {
+        "offset_far": by_offset(far, sums.cell, layout, tile),
+        "offset_drop": by_offset(drop, sums.cell, layout, tile),
+        "offset_count": by_offset(once, sums.cell, layout, tile).expand(len(heads), -1, -1, -1),
+        "column": far.sum(1).cpu(),
+    }
+    if "block" in heads[0]:
+        tiles = far.shape[2]
+        block = far.new_zeros(len(heads), tiles, tiles)
+        added["block"] = block.index_add_(1, sums.cell.to(far.device), far).cpu()
+    for key, values in added.items():
+        for head, value in zip(heads, values, strict=True):
+            head[key] += value
 
 
 def score(
-    sums: CellSums, cells: Cells, candidates: Candidates, layout: TokenLayout
+    sums: CellSums, cells: Cells, candidates: Sequence[Candidates], layout: TokenLayout
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Squared errors of candidates' outputs on the sampled rows of one head, a group of them at a time.
+    """Squared errors of candidates' outputs on the sampled rows of h heads, a group of them at a time.
 
     Args:
-        sums: The sums of the head's rows by cells.
+        sums: The sums of the heads' rows by cells.
         cells: The kind of cells that were summed over; candidates of other kinds are left out, the dense one
             too.
-        candidates: The head's candidates.
+        candidates: Each head's candidates, of the same kinds in the same order.
         layout: The token layout of the sampled call, with or without text.
 
     Yields:
-        For each group the candidates' numbers, int64 `[k]`; `error` and `error_squared`, `[k]`: the sum over
-        rows of the squared error, and of its square; `recall`, `[k]`: the sum over rows of the attention mass
-        that is seen exactly.
+        For each group the candidates' numbers, int64 `[k]`; `error` and `error_squared`, `[h, k]`: the sum
+        over rows of the squared error, and of its square; `recall`, `[h, k]`: the sum over rows of the
+        attention mass that is seen exactly. All on the CPU.
     """
-    for where, group in grouped(candidates, layout, cells):
-        outputs, mass = sums.outputs_and_recall(group.rows(sums.cell, layout), group.far)
-        rows = (outputs - sums.out).square().sum(-1)  # [k, R]
-        yield where, rows.sum(1), rows.square().sum(1), mass.sum(1)
+    device, groups = sums.mass.device, [grouped(one, layout, cells) for one in candidates]
+    for same in zip(*groups, strict=True):
+        where, first = same[0]
+        seen = torch.stack([group.rows(sums.cell, layout, device) for _, group in same])
+        outputs, mass = sums.outputs_and_recall(seen, first.far)
+        rows = (outputs - sums.out[:, None]).square().sum(-1)  # [h, k, R]
+        found = rows.sum(-1), rows.square().sum(-1), mass.sum(-1)
+        error, square, recall = torch.stack(found).cpu()
+        yield where, error, square, recall
 
 
 def score_all(
     sampled: SampledRows, candidates: Candidates, layout: TokenLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of every candidate on the sampled rows of one head; see `score`.
+    """Scores of every candidate on the sampled rows of one head, `[1, ...]`; see `score`.
 
     Returns:
         `error`, `error_squared` and `recall`, `[K]`; `norm` `[]`: sum over rows of the squared output.
@@ -106,8 +115,9 @@ def score_all(
         layout.without_global(),
     )  # so that all texts share what is kept of it
     for cells in candidates.cells:
-        sums = sampled.by_cells(cell_table(layout, cells[0]), cells[1])
-        norm = sums.out.square().sum()
-        for where, *found in score(sums, cells, candidates, grid):
-            error[where], square[where], recall[where] = found
+        table = cell_table(layout, cells[0], sampled.p.device)
+        sums = sampled.by_cells(table, cells[1])
+        norm = sums.out.square().sum().cpu()
+        for where, *found in score(sums, cells, [candidates], grid):
+            error[where], square[where], recall[where] = (of_head for (of_head,) in found)
     return error, square, recall, norm

@@ -10,14 +10,19 @@ from sparse_dit.attention import BACKENDS, attend, block_mass
 from sparse_dit.backends import selfcheck
 from sparse_dit.backends.flex import _call
 from sparse_dit.backends.flex_lists import lists_of
+from sparse_dit.call import AttentionCall, StepContext
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.index import build_index
 from sparse_dit.inputs import load_pipeline
 from sparse_dit.intervals import RowIntervals
 from sparse_dit.layout import TokenLayout
 from sparse_dit.nan_guard import finite_or_dense
-from sparse_dit.search import search_plan
+from sparse_dit.search import sampling, search_plan
+from sparse_dit.search.candidates import tilings
+from sparse_dit.search.cells import cell_table
 from sparse_dit.search.check import check_plan
+from sparse_dit.search.profile import ComponentProfile
+from sparse_dit.search.recorder import Recorder
 from sparse_dit.timing import Stopwatch
 from tests.gpu_without_gpu.pretended_device import DEVICE, PretendedDevice
 from tests.helpers.cases import LAYOUTS, PATTERN_CASES
@@ -111,6 +116,46 @@ def test_what_an_index_tells():
     assert moved.density == pytest.approx(index.density) and moved.is_dense == index.is_dense
     causal, _ = made(TokenLayout.video(2, 4, 6), 6, causal=True)
     assert causal.to(DEVICE).density == pytest.approx(causal.density)
+
+
+@pytest.mark.parametrize("together", [1, 3, 6])
+@pytest.mark.parametrize("kv_heads, frames", [(6, 5), (2, 1)])
+def test_heads_recorded_together_are_what_they_are_alone(monkeypatch, kv_heads, frames, together):
+    """Both kinds of runs, with text, padding, a bias on the logits, and an output projection."""
+    layout = TokenLayout.video(frames, 9, 12, text_before=3, text_after=4)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    q, k, v, bias = (drawn(2, layout.seq_len, h, 8) for h in (6, kv_heads, kv_heads, 1))
+    bias = None if kv_heads == 2 else bias[..., 0, 0]
+    stop = torch.tensor([layout.seq_len, layout.seq_len - 2])
+    projections = {"layer": drawn(6, 8, 8)}
+    context = StepContext(layout, 0.5, run=0, step=0)
+    profiles = []
+    for device in (torch.device("cpu"), DEVICE):
+        there = [None if x is None else x.to(device) for x in (q, k, v, stop, bias)]
+        call = AttentionCall(
+            "layer", *there[:3], None, there[3], None, context, None, lambda x=there[0]: x, there[4]
+        )
+        part = ComponentProfile("Model", "hash", {"layer": (6, 8)})
+        for phase in ("find", "score"):
+            recorder = Recorder(part, phase, 16, 0, projections=projections)
+            recorder(call)
+            recorder.keep()
+        profiles.append(part)
+        most = max(len(cell_table(layout, tile).tokens) for tile in tilings(layout))
+        monkeypatch.setattr(sampling, "MEMORY", together * sampling.LIVE * 4 * 16 * most * 8)
+    alone, other = profiles
+    assert list(alone.found) == list(other.found) == list(alone.scores) == list(other.scores)
+    for values in (alone, other):
+        assert torch.stack([x.square().sum() for x in values.pictures.values()]).all()
+    close = {"rtol": 1e-3, "atol": 1e-5}
+    torch.testing.assert_close(other.found, alone.found, **close)
+    torch.testing.assert_close(other.looks, alone.looks, **close)
+    torch.testing.assert_close(other.pictures, alone.pictures, **close)
+    torch.testing.assert_close(other.scores, alone.scores, **close)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the host, once for each generation

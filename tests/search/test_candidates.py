@@ -59,19 +59,20 @@ def _offsets(*offsets, layout=LAYOUT, tile=CUBE):
 def _searched(q, k, v, layout=LAYOUT, rows=96, scale=1.0):
     """Candidates found on one sample of rows, and their relative squared errors on another."""
     statistics, scores = {}, None
+    one = q[None], k[None], v[None]
     for seed in (0, 1):
         sample = sample_rows(layout, rows, torch.Generator().manual_seed(seed))
         sums = {
-            tile: cell_sums(q, k, v, sample, cell_table(layout, tile), scale, layout.seq_len)
+            tile: cell_sums(*one, sample, cell_table(layout, tile), scale, layout.seq_len)
             for tile in tilings(layout)
         }
         if seed == 0:
             for tile, part in sums.items():
                 statistics[tile] = empty_statistics(layout, tile)
-                discover(statistics[tile], part, layout, tile)
+                discover([statistics[tile]], part, layout, tile)
         else:
             candidates = all_candidates(statistics, layout)
-            sampled = sampled_rows(q, k, v, sample, scale, layout.seq_len)
+            sampled = sampled_rows(*one, sample, scale, layout.seq_len)
             error, _, _, norm = score_all(sampled, candidates, layout)
             scores = error / norm
     return statistics, candidates, scores

@@ -164,7 +164,7 @@ def test_score_agrees_with_running_each_candidate(layout):
     q, k, v = _heads(layout)
     rows = _rows(layout)
     candidates = Candidates([DENSE, *fixed(layout)])
-    sampled = sampled_rows(q, k, v, rows, SCALE, layout.seq_len)
+    sampled = sampled_rows(q[None], k[None], v[None], rows, SCALE, layout.seq_len)
     error, square, recall, norm = score_all(sampled, candidates, layout)
     assert error[0] == square[0] == 0 and recall[0] == len(rows)
     dense = sparse_attention(

@@ -46,7 +46,7 @@ def _profile(heads, rows, seed):
         drawn = sample_rows(LAYOUT, rows, generator)
         scores = []
         for q, k, v in parts:
-            sampled = sampled_rows(q, k, v, drawn, 1.0, LAYOUT.seq_len)
+            sampled = sampled_rows(q[None], k[None], v[None], drawn, 1.0, LAYOUT.seq_len)
             scores.append([*score_all(sampled, CANDIDATES, LAYOUT), torch.tensor(float(rows))])
         names = ("error", "error_squared", "recall", "norm", "rows")
         columns = zip(*scores, strict=True)

@@ -62,7 +62,7 @@ class _Compared:
         for number, (head, sampled) in enumerate(sampled_heads(call, layout, rows, None)):
             item = number // call.q.shape[2]
             wanted = out[item, rows, head]
-            error = (sampled.by_cells(table).out - wanted).norm() / wanted.norm()
+            error = (sampled.by_cells(table).out[0] - wanted).norm() / wanted.norm()
             self.worst = max(self.worst, float(error))
         self.calls += 1
         return out

@@ -229,8 +229,9 @@ def _profile(layers=("blocks.0.attn1", "blocks.1.attn1"), heads=2, sigmas=(0.9, 
             rows = sample_rows(LAYOUT, 32, generator)
             head = {tile: empty_statistics(LAYOUT, tile) for tile in tilings(LAYOUT)}
             for tile, statistics in head.items():
-                sums = cell_sums(q, k, v, rows, cell_table(LAYOUT, tile), 0.3, LAYOUT.seq_len)
-                discover(statistics, sums, LAYOUT, tile)
+                one, table = (q[None], k[None], v[None]), cell_table(LAYOUT, tile)
+                sums = cell_sums(*one, rows, table, 0.3, LAYOUT.seq_len)
+                discover([statistics], sums, LAYOUT, tile)
             profile.found[level, layer].append(head)
         count = len(profile.candidates(level, layer)[0])
         error = torch.rand(heads, count, generator=generator)
