@@ -188,7 +188,10 @@ def test_a_ladder_ends_where_the_scheduler_does(pipe):
     assert ends == list(zip(ladder.knots, ladder.knots[1:], strict=False))
 
 
-def test_the_shipped_lora_brings_eight_steps_nearer_to_the_guided_model():
+@pytest.mark.parametrize(
+    ("name", "few", "steps"), [("eight_steps", 8, 15), ("four_steps", 4, 13)], ids=["eight", "four"]
+)
+def test_a_shipped_lora_brings_few_steps_nearer_to_the_guided_model(name, few, steps):
     pytest.importorskip("peft")
     pipe = WanPipeline.from_pretrained(MODEL).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -202,9 +205,9 @@ def test_the_shipped_lora_brings_eight_steps_nearer_to_the_guided_model():
             for seed, prompt in enumerate(prompts)
         ]  # fmt: skip
 
-    taught, before = videos(15, few_steps.GUIDANCE), videos(8, 1.0)
-    pipe.load_lora_weights(MODEL.parent, weight_name="eight_steps.safetensors")
-    after = videos(8, 1.0)
+    taught, before = videos(steps, few_steps.GUIDANCE), videos(few, 1.0)
+    pipe.load_lora_weights(MODEL.parent, weight_name=f"{name}.safetensors")
+    after = videos(few, 1.0)
     for goal, without, with_it in zip(taught, before, after, strict=True):
         assert psnr(with_it, goal) > psnr(without, goal) + 2
 
