@@ -174,6 +174,14 @@ def _scale(near: Tensor, wide: Tensor) -> Tensor:
     return near[both].sum() / total if total > 0 else torch.ones((), dtype=torch.float32)
 
 
+@functools.lru_cache(maxsize=16)
+def _by_distance(reach: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The offsets up to the distances `reach`, int64 `[L, 3]`, and their numbers by distance, `[L]`."""
+    axes = [torch.arange(-most, most + 1) for most in reach]
+    places = torch.cartesian_prod(*axes)
+    return places, places.square().sum(1).argsort(stable=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """The offsets of a head in one token order, best first.
@@ -201,10 +209,9 @@ class Ranking:
         reach = self.table.counts - 1
         mean = mean_benefit(self.statistics[self.benefit], self.statistics["offset_count"])
         mean[tuple(reach.tolist())] = torch.inf
-        places = torch.stack(torch.unravel_index(torch.arange(mean.numel()), mean.shape), 1) - reach
-        nearest = places.square().sum(1).argsort(stable=True)
-        order = nearest[mean.flatten()[nearest].argsort(descending=True, stable=True)]
-        return places[order[mean.flatten()[order] > -torch.inf]]
+        places, nearest = _by_distance(tuple(reach.tolist()))
+        ranked, order = mean.flatten()[nearest].sort(descending=True, stable=True)
+        return places[nearest[order[ranked > -torch.inf]]]
 
     @functools.cached_property
     def _pairs(self) -> Tensor:
