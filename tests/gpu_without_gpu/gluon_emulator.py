@@ -36,7 +36,7 @@ from torch import Tensor
 
 from sparse_dit.backends import gluon
 from sparse_dit.backends.gluon import kernel, launch, masks
-from sparse_dit.intervals import RowIntervals
+from sparse_dit.backends.triton.launch import Call
 
 LATE = 8  # how much less likely a copy arrives than a partition goes on
 
@@ -434,16 +434,15 @@ class Launcher:
             self.programs += 1
 
 
-def pool(
-    k: Tensor, v: Tensor, work: Any, rows: RowIntervals | None, num_queries: int
-) -> tuple[Tensor, Tensor]:
+def pool(call: Call, work: Any) -> tuple[Tensor, Tensor]:
     """What the Triton kernel `pool` writes, which its interpreter takes a second for."""
+    k, v, rows = call.k, call.v, call.rows
     batch, _, length, dim = k.shape
     pooled = torch.zeros(2, batch, work.pooled_rows, dim, dtype=k.dtype)
     cells = torch.zeros(3, batch, work.pooled_rows, dtype=torch.int32)
     cells[0] = torch.tensor(-math.inf).view(torch.int32)
     cells[1:] = torch.tensor([2**31 - 1, -1])[:, None, None]
-    valid = [[0, length]] if rows is None else rows.valid(length, num_queries).tolist()
+    valid = [[0, length]] if rows is None else rows.valid(length, call.q.shape[2]).tolist()
     for (keys, offsets, count, first, head), b in itertools.product(
         work.slots.tolist(), range(batch)
     ):

@@ -189,9 +189,9 @@ def assert_pooled(case: Case, device: torch.device | str = "cpu") -> None:
     if stop is not None and index.rows is not None:
         rows = index.rows.meet(rows)
     work = launch.work_of(index.to(device), 2, *configs_for("sm80", case.head_dim))
-    there = [x.to(device) for x in given[1:]]
+    there = [x.to(device) for x in given]
     on_device = None if rows is None else rows.to(device)
-    pooled, cells = launch.pool(*there, work, on_device, index.num_queries)
+    pooled, cells = launch.pool(launch.call_of(*there, index, on_device, 1.0), work)
     k, v = pooled.cpu()
     bias, first, last = cells.cpu()
     bias = bias.view(torch.float32)

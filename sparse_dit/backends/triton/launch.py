@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,33 @@ kernel: Any = written  # Triton launches its functions with a grid and with opti
 
 POOL_ROWS = 32
 UNIT = 8  # strides are passed in units of so many elements
+Units = tuple[int, int, int]  # of batch, heads and tokens
+
+
+class Call(NamedTuple):
+    """What a call's kernels read and write.
+
+    Args:
+        q, k, v: `[B, H, N, D]`, as `readable` makes them.
+        out: As q, unwritten.
+        lse: float32 `[B, H, N]`, unwritten.
+        sparse_index, rows: `index` and `rows` of `forward`.
+        scale: Factor of the logits, positive.
+        of_q, of_k, of_v, of_out: Strides of these, in units.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    sparse_index: SparseIndex | ChosenIndex
+    rows: RowIntervals | None
+    scale: float
+    of_q: Units
+    of_k: Units
+    of_v: Units
+    of_out: Units
 
 
 def forward(
@@ -35,56 +62,46 @@ def forward(
     configs: tuple[Config, Config],
 ) -> Attended:
     """Attention and its LSE, `[B, H, N, D]` and float32 `[B, H, N]`."""
-    work = _work(index, k, *configs, intervals=rows is not None)
-    q, k, v = readable(q), readable(k), readable(v)
-    q, scale = positive(q, scale)
-    got = results(q)
-    attend_into(got, q, k, v, index, rows, scale, work)
-    return Attended(*got)
+    call = call_of(q, k, v, index, rows, scale)
+    attend(call, _work(index, call.k, *configs, intervals=rows is not None))
+    return Attended(call.out, call.lse)
 
 
-def results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the output and the LSE of `q`, which is readable."""
-    out = torch.empty_like(q)
-    if _strides(out) is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-
-
-def attend_into(
-    into: tuple[Tensor, Tensor],
+def call_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     index: SparseIndex | ChosenIndex,
     rows: RowIntervals | None,
     scale: float,
-    work: Work,
-) -> None:
-    """Write what heads and tiles of `work` compute into an output and an LSE.
+) -> Call:
+    """A call as its kernels take it; arguments as of `forward`."""
+    q, scale = _positive(q, scale)
+    (q, of_q), (k, of_k), (v, of_v) = readable(q), readable(k), readable(v)
+    batch, heads, queries, _ = q.shape
+    out = torch.empty_like(q)
+    of_out = _units(out)
+    if of_out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        of_out = _whole_units(out)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    return Call(q, k, v, out, lse, index, rows, scale, of_q, of_k, of_v, of_out)
 
-    Args:
-        into: As `results` gives them.
-        q, k, v: As made by `readable`.
-        index, rows: As for `forward`.
-        scale: Factor of the logits, positive.
-        work: The work of the index.
-    """
+
+def attend(call: Call, work: Work) -> None:
+    """Write what heads and tiles of `work` compute into a call's output and LSE."""
+    q, k, v, out, lse, index, rows, scale, of_q, of_k, of_v, of_out = call
     batch, heads, queries, dim = q.shape
-    out, lse = into
-    pooled = (
-        (k, work.order) if not work.pooled_rows else pool(k, v, work, rows, queries)
-    )  # else unread
+    has_far = work.pooled_rows > 0
+    pooled = pool(call, work) if has_far else (k, work.order)  # else unread
     bounds, strides = bounds_of(index, rows, lse)
-    config = work.config
-    mask, has_far = mask_of(index, rows), work.pooled_rows > 0
+    config, mask = work.config, mask_of(index, rows)
     launch(
-        kernel, "attend", (len(work.order), batch, 1),
+        kernel, "attend", (work.order.shape[0], batch, 1),
         (q.dtype, config, *map(aligned, bounds)),
         {"num_warps": config.warps, "num_stages": config.stages},
         (q, k, v, out, lse, *pooled, *bounds, work.order, work.heads),
-        (*units(q), *units(k), *units(v), *units(out), *strides,
-         heads, heads // k.shape[1], queries, work.pooled_rows),
+        (*of_q, *of_k, *of_v, *of_out, *strides, heads, heads // k.shape[1], queries, work.pooled_rows),
         scale / math.log(2),
         (dim, *config.channels(dim), config.block_m, config.block_n, mask, has_far,
          mask == 0 or config.masked_ahead, work.partial),
@@ -104,8 +121,8 @@ def block_mass(
     """Mass from an LSE, float32 `[B, H, G, ceil(M / mass_block)]`."""
     batch, heads, queries, dim = q.shape
     work = _work(index, k, config, config, by_group=True)
-    q, k, lse = readable(q), readable(k), lse.contiguous()
-    q, scale = positive(q, scale)
+    q, scale = _positive(q, scale)
+    (q, of_q), (k, of_k), lse = readable(q), readable(k), lse.contiguous()
     groups, blocks = index.max_groups, -(-k.shape[2] // mass_block)
     mass = torch.zeros(batch, heads, groups, blocks, dtype=torch.float32, device=q.device)
     bounds, strides = bounds_of(index, rows, lse)
@@ -115,8 +132,7 @@ def block_mass(
         (q.dtype, config, *map(aligned, (lse, *bounds))),
         {"num_warps": config.warps, "num_stages": config.stages},
         (q, k, lse, mass, *bounds, work.order, work.heads),
-        (*units(q), *units(k), *strides,
-         heads, heads // k.shape[1], queries, groups, mass_block, blocks),
+        (*of_q, *of_k, *strides, heads, heads // k.shape[1], queries, groups, mass_block, blocks),
         scale / math.log(2),
         (dim, *config.channels(dim), config.block_m, config.block_n, mask),
     )  # fmt: skip
@@ -173,21 +189,19 @@ class Pools(Protocol):
     def pooled_rows(self) -> int: ...
 
 
-def pool(
-    k: Tensor, v: Tensor, work: Pools, rows: RowIntervals | None, num_queries: int
-) -> tuple[Tensor, Tensor]:
+def pool(call: Call, work: Pools) -> tuple[Tensor, Tensor]:
     """Pooled keys and values `[2, B, rows, D]`, and int32 `[3, B, rows]` of each; see the kernel `pool`."""
+    k, v, rows = call.k, call.v, call.rows
     batch, _, _, dim = k.shape
     pooled = k.new_empty(2, batch, work.pooled_rows, dim)
     cells = torch.empty(3, batch, work.pooled_rows, dtype=torch.int32, device=k.device)
-    valid = cells if rows is None else _valid(rows, k, num_queries)
-    masked = rows is not None
+    valid = cells if rows is None else _valid(rows, k, call.q.shape[2])
     launch(
-        kernel, "pool", (work.cells + 1, len(work.slots), batch), (k.dtype,), {"num_warps": 1},
+        kernel, "pool", (work.cells + 1, work.slots.shape[0], batch), (k.dtype,), {"num_warps": 1},
         (k, v, pooled, cells, valid, work.slots),
-        (*units(k), *units(v), work.pooled_rows),
+        (*call.of_k, *call.of_v, work.pooled_rows),
         None,
-        (dim, power_of_two(dim), POOL_ROWS, masked),
+        (dim, power_of_two(dim), POOL_ROWS, rows is not None),
     )  # fmt: skip
     return pooled, cells
 
@@ -198,32 +212,34 @@ def _valid(rows: RowIntervals, k: Tensor, num_queries: int) -> Tensor:
     return valid.int().expand(k.shape[0], 2).contiguous()
 
 
-def readable(x: Tensor) -> Tensor:
-    """Itself if the kernels can address it, 16 bytes at a time, else a copy."""
-    if _strides(x) is not None and aligned(x):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+def readable(x: Tensor) -> tuple[Tensor, Units]:
+    """Itself if the kernels can address it, 16 bytes at a time, else a copy; and its strides."""
+    units = _units(x)
+    if units is not None and aligned(x):
+        return x, units
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x, _whole_units(x)
 
 
 def aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0
 
 
-def _strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Strides of batch, heads and tokens in units; None if they aren't whole, or a head is too long."""
+def _units(x: Tensor) -> Units | None:
+    """Strides in units; None if they aren't whole, or a head is too long."""
     b, h, n, d = x.stride()
-    if d != 1 or b % UNIT or h % UNIT or n % UNIT or n * x.shape[2] >= 1 << 31:
+    if d != 1 or (b | h | n) % UNIT or n * x.shape[2] >= 1 << 31:
         return None
     return b // UNIT, h // UNIT, n // UNIT
 
 
-def units(x: Tensor) -> tuple[int, int, int]:
-    units = _strides(x)
-    assert units is not None, "what is read was made readable"
+def _whole_units(x: Tensor) -> Units:
+    units = _units(x)
+    assert units is not None, "it is contiguous"
     return units
 
 
-def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernel takes the largest product before it scales: the scale must be positive."""
     if scale > 0:
         return q, scale
