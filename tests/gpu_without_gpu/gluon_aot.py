@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from sparse_dit.backends.gluon import kernel
 from sparse_dit.backends.gluon.config import ROWS, Config, configs_for
 from sparse_dit.backends.gluon.launch import block_layout
 from tests.gpu_without_gpu.sass_flow import uninitialised
-from tests.gpu_without_gpu.triton_aot import count, hot_loops, instructions, said
+from tests.gpu_without_gpu.triton_aot import count, hot_loops, instructions, report, said
 
 RECORD = Path(__file__).parents[1] / "golden" / "gluon_instructions.json"
 SHARED = 227 * 1024  # bytes that a block may have
@@ -70,7 +69,7 @@ class Built(NamedTuple):
         spilled: Bytes of stack, and loads and stores of it.
         shared: Bytes of shared memory.
         loads: TMA loads.
-        rounds: Instructions of a round: whose keys all rows see; of pooled keys, if there are such; masked.
+        instructions: Of a round: whose keys all rows see; of pooled keys, if there are such; masked.
         one_in_flight: For each of these, how often it waits for all products but one.
         uninitialised: Uniform registers that may be read before they are written, see `sass_flow.py`.
     """
@@ -79,7 +78,7 @@ class Built(NamedTuple):
     spilled: int
     shared: int
     loads: int
-    rounds: tuple[int, ...]
+    instructions: tuple[int, ...]
     one_in_flight: tuple[int, ...]
     uninitialised: tuple[str, ...]
 
@@ -98,8 +97,10 @@ class Built(NamedTuple):
         if not self.loads:
             found.append("no TMA load")
         kinds = 3 if case.far and not case.mask else 2
-        if len(self.rounds) != kinds or set(self.one_in_flight) != {1}:
-            found.append(f"rounds {self.rounds} wait for one product {self.one_in_flight} times")
+        if len(self.instructions) != kinds or set(self.one_in_flight) != {1}:
+            found.append(
+                f"rounds {self.instructions} wait for one product {self.one_in_flight} times"
+            )
         return found
 
 
@@ -170,18 +171,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Compile the Gluon kernel for sm_90.")
     parser.add_argument("--record", action="store_true", help="write what the tests compare with")
     recording = parser.parse_args(arguments).record
-    wrong, rounds = 0, {}
-    for case in tested() if recording else every():
-        built = compiled(case)
-        faults = built.faults(case)
-        wrong += bool(faults)
-        rounds[str(case)] = built.rounds
-        print(case, built, "; ".join(faults), sep=" | ", flush=True)
-    if recording:
-        record = {"triton": triton.__version__, "instructions": rounds}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{len(rounds)} kernels, {wrong} with faults")
-    return int(wrong > 0)
+    return report(tested() if recording else every(), compiled, RECORD if recording else None)
 
 
 if __name__ == "__main__":

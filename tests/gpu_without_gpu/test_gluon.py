@@ -217,10 +217,7 @@ def test_other_sizes_compile_nothing_anew(monkeypatch):
     from sparse_dit.backends.gluon import work
     from sparse_dit.backends.triton import bound
     from sparse_dit.bench.host import null_gpu
-
-    class Forgetful(dict):  # so that every launch is looked up by Triton
-        def __setitem__(self, key, compiled):
-            pass
+    from tests.gpu_without_gpu.test_triton_host import Forgetful
 
     with null_gpu(90) as gpu, torch.no_grad():
         monkeypatch.setattr(bound, "COMPILED", Forgetful())

@@ -35,6 +35,13 @@ class Counted(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class Forgetful(dict):
+    """Instead of `bound.COMPILED`: every launch is looked up by Triton."""
+
+    def __setitem__(self, key, compiled):
+        pass
+
+
 def tensors(layout, heads=6, dim=64, kv_heads=2, batch=1, dtype=torch.bfloat16):
     """`[B, H, N, D]`, as hosts have them: tokens before heads."""
     shapes = [(batch, layout.seq_len, n, dim) for n in (heads, kv_heads, kv_heads)]
@@ -81,11 +88,6 @@ def test_the_counter_sees_what_waits():
 def test_other_sizes_and_frames_compile_nothing_anew(patterns, dim, monkeypatch):
     """Triton's own keys of what it would compile; tiles of 64 and of 128 rows are two kernels."""
     blocks = set()
-
-    class Forgetful(dict):  # so that every launch is looked up by Triton
-        def __setitem__(self, key, compiled):
-            pass
-
     with null_gpu() as gpu, torch.no_grad():
         monkeypatch.setattr(bound, "COMPILED", Forgetful())
         for size in SIZES:

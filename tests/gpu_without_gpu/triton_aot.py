@@ -14,9 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends import nvidia
@@ -289,24 +289,37 @@ def every() -> Iterator[Case]:
                 yield Case(target, dim, config, flags, dtype)
 
 
+def report(cases: Iterable[Any], compiled: Callable[[Any], Any], record: Path | None) -> int:
+    """Compile cases, print what is found, write instructions to `record`; 1 if anything is wrong."""
+    wrong, found = 0, {}
+    for case in cases:
+        built = compiled(case)
+        faults = built.faults(case)
+        wrong += bool(faults)
+        found[str(case)] = built.instructions
+        print(case, built, "; ".join(faults), sep=" | ", flush=True)
+    if record is not None:
+        recorded = {"triton": triton.__version__, "instructions": found}
+        record.write_text(json.dumps(recorded, indent=1) + "\n")
+    print(f"{len(found)} kernels, {wrong} with faults")
+    return int(wrong > 0)
+
+
+def within_bars(case: Any, built: Any, record: Path) -> bool:
+    """Whether a kernel has about as few instructions as recorded; of a record by another Triton, always."""
+    recorded = json.loads(record.read_text())
+    if recorded["triton"] != triton.__version__:
+        return True
+    bars = recorded["instructions"][str(case)]
+    return all(n <= bar * 1.05 for n, bar in zip(built.instructions, bars, strict=True))
+
+
 def main(arguments: list[str]) -> int:
     """Compile, print and record; 1 if anything is wrong."""
     wanted = [x for x in arguments if x != "--record"]
     recording = "--record" in arguments
-    wrong, steps = 0, {}
-    for case in tested() if recording else every():
-        if wanted and case.target not in wanted:
-            continue
-        built = compiled(case)
-        faults = built.faults(case)
-        wrong += bool(faults)
-        steps[str(case)] = built.instructions
-        print(case, built, "; ".join(faults), sep=" | ", flush=True)
-    if recording:
-        record = {"triton": triton.__version__, "instructions": steps}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{len(steps)} kernels, {wrong} with faults")
-    return int(wrong > 0)
+    cases = (c for c in (tested() if recording else every()) if not wanted or c.target in wanted)
+    return report(cases, compiled, RECORD if recording else None)
 
 
 if __name__ == "__main__":
