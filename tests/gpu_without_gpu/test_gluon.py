@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sparse_dit.index import build_index
 from sparse_dit.intervals import RowIntervals, causal_rows
 from sparse_dit.layout import TokenLayout
 from sparse_dit.patterns import Dense, Pattern, Skip, Window
+from tests.gpu_without_gpu.test_triton import WAN, busy
 from tests.helpers.cases import LAYOUTS, PATTERN_CASES
 from tests.helpers.contiguous_cases import LAYOUT, PATTERNS, patterns_index, random_entry
 from tests.helpers.kernel_cases import dense, one_head, qkv
@@ -131,6 +133,34 @@ def test_which_heads_are_taken_is_decided_with_the_index():
     assert work_of(build_index(PATTERNS[:5], layout), 1, 64, masked=False).others is None
     tiny = one_head(random_entry(500, 1, block=40))  # steps would be half empty
     assert choice_of(tiny, 128, masked=False).tables == (None,)
+
+
+def test_heads_are_taken_whose_keys_fill_small_tiles_only():
+    """With a little more work than where keys are gathered; large tiles would have too much."""
+    index = build_index(
+        [Pattern(Window(1, 8, 8), (1, 8, 8))], TokenLayout.video(4, 30, 52), sorted_by=(1, 8, 8)
+    )
+    for dim in CONFIGS:
+        choice = choice_of(index, dim, masked=False)
+        assert choice.tables[0] is not None and choice.config.block_m == 64
+
+
+@pytest.mark.parametrize("gathered", [2, 6, 10])
+def test_launches_of_both_kernels_one_behind_the_other_leave_little_idle(gathered):
+    """What overlapping them would save of a call of Wan at 480p, by the speeds that are reckoned with."""
+    whole = Pattern(Window(2, 12, 20), (1, 8, 8), far=True)
+    heads = [whole] * (12 - gathered) + [replace(whole, tile=(4, 4, 4))] * gathered
+    index = build_index(heads, WAN, sorted_by=whole.tile)
+    work, choice = work_of(index, 12, 128, masked=False), choice_of(index, 128, masked=False)
+    assert work.config.block_m == work.others.config.block_m == 64, "two blocks of either fit"
+    ours, theirs = (
+        (tables.cost / speed).sort(descending=True).values.tolist()
+        for tables, speed in ((choice.tables[0], 0.9), (choice.gathering[1], 0.66))
+    )
+    ours, theirs, free = ours * (12 - gathered), theirs * gathered, [0.0] * 2 * 132
+    first = busy(ours, free)
+    in_turn = max(first) + max(busy(theirs, free))
+    assert 0 < 1 - max(busy(theirs, first)) / in_turn < 0.015
 
 
 def test_heads_with_most_work_are_launched_first():

@@ -111,12 +111,11 @@ def _choice(index: SparseIndex, head_dim: int, masked: bool) -> Choice:
         ours, total = [], 0.0
         for p, entry in enumerate(index.entries):
             tables = tables_of(entry, config.block_m, config.block_n, index.rows)
-            cost = bars[p]
+            cost = most = MORE_WORK * bars[p]
             if tables is not None:
-                mine = _cost(tables, config.block_m, config.block_n)
-                tables, cost = (tables, mine) if mine <= MORE_WORK * cost else (None, cost)
-            ours.append(tables)
-            total += cost * len(index.heads_of[p])
+                cost = _cost(tables, config.block_m, config.block_n)
+            ours.append(tables if cost <= most else None)
+            total += min(cost, most) * len(index.heads_of[p])
         if best is None or total < best[0]:
             best = (total, Choice(config, tuple(ours), tuple(gathering)))
     assert best is not None, "there are configurations to choose from"
