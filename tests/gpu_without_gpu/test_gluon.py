@@ -240,6 +240,7 @@ def test_a_call_makes_nothing_anew_and_copies_nothing(name, monkeypatch):
     assert given[0].data_ptr() == out.data_ptr()
     assert [x.base.data_ptr() for x in given[8:11]] == [x.data_ptr() for x in (q, k, v)]
     assert [list(x.shape) for x in given[8:11]] == [list(x.shape) for x in (q, k, v)]
+    assert {x.padding for x in given[8:11]} == {"zero"}, "beyond the last token"
 
 
 @NO_TRITON
