@@ -208,39 +208,24 @@ def each_sum(
         layout: The token layout of the item.
         use: What is done with the sums. It may only write to what belongs to that head and these cells.
     """
-    if item.q.device.type != "cpu":
-        _each_sum_together(item, rows, projection, wanted, layout, use)
-        return
-    count, together = item.q.shape[1], torch.get_num_threads()
-    for first in range(0, count, together):
-        heads = range(first, min(count, first + together))
-        each = [range(head, head + 1) for head in heads]
-        sampled = [item.sampled(head, rows, projection) for head in each]
-
-        def one(number: int, each: list = each, sampled: list = sampled) -> None:
-            head, place = divmod(number, len(wanted))
-            tile, pool = wanted[place]
-            sums = sampled[head].by_cells(cell_table(layout, tile), pool)
-            use(each[head], wanted[place], sums)
-
-        parallel_map(one, len(heads) * len(wanted))
-
-
-def _each_sum_together(
-    item: Item,
-    rows: Tensor,
-    projection: Tensor | None,
-    wanted: Sequence[Cells],
-    layout: TokenLayout,
-    use: Callable[[range, Cells, CellSums], object],
-) -> None:
-    """What `each_sum` does on a device that isn't a CPU."""
     count, device = item.q.shape[1], item.q.device
     tables = {tile: cell_table(layout, tile, device) for tile, _ in wanted}
-    most = max(len(table.tokens) for table in tables.values())
-    together = max(1, MEMORY // (LIVE * 4 * len(rows) * most * item.v.shape[-1]))
+    in_parallel, together = device.type == "cpu", torch.get_num_threads()
+    if not in_parallel:
+        most = max(len(table.tokens) for table in tables.values())
+        together = max(1, MEMORY // (LIVE * 4 * len(rows) * most * item.v.shape[-1]))
     for first in range(0, count, together):
         heads = range(first, min(count, first + together))
-        sampled = item.sampled(heads, rows, projection)
-        for tile, pool in wanted:
-            use(heads, (tile, pool), sampled.by_cells(tables[tile], pool))
+        each = [range(head, head + 1) for head in heads] if in_parallel else [heads]
+        sampled = [item.sampled(some, rows, projection) for some in each]
+
+        def one(number: int, each: list = each, sampled: list = sampled) -> None:
+            place, kind = divmod(number, len(wanted))
+            tile, pool = wanted[kind]
+            use(each[place], wanted[kind], sampled[place].by_cells(tables[tile], pool))
+
+        if in_parallel:
+            parallel_map(one, len(each) * len(wanted))
+        else:
+            for number in range(len(wanted)):
+                one(number)
