@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,6 +97,46 @@ def test_generations_that_take_turns_are_told_apart():
     again = stand(prompts[1], 8)
     assert (again.run, again.step, again.sigma) == (3, 0, 1.0), "it begins again"
     assert stand(prompts[0], 0).run == 0, "and the others go on"
+
+
+def test_a_request_that_comes_again_is_another_generation_to_its_end():
+    pipe, watch = llada2(), Watch()
+    attach(components(pipe)["model"], watch, pipe)
+    for _ in range(3):
+        written(pipe, prompt(20))
+    steps = [(run, step) for run in range(3) for step in range(12)]
+    assert [(c.run, c.step) for c in watch.seen] == steps
+
+
+def test_equal_requests_that_take_turns_have_each_step_once():
+    canvases, ids, seen = Canvases(MASK), prompt(8), []
+    for step in range(4):
+        canvas = torch.cat([ids, prompt(2 * step, 5), torch.full((1, 8 - 2 * step), MASK)], 1)
+        seen += [canvases._of_tokens(canvas) for _ in range(2)]
+    assert sorted((c.run, c.step) for c in seen) == [(r, s) for r in range(2) for s in range(4)]
+
+
+def test_one_prompt_in_several_threads_is_as_many_generations():
+    pipe, seen = llada2(), [[] for _ in range(3)]
+    here, barrier = threading.local(), threading.Barrier(3)
+
+    def watch(call):
+        here.seen.append((call.context.run, call.context.step))
+        return call.stock()
+
+    def write(number):
+        here.seen = seen[number]
+        barrier.wait()
+        draw = torch.Generator().manual_seed(number % 2)  # two of them write the same
+        written(copy.copy(pipe), prompt(20), sampling_method="multinomial", generator=draw)
+
+    attach(components(pipe)["model"], watch, pipe)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    assert {run for mine in seen for run, _ in mine} == {0, 1, 2}
+    for mine in seen:
+        assert len({run for run, _ in mine}) == 1
+        assert [step for _, step in mine] == [s for s in range(12) for _ in range(len(mine) // 12)]
 
 
 def test_an_unconditional_half_is_another_generation():

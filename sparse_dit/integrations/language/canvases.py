@@ -2,7 +2,8 @@
 
 A masked model is told by its tokens alone: a forward belongs to the generation whose prompt it begins with
 and whose masks it has, or fewer. So generations that take turns, or run in threads, aren't taken for each
-other, and one that begins again is a new one. A model whose decoder reads a cache is told by the cache.
+other, and one that begins again is a new one, also where it writes what another has written. A model whose
+decoder reads a cache is told by the cache.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _Generation:
         masked: Bool `[B, N]`.
         active: Tokens from here on are denoised at present.
         most: For each item the masked tokens among them when they first came, at least 1: int64 `[B]`.
+        thread: Where that was.
         step: Forwards before this one.
     """
 
@@ -43,29 +45,40 @@ class _Generation:
     masked: Tensor
     active: int
     most: Tensor
+    thread: int
     step: int = 0
 
-    def agreement(self, ids: Tensor, masked: Tensor) -> int:
-        """How many written tokens stay as they are; -1 if these ids are of another generation."""
+    def fit(self, ids: Tensor, masked: Tensor) -> tuple[int, bool, bool] | None:
+        """How well ids go on with this generation, greater is better; None if they are of another one.
+
+        Few written tokens change; a generation that has ended may stand where these ids do, but what goes on
+        has written more; and it mostly stays in its thread.
+        """
         batch, before = self.ids.shape
         if len(ids) != batch or ids.shape[1] < before or not masked[:, before:].all():
-            return -1
+            return None
         old, fresh = ids[:, :before], self.masked & ~masked[:, :before]
         if (masked[:, :before] & ~self.masked).any():
-            return -1
+            return None
         if not torch.equal(old[:, : self.prompt], self.ids[:, : self.prompt]):
-            return -1
+            return None
         if self.prompt == 0 and 2 * int(fresh.sum()) > fresh.numel():  # a prompt, not an answer
-            return -1
+            return None
+        stands = torch.equal(ids, self.ids)
+        if stands and self.step == 0:  # begun again
+            return None
         written = ~self.masked
-        same = int((old == self.ids)[written].sum())
-        return -1 if 2 * same < int(written.sum()) else same
+        changed = int((old != self.ids)[written].sum())
+        if 2 * changed > int(written.sum()):
+            return None
+        return -changed, not stands, self.thread == threading.get_ident()
 
     def advance(self, ids: Tensor, masked: Tensor) -> None:
         """Take the next forward's tokens over."""
         if ids.shape[1] > self.ids.shape[1]:
             self.active, self.most = _first_masked(masked, self.prompt), _count(masked, self.prompt)
         self.ids, self.masked, self.step = ids, masked, self.step + 1
+        self.thread = threading.get_ident()
 
     def context(self) -> StepContext:
         """Where its last forward stands."""
@@ -170,7 +183,9 @@ class Canvases:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel():
-            self._here.now = self._of_tokens(ids.detach().cpu())
+            self._here.now = self._of_tokens(
+                ids.detach().to("cpu", copy=True)
+            )  # written over later
 
     def _of_cache(self, cache: Cache) -> StepContext:
         with self._lock:
@@ -189,12 +204,13 @@ class Canvases:
             if self.mask_token is None:
                 self.mask_token = int(ids[0, -1])
             masked = ids == self.mask_token
-            found = max(self._known, key=lambda one: one.agreement(ids, masked), default=None)
-            if found is None or found.agreement(ids, masked) < 0:
+            fits = [(fit, one) for one in reversed(self._known) if (fit := one.fit(ids, masked))]
+            _, found = max(fits, key=lambda each: each[0], default=(None, None))
+            if found is None:
                 self._number += 1
                 prompt = _first_masked(masked, 0, latest=True)
-                most = _count(masked, prompt)
-                found = _Generation(self._number, prompt, ids, masked, prompt, most)
+                most, thread = _count(masked, prompt), threading.get_ident()
+                found = _Generation(self._number, prompt, ids, masked, prompt, most, thread)
             else:
                 self._known.remove(found)
                 found.advance(ids, masked)
