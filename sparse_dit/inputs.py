@@ -89,6 +89,7 @@ def _prompt(file: Path) -> dict[str, Tensor]:
 
 def check_language_model(name: str) -> None:
     """Raise ValueError unless the name is a language model's folder or could be one on the hub."""
+    _check_searched(name)
     _check_named(name, ("config.json",), "a transformers model")
 
 
@@ -143,8 +144,18 @@ def load_denoiser(name: str, device: str, dtype: str | None, *, weights: bool = 
 
 def check_model(name: str) -> None:
     """Raise ValueError unless the name is a pipeline's folder or could be one on the hub."""
+    _check_searched(name)
     files = ("model_index.json", "modular_model_index.json")
     _check_named(name, files, "a diffusers pipeline")
+
+
+def _check_searched(name: str) -> None:
+    """Raise ValueError for a diffusion language model: its plans are rules, which no command searches."""
+    if is_denoiser(name):
+        raise ValueError(
+            f"{name} is a diffusion language model, which takes a rule (online, sparsed, mage) in place of a "
+            f"searched plan: sparse-dit eval frontier --model {name} --text FILE measures them"
+        )
 
 
 def _check_named(name: str, files: tuple[str, ...], what: str) -> None:

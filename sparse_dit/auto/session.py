@@ -317,7 +317,7 @@ def attach_auto(
     if library_of(pipe) != "diffusers":
         raise TypeError(
             f'"auto" learns from a diffusers pipeline, got a {type(pipe).__name__}: search a plan with '
-            "sparse_dit.search(model, texts, ...)"
+            'sparse_dit.search(model, texts, ...), or take "online" if it is a diffusion language model'
         )
     if options.verify and isinstance(pipe, nn.Module):
         raise TypeError(

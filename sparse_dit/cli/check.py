@@ -44,13 +44,14 @@ def check(
 
     One generation of a few steps without the plan, with the size it was made at unless told otherwise.
     """
-    from ..inputs import described, load_pipeline
+    from ..inputs import check_model, described, load_pipeline
     from ..integrations import host_of, workload
     from ..patch import patch
     from ..plan import Plan
     from ..search.check import check_plan
 
     loaded = Plan.from_pretrained(plan)
+    check_model(model)
     known = dict(loaded.provenance.get("settings") or {})
     if known and isinstance(loaded.provenance.get("profile_steps"), int):
         known["steps"] = loaded.provenance["profile_steps"]

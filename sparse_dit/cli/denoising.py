@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..tables import out, show_denoising_frontier
+from ..tables import show_denoising_frontier
+from .compared import ended, expected, told_apart
 from .options import Place, say
 
 
@@ -23,31 +24,24 @@ def denoising_frontier(
     from ..eval.denoising.frontier import DenoisingFrontier, figure_of, frontier
     from ..eval.denoising.ways import METHODS
     from ..eval.denoising.writing import Writing
-    from ..eval.figures import save_figure
     from ..inputs import load_denoiser, read_texts
-    from ..outputs import Outputs
     from ..plan import Plan
 
-    read = dict(zip((path.name for path in texts), read_texts(texts), strict=True))
+    names = told_apart(texts, lambda path: path.name, "--text")
+    read = dict(zip(names, read_texts(texts), strict=True))
+    if made := [name for name, text in read.items() if not isinstance(text, str)]:
+        raise ValueError(f"--text must be a text for a diffusion language model, got {made[0]}")
+    loaded = [Plan.from_pretrained(name) for name in plans]
     request = DenoisingFrontier(
         texts={name: text for name, text in read.items() if isinstance(text, str)},
         tokens=tokens,
         writing=Writing() if steps is None else Writing(steps=steps),
-        plans={Path(name).stem: Plan.from_pretrained(name) for name in plans},
+        plans=dict(zip(told_apart(plans, lambda path: path.stem, "--plan"), loaded, strict=True)),
         methods=methods or tuple(METHODS),
         file=file,
     )
-    outputs = Outputs(replace=True, say=say)
-    outputs.expect("--json", file, again=True)
-    if plot is not None:
-        outputs.expect("--plot", plot, ".png", ".svg")
-    rows = frontier(
-        load_denoiser(model, place.device, place.dtype or "float32"), request, say, outputs
-    )
+    outputs, dtype = expected(file, plot), place.dtype or "float32"
+    request.check(load_denoiser(model, place.device, dtype, weights=False))
+    rows = frontier(load_denoiser(model, place.device, dtype), request, say, outputs)
     show_denoising_frontier(rows)
-    if plot is not None:
-        figure = figure_of(rows)
-        lies = outputs.write(plot, lambda path: save_figure(figure, path))
-        out.print(f"wrote {lies}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
-    return outputs.code
+    return ended(outputs, file, plot, lambda: figure_of(rows))

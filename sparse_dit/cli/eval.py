@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,11 +20,11 @@ from ..tables import (
     show_language_quality,
     show_quality,
 )
+from .compared import ended, expected, told_apart
 from .denoising import denoising_frontier
 from .options import Cases, Force, Model, Place, PlanName, Size, say, with_options
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
 
     from ..plan import Plan
@@ -120,7 +120,7 @@ def evaluate(
     from ..eval.front import front_beside
     from ..eval.report_files import FILES
     from ..eval.sizes import parse_sizes
-    from ..inputs import described, load_pipeline
+    from ..inputs import check_model, described, load_pipeline
     from ..plan import Plan
 
     loaded = Plan.from_pretrained(plan)
@@ -134,6 +134,7 @@ def evaluate(
         return _evaluate_text(model, loaded, reading, place, folder, force)
     if reading != Reading():
         raise ValueError("--text, --tokens, --tasks, --lengths, --samples are for language models")
+    check_model(model)
     known = loaded.provenance.get("settings") or {}
     settings = size.settings(known)
     given = cases.read() if cases.given else _held_out(loaded)
@@ -240,11 +241,17 @@ def frontier(
     if text or plan:
         if model is None or not text:
             raise ValueError("rules for language models are compared on --model and --text")
+        pictures = cases.given or held_out or searched_at
         if is_denoiser(model):
+            if pictures or density or replace(size, steps=None) != Size():
+                raise ValueError(
+                    "prompts, sizes and --density don't go with a diffusion language model, which is given "
+                    "--text, --tokens, --steps, --method and --plan"
+                )
             return denoising_frontier(
                 model, text, tokens, size.steps, plan or [], method, file, plot, place
             )
-        if cases.given or held_out or searched_at or size != Size():
+        if pictures or size != Size():
             raise ValueError("prompts and sizes are for pipelines, and --text for language models")
         reading = Reading(text, tokens)
         return _text_frontier(model, reading, plan or [], density, method, file, plot, place)
@@ -272,12 +279,12 @@ def frontier(
         given, later, settings, density or DENSITIES, method or ALL_METHODS, file, searched_there
     )
     name, dtype = model or str(shipped("tiny_wan")), place.dtype or (None if model else "float32")
-    outputs = _expected(file, plot)
+    outputs = expected(file, plot)
     if (pipe := described(name, place.device, dtype)) is not None:
         started(pipe, request)
     rows = measure(load_pipeline(name, place.device, dtype), request, say, outputs)
     show_frontier(rows)
-    return _ended(outputs, file, plot, lambda: figure_of(rows))
+    return ended(outputs, file, plot, lambda: figure_of(rows))
 
 
 def _text_frontier(
@@ -299,40 +306,20 @@ def _text_frontier(
     from ..plan import Plan
 
     read = LanguageRequest(texts=reading.texts(), tokens=reading.tokens)
+    loaded = [Plan.from_pretrained(name) for name in plans]
     request = LanguageFrontier(
         reading=read,
-        plans={Path(name).stem: Plan.from_pretrained(name) for name in plans},
+        plans=dict(zip(told_apart(plans, lambda path: path.stem, "--plan"), loaded, strict=True)),
         densities=density or DENSITIES,
         methods=method or tuple(TEXT_RULES if read.asks else RULES),
         file=file,
     )
-    outputs = _expected(file, plot)
+    outputs = expected(file, plot)
     check_language_model(model)
-    loaded, tokenizer = load_language_model(model, place.device, place.dtype)
-    rows = measure(loaded, tokenizer, request, say, outputs)
+    read_model, tokenizer = load_language_model(model, place.device, place.dtype)
+    rows = measure(read_model, tokenizer, request, say, outputs)
     show_language_frontier(rows)
-    return _ended(outputs, file, plot, lambda: figure_of(rows))
-
-
-def _expected(file: Path, plot: Path | None) -> Outputs:
-    """What a comparison writes: its rows, which it goes on with, and a picture."""
-    outputs = Outputs(replace=True, say=say)
-    outputs.expect("--json", file, again=True)
-    if plot is not None:
-        outputs.expect("--plot", plot, ".png", ".svg")
-    return outputs
-
-
-def _ended(outputs: Outputs, file: Path, plot: Path | None, drawn: Callable[[], Figure]) -> int:
-    """Draw the picture that was asked for, say where all lies, and return the exit code."""
-    from ..eval.figures import save_figure
-
-    if plot is not None:
-        figure = drawn()
-        lies = outputs.write(plot, lambda path: save_figure(figure, path))
-        out.print(f"wrote {lies}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"wrote {outputs.lies(file)}", markup=False, highlight=False, soft_wrap=True)
-    return outputs.code
+    return ended(outputs, file, plot, lambda: figure_of(rows))
 
 
 def _held_out(plan: Plan) -> list[Any]:

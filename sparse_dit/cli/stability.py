@@ -53,10 +53,11 @@ def stability(
     from ..eval.stability import stability as compare
     from ..eval.stability import started
     from ..eval.stability_file import COUNTS, StabilityRequest
-    from ..inputs import described, load_pipeline
+    from ..inputs import check_model, described, load_pipeline
     from ..search.profiling import profiling_steps
 
     counts = sorted(set(count)) if count else list(COUNTS)
+    check_model(model)
     settings = size.settings()
     calibration, judged = _cases(cases, held_out or [], counts[-1])
     request = StabilityRequest(

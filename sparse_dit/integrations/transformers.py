@@ -9,6 +9,7 @@ from .language.attachment import (
     self_attention_layers,
 )
 from .language.loading import load
+from .language.no_grid import probe
 from .language.writing import load_denoiser, outline_denoiser, write
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "load",
     "load_denoiser",
     "outline_denoiser",
+    "probe",
     "self_attention_layers",
     "write",
 ]

@@ -81,8 +81,9 @@ def geometric_plan(
             "or layout="
         )
     given = {name: value for name, value in sizes.items() if value is not None}
-    host = host_of(pipe_or_transformer)
-    seen = host.probe(pipe_or_transformer, {**given, **(call or {})}, layout)
+    seen = host_of(pipe_or_transformer).probe(
+        pipe_or_transformer, {**given, **(call or {})}, layout
+    )
     levels = seen.sigmas or _even(seen.steps or steps or STEPS)
     parts = _parts(found, seen, density)
     geometry = _fitted(next(iter(parts.values())), density, dense_steps, len(levels))

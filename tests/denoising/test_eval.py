@@ -1,6 +1,8 @@
 """Diffusion language models that are measured and shown: prompts, rows, the demo's page, and bad input."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -126,6 +128,79 @@ def test_rows_of_all_methods_and_a_plan(pipe, tmp_path, monkeypatch):
     assert len(figure_of(rows).axes[0].lines) == len(rows)
     with pytest.raises(ValueError, match="methods must be among"):
         DenoisingFrontier(texts={"a": WORDS}, file=request.file, methods=["flash"])
+
+
+def test_texts_and_plans_of_one_name_are_told_apart(folder, tmp_path, pipe, monkeypatch):
+    once = {"mage": replace(ways.METHODS["mage"], numbers=(0.1,))}
+    monkeypatch.setattr(ways, "METHODS", once)
+    monkeypatch.setattr("sparse_dit.eval.denoising.frontier.METHODS", once)
+    typed = ["eval", "frontier", "--model", str(folder), "--tokens", "140", "--steps", "1"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "book.txt").write_text(WORDS)
+        denoising_plan(pipe, "sparsed").save(tmp_path / name / "plan.json")
+        typed += ["--text", str(tmp_path / name / "book.txt")]
+        typed += ["--plan", str(tmp_path / name / "plan.json")]
+    file = tmp_path / "rows.json"
+    assert run([*typed, "--json", str(file)]) == 0
+    kept = json.loads(file.read_text())
+    files = [str(tmp_path / name / "plan.json") for name in ("a", "b")]
+    assert [row["method"] for row in kept["rows"]] == [*files, "mage"]
+    assert len(kept["conditions"]["characters"]) == 2 and [*kept["conditions"]["plans"]] == files
+
+
+def test_what_a_comparison_can_not_do_is_told_before_anything_is_written(
+    folder, tmp_path, pipe, capsys
+):
+    text, file = folder / writing.TEXT, tmp_path / "rows.json"
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    other = bytes_writer().model
+    other.model.norm.weight.data[0] = torch.nan
+    other.save_pretrained(broken / "model")
+    frontier = ["eval", "frontier", "--json", str(file), "--tokens", "140", "--text", str(text)]
+    mine = [*frontier, "--model", str(folder)]
+    names = "must name each once"
+    for typed, words, starts in (
+        ([*mine, "--text", str(text)], f"--text {names}", False),
+        ([*mine, "--density", "0.3"], "--density don't go with a diffusion language model", False),
+        ([*mine, "--height", "64"], "don't go with a diffusion language model", False),
+        ([*mine, "--plan", "smollm2-135m-instruct"], "number of heads must be 9", False),
+        ([*mine, "--plan", "tiny-wan"], "that LLaDA2Pipeline lacks", False),
+        ([*mine, "--steps", "0"], "--steps must be at least 1, got 0", False),
+        ([*frontier, "--model", str(broken)], "says of tokens must be numbers, got NaN", True),
+    ):
+        assert run(typed) == 2
+        told = capsys.readouterr().err
+        assert words in " ".join(told.split()) and ("dense:" in told) == starts
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["eval", "MODEL", "PLAN"],
+        ["check", "MODEL", "PLAN"],
+        ["stability", "MODEL", "--prompt", "a", "--height", "64", "--width", "64"],
+        ["plan", "MODEL", "--height", "64", "--width", "64"],
+        ["search", "MODEL", "--text", "TEXT", "--text", "TEXT", "--max-kl", "1"],
+        ["search", "MODEL/model", "--text", "TEXT", "--text", "TEXT", "--max-kl", "1"],
+    ],
+)
+def test_commands_that_are_for_searched_plans_say_what_is_for_rules(
+    folder, tmp_path, pipe, typed, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    plan = tmp_path / "mage.json"
+    denoising_plan(pipe, "mage").save(plan)
+    given = {"MODEL": str(folder), "PLAN": str(plan), "TEXT": str(folder / writing.TEXT)}
+    assert run([re.sub("MODEL|PLAN|TEXT", lambda m: given[m[0]], word) for word in typed]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is a diffusion language model" in told and "sparse-dit eval frontier --model" in told
+    with pytest.raises(NotImplementedError, match="is for videos and images, and LLaDA2Pipeline"):
+        sparse_dit.geometric_plan(pipe, density=0.4)
+    with pytest.raises(TypeError, match='or take "online"'):
+        sparse_dit.patch(pipe, "auto")
 
 
 def test_a_folder_is_known_and_read(folder, tmp_path, pipe):

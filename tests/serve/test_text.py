@@ -192,7 +192,14 @@ def test_a_stream_goes_on_when_its_worker_is_lost(service, engine, client, lost)
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
         ({"echo": True}, "echo: Extra inputs are not permitted"),
         ({"n": 2}, "n: Input should be 1"),
-        ({"stop": ""}, "stop"),
+        ({"stop": ""}, "stop: must be up to 4 texts of 1 to 256 characters each"),
+        ({"stop": [*"abcde"]}, "stop: must be up to 4 texts"),
+        ({"stop": [5]}, "stop: must be up to 4 texts"),
+        (
+            {"max_tokens": 300, "extra_body": {"block_length": 300}},
+            "512 tokens, got 600 in whole blocks of 300",
+        ),
+        ({"extra_body": {"plan": ""}}, "plan must be one of thin, online"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
         (
             {"extra_body": {"plan": "fast"}},
@@ -227,6 +234,20 @@ def test_a_full_queue_and_a_job_that_fails(service, engine, client):
             text_of(waits)
         with pytest.raises(openai.UnprocessableEntityError, match="it can't be written"):
             client.completions.create(**ASKED)
+
+
+@pytest.mark.parametrize("plan", ["dense", "online", "mage"])
+def test_a_model_that_says_nan_fails_the_job(service, engine, client, plan):
+    (hidden,) = engine.pipe.model.model.norm.parameters()
+    kept = hidden.detach().clone()
+    with torch.no_grad(), working(service, engine):
+        hidden[0] = torch.nan
+        try:
+            for more in ({}, {"temperature": 1.0}):
+                with pytest.raises(openai.UnprocessableEntityError, match="numbers, got NaN"):
+                    client.completions.create(**ASKED, **more, extra_body=SMALL | {"plan": plan})
+        finally:
+            hidden.copy_(kept)
 
 
 def test_what_is_served_and_what_is_not(tmp_path, model, service):

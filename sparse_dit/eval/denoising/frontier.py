@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ...environment import environment
 from ...outputs import Outputs, check_writable
+from ...patch import patch
 from ...plan import Plan
 from ...words import option
 from ..rows import Row, keep_rows, kept_rows
@@ -74,12 +75,30 @@ class DenoisingFrontier:
             found += hidden(pipe.tokenizer, name, text, self.tokens, self.depths)
         return found
 
+    def check(self, pipe: Any) -> None:
+        """Raise unless prompts and plans suit a pipeline, which needs no weights, and rows can be added.
+
+        Raises:
+            ValueError: See `prompts` and `patch`; or the file holds other rows.
+        """
+        self.prompts(pipe)
+        for plan in self.plans.values():
+            with patch(pipe, plan):
+                pass
+        check_writable(self.file, "file")
+        kept_rows(self.file, FORMAT, self.conditions)
+
     @property
     def conditions(self) -> dict[str, Any]:
         """What rows of one file have in common."""
         sizes = {name: len(text) for name, text in self.texts.items()}
-        more = {"length": self.writing.length, "block": self.writing.block}
-        return {"characters": sizes, "tokens": self.tokens, **more, "steps": self.writing.steps}
+        densities = {name: plan.density for name, plan in self.plans.items()}
+        return {
+            "characters": sizes,
+            "tokens": self.tokens,
+            **vars(self.writing),
+            **({"plans": densities} if densities else {}),
+        }
 
 
 def frontier(
@@ -95,7 +114,7 @@ def frontier(
         say: Called with a line of text before each step.
         outputs: Has checked the file; knows where it lies afterwards.
     """
-    check_writable(request.file, "file")
+    request.check(pipe)
     rows = kept_rows(request.file, FORMAT, request.conditions)
     prompts = request.prompts(pipe)
     todo: list[tuple[str, float | None]] = [(name, None) for name in request.plans]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...denoising import canvas_length
 from ...integrations import host_of
 from ...timing import Taken
+from ...words import option
 
 CANVAS_STEPS = 48  # for a canvas beside a cache: what DiffusionGemma's pipeline takes
 
@@ -46,7 +47,7 @@ class Writing:
     def __post_init__(self) -> None:
         for name in ("length", "block", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
 
     def check(self, pipe: Any, tokens: int) -> None:
         """Raise ValueError unless a prompt of so many tokens, and what follows it, fit into the model.
@@ -68,7 +69,8 @@ class Writing:
             total = tokens + self.block * math.ceil(self.length / self.block)
         if most is not None and total > most:
             raise ValueError(
-                f"prompt and answer must fit into the model's {most} tokens, got {total}; give fewer"
+                f"prompt and answer must fit into the model's {most} tokens, got {total} in whole blocks of "
+                f"{self.block}; give fewer"
             )
 
     def run(

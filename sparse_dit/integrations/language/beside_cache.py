@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...generation import Sampling
 from ...timing import Taken, Timer
+from .finite import numbers_only
 
 
 class _Prompted:
@@ -55,13 +56,14 @@ def write_canvases(
         options["callback_on_step_end"] = step_end
     hook = pipe.model.model.encoder.register_forward_pre_hook(reads, with_kwargs=True)
     try:
-        timer = Timer(device)
-        found = twin(
-            prompt="", gen_length=length, num_inference_steps=steps, output_type="seq",
-            temperature=sampling.temperature, eos_early_stop=ends, eos_token_id=pipe.eos_token_id,
-            generator=torch.Generator(device).manual_seed(sampling.seed), **options,
-        )  # fmt: skip
-        taken = timer.stop()
+        with numbers_only(pipe.model):
+            timer = Timer(device)
+            found = twin(
+                prompt="", gen_length=length, num_inference_steps=steps, output_type="seq",
+                temperature=sampling.temperature, eos_early_stop=ends, eos_token_id=pipe.eos_token_id,
+                generator=torch.Generator(device).manual_seed(sampling.seed), **options,
+            )  # fmt: skip
+            taken = timer.stop()
     finally:
         hook.remove()
     return found.sequences[0, :length].cpu(), taken

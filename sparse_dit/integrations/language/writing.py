@@ -19,6 +19,7 @@ from ...timing import Taken, Timer
 from ..loading import load as load_pipeline
 from ..pipeline import progress_bars_off
 from .beside_cache import write_canvases
+from .finite import numbers_only
 from .loading import load, outline
 
 # where a `DiffusionGemmaPipeline` has its model and its tokenizer
@@ -48,6 +49,9 @@ def write(
             ends the generation.
         sampling: How tokens are drawn; None takes the most likely ones. DiffusionGemma takes no `top_p`.
         ends: Whether the block in which the end of the text is written is the last one.
+
+    Raises:
+        ValueError: If what the model says of tokens is NaN.
     """
     sampling, device = sampling or Sampling(), pipe.model.device
     if isinstance(pipe, DiffusionGemmaPipeline):
@@ -58,7 +62,7 @@ def write(
         options["generator"] = torch.Generator(device).manual_seed(sampling.seed)
     if after_step is not None:
         options["callback_on_step_end"] = _step_end(after_step)
-    with progress_bars_off(pipe):
+    with progress_bars_off(pipe), numbers_only(pipe.model):
         timer = Timer(device)
         found = pipe(
             input_ids=ids, gen_length=length, block_length=block, num_inference_steps=steps,

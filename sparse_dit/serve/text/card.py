@@ -82,7 +82,7 @@ class TextCard:
             writing.check(self.outline, tokens)
         except ValueError as error:
             raise invalid(str(error), "prompt") from None
-        plan = asked.plan or self.default_plan
+        plan = self.default_plan if asked.plan is None else asked.plan
         try:
             self.plans.named(plan, None)
         except ValueError as error:

@@ -70,6 +70,17 @@ class CompletionRequest(BaseModel):
             raise ValueError("must be text that is not empty")
         return prompt
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _some(cls, stop: Any) -> Any:
+        texts = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        fits = all(isinstance(text, str) and 0 < len(text) <= MOST_STOP for text in texts)
+        if not fits or len(texts) > MOST_STOPS:
+            raise ValueError(
+                f"must be up to {MOST_STOPS} texts of 1 to {MOST_STOP} characters each"
+            )
+        return stop
+
     @model_validator(mode="after")
     def _whole(self) -> CompletionRequest:
         try:
