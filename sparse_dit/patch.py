@@ -101,6 +101,8 @@ def patch(
         raise ValueError(f"dense must be {STOCK!r} or {FASTEST!r}, got {dense!r}")
     if token_order not in TOKEN_ORDERS:
         raise ValueError(f"token_order must be one of {TOKEN_ORDERS}, got {token_order!r}")
+    if not isinstance(step_cache, bool):
+        raise TypeError(f"step_cache must be True or False, got {step_cache!r}; a plan says which")
     if token_order == PLAN and plan in (EXACT, AUTO):
         raise ValueError(f"{plan!r} has no tiles to sort by; leave token_order={PLAN!r} out")
     found, how = unpatched(pipe_or_transformer), How(backend, nan_guard, dense)

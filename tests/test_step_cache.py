@@ -72,6 +72,20 @@ def test_it_is_enabled_with_the_patch_in_any_order_and_gone_with_it(tiny, cache)
     assert torch.equal(generate(pipe, call), stock)
 
 
+@pytest.mark.parametrize("cache", [FIRST_BLOCK, TAYLORSEER], ids=str)
+def test_an_interrupted_generation_leaves_nothing_in_it(tiny, cache):
+    pipe, call, _ = tiny
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with patch(pipe, _planned(pipe, cache)):
+        both = generate(pipe, call)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, call, callback_on_step_end=interrupt)
+        assert torch.equal(generate(pipe, call), both)
+
+
 def test_another_cache_stays_and_is_told(tiny):
     pipe, _, _ = tiny
     config = TaylorSeerCacheConfig(use_lite_mode=True, cache_interval=3)
@@ -97,6 +111,8 @@ def test_a_copy_has_its_own(tiny):
 
 
 def test_what_isnt_one_is_refused_before_anything_is_patched(tiny):
+    with pytest.raises(TypeError, match="step_cache must be True or False, got 'first-block'"):
+        patch(tiny[0], _planned(tiny[0], FIRST_BLOCK), step_cache="first-block")  # pyright: ignore
     pipe, _, _ = tiny
     plan = plan_for(pipe, NARROW)
     for found, message in (

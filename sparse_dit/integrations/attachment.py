@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .step_caches import (
     disable_step_cache,
     enable_step_cache,
     enabled_step_cache,
+    reset_step_cache,
 )
 from .step_tracker import StepTracker
 from .token_order import TokenOrder
@@ -145,6 +147,7 @@ class Attachment:
         self._links = _links(transformer, self.layers)
         self._num_heads = {num_heads for num_heads, _ in heads_of(transformer).values()}
         self._name: str | None = None
+        self._enter_again: Callable[[], object] | None = None  # the cache context that is entered
         self._schedule = Schedule(pipe)
         self._tracker = StepTracker(self._schedule)
         self._lost: set[str] = set()
@@ -258,12 +261,26 @@ class Attachment:
     @contextlib.contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """`transformer.cache_context`, from which the pipeline tells the guidance branch."""
-        previous, self._name = self._name, name
-        try:
-            with type(self._transformer).cache_context(self._transformer, name, **kwargs):
+        enter = functools.partial(
+            type(self._transformer).cache_context, self._transformer, name, **kwargs
+        )
+        previous = self._name, self._enter_again
+        with contextlib.ExitStack() as entered:
+            self._name = name
+            self._enter_again = lambda: entered.enter_context(enter())
+            try:
+                self._enter_again()
                 yield
-        finally:
-            self._name = previous
+            finally:
+                self._name, self._enter_again = previous
+
+    def _forget_interrupted(self) -> None:
+        """Let the patch's step cache forget a generation that was cut off: only one that ends does so."""
+        if self._cache_config is None or cache_config(self._transformer) is not self._cache_config:
+            return
+        reset_step_cache(self._transformer)
+        if self._enter_again is not None:  # the context is forgotten too
+            self._enter_again()
 
     @torch.compiler.disable
     def _before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -278,6 +295,8 @@ class Attachment:
         layout = arrangement.layout if arrangement else family.layout(transformer.config, arguments)
         check_split(transformer, layout, self._num_heads, arguments)
         condition = self._tracker.condition(arguments)
+        if run != self._tap.context.run:
+            self._forget_interrupted()
         self._tap.arrangement, sorted_by = arrangement, None
         if self._token_order is not None:
             own = family.layout(transformer.config, arguments) if arrangement else layout
