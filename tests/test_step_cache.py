@@ -112,7 +112,7 @@ def test_a_copy_has_its_own(tiny):
 
 def test_what_isnt_one_is_refused_before_anything_is_patched(tiny):
     with pytest.raises(TypeError, match="step_cache must be True or False, got 'first-block'"):
-        patch(tiny[0], _planned(tiny[0], FIRST_BLOCK), step_cache="first-block")  # pyright: ignore
+        patch(tiny[0], _planned(tiny[0], FIRST_BLOCK), step_cache="first-block")
     pipe, _, _ = tiny
     plan = plan_for(pipe, NARROW)
     for found, message in (
