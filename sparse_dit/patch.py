@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from .exact import Exact
 from .fastest import FASTEST, STOCK
 from .making import Making
 from .online import RULES, online_plan
-from .plan import Plan, config_hash
+from .plan import Plan, PlanError, config_hash
 from .runtime import How, Runtime
 from .step_cache import StepCache, cache_notes
 from .summary import Summary, summarise
@@ -144,7 +145,7 @@ def patch(
         exact = {name: Exact(name, backend, nan_guard) for name in found}
         return Handle(None, attach_all(found, exact, pipe_or_transformer), exact)
     if not isinstance(plan, Plan):
-        plan = Plan.from_pretrained(plan)
+        plan = _loaded(plan)
     targets = _targets(pipe_or_transformer, found, plan)
     for name, transformer in targets.items():
         check_fits(plan, name, transformer)
@@ -157,6 +158,17 @@ def patch(
         if token_order == PLAN:
             sort_tokens(attachments, {name: plan.components[name] for name in targets})
     return Handle(plan, attachments, runtimes)
+
+
+def _loaded(name: str | os.PathLike[str]) -> Plan:
+    """The plan of that name; what its name may have been meant for is said if there is none."""
+    try:
+        return Plan.from_pretrained(name)
+    except PlanError as error:
+        meant = get_close_matches(str(name), [AUTO, EXACT, *RULES, *DENOISING], 1, 0.8)
+        if meant and not os.path.exists(name):
+            raise PlanError(f"{error}; did you mean {meant[0]!r}?") from None
+        raise
 
 
 def unpatch(pipe_or_transformer: Any) -> None:

@@ -637,3 +637,13 @@ def test_the_class_instead_of_an_instance(part):
     kind = type(pipe if part == "pipeline" else pipe.transformer)
     with pytest.raises(TypeError, match=rf"{kind.__name__} is a class; pass a pipeline or"):
         patch(kind, plan_for(pipe, NARROW))
+
+
+@pytest.mark.parametrize(("name", "meant"), [("onlin", "online"), ("Exact", "exact"), ("no", None)])
+def test_a_name_that_is_nearly_a_rules_is_told_which(name, meant):
+    pipe, _ = wan()
+    with pytest.raises(PlanError, match=f"no plan '{name}'") as caught:
+        patch(pipe, name)
+    assert ("did you mean" in str(caught.value)) == (meant is not None)
+    if meant:
+        assert str(caught.value).endswith(f"did you mean {meant!r}?")

@@ -71,6 +71,9 @@ def not_found(what: str) -> ApiError:
 def invalid_field(error: ValidationError | RequestValidationError) -> ApiError:
     """The first field of a request that is wrong."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return invalid(f"the body must be JSON: {reason} (character {first['loc'][-1]})")
     places = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = ".".join(places) or None
     message = first["msg"].removeprefix("Value error, ")

@@ -262,6 +262,10 @@ def test_what_is_served_and_what_is_not(tmp_path, model, service):
         }
         half = http.post("/v1/completions", **given)
         assert half.status_code == 400 and "half of a surrogate pair" in half.text
+        wrong = http.post("/v1/completions", **given | {"content": b'{"prompt": x}'})
+        told = wrong.json()["error"]
+        assert wrong.status_code == 400 and told["param"] is None
+        assert told["message"] == "the body must be JSON: Expecting value (character 11)"
         page = http.get("/").text
         assert "<form" in page and "//" not in page.replace("<!doctype", ""), (
             "nothing from elsewhere"
