@@ -147,6 +147,33 @@ def test_guidance_branches_share_the_wider_window():
     assert made.lost == {"dense in one branch of guidance": 1}
 
 
+def _windows(layer):
+    head = HeadChoice(pattern_of((1, 1, 1), GRID))
+    layers = {layer: ((head, head), (head, head))}
+    part = component(layers=layers, layout=TokenLayout.video(*GRID))
+    return small(components={"transformer": part})
+
+
+def test_a_plan_that_would_make_an_endless_strategy_is_refused_at_once():
+    with pytest.raises(PlanError, match="at most 1048576 windows, got 2 steps of 1000000 layers"):
+        export_sta(_windows("blocks.999999.attn1"), [0.9, 0.1])
+    with pytest.raises(PlanError, match="block's number, of at most six digits"):
+        export_sta(_windows("blocks.1000000.attn1"), [0.9, 0.1])
+    with pytest.raises(PlanError, match="at most 1048576 windows, got 524289 steps of 1"):
+        export_sta(_windows("blocks.0.attn1"), [0.5] * (2**19 + 1))
+    assert export_sta(_windows("blocks.0.attn1"), [0.9, 0.1]).exact == 4
+
+
+def test_noise_levels_that_are_none_are_refused():
+    for steps, shift in ((0, 5.0), (10**9, 5.0), (3, 0.0), (3, float("inf")), (3, float("nan"))):
+        with pytest.raises(ValueError, match="steps must be from 1 to 1000000 and the shift > 0"):
+            flow_sigmas(steps, shift)
+    for level in (None, "a", True, -0.1, 1.5, [0.5]):
+        plan = small(provenance={"schedule": {"sigmas": [level, 0.1]}})
+        with pytest.raises(ValueError, match="sigmas must be noise levels from 0 to 1, got"):
+            sigmas_of(plan, 2, None)
+
+
 def test_what_no_strategy_can_say_is_refused():
     far = HeadChoice(Pattern(Stencil(((0, 0, 0, 1),)), tile=TILE))
     part = component(layers={"blocks.0.attn1": ((far, far),) * 2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from typing import NamedTuple
 from ...patterns import Pattern
 from ...plan import ComponentPlan, Plan, PlanError
 from ...plan.component import DIFFUSION
-from .strategy import Strategy
+from ...plan.errors import short
+from .strategy import MAX_NUMBER, MAX_WINDOWS, Strategy
 from .windows import Fitted, GridSize, density, fitted, tiles_of
 
 # the sizes in tokens that SGLang 0.5.23 runs its kernel at
@@ -65,10 +67,12 @@ def flow_sigmas(steps: int, shift: float) -> list[float]:
         shift: The schedule's `flow_shift`: `shift * s / (1 + (shift - 1) * s)`.
 
     Raises:
-        ValueError: If there is no step, or the shift isn't above 0.
+        ValueError: If the steps are none or too many to number, or the shift isn't a finite number above 0.
     """
-    if steps < 1 or not shift > 0:
-        raise ValueError(f"steps must be >= 1 and the shift > 0, got {steps} and {shift}")
+    if not 1 <= steps <= MAX_NUMBER or not 0 < shift < math.inf:
+        raise ValueError(
+            f"steps must be from 1 to {MAX_NUMBER} and the shift > 0 and finite, got {steps} and {shift}"
+        )
     even = [1 - n / steps for n in range(steps)]
     return [shift * s / (1 + (shift - 1) * s) for s in even]
 
@@ -77,13 +81,13 @@ def sigmas_of(plan: Plan, steps: int, shift: float | None) -> list[float]:
     """Noise levels of a plan's schedule in a number of steps, with the plan's own shift if none is given.
 
     Raises:
-        ValueError: If there is no shift in the plan either.
+        ValueError: If there is no shift in the plan either, or what it has for noise levels is none.
     """
     schedule, settings = (plan.provenance.get(name) for name in ("schedule", "settings"))
     schedule = schedule if isinstance(schedule, dict) else {}
     known = schedule.get("sigmas")
     if shift is None and isinstance(known, list) and len(known) == steps:
-        return [float(sigma) for sigma in known]
+        return [_noise_level(sigma) for sigma in known]
     if shift is None:
         shift = schedule.get("shift")
     if shift is None and isinstance(settings, dict):
@@ -94,6 +98,15 @@ def sigmas_of(plan: Plan, steps: int, shift: float | None) -> list[float]:
             "it (Wan 2.1: 3 at 480p, 5 at 720p; HunyuanVideo: 7)"
         )
     return flow_sigmas(steps, float(shift))
+
+
+def _noise_level(found: object) -> float:
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1:
+        raise ValueError(
+            f"provenance.schedule.sigmas must be noise levels from 0 to 1, got {short(found)}; give "
+            "--flow-shift instead"
+        )
+    return float(found)
 
 
 def export_sta(
@@ -115,7 +128,7 @@ def export_sta(
         grid: Frames, rows and columns of tokens; those of the plan's calibration if None.
 
     Raises:
-        PlanError: If nothing sparse is left, or the plan's form has no place in such a file.
+        PlanError: If nothing sparse is left, or the plan's form or size has no place in such a file.
     """
     part = _component(plan, component)
     if grid is None:
@@ -124,7 +137,13 @@ def export_sta(
         grid = part.layout.grid
     numbers, notes = _numbers(part)
     (num_heads,) = _same({num_heads for num_heads, _ in part.heads.values()})
-    order: list[str | None] = [None] * (max(numbers.values()) + 1)
+    num_layers = max(numbers.values()) + 1  # names say it, so it may be anything
+    if len(sigmas) * num_layers * num_heads > MAX_WINDOWS:
+        raise PlanError(
+            f"an STA strategy holds at most {MAX_WINDOWS} windows, got {len(sigmas)} steps of {num_layers} "
+            f"layers, as the plan numbers them, and {num_heads} heads"
+        )
+    order: list[str | None] = [None] * num_layers
     for layer, number in numbers.items():
         order[number] = layer
     made: dict[tuple[int | None, ...], _Step] = {}
@@ -218,8 +237,10 @@ def _numbers(part: ComponentPlan) -> tuple[dict[str, int], list[str]]:
     kinds: dict[tuple[str, str], dict[str, int]] = {}
     for layer in part.layers:
         match = re.fullmatch(r"(.*?)(\d+)(.*)", layer)
-        if match is None:
-            raise PlanError(f"a layer's path must hold its block's number, got {layer!r}")
+        if match is None or len(match[2]) > 6:
+            raise PlanError(
+                f"a layer's path must hold its block's number, of at most six digits, got {short(layer)}"
+            )
         kinds.setdefault((match[1], match[3]), {})[layer] = int(match[2])
     if len(kinds) > 2:
         raise PlanError(

@@ -20,6 +20,8 @@ from .windows import GridSize
 
 MAX_BYTES = 64 << 20
 MAX_WINDOW = 1 << 16
+MAX_NUMBER = 10**6  # of steps, layers and heads: what `KEY` can number
+MAX_WINDOWS = 1 << 20  # what `MAX_BYTES` hold with the longest keys
 KEY = re.compile(r"(0|[1-9]\d{0,5})_(0|[1-9]\d{0,5})_(0|[1-9]\d{0,5})")
 
 
