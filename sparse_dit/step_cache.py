@@ -152,7 +152,7 @@ def asked_caches(text: str, steps: int) -> tuple[StepCache, ...]:
         steps: Denoising steps of a generation.
 
     Raises:
-        ValueError: If the text asks for none of them.
+        ValueError: If the text asks for none of them, or for one that leaves out none of the steps.
     """
     name, equals, value = text.partition("=")
     if name not in _SETTINGS:
@@ -166,17 +166,31 @@ def asked_caches(text: str, steps: int) -> tuple[StepCache, ...]:
     if not equals:
         pairs = [(2, steps // 2), (2, steps // 3), *((n, first) for n in INTERVALS)]
         found = dict.fromkeys((n, _first(n, max(LEAST_FIRST, m), steps)) for n, m in pairs)
-        return tuple(StepCache(name, {"interval": n, "first": m}) for n, m in found)
+        return tuple(
+            _leaving_out(StepCache(name, {"interval": n, "first": m}), steps) for n, m in found
+        )
     try:
-        numbers = [float(part) if "." in part else int(part) for part in value.split(":")]
+        numbers = [float(part) for part in value.split(":")]
     except ValueError:
         numbers = []
+    numbers = [int(one) if one.is_integer() else one for one in numbers]
     names = tuple(_SETTINGS[name])
     if name == TAYLORSEER and len(numbers) == 1:
         numbers.append(_first(numbers[0], first, steps))
     if len(numbers) != len(names):
         raise ValueError(f"{text!r} must be {name}={':'.join(map(str.upper, names))}, in numbers")
-    return (StepCache(name, dict(zip(names, numbers, strict=True))),)
+    return (_leaving_out(StepCache(name, dict(zip(names, numbers, strict=True))), steps),)
+
+
+def _leaving_out(cache: StepCache, steps: int) -> StepCache:
+    """The same; ValueError if its numbers alone say that it computes every step."""
+    first = cache.settings.get("first", 0)
+    if first >= steps:  # the step after the first ones is always left out
+        raise ValueError(
+            f"the step cache {cache} leaves out none of {steps} steps: the first {first:g} are computed; "
+            f"give more steps, or {cache.name}=INTERVAL:FIRST with {LEAST_FIRST} <= FIRST < steps"
+        )
+    return cache
 
 
 def _first(interval: float, first: int, steps: int) -> int:

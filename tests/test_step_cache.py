@@ -140,6 +140,7 @@ def test_what_isnt_one_is_refused_before_anything_is_patched(tiny):
 
 def test_what_is_asked_for_is_read_from_text():
     assert [str(one) for one in asked_caches("first-block=0.12", 12)] == ["first-block=0.12"]
+    assert [str(one) for one in asked_caches("first-block=3e-2", 12)] == ["first-block=0.03"]
     assert [str(one) for one in asked_caches("taylorseer=2", 12)] == ["taylorseer=2:3"]
     assert [str(one) for one in asked_caches("taylorseer=3:5", 12)] == ["taylorseer=3:5"]
     bolder = [one.settings["threshold"] for one in asked_caches("first-block", 50)]
@@ -150,11 +151,21 @@ def test_what_is_asked_for_is_read_from_text():
     for text in ("tea", "first-block=", "first-block=a", "first-block=1:2", "taylorseer=1:2:3"):
         with pytest.raises(ValueError, match=r"step cache must be one of|must be \S+=[A-Z]"):
             asked_caches(text, 12)
-    for text in ("taylorseer=0", "taylorseer=1", "taylorseer=2.5", "taylorseer=1.e999"):
+    for number in ("0", "1", "2.5", "1.e999", "1" + "0" * 400):
         with pytest.raises(
             ValueError, match="interval of the step cache taylorseer must be a whole"
         ):
-            asked_caches(text, 12)
+            asked_caches(f"taylorseer={number}", 12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 12, 50])
+def test_whether_the_numbers_alone_leave_out_a_step_is_known_before(steps):
+    for text in ("taylorseer", "taylorseer=2", "taylorseer=6", f"taylorseer=2:{steps}"):
+        if steps > 2 and ":" not in text:
+            assert all(2 <= one.settings["first"] < steps for one in asked_caches(text, steps))
+            continue
+        with pytest.raises(ValueError, match=f"must be|leaves out none of {steps} steps"):
+            asked_caches(text, steps)
 
 
 def test_show_prints_it_with_what_was_compared(tiny, tmp_path, capsys):

@@ -203,6 +203,11 @@ def evaluate(problem: Problem, pick: Tensor) -> Choice:
     return Choice(pick, loss, seconds, problem.dense_seconds / seconds, error, dens)
 
 
+def all_dense(problem: Problem) -> Choice:
+    """No unit is sparse."""
+    return evaluate(problem, torch.zeros(len(problem.units), dtype=torch.int64))
+
+
 def at_price(problem: Problem, price: float) -> Choice:
     """Every unit takes the candidate of least `seconds + price * loss`."""
     return evaluate(problem, (problem.seconds + price * problem.loss).argmin(1))
@@ -216,7 +221,7 @@ def cheapest(problem: Problem, good: Callable[[Choice], bool]) -> Choice:
         good: Must hold for all choices with less loss than one it holds for.
     """
     low, high = -6.0, 12.0  # log10 of seconds per loss
-    best = evaluate(problem, torch.zeros(len(problem.units), dtype=torch.int64))
+    best = all_dense(problem)
     for _ in range(40):
         middle = (low + high) / 2
         choice = at_price(problem, 10**middle)

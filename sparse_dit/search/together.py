@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..plan import Plan
 from .caching import Cached, measured_scale, tried, with_cache
 from .objective import PSNR
-from .solve import Choice, least_loss
+from .solve import Choice, all_dense, least_loss
 from .tune import FIRST_SCALE, Clock, Session, allowed_loss, tune
 from .verify import Reference, Verified
 
@@ -33,7 +34,7 @@ class Tuned(NamedTuple):
 
 
 class Together(NamedTuple):
-    """The better of a plan alone and one with a step cache, and what all that was measured gave.
+    """The best of a plan alone, a step cache alone, and both, and what all that was measured gave.
 
     `compared` has an entry for each way: `what`, `cache`, `density`, `computed` (share of attention calls
     that ran), `psnr_db`, `psnr_db_least`, `speedup`, and `forecast` where the PSNR is one.
@@ -88,12 +89,14 @@ def together(
         options.say(
             f"step cache {one.cache} alone: {one.computed:.0%} of the attention calls, "
             f"{row['speedup']:.2f}x at {row[work.quality]:.1f} dB"
+            f"{'' if one.computed < 1 else ': it leaves nothing out'}"
         )
 
     found = tried(work, references, options.caches, lambda one: _too_bold(session, one), seen)
     sessions = [
         replace(session, problem=with_cache(session.problem, references, one), cached=one)
         for one in found
+        if one.computed < 1
     ]
     ranked = [
         (rank, n) for n, one in enumerate(sessions) if (rank := _rank(one, scale)) is not None
@@ -107,7 +110,7 @@ def together(
         compared.append(_row(BOTH, both))
         if alone is not None and (equal := _as_fast(alone, both.verified.speedup)):
             compared.append(equal)
-    best = _better(alone, both)
+    best = _best(alone, both, [_all_dense(one) for one in sessions])
     if best is None:
         raise ValueError(
             f"target_speedup {options.target_speedup:g} is out of reach on this device, with the step cache "
@@ -115,7 +118,24 @@ def together(
         )
     if best is alone:
         options.say("no step cache makes the plan faster at what is asked for: it has none")
+    elif best is not both:
+        assert best.session.cached is not None, "only the plan alone has none"
+        options.say(
+            f"the step cache {best.session.cached.cache} alone is better at what is asked for than with "
+            "sparse attention: the plan is all dense, and has it"
+        )
     return Together(best, compared)
+
+
+def _all_dense(session: Session) -> Tuned:
+    """A step cache with all attention dense, as it was measured when it was tried."""
+    cached = session.cached
+    assert cached is not None, "it was made with one"
+    choice, taken = all_dense(session.problem), sum(run.seconds for run in cached.runs)
+    verified = Verified(
+        cached.difference, cached.pairs.speedup, taken, cached.pairs, cached.by_case
+    )
+    return Tuned(session, choice, session.plan(choice), verified)
 
 
 def _too_bold(session: Session, one: Cached) -> bool:
@@ -140,17 +160,39 @@ def _rank(session: Session, scale: float) -> float | None:
         return None
 
 
-def _better(alone: Tuned | None, both: Tuned | None) -> Tuned | None:
-    """The one that meets a PSNR faster, or is nearer to it; for a speed-up that of the higher PSNR."""
-    known = [one for one in (alone, both) if one is not None]
-    if len(known) < 2:
-        return known[0] if known else None
-    wanted = known[0].session.options.min_psnr
-    if wanted is not None:
-        good = [one for one in known if one.verified.difference[PSNR] >= wanted]
-        if good:
-            return min(good, key=lambda one: one.choice.seconds)
-    return max(known, key=lambda one: one.verified.difference[PSNR])
+def _best(alone: Tuned | None, both: Tuned | None, cached: Sequence[Tuned]) -> Tuned | None:
+    """The fastest that meets a PSNR, or the nearest to it; for a speed-up that of the highest PSNR.
+
+    Args:
+        alone, both: The plan without a step cache and with one, each if there is one.
+        cached: The step caches alone. One that meets what is asked for takes the place of a plan that
+            doesn't, and of one with sparse attention that is measured to be no faster.
+    """
+    sparse = [one for one in (alone, both) if one is not None]
+    known = [*sparse, *cached]
+    if not known:
+        return None
+    options = known[0].session.options
+    if (wanted := options.min_psnr) is not None:
+        good = [one for one in sparse if _psnr(one) >= wanted]
+        best = min(good, key=lambda one: one.choice.seconds, default=None)
+        dense = max((one for one in cached if _psnr(one) >= wanted), key=_speed, default=None)
+        if dense is None:
+            return best or max(known, key=_psnr)
+        return dense if best is None or _speed(dense) >= _speed(best) else best
+    fast = [one for one in known if _speed(one) >= (options.target_speedup or 0.0)]
+    return max(fast or sparse, key=_psnr, default=None)
+
+
+def _psnr(one: Tuned) -> float:
+    return one.verified.difference[PSNR]
+
+
+def _speed(one: Tuned) -> float:
+    """The speed-up as measured, or by forecast if it is another device's."""
+    device = one.session.options.target_device
+    here = device is None or device.table.here
+    return one.verified.speedup if here else one.choice.speedup
 
 
 def _row(what: str, tuned: Tuned) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from tests.helpers.documents import Shown
 from tests.helpers.typed import read
 
 SIZE = {"--height": "64", "--width": "64", "--num-frames": "17", "--steps": "2", "--guidance": "1"}
+CACHED = {"--steps": "3"}  # the fewest of which a step cache leaves one out
 EMBEDDED = {"--height": "32", "--width": "32", "--num-frames": "5", "--steps": "1"}
 # of the options of a command: the values that take the place of those shown
 VALUES: dict[tuple[str, ...], dict[str, str]] = {
@@ -124,12 +125,13 @@ def shorter(words: list[str]) -> list[str]:
     """A command of `sparse-dit` as the test runs it."""
     names, _ = read(words)
     of_text = names == ("eval", "frontier") and "--text" in words
+    values = VALUES.get(names, {}) | (CACHED if "--cache" in words else {})
     found: list[str] = []
     for before, word in zip(["", *words], filled(words), strict=False):
         if word in ELSEWHERE or before in ELSEWHERE:
             continue
         hub = re.fullmatch(r"[\w-]+/[\w.-]+", word) and not before.startswith("-")
-        small = VALUES.get(names, {}).get(before, word)
+        small = values.get(before, word)
         found.append("model" if hub else small)
     quick = names == ("bench", "kernel") and "--quick" in words  # it has sizes of its own
     for option, value in (RULES if of_text else MORE.get(names, {})).items():

@@ -12,7 +12,7 @@ from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations.step_caches import enable_step_cache
 from sparse_dit.patterns import Dense, Pattern, Window
 from sparse_dit.plan import Plan, Stage
-from sparse_dit.search import caching, engine, search_plan
+from sparse_dit.search import caching, engine, search_plan, together
 from sparse_dit.search.caching import Cached, measured_scale, tried, with_cache
 from sparse_dit.search.front import pick
 from sparse_dit.search.options import SearchOptions
@@ -46,6 +46,7 @@ def pipe(monkeypatch):
     stub_costs(monkeypatch)
     monkeypatch.setattr(caching, "_outside", _calls)
     monkeypatch.setattr(engine, "dense_generation", lambda *measured: 1.0)
+    monkeypatch.setattr(together, "_speed", lambda one: one.choice.speedup)
     return tiny_pipelines.wan()[0]
 
 
@@ -86,10 +87,72 @@ def test_a_speed_up_may_come_from_both_where_sparse_attention_alone_is_too_slow(
     assert searched.plan.forecast["speedup"] >= 1.2
 
 
+def test_a_cache_alone_that_is_faster_than_with_sparse_attention_is_what_is_written(
+    pipe, monkeypatch, tmp_path
+):
+    # as where sparse attention is slower than it is forecast to be
+    monkeypatch.setattr(together, "_speed", lambda one: one.choice.density)
+    said = []
+    searched = _search(pipe, cache="taylorseer=2:2", min_psnr=20.0, report=said.append)
+    assert searched.plan.density == 1.0
+    assert searched.plan.measured["met"]
+    (row,) = [row for row in searched.plan.provenance["compared"] if row["what"] == "cache alone"]
+    assert searched.plan.measured["psnr_db"] == pytest.approx(row["psnr_db"], abs=0.01)
+    assert any("taylorseer=2:2 alone is better" in line for line in said)
+    assert searched.front.points
+    searched.plan.save(tmp_path / "plan.json")
+    with sparse_dit.patch(pipe, Plan.load(tmp_path / "plan.json")) as handle:
+        assert "step cache taylorseer=2:2, as in the search" in str(handle.summary())
+
+
+def test_a_cache_that_leaves_nothing_out_is_no_part_of_a_plan(pipe):
+    said = []
+    searched = _search(pipe, cache="first-block=1e-9", min_psnr=20.0, report=said.append)
+    assert StepCache.of(searched.plan) is None
+    assert any(line.endswith("it leaves nothing out") for line in said)
+    assert any(line.startswith("no step cache makes the plan faster") for line in said)
+
+
+def _tuned(psnr, speedup, seconds=1.0, **goal):
+    options = SimpleNamespace(**{"min_psnr": None, "target_speedup": None, **goal})
+    options.target_device = None
+    return together.Tuned(
+        SimpleNamespace(options=options),
+        SimpleNamespace(seconds=seconds, speedup=1 / seconds),
+        None,
+        SimpleNamespace(difference={"psnr_db": psnr}, speedup=speedup),
+    )
+
+
+@pytest.mark.parametrize(
+    ("goal", "alone", "both", "cache", "best"),
+    [
+        # PSNR, measured speed-up, forecast seconds
+        ({"min_psnr": 22.0}, (25, 1.1, 0.9), (22.9, 1.36, 0.5), (31.5, 1.50, 0.7), "cache"),
+        ({"min_psnr": 22.0}, (25, 1.1, 0.9), (22.9, 1.60, 0.5), (31.5, 1.50, 0.7), "both"),
+        ({"min_psnr": 30.0}, (25, 1.1, 0.9), (29.0, 1.60, 0.5), (31.5, 1.50, 0.7), "cache"),
+        ({"min_psnr": 30.0}, (31, 1.1, 0.9), (29.0, 1.60, 0.5), (28.5, 1.50, 0.7), "alone"),
+        ({"min_psnr": 30.0}, (25, 1.1, 0.9), None, (28.5, 1.50, 0.7), "cache"),
+        ({"target_speedup": 1.4}, (20, 1.4, 0.7), (29.0, 1.45, 0.7), (31.5, 1.50, 0.7), "cache"),
+        ({"target_speedup": 1.4}, (20, 1.4, 0.7), (29.0, 1.45, 0.7), (31.5, 1.30, 0.8), "both"),
+        ({"target_speedup": 2.0}, (20, 1.4, 0.5), (19.0, 1.45, 0.5), (31.5, 1.30, 0.8), "alone"),
+        ({"target_speedup": 2.0}, None, None, (31.5, 1.30, 0.8), None),
+    ],
+)
+def test_the_best_of_a_plan_alone_a_cache_alone_and_both(goal, alone, both, cache, best):
+    tuned = {
+        name: None if one is None else _tuned(*one, **goal)
+        for name, one in {"alone": alone, "both": both, "cache": cache}.items()
+    }
+    found = together._best(tuned["alone"], tuned["both"], [tuned["cache"]])
+    assert found is (None if best is None else tuned[best])
+
+
 def test_what_doesnt_go_is_told_before_anything_runs(pipe):
     for options, kind, message in (
         ({"cache": "tea"}, ValueError, "a step cache must be one of"),
         ({"cache": 3}, TypeError, "cache must be text"),
+        ({"cache": "taylorseer=2:99"}, ValueError, "leaves out none of 6 steps: the first 99 are"),
         ({"cache": "first-block", "min_psnr": None, "max_error": 0.1}, ValueError, "goes with"),
     ):
         with pytest.raises(kind, match=message):
