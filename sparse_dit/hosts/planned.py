@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -212,14 +213,20 @@ class _Generation:
 def named_plan(host: str, setting: Setting) -> PlannedAttention | None:
     """The plan that the environment names, for a host; None if it names none.
 
+    A variable whose name is nearly that of `PLAN` is logged.
+
     Args:
         host, setting: See `PlannedAttention`.
 
     Raises:
         PlanError: If what it names is no plan.
     """
-    name = os.environ.get(PLAN)
-    return _loaded(name, host, setting) if name else None
+    if name := os.environ.get(PLAN):
+        return _loaded(name, host, setting)
+    nearly = [x for x in os.environ if x != PLAN and get_close_matches(x.upper(), [PLAN], 1, 0.85)]
+    if nearly:
+        logger.warning("%s follows no plan: %s is set, but not %s", host, nearly[0], PLAN)
+    return None
 
 
 @functools.cache

@@ -240,6 +240,18 @@ def test_without_a_plan_nothing_is_registered_and_a_wrong_one_is_told(monkeypatc
             host.register()
 
 
+@pytest.mark.parametrize("name", ["SPARSE_DIT_PLANS", "SPARSEDIT_PLAN", "sparse_dit_plan"])
+def test_a_misspelt_name_of_the_variable_is_said(name, monkeypatch, caplog):
+    stand_ins.install_sglang(monkeypatch)
+    monkeypatch.delenv(planned.PLAN, raising=False)
+    monkeypatch.setenv("SPARSE_DIT_CACHE", "elsewhere")
+    sglang.register()
+    assert not caplog.records
+    monkeypatch.setenv(name, "tiny-wan")
+    sglang.register()
+    assert f"SGLang follows no plan: {name} is set, but not SPARSE_DIT_PLAN" in caplog.text
+
+
 def omni_layer(world, name="FLASH_ATTN", **more):
     """A layer as vLLM-Omni builds it: the class by its path, keywords alone."""
     path = {member.name: path for member, path in world.overrides.items()}[name]
