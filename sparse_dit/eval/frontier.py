@@ -29,7 +29,7 @@ from .baselines import (
     score_baselines,
 )
 from .quality import Quality, evaluate, forecast_speedup
-from .rows import keep_rows, kept_rows
+from .rows import keep_rows, kept_rows, model_told
 
 Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
@@ -87,12 +87,12 @@ class FrontierRequest:
         """All methods that are measured: `methods`, and `TRANSFERRED` if another size is searched at."""
         return (*self.methods, *([TRANSFERRED] if self.searched_at else []))
 
-    @property
-    def conditions(self) -> dict[str, Any]:
+    def conditions(self, pipe: Any) -> dict[str, Any]:
         """What rows of one file have in common."""
         other = {"elsewhere": self.searched_at.to_dict()} if self.searched_at else {}
         return {
             **other,
+            "model": model_told(pipe),
             "settings": self.settings.to_dict(),
             "calibration": [[c.prompt, c.seed] for c in self.calibration],
             "held_out": [[c.prompt, c.seed] for c in self.held_out],
@@ -150,7 +150,7 @@ def frontier(
             timed_for = target
             forecast = None if method == TRANSFERRED else forecast_speedup(plan)
             rows.append({**row, **_measured(before), "forecast": forecast})
-        keep_rows(outputs, request.file, FORMAT, request.conditions, provenance, rows)
+        keep_rows(outputs, request.file, FORMAT, request.conditions(pipe), provenance, rows)
     return rows
 
 
@@ -174,7 +174,7 @@ def started(pipe: Any, request: FrontierRequest) -> list[dict[str, Any]]:
     for settings in filter(None, (request.settings, request.searched_at)):
         workload(pipe, settings).check(request.held_out[0])
     check_writable(request.file, "file")
-    return kept_rows(request.file, FORMAT, request.conditions)
+    return kept_rows(request.file, FORMAT, request.conditions(pipe))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, uint8
+
+from ..integrations import components
 from ..outputs import Outputs
+from ..plan import Plan, config_hash
 from ..texts import read_text
 from ..whole_file import write_text
 
@@ -37,9 +42,39 @@ def kept_rows(file: Path, form: str, conditions: dict[str, Any]) -> list[Row]:
         raise ValueError(f"{file} is no frontier file; name another")
     if not same:
         raise ValueError(
-            f"{file} holds rows of other texts, or of other prompts or settings; name another file"
+            f"{file} holds rows of another model, plan or text, or of other prompts or settings; name "
+            "another file"
         )
     return rows
+
+
+def model_told(model: Any) -> dict[str, str]:
+    """What tells a model's rows from another's: a hash of each component's architecture, by name.
+
+    Weights aren't read, so that rows are refused before any are loaded.
+    """
+    return {name: config_hash(module.config) for name, module in components(model).items()}
+
+
+def texts_told(texts: Mapping[str, str | Mapping[str, Tensor]]) -> dict[str, str]:
+    """What tells texts, or prompts as a processor makes them, from others of their names: hashes."""
+    return {name: _digest(text) for name, text in texts.items()}
+
+
+def plans_told(plans: Mapping[str, Plan]) -> dict[str, str]:
+    """What tells plans from others of their names: their fingerprints."""
+    return {name: plan.fingerprint() for name, plan in plans.items()}
+
+
+def _digest(text: str | Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    if isinstance(text, str):
+        found.update(text.encode())
+    else:
+        for name, tensor in sorted(text.items()):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            found.update(tensor.cpu().contiguous().flatten().view(uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def keep_rows(

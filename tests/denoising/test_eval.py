@@ -125,6 +125,15 @@ def test_rows_of_all_methods_and_a_plan(pipe, tmp_path, monkeypatch):
     assert {row["method"] for row in rows if row["making"]} == {"online", "sparsed"}
     assert all(row["making"] is None for row in rows if row["method"] == "sliding-window")
     assert frontier(pipe, request, lambda _: None, outputs) == rows, "nothing is done twice"
+    other = denoising_plan(pipe, "sparsed")
+    other = replace(other, density=plan.density)
+    backwards = {"a": WORDS[::-1]}
+    for change in ({"texts": backwards}, {"plans": {"mine": other}}, {"depths": (0.2,)}):
+        with pytest.raises(ValueError, match="rows of another model, plan or text"):
+            replace(request, **change).check(pipe)
+    model = request.conditions(pipe)["model"]
+    monkeypatch.setattr(pipe.model.config, "hidden_act", "gelu")
+    assert request.conditions(pipe)["model"] != model
     assert len(figure_of(rows).axes[0].lines) == len(rows)
     with pytest.raises(ValueError, match="methods must be among"):
         DenoisingFrontier(texts={"a": WORDS}, file=request.file, methods=["flash"])
@@ -146,7 +155,7 @@ def test_texts_and_plans_of_one_name_are_told_apart(folder, tmp_path, pipe, monk
     kept = json.loads(file.read_text())
     files = [str(tmp_path / name / "plan.json") for name in ("a", "b")]
     assert [row["method"] for row in kept["rows"]] == [*files, "mage"]
-    assert len(kept["conditions"]["characters"]) == 2 and [*kept["conditions"]["plans"]] == files
+    assert len(kept["conditions"]["texts"]) == 2 and [*kept["conditions"]["plans"]] == files
 
 
 def test_what_a_comparison_can_not_do_is_told_before_anything_is_written(

@@ -170,6 +170,11 @@ def test_rows_are_kept_and_gone_on_with(short_pipe, known, tmp_path):
     assert frontier(short_pipe, request(["searched"]), said.append) == again  # nothing left to do
     with pytest.raises(ValueError, match="other prompts or settings"):
         frontier(short_pipe, request(["searched"], HELD_OUT), said.append)
+    data = json.loads(file.read_text())
+    data["conditions"]["model"]["transformer"] = "0" * 64
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="rows of another model"):
+        frontier(short_pipe, request(["searched"]), said.append)
     file.write_text("{}")
     with pytest.raises(ValueError, match="no frontier file"):
         frontier(short_pipe, request(["searched"]), said.append)

@@ -15,7 +15,7 @@ from ...outputs import Outputs, check_writable
 from ...patch import patch
 from ...plan import Plan
 from ...words import option
-from ..rows import Row, keep_rows, kept_rows
+from ..rows import Row, keep_rows, kept_rows, model_told, plans_told, texts_told
 from .measure import Measure
 from .prompts import Prompt, begun, hidden
 from .ways import METHODS, of_plan
@@ -86,18 +86,17 @@ class DenoisingFrontier:
             with patch(pipe, plan):
                 pass
         check_writable(self.file, "file")
-        kept_rows(self.file, FORMAT, self.conditions)
+        kept_rows(self.file, FORMAT, self.conditions(pipe))
 
-    @property
-    def conditions(self) -> dict[str, Any]:
+    def conditions(self, pipe: Any) -> dict[str, Any]:
         """What rows of one file have in common."""
-        sizes = {name: len(text) for name, text in self.texts.items()}
-        densities = {name: plan.density for name, plan in self.plans.items()}
         return {
-            "characters": sizes,
+            "model": model_told(pipe),
+            "texts": texts_told(self.texts),
             "tokens": self.tokens,
+            "depths": list(self.depths),
             **vars(self.writing),
-            **({"plans": densities} if densities else {}),
+            **({"plans": plans_told(self.plans)} if self.plans else {}),
         }
 
 
@@ -115,7 +114,7 @@ def frontier(
         outputs: Has checked the file; knows where it lies afterwards.
     """
     request.check(pipe)
-    rows = kept_rows(request.file, FORMAT, request.conditions)
+    rows = kept_rows(request.file, FORMAT, request.conditions(pipe))
     prompts = request.prompts(pipe)
     todo: list[tuple[str, float | None]] = [(name, None) for name in request.plans]
     todo += [(method, number) for method in request.methods for number in METHODS[method].numbers]
@@ -133,7 +132,7 @@ def frontier(
             way, source = METHODS[method].way(pipe, number), METHODS[method].source
         row = {"method": method, "number": number, "source": source, **measure.row(way)}
         rows.append(row)
-        keep_rows(outputs, request.file, FORMAT, request.conditions, provenance, rows)
+        keep_rows(outputs, request.file, FORMAT, request.conditions(pipe), provenance, rows)
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ...timing import Pairs, Timer
 from ...words import option
 from ..baselines import text as of_text
 from ..baselines.vision import VISION_RULES
-from ..rows import Row, keep_rows, kept_rows
+from ..rows import Row, keep_rows, kept_rows, model_told, plans_told, texts_told
 from .ask import answers
 from .quality import LanguageRequest, Say, warm_up
 from .tasks import Question, passkey_questions
@@ -77,19 +77,16 @@ class LanguageFrontier:
             (name,) = plan.components
             check_fits(plan, name, model)
         check_writable(self.file, "file")
-        kept_rows(self.file, FORMAT, self.conditions)
+        kept_rows(self.file, FORMAT, self.conditions(model))
 
-    @property
-    def conditions(self) -> dict[str, Any]:
+    def conditions(self, model: Any) -> dict[str, Any]:
         """What rows of one file have in common."""
-        sizes = {name: _size(text) for name, text in self.reading.texts.items()}
-        densities = {name: plan.density for name, plan in self.plans.items()}
-        return {"characters": sizes, "tokens": self.reading.tokens, "plans": densities}
-
-
-def _size(text: str | Mapping[str, Tensor]) -> int:
-    """Characters of a text, or tokens of a prompt."""
-    return len(text) if isinstance(text, str) else text["input_ids"].numel()
+        return {
+            "model": model_told(model),
+            "texts": texts_told(self.reading.texts),
+            "tokens": self.reading.tokens,
+            "plans": plans_told(self.plans),
+        }
 
 
 @dataclass(eq=False)
@@ -159,7 +156,7 @@ def frontier(
         outputs: Has checked the file; knows where it lies afterwards.
     """
     request.check(model)
-    rows = kept_rows(request.file, FORMAT, request.conditions)
+    rows = kept_rows(request.file, FORMAT, request.conditions(model))
     texts = list(request.reading.read_by(model, tokenizer).values())
     wanted = [(name, name) for name in request.plans]
     wanted += [
@@ -185,7 +182,7 @@ def frontier(
             row["number"] = number = float(np.interp(density, known, RULES[method].numbers))
             rule = lambda call, m=method, x=number: RULES[m].index(call, x)  # noqa: E731
         rows.append({**row, **measure.row(rule)})
-        keep_rows(outputs, request.file, FORMAT, request.conditions, provenance, rows)
+        keep_rows(outputs, request.file, FORMAT, request.conditions(model), provenance, rows)
     return rows
 
 

@@ -1,6 +1,7 @@
 """Searched plans against published rules: the rows, equal time, and the command as a person types it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,22 @@ def test_rows_are_plans_and_then_rules_at_densities_and_at_equal_time(model, tmp
     assert kept == rows
 
 
+def test_a_file_of_another_model_text_or_plan_is_refused(model, tmp_path):
+    asked = request(model, tmp_path, densities=(), methods=())
+    measured(model, asked)
+    other = LanguageRequest(texts={"book": drawn()[::-1]}, tokens=600)
+    plan = plan_for(model, SLASH, NEAR)
+    plan = replace(plan, density=asked.plans["found"].density)
+    for change in ({"reading": other}, {"plans": {"found": plan}}):
+        with pytest.raises(ValueError, match="rows of another model, plan or text"):
+            replace(asked, **change).check(model)
+    data = json.loads(asked.file.read_text())
+    data["conditions"]["model"] = dict.fromkeys(data["conditions"]["model"], "0" * 64)
+    asked.file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="rows of another model, plan or text"):
+        asked.check(model)
+
+
 def test_a_file_is_gone_on_with(model, tmp_path):
     less = request(model, tmp_path, methods=("moa-uniform",))
     first = measured(model, less)
@@ -75,7 +92,7 @@ def test_a_file_is_gone_on_with(model, tmp_path):
     said = []
     assert measured(model, request(model, tmp_path), said) == both and not said
     other = request(model, tmp_path, reading=LanguageRequest(texts={"other": drawn()}, tokens=500))
-    with pytest.raises(ValueError, match="holds rows of other texts"):
+    with pytest.raises(ValueError, match="holds rows of another model, plan or text"):
         measured(model, other)
 
 
