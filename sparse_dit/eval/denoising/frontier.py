@@ -114,7 +114,8 @@ def frontier(
         outputs: Has checked the file; knows where it lies afterwards.
     """
     request.check(pipe)
-    rows = kept_rows(request.file, FORMAT, request.conditions(pipe))
+    conditions = request.conditions(pipe)
+    rows = kept_rows(request.file, FORMAT, conditions)
     prompts = request.prompts(pipe)
     todo: list[tuple[str, float | None]] = [(name, None) for name in request.plans]
     todo += [(method, number) for method in request.methods for number in METHODS[method].numbers]
@@ -132,7 +133,7 @@ def frontier(
             way, source = METHODS[method].way(pipe, number), METHODS[method].source
         row = {"method": method, "number": number, "source": source, **measure.row(way)}
         rows.append(row)
-        keep_rows(outputs, request.file, FORMAT, request.conditions(pipe), provenance, rows)
+        keep_rows(outputs, request.file, FORMAT, conditions, provenance, rows)
     return rows
 
 

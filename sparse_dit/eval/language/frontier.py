@@ -156,7 +156,8 @@ def frontier(
         outputs: Has checked the file; knows where it lies afterwards.
     """
     request.check(model)
-    rows = kept_rows(request.file, FORMAT, request.conditions(model))
+    conditions = request.conditions(model)
+    rows = kept_rows(request.file, FORMAT, conditions)
     texts = list(request.reading.read_by(model, tokenizer).values())
     wanted = [(name, name) for name in request.plans]
     wanted += [
@@ -182,7 +183,7 @@ def frontier(
             row["number"] = number = float(np.interp(density, known, RULES[method].numbers))
             rule = lambda call, m=method, x=number: RULES[m].index(call, x)  # noqa: E731
         rows.append({**row, **measure.row(rule)})
-        keep_rows(outputs, request.file, FORMAT, request.conditions(model), provenance, rows)
+        keep_rows(outputs, request.file, FORMAT, conditions, provenance, rows)
     return rows
 
 
