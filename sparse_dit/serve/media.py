@@ -72,6 +72,11 @@ def preview_steps(steps: int) -> set[int]:
     return {round(steps * (n + 1) / (count + 1)) for n in range(count)}
 
 
+def has_preview(spec: JobSpec, step: int) -> bool:
+    """Whether a preview is made after a step of a job, which is counted through all its generations."""
+    return step <= spec.total_steps and (step - 1) % spec.steps + 1 in preview_steps(spec.steps)
+
+
 def preview_of(latents: Tensor) -> Image.Image | None:
     """Latents as a small picture: the middle frame, its three strongest components as colours.
 

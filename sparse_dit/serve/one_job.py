@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, Response
 from .answers import Deleted, Page, Video, variants_of, video_of
 from .errors import ApiError, ErrorBody, not_found
 from .jobs import Job
-from .media import preview_name, variants
+from .media import has_preview, preview_name, variants
 from .service import Service, unfinished
 from .spec import Kind
 
@@ -60,13 +60,24 @@ def job_routes(service: Service, kind: Kind) -> APIRouter:
         """A file of a finished job; its result, unless another variant is asked for."""
         return content_of(service, service.job(id, kind), variant or result, CACHED)
 
-    @routes.get("/{id}/previews/{step}", response_class=Response, responses=refusals(404))
+    @routes.get(
+        "/{id}/previews/{step}",
+        response_class=Response,
+        responses={204: {"description": "There is none yet, or none any more"}, **refusals(404)},
+    )
     def preview(id: Id, step: Annotated[int, Path(ge=1, le=1 << 20)]) -> Response:
-        """The latents after a step as a small WebP picture; the job's `previews` say which steps."""
-        picture = service.files.read(service.job(id, kind), preview_name(step))
-        if picture is None:
-            raise not_found(f"there is no preview of step {step}")
-        return Response(picture, media_type="image/webp", headers=CACHED)
+        """The latents after a step as a small WebP picture; the job's `previews` say which steps.
+
+        A job that is cancelled, fails or begins again has none any more: who asks for one that was there
+        a moment ago did nothing wrong, and gets an empty answer.
+        """
+        job = service.job(id, kind)
+        picture = service.files.read(job, preview_name(step))
+        if picture is not None:
+            return Response(picture, media_type="image/webp", headers=CACHED)
+        if has_preview(job.picture, step):
+            return Response(status_code=204, headers={"Cache-Control": "no-store"})
+        raise not_found(f"there is no preview of step {step}")
 
     return routes
 

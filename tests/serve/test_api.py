@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from sparse_dit.serve.app import create_app
+from sparse_dit.serve.media import preview_name, preview_steps
 from sparse_dit.serve.options import Limits
 from sparse_dit.serve.plans import Plans, Served
 from tests.helpers.plan_cases import small
@@ -225,6 +226,21 @@ def test_a_job_is_cancelled_and_stays_in_the_list(service, client):
     running = client.post("/v1/videos", json=ASKED).json()["id"]
     claimed(service)
     assert client.post(f"/v1/videos/{running}/cancel").json()["cancelling"] is True
+
+
+def test_a_preview_that_went_with_its_job_is_no_error(service, client):
+    one = f"/v1/videos/{client.post('/v1/videos', json=ASKED).json()['id']}"
+    job = claimed(service)
+    first = min(preview_steps(job.picture.steps))
+    with service.files.attempt(job) as folder:
+        assert client.get(f"{one}/previews/{first}").status_code == 204, "not yet"
+        (folder / preview_name(first)).write_bytes(b"a picture")
+        assert client.get(f"{one}/previews/{first}").content == b"a picture"
+        client.post(f"{one}/cancel")
+    gone = client.get(f"{one}/previews/{first}")
+    assert (gone.status_code, gone.content) == (204, b"")
+    assert gone.headers["cache-control"] == "no-store", "another attempt may make it"
+    assert client.get(f"{one}/previews/{job.picture.total_steps}").status_code == 404, "never"
 
 
 def test_a_failed_job_says_why(service, client):

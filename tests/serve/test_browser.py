@@ -228,6 +228,20 @@ def test_a_reload_in_the_middle_goes_on_with_the_same_job(held, browser):
         assert job.status == "completed" and job.attempt == 1
 
 
+def test_a_preview_that_goes_before_it_is_seen_is_no_error(held, browser):
+    with window(browser, held) as page, window(browser, held) as late:
+        page.goto(held.url)
+        submit(page, "too late")
+        expect(page.locator("#previews img").first).to_be_visible()
+        for picture in held.service.files.making(job_of(held, page)).iterdir():
+            picture.unlink()  # as when the job is cancelled between two looks at it
+        with late.expect_response("**/previews/*") as answer:
+            late.goto(page.url)
+        assert answer.value.status == 204
+        page.get_by_role("button", name="Cancel").click()
+        expect(late.locator("#job")).to_contain_text("Cancelled.")
+
+
 def test_two_tabs_follow_their_jobs(held, browser):
     with window(browser, held) as first:
         first.goto(held.url)
