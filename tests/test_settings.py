@@ -100,8 +100,11 @@ def sums():
     q, k, v = (x[0, 0] for x in INPUTS)
     rows = sample_rows(LAYOUT, 20, generator)
     sampled = sampled_rows(q[None], k[None], v[None], rows, 0.3, LAYOUT.seq_len)
-    statistics, cells = empty_statistics(LAYOUT, tile), sampled.by_cells(cell_table(LAYOUT, tile))
-    discover([statistics], cells, LAYOUT, tile)
+    statistics, cells = (
+        empty_statistics(LAYOUT, [tile], 1),
+        sampled.by_cells(cell_table(LAYOUT, tile)),
+    )
+    discover(statistics[tile], range(1), cells, LAYOUT, tile)
     listed = [pattern for pattern in fixed(LAYOUT) if pattern.tile == tile]
     found = [statistics, score_all(sampled, Candidates([WINDOW, *listed]), LAYOUT)]
     found.append(improve(TASK, evaluate(TASK, torch.zeros(8, dtype=torch.int64)), loss=0.05))

@@ -32,7 +32,7 @@ from ..search.projection import projections
 from ..search.provenance import made_with
 from ..search.recorder import Recorder
 from ..search.solve import stages_of, whole_problem
-from ..search.statistics import empty_heads
+from ..search.statistics import empty_statistics
 from ..search.tune import allowed_loss
 from ..search.verify import Reference
 from ..timing import Stopwatch, Taken, Timer
@@ -46,7 +46,8 @@ MOST_REFINED = 3  # later generations whose heads are scored too
 # embedded model at 4,608 tokens it is 26 to 35 dB where 31.5 are forecast
 MARGIN_DB = 4.0
 LEAST_STEPS = 2
-FORMAT = "sparse_dit learned profile 1"
+FORMAT = "sparse_dit learned profile 2"
+OLD_FORMAT = "sparse_dit learned profile 1"  # what all heads share stands there for each
 MOST_BYTES = 1 << 29  # of what is kept between processes
 
 
@@ -177,7 +178,7 @@ class Learner:
                 learner._parts[name] = _Part(profile, recorder, sigmas, watch, str(ran["first"]))
             return learner
 
-        return read_parts(path, (FORMAT,), restored)
+        return read_parts(path, (FORMAT, OLD_FORMAT), restored)
 
     def correct(self, loss: float) -> None:
         """Take the loss that the last plan was measured to have, for those that are made from now on."""
@@ -284,7 +285,7 @@ class Learner:
         part.profile.note_layout(layout)
         for layer, (heads, _) in part.profile.heads.items():
             for level in range(min(LEVELS, self.steps or LEVELS)):
-                room = empty_heads(layout, tilings(layout), heads)
+                room = empty_statistics(layout, tilings(layout), heads)
                 part.profile.found.setdefault((level, layer), room)
 
     def _look(self, recorder: Recorder, call: AttentionCall, layout: TokenLayout) -> None:

@@ -20,7 +20,7 @@ from .cells import CellSums, CellTable, cell_table
 from .placed import best_columns
 from .profile import HALF, LATER, ComponentProfile
 from .seen import by_offset
-from .statistics import compared_shapes
+from .statistics import COUNT, add_heads, compared_shapes, of_head, of_heads
 
 BUDGET = 0.2  # share of the pairs, or of the columns, that is chosen
 MARKED = 0.1  # from this regret on a head counts as depending on the prompt
@@ -41,18 +41,16 @@ def add_rows(
     layout, key = profile.known_layout, (kind, level, layer)
     tile = tilings(layout)[0]
     if key not in profile.looks:
-        fresh = {
-            name: torch.zeros(profile.heads[layer][0], *shape, dtype=torch.float32)
-            for name, shape in compared_shapes(layout).items()
-        }
+        fresh = of_heads(compared_shapes(layout), profile.heads[layer][0])
         profile.looks.setdefault(key, fresh)  # other heads, on other threads, come to it too
     rows = slice(None, None, 2) if kind == HALF else slice(None)
     saved, cell = sums.benefit(far=True)[:, rows], sums.cell[rows]
-    once = torch.ones(saved.shape[1:], dtype=torch.float32)
-    mine = {name: v[heads.start : heads.stop] for name, v in profile.looks[key].items()}
-    mine["offset_far"] += by_offset(saved, cell, layout, tile)
-    mine["offset_count"] += by_offset(once, cell, layout, tile)
-    mine["column"] += saved.sum(1).cpu()
+    offsets = by_offset(saved, cell, layout, tile)
+    mine = profile.looks[key]
+    add_heads(mine, heads, {"offset_far": offsets, "column": saved.sum(1).cpu()})
+    if heads.start == 0:
+        once = torch.ones(saved.shape[1:], dtype=torch.float32)
+        mine[COUNT].add_(by_offset(once, cell, layout, tile))
 
 
 def prompt_dependence(profile: ComponentProfile) -> dict[tuple[int, str], Tensor]:
@@ -69,16 +67,16 @@ def prompt_dependence(profile: ComponentProfile) -> dict[tuple[int, str], Tensor
     tile = tilings(layout)[0]
     table = cell_table(layout, tile)
     result = {}
-    for (level, layer), heads in profile.found.items():
+    for (level, layer), found in profile.found.items():
         if (LATER, level, layer) not in profile.looks:
             continue
         half, later = (profile.looks[kind, level, layer] for kind in (HALF, LATER))
         rows = []
-        for number, head in enumerate(heads):
-            one = {name: head[tile][name] for name in half}
-            first = {name: values[number] for name, values in half.items()}
+        for head in range(profile.heads[layer][0]):
+            every = of_head(found[tile], head)
+            first, other = of_head(half, head), of_head(later, head)
+            one = {name: every[name] for name in half}
             rest = {name: one[name] - first[name] for name in one}
-            other = {name: values[number] for name, values in later.items()}
             rows.append(_regret([one, other], table) - _regret([first, rest], table))
         result[level, layer] = torch.stack(rows).clamp_min(0)
     return result

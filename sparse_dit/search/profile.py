@@ -12,9 +12,9 @@ from ..generation import GenerationSettings
 from ..layout import Tile, TokenLayout
 from .candidates import all_candidates
 from .nested import Candidates
-from .ranking import runs_each
+from .ranking import BEYOND, runs_each
 from .sampling import parallel_map
-from .statistics import HeadStatistics
+from .statistics import HeadStatistics, LayerStatistics, of_head
 from .verify import Reference
 
 HALF, LATER = "half", "later"  # of the finding runs' rows; the scoring runs' rows
@@ -36,13 +36,16 @@ class ComponentProfile:
         layout: The token layout at calibration, with the longest text that was recorded.
         sigmas: Noise levels recorded, falling, `[S]`.
         layers: Module paths, in order of execution.
-        found: For `(level, layer)` a list over heads of their statistics (discovery).
+        found: For `(level, layer)` the heads' statistics (discovery), see `statistics.discover`.
+        beyond: For a layer those of a larger video, of its names in `ranking.BEYOND` alone; they hold at all
+            levels. Empty if none was looked at.
         scores: For `(level, layer)` the accumulators `error`, `error_squared`, `recall` `[H, K]` and
             `norm`, `rows` `[H]` (scoring); see `statistics.score`.
         pictures: For `(layer, token order)`, `[H, R, C]`: attention of the sampled rows (in that order)
             over its tiles, at the middle level.
         looks: For `(kind, level, layer)`, of `HALF` and `LATER`, the sums by which heads' attention is
-            compared between prompts: `offset_far`, `offset_count` and `column`, `[H, ...]`; see `dependence`.
+            compared between prompts: `offset_far` and `column`, `[H, ...]`, and `offset_count`; see
+            `dependence`.
     """
 
     model_class: str
@@ -51,7 +54,8 @@ class ComponentProfile:
     layout: TokenLayout | None = None
     sigmas: list[float] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
-    found: dict[tuple[int, str], list[HeadStatistics]] = field(default_factory=dict)
+    found: dict[tuple[int, str], LayerStatistics] = field(default_factory=dict)
+    beyond: dict[str, LayerStatistics] = field(default_factory=dict)
     scores: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict)
     pictures: dict[tuple[str, Tile], Tensor] = field(default_factory=dict)
     looks: dict[tuple[str, int, str], dict[str, Tensor]] = field(default_factory=dict)
@@ -112,25 +116,33 @@ class ComponentProfile:
         """Candidates of each head of a layer at a noise level: `[H]`, of K patterns each."""
         key = (level, layer)
         if key not in self._candidates:
-            runs = runs_each(sum(map(len, self.found.values())))
-            layout, heads = self.known_layout, self.found[key]
+            runs = runs_each(sum(self.heads[name][0] for _, name in self.found))
+            layout, (count, _) = self.known_layout, self.heads[layer]
             made: dict[int, Candidates] = {}
 
             def make(head: int) -> None:
-                made[head] = all_candidates(heads[head], layout, runs)
+                made[head] = all_candidates(self.statistics(level, layer, head), layout, runs)
 
             make(0)  # and with it what all heads have
-            parallel_map(lambda number: make(number + 1), len(heads) - 1)
-            self._candidates[key] = [made[head] for head in range(len(heads))]
+            parallel_map(lambda number: make(number + 1), count - 1)
+            self._candidates[key] = [made[head] for head in range(count)]
         return self._candidates[key]
+
+    def statistics(self, level: int, layer: str, head: int) -> HeadStatistics:
+        """What was found of a head at a noise level, with what a larger video gave under `ranking.BEYOND`."""
+        result = {tile: of_head(found, head) for tile, found in self.found[level, layer].items()}
+        for tile, found in self.beyond.get(layer, {}).items():
+            result[tile] |= {BEYOND[name]: value for name, value in of_head(found, head).items()}
+        return result
 
     def add(self, other: ComponentProfile) -> None:
         """Add what other runs gave, of the same noise levels, layers and size."""
-        for key, heads in other.found.items():
-            mine = self.found.setdefault(key, [{} for _ in heads])
-            for head, more in zip(mine, heads, strict=True):
-                for tile, statistics in more.items():
-                    _add_to(head.setdefault(tile, {}), statistics)
+        pairs = [(self.found, other.found), (self.beyond, other.beyond)]
+        for mine, more in pairs:
+            for key, found in more.items():
+                known = mine.setdefault(key, {})
+                for tile, statistics in found.items():
+                    _add_to(known.setdefault(tile, {}), statistics)
         for key, values in other.scores.items():
             _add_to(self.scores.setdefault(key, {}), values)
         for key, values in other.looks.items():

@@ -26,14 +26,19 @@ from ..words import option
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
 from .ranking import BEYOND, whole_beyond
-from .statistics import HeadStatistics, compared_shapes, empty_statistics
+from .statistics import COUNT, compared_shapes, statistics_shapes
 from .verify import Reference
 
 Whole = TypeVar("Whole")
 VIDEO = "reference|video"
-FORMAT = "sparse_dit profile 7"  # counts up when candidates change too: scores go by their place
-OLD_FORMAT = "sparse_dit profile 6"  # one number of heads for all layers; other names of segments
-KINDS_OF_TENSORS = ("found", "scores", "looks", "pictures")
+FORMAT = "sparse_dit profile 8"  # counts up when candidates change too: scores go by their place
+PER_HEAD_FORMAT = (
+    "sparse_dit profile 7"  # what all heads, or all levels, share stands there for each
+)
+OLD_FORMAT = (
+    "sparse_dit profile 6"  # also one number of heads for all layers; other names of segments
+)
+KINDS_OF_TENSORS = ("found", "beyond", "scores", "looks", "pictures")
 SCORES = {"error": 2, "error_squared": 2, "recall": 2, "norm": 1, "rows": 1}  # dimensions
 
 
@@ -93,18 +98,22 @@ def write_parts(
 
 def size_of(part: ComponentProfile) -> int:
     """The bytes that a transformer's profile takes in a file."""
-    found = (f for heads in part.found.values() for head in heads for f in head.values())
+    layers = (*part.found.values(), *part.beyond.values())
+    found = (statistics for orders in layers for statistics in orders.values())
     fields = (*found, *part.scores.values(), *part.looks.values(), part.pictures)
     return sum(tensor.nbytes for values in fields for tensor in values.values())
 
 
 def _tensors_of(name: str, part: ComponentProfile) -> dict[str, Tensor]:
     tensors = {}
-    for (level, layer), heads in part.found.items():
-        for tile in heads[0]:
-            for key in heads[0][tile]:
-                stacked = torch.stack([head[tile][key] for head in heads])
-                tensors[f"found|{name}|{level}|{layer}|{_tile_text(tile)}|{key}"] = stacked
+    for (level, layer), orders in part.found.items():
+        for tile, statistics in orders.items():
+            for key, value in statistics.items():
+                tensors[f"found|{name}|{level}|{layer}|{_tile_text(tile)}|{key}"] = value
+    for layer, orders in part.beyond.items():
+        for tile, statistics in orders.items():
+            for key, value in statistics.items():
+                tensors[f"beyond|{name}|{layer}|{_tile_text(tile)}|{key}"] = value
     for (level, layer), scores in part.scores.items():
         for key, value in scores.items():
             tensors[f"scores|{name}|{level}|{layer}|{key}"] = value
@@ -122,7 +131,7 @@ def read_profile(path: str | Path) -> Profile:
     Raises:
         PlanError: If the file is missing, damaged, or no profile; in one line.
     """
-    return read_parts(Path(path), (FORMAT, OLD_FORMAT), _restored)
+    return read_parts(Path(path), (FORMAT, PER_HEAD_FORMAT, OLD_FORMAT), _restored)
 
 
 def read_parts(
@@ -193,26 +202,34 @@ def _parts(
         if kind not in KINDS_OF_TENSORS:
             continue
         part = parts[name]
-        if kind == "found":
+        if kind == "found" and rest[-1].startswith("beyond_"):  # of an older file
+            _, layer, tile, field_name = rest
+            known = {old: new for new, old in BEYOND.items()}[field_name]
+            found = part.beyond.setdefault(layer, {}).setdefault(_tile_of(tile), {})
+            found.setdefault(known, _shared(known, value))
+        elif kind == "found":
             level, layer, tile, field_name = rest
-            heads = part.found.setdefault((int(level), layer), [{} for _ in value])
-            _take_apart(value, heads, tile, field_name)
+            orders = part.found.setdefault((int(level), layer), {})
+            orders.setdefault(_tile_of(tile), {})[field_name] = _shared(field_name, value)
+        elif kind == "beyond":
+            layer, tile, field_name = rest
+            part.beyond.setdefault(layer, {}).setdefault(_tile_of(tile), {})[field_name] = value
         elif kind == "scores":
             level, layer, field_name = rest
             part.scores.setdefault((int(level), layer), {})[field_name] = value
         elif kind == "looks":
             which, level, layer, field_name = rest
-            part.looks.setdefault((which, int(level), layer), {})[field_name] = value
+            looks = part.looks.setdefault((which, int(level), layer), {})
+            looks[field_name] = _shared(field_name, value)
         else:
             layer, tile = rest
             part.pictures[layer, _tile_of(tile)] = value
     return parts
 
 
-def _take_apart(stacked: Tensor, heads: list[HeadStatistics], tile: str, field_name: str) -> None:
-    """Add each head's part of a stacked tensor `[H, ...]` to that head's statistics."""
-    for head, row in zip(heads, stacked, strict=True):
-        head.setdefault(_tile_of(tile), {})[field_name] = row
+def _shared(field_name: str, value: Tensor) -> Tensor:
+    """A tensor as it is kept: older files repeat for each head, `[H, F, R, C]`, what all have."""
+    return value[0].clone() if field_name == COUNT and value.ndim == 4 else value
 
 
 def _reference(data: dict[str, Any] | None, video: Tensor | None) -> Reference | None:
@@ -233,22 +250,19 @@ def _check(part: ComponentProfile) -> None:
     every = {(level, layer) for level in range(len(part.sigmas)) for layer in part.layers}
     if set(part.found) != every or set(part.scores) not in (set(), every):
         raise ValueError("statistics of some layers or noise levels are missing")
-    expected = _statistics_shapes(part) if every else {}
-    for (_, layer), heads in part.found.items():
-        for head in heads:
-            shapes = {
-                t: {k: v.shape for k, v in s.items() if k not in BEYOND.values()}
-                for t, s in head.items()
-            }
-            if len(heads) != part.heads[layer][0] or shapes != expected:
-                raise ValueError("statistics don't have the layout's shape")
-            if not all(map(whole_beyond, head.values())):
-                raise ValueError("statistics of greater distances aren't whole")
-    shapes = compared_shapes(part.known_layout) if every else {}
+    layout = part.known_layout if every else None
+    expected = {t: statistics_shapes(layout, t) for t in tilings(layout)} if layout else {}
+    for (_, layer), orders in part.found.items():
+        found = {tile: _shapes(statistics) for tile, statistics in orders.items()}
+        if found != {t: _of_heads(shapes, part.heads[layer][0]) for t, shapes in expected.items()}:
+            raise ValueError("statistics don't have the layout's shape")
+    for layer, orders in part.beyond.items():
+        heads = part.heads[layer][0]
+        if set(orders) != set(expected) or not all(whole_beyond(s, heads) for s in orders.values()):
+            raise ValueError("statistics of greater distances aren't whole")
+    shapes = compared_shapes(layout) if layout else {}
     for (_, _, layer), looks in part.looks.items():
-        if {k: list(v.shape[1:]) for k, v in looks.items()} != shapes or any(
-            len(v) != part.heads[layer][0] for v in looks.values()
-        ):
+        if _shapes(looks) != _of_heads(shapes, part.heads[layer][0]):
             raise ValueError("what heads are compared by doesn't have the layout's shape")
     wanted = {(HALF, *place) for place in part.found} | {(LATER, *place) for place in part.scores}
     if set(part.looks) != wanted:
@@ -262,12 +276,12 @@ def _check(part: ComponentProfile) -> None:
             raise ValueError(f"scores must be of {count} candidates, are of another version")
 
 
-def _statistics_shapes(part: ComponentProfile) -> dict[Tile, dict[str, torch.Size]]:
-    layout = part.known_layout
-    return {
-        tile: {key: value.shape for key, value in empty_statistics(layout, tile).items()}
-        for tile in tilings(layout)
-    }
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in tensors.items()}
+
+
+def _of_heads(shapes: Mapping[str, list[int]], heads: int) -> dict[str, list[int]]:
+    return {key: shape if key == COUNT else [heads, *shape] for key, shape in shapes.items()}
 
 
 def _tile_text(tile: Tile) -> str:

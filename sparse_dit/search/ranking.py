@@ -16,7 +16,7 @@ more rows and columns (see `profile_larger`), where they save as much error as t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,17 +80,17 @@ def ranks(statistics: dict[str, Tensor], benefit: str, ranked: Tensor) -> Tensor
     return torch.where(calibrated | value.isneginf(), at_border, taken)
 
 
-def whole_beyond(statistics: dict[str, Tensor]) -> bool:
-    """Whether a head's sums of the larger video (`BEYOND`) are complete and of one shape, or all missing.
+def whole_beyond(statistics: Mapping[str, Tensor], heads: int) -> bool:
+    """Whether a layer's sums of the larger video are those of `BEYOND`, of one shape, and of all heads.
 
     Their shape is that of a lattice of offsets: three odd sizes.
     """
-    found = [statistics[key] for key in BEYOND.values() if key in statistics]
-    if not found:
-        return True
-    shape = found[0].shape
-    odd = len(shape) == 3 and all(size % 2 for size in shape)
-    return odd and len(found) == len(BEYOND) and all(value.shape == shape for value in found)
+    if set(statistics) != set(BEYOND):
+        return False
+    lattice = statistics["offset_count"].shape
+    shapes = {name: value.shape for name, value in statistics.items() if name != "offset_count"}
+    odd = len(lattice) == 3 and all(size % 2 for size in lattice)
+    return odd and all(shape == (heads, *lattice) for shape in shapes.values())
 
 
 def runs_each(choices: int) -> int:

@@ -30,7 +30,7 @@ from .profile import HALF, LATER, ComponentProfile, Profile
 from .projection import projections
 from .ranking import BEYOND
 from .sampling import each_sum, items_of, whole_layout
-from .statistics import HeadStatistics, discover, empty_heads, score
+from .statistics import LayerStatistics, discover, empty_statistics, score
 
 PICTURE = 96
 Use = Callable[[range, Cells, CellSums], None]  # for some heads and what was summed by
@@ -69,7 +69,7 @@ class Recorder:
         projections: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.profile = profile
-        alone = replace(profile, found={}, scores={}, looks={})
+        alone = replace(profile, found={}, beyond={}, scores={}, looks={})
         self.run = profile if phase == "both" else alone
         self.phase = phase
         self.rows = rows
@@ -139,12 +139,12 @@ class Recorder:
         run, layout = self.run, self.run.known_layout
         orders = tilings(layout)
         if (level, layer) not in run.found:
-            run.found[level, layer] = empty_heads(layout, orders, run.heads[layer][0])
+            run.found[level, layer] = empty_statistics(layout, orders, run.heads[layer][0])
         found = run.found[level, layer]
 
         def use(heads: range, cells: Cells, sums: CellSums) -> None:
             tile, _ = cells
-            discover([found[head][tile] for head in heads], sums, layout, tile)
+            discover(found[tile], heads, sums, layout, tile)
             if tile == orders[0]:
                 check_finite(sums, layer, heads, run.sigmas[level])
                 add_rows(run, HALF, level, layer, heads, sums)
@@ -253,7 +253,7 @@ class _LargerProfile:
         self.profile, self.rows, self.projection = profile, rows, projection
         self.generator = torch.Generator().manual_seed(seed)
         self.tiles = tilings(profile.known_layout)
-        self.found: dict[str, list[HeadStatistics]] = {}
+        self.found: dict[str, LayerStatistics] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         layout, wanted = whole_layout(call), call.layer in self.profile.layers
@@ -264,25 +264,23 @@ class _LargerProfile:
     @in_own_dtypes
     def _add(self, call: AttentionCall, layout: TokenLayout) -> None:
         rows = sample_rows(layout, self.rows, self.generator)
-        self.found[call.layer] = heads = empty_heads(
-            layout, self.tiles, self.profile.heads[call.layer][0]
-        )
+        heads, _ = self.profile.heads[call.layer]
+        self.found[call.layer] = found = empty_statistics(layout, self.tiles, heads)
         projection = self.projection.get(call.layer)
 
         def add(some: range, cells: Cells, sums: CellSums) -> None:
             if cells[0] == self.tiles[0]:  # the output is the same in all orders
                 check_finite(sums, call.layer, some, call.context.sigma)
-            discover([heads[head][cells[0]] for head in some], sums, layout, cells[0])
+            discover(found[cells[0]], some, sums, layout, cells[0])
 
         for item in items_of(call, layout):
             each_sum(item, rows, projection, [(tile, None) for tile in self.tiles], layout, add)
 
     def keep(self, profile: ComponentProfile) -> None:
-        """Add the sums over offsets to the statistics of a profile, at all its noise levels."""
-        for (_, layer), known in profile.found.items():
-            if layer not in self.found:
-                continue
-            for mine, head in zip(known, self.found[layer], strict=True):
-                for tile, statistics in head.items():
-                    mine[tile] |= {BEYOND[name]: statistics[name] for name in BEYOND}
+        """Add the sums over offsets to a profile."""
+        for layer, found in self.found.items():
+            profile.beyond[layer] = {
+                tile: {name: statistics[name] for name in BEYOND}
+                for tile, statistics in found.items()
+            }
         profile._candidates.clear()

@@ -192,7 +192,7 @@ def _add(merged: Profile, other: Profile) -> None:
             continue
         mine.note_layout(part.known_layout)
         later = {key: values for key, values in part.looks.items() if key[0] == LATER}
-        mine.add(replace(part, found={}, looks=later) if scored else part)
+        mine.add(replace(part, found={}, beyond={}, looks=later) if scored else part)
         mine.pictures.update(part.pictures)
     known_labels = set(merged.done)
     merged.done += [label for label in other.done if label not in known_labels]
@@ -208,6 +208,7 @@ def without_scores(profile: Profile) -> Profile:
             sigmas=list(part.sigmas),
             layers=list(part.layers),
             found=dict(part.found),
+            beyond=dict(part.beyond),
             scores={},
             pictures={},
             looks={key: value for key, value in part.looks.items() if key[0] != LATER},

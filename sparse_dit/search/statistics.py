@@ -6,8 +6,7 @@ saves when it is computed exactly. Scoring then measures, on other prompts, ever
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,26 +18,42 @@ from .nested import Candidates, Cells
 from .placed import MAX_BLOCK_CELLS
 from .seen import by_offset, grouped
 
+COUNT = "offset_count"  # pairs at each offset: the same for all heads, whose rows are the same
+# for each token order and name; of a layer `[H, ...]` (its `COUNT` `[...]`), of a head `[...]`
+LayerStatistics = dict[Tile, dict[str, Tensor]]
 HeadStatistics = dict[Tile, dict[str, Tensor]]
 
 
-def empty_statistics(layout: TokenLayout, tile: Tile) -> dict[str, Tensor]:
-    """Zeroed accumulators of one head in one token order (T tiles, lattice of relative tiles)."""
+def statistics_shapes(layout: TokenLayout, tile: Tile) -> dict[str, list[int]]:
+    """The shapes `[...]` of a head's accumulators in one token order, by name."""
     table = cell_table(layout, tile)
-    lattice = (2 * table.counts - 1).tolist()
-    cells = len(table.tokens)
-    zeros = functools.partial(torch.zeros, dtype=torch.float32)
-    result = {key: zeros(lattice) for key in ("offset_far", "offset_drop", "offset_count")}
-    result["column"] = zeros(cells)
-    if cells <= MAX_BLOCK_CELLS:
-        result["block"] = zeros(cells, cells)
-    return result
+    lattice, cells = (2 * table.counts - 1).tolist(), len(table.tokens)
+    blocks = {"block": [cells, cells]} if cells <= MAX_BLOCK_CELLS else {}
+    return {
+        "offset_far": lattice,
+        "offset_drop": lattice,
+        COUNT: lattice,
+        "column": [cells],
+        **blocks,
+    }
 
 
-def empty_heads(layout: TokenLayout, tiles: Iterable[Tile], count: int) -> list[HeadStatistics]:
-    """Zeroed accumulators of `count` heads, in each token order."""
-    orders = list(tiles)
-    return [{tile: empty_statistics(layout, tile) for tile in orders} for _ in range(count)]
+def empty_statistics(layout: TokenLayout, tiles: Iterable[Tile], heads: int) -> LayerStatistics:
+    """Zeroed accumulators of a layer of `heads` heads, in each token order."""
+    return {tile: of_heads(statistics_shapes(layout, tile), heads) for tile in tiles}
+
+
+def of_heads(shapes: Mapping[str, Sequence[int]], heads: int) -> dict[str, Tensor]:
+    """Float32 zeros `[heads, ...]` of each shape, `[...]` of `COUNT`."""
+    return {
+        key: torch.zeros(shape if key == COUNT else (heads, *shape), dtype=torch.float32)
+        for key, shape in shapes.items()
+    }
+
+
+def of_head(statistics: Mapping[str, Tensor], head: int) -> dict[str, Tensor]:
+    """What belongs to one head of a layer's tensors of one token order, without a copy."""
+    return {key: value if key == COUNT else value[head] for key, value in statistics.items()}
 
 
 def compared_shapes(layout: TokenLayout) -> dict[str, list[int]]:
@@ -48,28 +63,45 @@ def compared_shapes(layout: TokenLayout) -> dict[str, list[int]]:
     """
     table = cell_table(layout, tilings(layout)[0])
     lattice = (2 * table.counts - 1).tolist()
-    return {"offset_far": lattice, "offset_count": lattice, "column": [len(table.tokens)]}
+    return {"offset_far": lattice, COUNT: lattice, "column": [len(table.tokens)]}
 
 
 def discover(
-    heads: Sequence[dict[str, Tensor]], sums: CellSums, layout: TokenLayout, tile: Tile
+    statistics: Mapping[str, Tensor],
+    heads: range,
+    sums: CellSums,
+    layout: TokenLayout,
+    tile: Tile,
 ) -> None:
-    """Add the sampled rows of h heads to their accumulators in one token order, see `empty_statistics`."""
+    """Add the sampled rows of some heads of a layer to its accumulators in one token order.
+
+    Args:
+        statistics: The layer's tensors in this order, see `empty_statistics`.
+        heads: The h heads. Pairs are counted with the first head of a layer.
+        sums: The sums of their rows by cells.
+        layout: The token layout of the sampled call, with or without text.
+        tile: The token order.
+    """
     far, drop = sums.benefit(far=True), sums.benefit(far=False)  # [h, R, T]
-    once = torch.ones(far.shape[1:], dtype=torch.float32)
     added = {
         "offset_far": by_offset(far, sums.cell, layout, tile),
         "offset_drop": by_offset(drop, sums.cell, layout, tile),
-        "offset_count": by_offset(once, sums.cell, layout, tile).expand(len(heads), -1, -1, -1),
         "column": far.sum(1).cpu(),
     }
-    if "block" in heads[0]:
+    if "block" in statistics:
         tiles = far.shape[2]
         block = far.new_zeros(len(heads), tiles, tiles)
         added["block"] = block.index_add_(1, sums.cell.to(far.device), far).cpu()
+    add_heads(statistics, heads, added)
+    if heads.start == 0:
+        once = torch.ones(far.shape[1:], dtype=torch.float32)
+        statistics[COUNT].add_(by_offset(once, sums.cell, layout, tile))
+
+
+def add_heads(known: Mapping[str, Tensor], heads: range, added: Mapping[str, Tensor]) -> None:
+    """Add what some heads gave, `[h, ...]`, to a layer's tensors `[H, ...]` in place."""
     for key, values in added.items():
-        for head, value in zip(heads, values, strict=True):
-            head[key] += value
+        known[key][heads.start : heads.stop] += values
 
 
 def score(

@@ -14,7 +14,7 @@ from sparse_dit.search.candidates import DENSE, all_candidates, fixed, found, ti
 from sparse_dit.search.cells import cell_table, sample_rows, sampled_rows
 from sparse_dit.search.nested import Candidates
 from sparse_dit.search.seen import density, seen_tiles
-from sparse_dit.search.statistics import discover, empty_statistics, score_all
+from sparse_dit.search.statistics import discover, empty_statistics, of_head, score_all
 from tests.helpers.search_cases import cell_sums
 
 LAYOUT = TokenLayout.video(8, 16, 16, text_after=4)
@@ -68,8 +68,9 @@ def _searched(q, k, v, layout=LAYOUT, rows=96, scale=1.0):
         }
         if seed == 0:
             for tile, part in sums.items():
-                statistics[tile] = empty_statistics(layout, tile)
-                discover([statistics[tile]], part, layout, tile)
+                of_layer = empty_statistics(layout, [tile], 1)[tile]
+                discover(of_layer, range(1), part, layout, tile)
+                statistics[tile] = of_head(of_layer, 0)
         else:
             candidates = all_candidates(statistics, layout)
             sampled = sampled_rows(*one, sample, scale, layout.seq_len)

@@ -9,7 +9,7 @@ from sparse_dit.search.cells import cell_table
 from sparse_dit.search.dependence import depends, prompt_dependence
 from sparse_dit.search.profile import HALF, LATER, ComponentProfile
 from sparse_dit.search.seen import relative_cells
-from sparse_dit.search.statistics import empty_statistics
+from sparse_dit.search.statistics import COUNT, empty_statistics, of_head
 
 LAYOUT = TokenLayout.video(8, 16, 16)
 CUBE = (4, 4, 4)
@@ -18,7 +18,7 @@ KEY = (0, "layer")
 
 def _head(offset, column):
     """Statistics of a head for which one offset and one column of tiles matter."""
-    statistics = empty_statistics(LAYOUT, CUBE)
+    statistics = of_head(empty_statistics(LAYOUT, [CUBE], 1)[CUBE], 0)
     table = cell_table(LAYOUT, CUBE)
     statistics["offset_count"].view(-1).index_add_(
         0, relative_cells(LAYOUT, CUBE).flatten(), torch.ones(len(table.tokens) ** 2)
@@ -27,23 +27,22 @@ def _head(offset, column):
     statistics["offset_far"][tuple((torch.tensor(offset) + table.counts - 1).tolist())] = 100.0
     statistics["column"] += 1e-3
     statistics["column"][column] = 100.0
-    return {CUBE: statistics}
+    return statistics
 
 
-def _looks(heads):
-    return {
-        name: torch.stack([head[CUBE][name] for head in heads])
-        for name in ("offset_far", "offset_count", "column")
-    }
+def _layer(heads, names=("offset_far", "offset_count", "column")):
+    """Tensors of a layer, from those of its heads."""
+    stacked = {name: torch.stack([head[name] for head in heads]) for name in names}
+    return stacked | {COUNT: heads[0][COUNT]}
 
 
 def _profile(found, later, half=None):
     """Of heads as one prompt finds them and another does; half of the first one's rows look alike."""
     part = ComponentProfile("Model", "0" * 64, {"layer": (len(found), 8)}, LAYOUT, [0.5], ["layer"])
-    halves = {name: value / 2 for name, value in _looks(found).items()}
-    part.looks[(HALF, *KEY)] = halves if half is None else _looks(half)
-    part.looks[(LATER, *KEY)] = _looks(later)
-    part.found[KEY] = list(found)
+    halves = {name: value / 2 for name, value in _layer(found).items()}
+    part.looks[(HALF, *KEY)] = halves if half is None else _layer(half)
+    part.looks[(LATER, *KEY)] = _layer(later)
+    part.found[KEY] = {CUBE: _layer(found, list(found[0]))}
     return part
 
 
@@ -58,7 +57,7 @@ def test_heads_that_move_with_the_prompt_are_told():
 
 def test_what_two_halves_of_the_rows_differ_by_is_no_dependence():
     one, two = [_head((0, 1, 0), 13)], [_head((0, 0, 1), 20)]
-    noisy = [{CUBE: {name: value.clone() for name, value in two[0][CUBE].items()}}]
+    noisy = [{name: value.clone() for name, value in two[0].items()}]
     steady, unsteady = (prompt_dependence(_profile(one, two, h))[KEY] for h in (None, noisy))
     assert (steady > 0.5).all() and (unsteady < steady).all()
 

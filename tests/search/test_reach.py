@@ -1,10 +1,12 @@
 """What stencils see at distances that the calibrated video doesn't have, and the run that looks at them."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sparse_dit.generation import Case, GenerationSettings
 from sparse_dit.integrations import workload
@@ -13,12 +15,13 @@ from sparse_dit.patterns import Pattern, Stencil
 from sparse_dit.plan import PlanError
 from sparse_dit.search import recorder
 from sparse_dit.search.cells import cell_table
-from sparse_dit.search.profile_file import read_profile
+from sparse_dit.search.profile_file import read_profile, write_profile
 from sparse_dit.search.profiling import profile_pipeline
 from sparse_dit.search.ranking import MOST_RUNS, nested_stencil, ranks, runs_each, whole_beyond
 from sparse_dit.search.seen import density, seen_tiles
-from sparse_dit.search.statistics import empty_statistics
+from sparse_dit.search.statistics import COUNT, empty_statistics, of_head
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 SETTINGS = GenerationSettings(64, 64, 15, steps=4, guidance=3.0, max_sequence_length=32)
 CASES = [Case("a red circle moves left", 0), Case("a yellow triangle moves down", 1)]
 SMALL, LARGE = TokenLayout.video(2, 8, 8), TokenLayout.video(2, 8, 16)
@@ -30,7 +33,8 @@ KEYS = ("offset_far", "offset_drop", "offset_count")
 
 def _line(size, values):
     """Statistics of a head that looks along a row: what offsets of these distances save; others 1e-9."""
-    statistics = empty_statistics(TokenLayout.video(2, 8, size), TILE)
+    layout = TokenLayout.video(2, 8, size)
+    statistics = of_head(empty_statistics(layout, [TILE], 1)[TILE], 0)
     statistics["offset_count"] += 1
     for key in KEYS[:2]:
         statistics[key] += 1e-9
@@ -132,14 +136,13 @@ def test_the_run_has_as_many_tokens_and_twice_the_reach(short_pipe, looked):
     )
     part = read_profile(looked).components["transformer"]
     assert part.known_layout.grid == (8, 8, 8)
-    (head, *_) = part.found[0, part.layers[0]]
+    head = part.statistics(0, part.layers[0], 0)
     assert head[4, 4, 4]["beyond_count"].shape == (1, 7, 7)
     assert head[None, 8, 1]["beyond_far"].shape == (1, 3, 31)
-    for (_, layer), heads in part.found.items():  # looked at once, for all noise levels
-        for one, first in zip(heads, part.found[0, layer], strict=True):
-            for tile, statistics in one.items():
-                assert statistics["beyond_far"].equal(first[tile]["beyond_far"])
-                assert statistics["beyond_count"].sum() == 8 * len(cell_table(WIDE, tile).tokens)
+    assert list(part.beyond) == part.layers, "looked at once, for all noise levels"
+    for orders in part.beyond.values():
+        for tile, statistics in orders.items():
+            assert statistics[COUNT].sum() == 8 * len(cell_table(WIDE, tile).tokens)
     lines = [p.shape for p in part.candidates(0, part.layers[0])[0] if p.tile == (None, 8, 1)]
     assert {shape.reach for shape in lines if isinstance(shape, Stencil)} == {(0, 1, 15)}
 
@@ -164,8 +167,8 @@ def test_the_run_ends_after_its_first_step(short_pipe, monkeypatch):
     recorder.profile_larger(short_pipe, made, CASES[0])
     hook.remove()
     assert len(forwards) == 1 and not decoded
-    heads = made.components["transformer"].found.values()
-    assert all("beyond_far" in h[4, 4, 4] for head in heads for h in head)
+    part = made.components["transformer"]
+    assert list(part.beyond) == part.layers
 
 
 def test_a_pipeline_that_refuses_the_size_says_so(short_pipe, monkeypatch):
@@ -179,8 +182,7 @@ def test_a_pipeline_that_refuses_the_size_says_so(short_pipe, monkeypatch):
         short_pipe, CASES, SETTINGS, rows=8, report=lambda *text: said.append(text[2])
     )
     assert "greater distances can't be looked at: no such size" in said and len(made.done) == 3
-    heads = made.components["transformer"].found.values()
-    assert all("beyond_far" not in s for head in heads for h in head for s in h.values())
+    assert not made.components["transformer"].beyond
 
 
 def test_a_pipeline_that_breaks_at_the_size_says_so(short_pipe, monkeypatch):
@@ -191,8 +193,7 @@ def test_a_pipeline_that_breaks_at_the_size_says_so(short_pipe, monkeypatch):
     recorder.profile_larger(short_pipe, made, CASES[0], said.append)
     (text,) = said
     assert "greater distances can't be looked at: blocks.0.attn1 head" in text and "NaN" in text
-    heads = made.components["transformer"].found.values()
-    assert all("beyond_far" not in s for head in heads for h in head for s in h.values())
+    assert not made.components["transformer"].beyond
 
 
 def test_an_image_has_no_frames_to_give(short_pipe):
@@ -200,12 +201,34 @@ def test_an_image_has_no_frames_to_give(short_pipe):
     assert not image.has_larger and image.larger() is None
 
 
+def test_what_heads_and_levels_share_is_kept_once(tmp_path):
+    path, golden = tmp_path / "new.safetensors", GOLDEN / "profile.safetensors"  # of an older form
+    old = read_profile(golden)
+    write_profile(old, path)
+    with safe_open(path, "pt") as file, safe_open(golden, "pt") as before:
+        assert file.metadata()["format"] != before.metadata()["format"]
+        place = "transformer|0|blocks.0.attn1|4x4x4"
+        counts = before.get_tensor(f"found|{place}|{COUNT}")
+        assert counts.equal(file.get_tensor(f"found|{place}|{COUNT}").expand_as(counts))
+        ends = ("transformer|blocks.0.attn1|4x4x4|offset_far", f"{place}|beyond_far")
+        assert file.get_tensor(f"beyond|{ends[0]}").equal(before.get_tensor(f"found|{ends[1]}"))
+    assert path.stat().st_size < golden.stat().st_size
+    one, other = old.components["transformer"], read_profile(path).components["transformer"]
+    for key, scores in one.scores.items():
+        assert [*map(list, one.candidates(*key))] == [*map(list, other.candidates(*key))]
+        torch.testing.assert_close(scores, other.scores[key], rtol=0, atol=0)
+
+
 def test_a_file_that_lacks_some_of_it_is_damaged(looked, tmp_path):
     path = tmp_path / "profile.safetensors"
     data = looked.read_bytes()
-    name = b"|0|blocks.0.attn1|4x4x4|beyond_drop"
+    name = b"beyond|transformer|blocks.0.attn1|4x4x4|offset_drop"
     assert name in data
     path.write_bytes(data.replace(name, name.replace(b"drop", b"dorp")))
     with pytest.raises(PlanError, match="damaged"):
         read_profile(path)
-    assert whole_beyond({}) and not whole_beyond({"beyond_far": torch.zeros(1, 3, 3)})
+    names, each = ("offset_far", "offset_drop"), torch.zeros(2, 1, 3, 3)
+    assert whole_beyond({**dict.fromkeys(names, each), COUNT: each[0]}, heads=2)
+    assert not whole_beyond({**dict.fromkeys(names, each), COUNT: each[0]}, heads=3)
+    assert not whole_beyond(dict.fromkeys(names, each), heads=2)
+    assert not whole_beyond({**dict.fromkeys(names, each[..., :2]), COUNT: each[0, ..., :2]}, 2)

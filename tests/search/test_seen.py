@@ -12,7 +12,7 @@ from sparse_dit.search.nested import kind_of
 from sparse_dit.search.ranking import nested_stencil
 from sparse_dit.search.sampling import parallel_map
 from sparse_dit.search.seen import densities, grouped
-from sparse_dit.search.statistics import empty_statistics
+from sparse_dit.search.statistics import empty_statistics, of_head
 
 VIDEOS = [
     TokenLayout.video(5, 7, 9, text_before=6),
@@ -24,7 +24,8 @@ VIDEOS = [
 
 def _candidates(layout):
     generator = torch.Generator().manual_seed(0)
-    statistics = {tile: empty_statistics(layout, tile) for tile in tilings(layout)}
+    every = empty_statistics(layout, tilings(layout), 1)
+    statistics = {tile: of_head(part, 0) for tile, part in every.items()}
     for part in statistics.values():
         for values in part.values():
             values += torch.rand(values.shape, generator=generator)

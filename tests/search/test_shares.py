@@ -39,10 +39,11 @@ def _assert_equal(a, b):
         other = b.components[name]
         assert (part.sigmas, part.layers) == (other.sigmas, other.layers)
         close = {"rtol": 1e-4, "atol": 1e-6}
-        for key, heads in part.found.items():
+        for key, found in part.found.items():
             assert [*map(list, part.candidates(*key))] == [*map(list, other.candidates(*key))]
-            for head, same in zip(heads, other.found[key], strict=True):
-                torch.testing.assert_close(head, same, **close)
+            torch.testing.assert_close(found, other.found[key], **close)
+        torch.testing.assert_close(part.beyond, other.beyond, **close)
+        torch.testing.assert_close(part.looks, other.looks, **close)
         assert part.scores.keys() == other.scores.keys()
         for key, scores in part.scores.items():
             torch.testing.assert_close(scores, other.scores[key], **close)

@@ -223,16 +223,14 @@ def _profile(layers=("blocks.0.attn1", "blocks.1.attn1"), heads=2, sigmas=(0.9, 
     )
     generator = torch.Generator().manual_seed(0)
     for level, layer in itertools.product(range(len(sigmas)), layers):
-        profile.found[level, layer] = []
-        for _ in range(heads):
+        found = profile.found[level, layer] = empty_statistics(LAYOUT, tilings(LAYOUT), heads)
+        for head in range(heads):
             q, k, v = (2 * torch.randn(LAYOUT.seq_len, 8, generator=generator) for _ in range(3))
             rows = sample_rows(LAYOUT, 32, generator)
-            head = {tile: empty_statistics(LAYOUT, tile) for tile in tilings(LAYOUT)}
-            for tile, statistics in head.items():
+            for tile, statistics in found.items():
                 one, table = (q[None], k[None], v[None]), cell_table(LAYOUT, tile)
                 sums = cell_sums(*one, rows, table, 0.3, LAYOUT.seq_len)
-                discover([statistics], sums, LAYOUT, tile)
-            profile.found[level, layer].append(head)
+                discover(statistics, range(head, head + 1), sums, LAYOUT, tile)
         count = len(profile.candidates(level, layer)[0])
         error = torch.rand(heads, count, generator=generator)
         error[:, 0] = 0

@@ -63,9 +63,9 @@ def score_baselines(
     shared = families(layout)
     places: dict[str, list[int]] = {}
     patterns = {}
-    for (level, layer), heads in profile.found.items():
-        for number, head in enumerate(heads):
-            statistics = head[tilings(layout)[0]]
+    for level, layer in profile.found:
+        for number in range(profile.heads[layer][0]):
+            statistics = profile.statistics(level, layer, number)[tilings(layout)[0]]
             every = {**shared, "vertical": vertical_stripes(statistics["column"], layout)}
             if "block" in statistics:
                 every["blocks"] = row_wise_blocks(statistics["block"], layout)

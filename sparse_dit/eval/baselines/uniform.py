@@ -22,9 +22,9 @@ def uniform_pattern(profile: ComponentProfile, target: float) -> Pattern:
     """
     tile = tilings(profile.known_layout)[0]
     total: dict[str, torch.Tensor] = {}
-    for heads in profile.found.values():
-        for head in heads:
-            for key, value in head[tile].items():
+    for level, layer in profile.found:
+        for head in range(profile.heads[layer][0]):
+            for key, value in profile.statistics(level, layer, head)[tile].items():
                 total[key] = total.get(key, 0) + value
     low, high = 0.0, 1.0
     best = single_stencil(total, 0.0, tile, profile.known_layout)
