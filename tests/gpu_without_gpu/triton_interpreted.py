@@ -206,6 +206,7 @@ def test_nan_shows_where_it_is_seen():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of rows whose query is NaN
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "check", [check_autocast, check_strides, check_nan, check_padding, check_empty]
