@@ -5,6 +5,7 @@ computes what that documents for its lists, so that a wrong conversion gives wro
 """
 
 import ast
+import functools
 import importlib.metadata
 import sys
 import types
@@ -57,10 +58,17 @@ def emulated(monkeypatch):
     return put
 
 
-def inputs(layout, heads=3, dim=128):
+def inputs(layout, heads=3, key_heads=None, batch=2):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, layout.seq_len, dim)] * 3
+    shapes = [(batch, count, layout.seq_len, 128) for count in (heads, *[key_heads or heads] * 2)]
     return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@functools.cache
+def truth(patterns, layout, key_heads=None, batch=2):
+    """What the reference computes of `inputs` for patterns, one a head; the same for every package."""
+    wide = [x.double() for x in inputs(layout, len(patterns), key_heads, batch)]
+    return attend(*wide, build_index(patterns, layout), backend="reference", return_lse=True)
 
 
 def test_all_have_an_emulation():
@@ -77,13 +85,12 @@ def test_lists_are_what_the_package_documents(name, capability, emulated):
     index = build_index(MIXED, WHOLE)
     q, k, v = inputs(WHOLE)
     assert BACKENDS[name].unsupported(q, index) is None
-    wide = [x.double() for x in (q, k, v)]
-    truth = attend(*wide, index, backend="reference", return_lse=True)
+    want = truth(tuple(MIXED), WHOLE)
     wants_lse = BACKENDS[name].lacks(q, True, False) is None
     got = attend(q, k, v, index, backend=name, return_lse=wants_lse)
-    torch.testing.assert_close(got.out.double(), truth.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.out.double(), want.out, atol=1e-5, rtol=1e-5)
     if wants_lse:
-        torch.testing.assert_close(got.lse, truth.lse, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got.lse, want.lse, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "capability"), CASES)
@@ -115,14 +122,14 @@ def test_tokens_that_lie_in_order_are_not_copied(name, capability, emulated):
     """In a host's layout, `[B, N, H, D]`, with fewer heads of keys or as many."""
     emulated(name, capability)
     for key_heads in (4, 1):
-        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(WHOLE, 4))
-        k, v = (x[:, :key_heads].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-        index = build_index(STILL if key_heads == 4 else STILL[:1] * 4, WHOLE)
+        every = inputs(WHOLE, 4, key_heads)
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in every)
+        patterns = tuple(STILL if key_heads == 4 else STILL[:1] * 4)
         GIVEN.clear()
-        got = attend(q, k, v, index, backend=name).out
+        got = attend(q, k, v, build_index(patterns, WHOLE), backend=name).out
         assert GIVEN and set(GIVEN) == {x.untyped_storage().data_ptr() for x in (q, k, v)}
-        truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
-        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+        want = truth(patterns, WHOLE, key_heads).out
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "capability"), CASES)
@@ -131,16 +138,11 @@ def test_heads_share_keys(name, capability, key_heads, emulated):
     """In one order or in two, with one pattern a key head and with more."""
     emulated(name, capability)
     tile, dense, frames = MIXED
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, heads, WHOLE.seq_len, 128, generator=generator)
-        for heads in (4, key_heads, key_heads)
-    )
-    for patterns in ([tile, tile, frames, frames], [tile, frames, dense, tile], [tile] * 4):
-        index = build_index(patterns, WHOLE)
-        got = attend(q, k, v, index, backend=name).out
-        truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
-        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+    q, k, v = inputs(WHOLE, 4, key_heads, batch=1)
+    for patterns in ((tile, tile, frames, frames), (tile, frames, dense, tile), (tile,) * 4):
+        got = attend(q, k, v, build_index(patterns, WHOLE), backend=name).out
+        want = truth(patterns, WHOLE, key_heads, batch=1).out
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "capability"), CASES)
@@ -148,15 +150,12 @@ def test_stretches_of_a_curve_are_blocks_in_any_grid(name, capability, emulated)
     """1,155 tokens, which no block divides; tables are made once."""
     emulated(name, capability)
     ragged = TokenLayout.video(5, 11, 21)
-    along = Curve("video", 256)
-    index = build_index(
-        [Pattern(Window(0, 0, 200), along), Pattern(Dense()), Pattern(Skip())], ragged
-    )
+    patterns = (Pattern(Window(0, 0, 200), Curve("video", 256)), Pattern(Dense()), Pattern(Skip()))
+    index = build_index(patterns, ragged)
     q, k, v = inputs(ragged)
     assert index.head_density[0] < 0.8
     got = attend(q, k, v, index, backend=name).out
-    truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
-    torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.double(), truth(patterns, ragged).out, atol=1e-5, rtol=1e-5)
     cached = {key: id(made) for key, made in index.cache.items()}
     attend(q, k, v, index, backend=name)
     assert cached == {key: id(made) for key, made in index.cache.items()}
@@ -190,17 +189,14 @@ def test_flashinfer_pools_what_is_not_seen(heads, tokens, pool, emulated):
         replace(FAR[h], tile=Curve("video", tokens), pool=pool if FAR[h].far else None)
         if h in (0, 1, 3) else FAR[h] for h in heads
     ]  # fmt: skip
-    index = build_index([p for p in patterns for _ in range(2)], ragged)
-    generator = torch.Generator().manual_seed(0)
+    patterns = tuple(p for p in patterns for _ in range(2))
+    index = build_index(patterns, ragged)
     for key_heads in (len(heads), 2 * len(heads)):
-        q, k, v = (
-            torch.randn(2, count, ragged.seq_len, 128, generator=generator)
-            for count in (2 * len(heads), key_heads, key_heads)
-        )
+        q, k, v = inputs(ragged, len(patterns), key_heads)
         assert BACKENDS["flashinfer"].unsupported(q, index) is None
         got = attend(q, k, v, index, backend="flashinfer").out
-        truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
-        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+        want = truth(patterns, ragged, key_heads).out
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_flashinfer_pools_nothing_else(emulated):
@@ -220,13 +216,13 @@ def test_flashinfer_pools_nothing_else(emulated):
 
 
 def test_flash_attn_4_has_small_blocks_on_hopper(emulated):
-    index = build_index([Pattern(Window(0, 0, 64), Curve("video", 64))] * 3, WHOLE)
+    patterns = (Pattern(Window(0, 0, 64), Curve("video", 64)),) * 3
+    index = build_index(patterns, WHOLE)
     q, k, v = inputs(WHOLE)
     assert "seen in part" in emulated("flash_attn_4", (10, 0)).unsupported(q, index)
     assert emulated("flash_attn_4", (9, 0)).unsupported(q, index) is None
     got = attend(q, k, v, index, backend="flash_attn_4").out
-    truth = attend(*(x.double() for x in (q, k, v)), index, backend="reference").out
-    torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.double(), truth(patterns, WHOLE).out, atol=1e-5, rtol=1e-5)
 
 
 REFUSED = [

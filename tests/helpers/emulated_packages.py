@@ -34,9 +34,9 @@ def by_blocks(q, k, v, seen, block_q, block_k, scale):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     mask = seen.repeat_interleave(block_q, -2)[..., : q.shape[2], :]
     mask = mask.repeat_interleave(block_k, -1)[..., : k.shape[2]]
-    logits = (q.double() @ k.double().mT * scale).masked_fill(~mask, -torch.inf)
-    out = logits.softmax(-1).nan_to_num(0.0) @ v.double()
-    return out.to(q.dtype), logits.logsumexp(-1).float()
+    logits = (q.float() @ k.float().mT * scale).masked_fill(~mask, -torch.inf)
+    out = logits.softmax(-1).nan_to_num(0.0) @ v.float()
+    return out.to(q.dtype), logits.logsumexp(-1)
 
 
 def given(*tensors):
