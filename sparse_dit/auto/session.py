@@ -47,11 +47,11 @@ class Session:
         options: AutoOptions,
         how: How,
     ) -> None:
+        self.sizes: dict[int, Size] = {}
         self.modules = dict(modules)
         self.options = options
         self.how = how
         self.store = None if options.cache == "" else PlanStore(options.cache)
-        self.sizes: dict[int, Size] = {}
         self.present: Size | None = None
         self._pipe = None if isinstance(pipe, nn.Module) else weakref.ref(pipe)
         self._class = "" if isinstance(pipe, nn.Module) else type(pipe).__name__
@@ -221,8 +221,17 @@ class Session:
                     learner.keep()
                 except (ValueError, RuntimeError) as error:
                     self._stop_refining(size, error)
-                    continue
-                self.store.keep(size.name, size.plan, learner)
+                else:
+                    self.store.keep(size.name, size.plan, learner)
+
+    __del__ = settle  # a model that goes before its process ends has learned too
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Session:
+        fresh = memo[id(self)] = copy.copy(self)
+        fresh.sizes, fresh.present, fresh._pipe = {}, None, None
+        fresh.modules = {name: copy.deepcopy(m, memo) for name, m in self.modules.items()}
+        _SESSIONS.add(fresh)
+        return fresh
 
     def _take(self, size: Size, plan: Plan) -> None:
         self._follow(size, plan)
@@ -278,16 +287,7 @@ class Auto:
         self.session.release()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Auto:
-        key = id(self.session)
-        if key not in memo:
-            old = self.session
-            fresh = copy.copy(old)
-            fresh.modules = {name: copy.deepcopy(m, memo) for name, m in old.modules.items()}
-            fresh.sizes, fresh.present, fresh._pipe = {}, None, None
-            memo[key] = fresh
-        session = memo[key]
-        assert isinstance(session, Session)
-        return Auto(self.component, session)
+        return Auto(self.component, copy.deepcopy(self.session, memo))
 
     @property
     def ran(self) -> tuple[Ran, ...]:

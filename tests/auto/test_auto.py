@@ -1,6 +1,7 @@
 """`patch(pipe, "auto")`: the first generation is stock's and is learned from, later ones follow a plan."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -202,6 +203,27 @@ def test_a_copy_learns_for_itself(single, tmp_path):
         generate(other, call, 0)
         assert handle.summary().dense_calls == 0
         sparse_dit.unpatch(other)
+
+
+def test_what_a_copy_learned_is_kept_at_the_end_of_the_process(single, tmp_path, processes):
+    pipe, call = single
+    with sparse_dit.patch(pipe, "auto", cache=tmp_path, min_psnr=10.0):
+        other = copy.deepcopy(pipe)
+        generate(other, call, 0)
+        assert not list(tmp_path.iterdir())
+        processes()
+        assert list(tmp_path.glob("*.profile.safetensors"))
+
+
+def test_a_model_that_goes_before_its_process_ends_has_learned(single, tmp_path):
+    pipe, call = single
+    other = copy.deepcopy(pipe)
+    sparse_dit.patch(other, "auto", cache=tmp_path, min_psnr=10.0)
+    generate(other, call, 0)
+    assert not list(tmp_path.iterdir())
+    del other
+    gc.collect()
+    assert list(tmp_path.glob("*.profile.safetensors"))
 
 
 def test_what_is_recorded_must_be_finite(single, tmp_path, caplog):
