@@ -112,7 +112,7 @@ class LanguageOptions:
 
         Raises:
             TypeError: If they are no lists.
-            ValueError: If one of both is empty.
+            ValueError: If one of both is empty, or a text is in both.
         """
         single = str | Tensor | Mapping
         if isinstance(texts, single) or isinstance(self.held_out, single):
@@ -121,13 +121,16 @@ class LanguageOptions:
         if self.held_out is not None:
             held = list(self.held_out)
         elif len(given) < 2:
-            raise ValueError(
-                f"give two texts or more, or {option('held_out')} ones, got {len(given)}"
-            )
+            raise ValueError(f"give two texts or more, or held-out ones, got {len(given)}")
         else:
             given, held = given[:-1], given[-1:]
         if not given or not held:
             raise ValueError("searching needs a text to calibrate on and one to verify on")
+        if {t for t in given if isinstance(t, str)} & {t for t in held if isinstance(t, str)}:
+            raise ValueError(
+                "held-out texts must not be calibration texts, got one text as both; the last text is held "
+                "out where no others are"
+            )
         return given, held
 
     def text(self, text: str | Tensor) -> Text:

@@ -94,12 +94,15 @@ def test_options_out_of_range(asked, message):
 
 def test_texts_that_do_not_do(tiny):
     model, texts = tiny
-    with pytest.raises(ValueError, match="give two texts or more, or held_out ones, got 1"):
+    with pytest.raises(ValueError, match="give two texts or more, or held-out ones, got 1"):
         sparse_dit.search(model, texts[:1], max_kl=0.1)
     with pytest.raises(TypeError, match="must be lists of texts"):
         sparse_dit.search(model, "a text", max_kl=0.1)
     with pytest.raises(ValueError, match="a text must have at least 256 tokens, got 9"):
         sparse_dit.search(model, [texts[0], texts[1][:9]], max_kl=0.1)
+    for same in ({"held_out": ["another", "a text"]}, {}):
+        with pytest.raises(ValueError, match="held-out texts must not be calibration texts"):
+            sparse_dit.search(model, ["a text", "a text"], max_kl=0.1, **same)
     with pytest.raises(ValueError, match="a tokenizer must be given"):
         sparse_dit.search(model, ["a text", "another"], max_kl=0.1)
     with (
