@@ -1,4 +1,4 @@
-"""NaN or Inf in a sparse head: that head once more, dense."""
+"""NaN or Inf in a sparse head: that head once more, dense. NaN in what a model says: an error."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from .intervals import RowIntervals
 
 logger = logging.getLogger("sparse_dit")
 _told: set[str] = set()
+
+
+def refuse_nan(model: object, logits: Tensor) -> None:
+    """Raise ValueError if any of a language model's logits is NaN, of any shape. Waits for the device."""
+    if logits.isnan().any():
+        raise ValueError(
+            f"what {type(model).__name__} says of tokens must be numbers, got NaN: its weights are "
+            "broken, or its dtype is too small; try bfloat16 or float32"
+        )
 
 
 def finite_or_dense(

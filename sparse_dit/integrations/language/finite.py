@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ...nan_guard import refuse_nan
+
 
 @contextmanager
 def numbers_only(model: nn.Module) -> Iterator[None]:
@@ -18,11 +20,7 @@ def numbers_only(model: nn.Module) -> Iterator[None]:
     """
 
     def check(module: nn.Module, _: tuple, out: Any) -> None:
-        if out.logits[:, -1].isnan().any():
-            raise ValueError(
-                f"what {type(module).__name__} says of tokens must be numbers, got NaN: its weights are "
-                "broken, or its dtype is too small; try bfloat16 or float32"
-            )
+        refuse_nan(module, out.logits[:, -1])
 
     hook = model.register_forward_hook(check)
     try:

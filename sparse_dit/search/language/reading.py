@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...modalities import MODALITIES, Modalities
+from ...nan_guard import refuse_nan
 from ...timing import Taken, Timer
 
 LEAST_TOKENS = 256  # of a text: below there is nothing to leave out
@@ -138,12 +139,17 @@ class Read:
 
 @torch.no_grad()
 def read(model: Any, text: Text) -> Read:
-    """Run one prefill of a text."""
+    """Run one prefill of a text.
+
+    Raises:
+        ValueError: If the model says NaN of a token.
+    """
     device = model.device
     timer = Timer(device)
     places = text.positions.to(device)
     logits = model(**text.inputs_on(device), logits_to_keep=places).logits[0]
     taken = timer.stop()
+    refuse_nan(model, logits)
     return Read(logits.float().log_softmax(-1).cpu(), taken)
 
 

@@ -24,6 +24,7 @@ from ...call import AttentionCall
 from ...entry import PatternIndex
 from ...integrations import attached
 from ...modalities import Modality
+from ...nan_guard import refuse_nan
 from ...patterns import Pattern
 from .costs import Costs, costs_of, index_of
 from .items import Item
@@ -66,6 +67,9 @@ def influences(model: Any, item: Item, draws: int, seed: int) -> dict[str, Tenso
         item: Where tokens are drawn, and by which rows' outputs.
         draws: S, how often they are drawn.
         seed: The seed of the draws.
+
+    Raises:
+        ValueError: If the model says NaN of a token.
     """
     places = item.places.to(model.device)
     taps: dict[str, Tensor] = {}
@@ -84,6 +88,7 @@ def influences(model: Any, item: Item, draws: int, seed: int) -> dict[str, Tenso
         with torch.enable_grad(), attached(model, {COMPONENT: tapped}):
             inputs = item.text.inputs_on(model.device)
             logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]
+            refuse_nan(model, logits)
             said = logits.float().log_softmax(-1)
             for draw in range(draws):
                 tokens = torch.multinomial(said.detach().exp().cpu(), 1, generator=drawn)

@@ -131,6 +131,20 @@ def test_the_command_writes_a_plan(tmp_path, monkeypatch, capsys):
     assert "give two texts or more" in capsys.readouterr().err
 
 
+def test_broken_weights_are_told_as_such(tmp_path, monkeypatch, tiny, capsys):
+    folder = save_language_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model, texts = tiny
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="LlamaForCausalLM says of tokens must be numbers, got Na"):
+        sparse_dit.search(model, texts, max_kl=0.1)
+    model.save_pretrained(folder)
+    rows = ["--text", "book.txt", "--tokens", "400", "--method", "mminference", "--json", "r.json"]
+    assert cli.run(["eval", "frontier", "--model", str(folder), *rows]) == 2
+    assert "must be numbers, got NaN" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_other_points_of_a_search(tiny):
     model, texts = tiny
     searched = search_language_plan(model, texts, max_kl=0.05, rows=16)
