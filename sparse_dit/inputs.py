@@ -146,6 +146,14 @@ def check_model(name: str) -> None:
     """Raise ValueError unless the name is a pipeline's folder or could be one on the hub."""
     _check_searched(name)
     files = ("model_index.json", "modular_model_index.json")
+    folder = Path(name)
+    if "model_type" in _config(folder / "config.json") and not any(
+        (folder / file).exists() for file in files
+    ):
+        raise ValueError(
+            f"{name} is a language model, and this takes a diffusers pipeline; a language model is taken by "
+            "sparse-dit search, eval and eval frontier, with --text FILE"
+        )
     _check_named(name, files, "a diffusers pipeline")
 
 

@@ -259,9 +259,11 @@ def frontier(
     from ..eval.frontier import ALL_METHODS, DENSITIES, FrontierRequest, figure_of, started
     from ..eval.frontier import frontier as measure
     from ..eval.sizes import parse_sizes
-    from ..inputs import described, load_pipeline
+    from ..inputs import check_model, described, load_pipeline
     from ..resources import shipped
 
+    if model is not None:
+        check_model(model)
     known = {} if model else SETTINGS.to_dict()
     settings = size.settings(known)
     own = not (cases.given or model)

@@ -145,6 +145,25 @@ def test_broken_weights_are_told_as_such(tmp_path, monkeypatch, tiny, capsys):
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["serve", "MODEL"],
+        ["check", "MODEL", "tiny-wan"],
+        ["plan", "MODEL", "--height", "64", "--width", "64"],
+        ["eval", "frontier", "--model", "MODEL", "--json", "rows.json"],
+    ],
+)
+def test_commands_for_pipelines_say_which_take_a_language_model(
+    typed, tmp_path, monkeypatch, capsys
+):
+    folder = save_language_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([str(folder) if word == "MODEL" else word for word in typed]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{folder} is a language model" in told and "with --text FILE" in told
+
+
 def test_other_points_of_a_search(tiny):
     model, texts = tiny
     searched = search_language_plan(model, texts, max_kl=0.05, rows=16)
