@@ -118,6 +118,7 @@ def serve(
 
 
 def _options(keeping: Keeping, guard: Guard, fps: float, host: str, prompt: int) -> ServeOptions:
+    from ..outputs import check_writable
     from ..serve.options import Limits, ServeOptions
     from ..serve.tables import database_url
 
@@ -128,7 +129,10 @@ def _options(keeping: Keeping, guard: Guard, fps: float, host: str, prompt: int)
     is_url = "://" in keeping.store
     files = keeping.files or Path("sparse-dit-store" if is_url else keeping.store, "files")
     if not is_url:
+        check_writable(Path(keeping.store, "jobs.sqlite"), "--store")
         Path(keeping.store).mkdir(parents=True, exist_ok=True)
+    if keeping.files or is_url:
+        check_writable(files / "result", "--files")
     keys = guard.api_key or [key for key in os.environ.get(KEYS, "").split(",") if key]
     return ServeOptions(
         store=database_url(keeping.store),

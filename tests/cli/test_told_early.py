@@ -122,6 +122,14 @@ TOLD = {
     "times nowhere": (["bench", "kernel", "--json", "/proc/x.json"], "--json: /proc/x.json can't"),
     "table nowhere": (["bench", "cost", "--out", "/proc/x.json"], "--out: /proc/x.json can't be"),
     "doctor nowhere": (["doctor", "--json", "/proc/x.json"], "--json: /proc/x.json can't be"),
+    "store nowhere": (
+        ["serve", "model", "--store", "/proc/x"],
+        "--store: /proc/x/jobs.sqlite can't be written",
+    ),
+    "files nowhere": (
+        ["serve", "model", "--store", "sqlite://", "--files", "/proc/x"],
+        "--files: /proc/x/result can't be written",
+    ),
     "no pipeline": (["search", "list", *SEARCH[2:]], "must hold a JSON object, got list"),
 }
 
