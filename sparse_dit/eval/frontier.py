@@ -29,7 +29,7 @@ from .baselines import (
     score_baselines,
 )
 from .quality import Quality, evaluate, forecast_speedup
-from .rows import keep_rows, kept_rows, model_told
+from .rows import keep_rows, kept_rows, model_told, weights_told
 
 Say = Callable[[str], None]
 FORMAT = "sparse_dit frontier 1"
@@ -93,6 +93,7 @@ class FrontierRequest:
         return {
             **other,
             "model": model_told(pipe),
+            "weights": weights_told(pipe),
             "settings": self.settings.to_dict(),
             "calibration": [[c.prompt, c.seed] for c in self.calibration],
             "held_out": [[c.prompt, c.seed] for c in self.held_out],

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, uint8
 
+from ..auto.store import fingerprint
 from ..integrations import components
 from ..outputs import Outputs
 from ..plan import Plan, config_hash
@@ -25,7 +26,8 @@ def kept_rows(file: Path, form: str, conditions: dict[str, Any]) -> list[Row]:
     Args:
         file: JSON.
         form: What its `format` must be.
-        conditions: What all of its rows must have in common.
+        conditions: What all of its rows must have in common; where `weights` is None, or the file says
+            nothing of them, those may differ.
 
     Raises:
         ValueError: If it is another file, or of other conditions.
@@ -35,15 +37,18 @@ def kept_rows(file: Path, form: str, conditions: dict[str, Any]) -> list[Row]:
     try:
         data = json.loads(read_text(file))
         known = data["format"] == form and isinstance(data["rows"], list)
-        same, rows = data["conditions"] == conditions, data["rows"]
+        rows, kept = data["rows"], {"weights": None, **data["conditions"]}
+        if None in (kept["weights"], conditions["weights"]):
+            kept["weights"] = conditions["weights"]
+        same = kept == conditions
     except (ValueError, LookupError, TypeError):
         known, same, rows = False, False, []
     if not known:
         raise ValueError(f"{file} is no frontier file; name another")
     if not same:
         raise ValueError(
-            f"{file} holds rows of another model, plan or text, or of other prompts or settings; name "
-            "another file"
+            f"{file} holds rows of another model, plan or text, or of other weights, prompts or settings; "
+            "name another file"
         )
     return rows
 
@@ -54,6 +59,13 @@ def model_told(model: Any) -> dict[str, str]:
     Weights aren't read, so that rows are refused before any are loaded.
     """
     return {name: config_hash(module.config) for name, module in components(model).items()}
+
+
+def weights_told(model: Any) -> str | None:
+    """What tells checkpoints of one architecture apart: a hash of some weights; None before they are read."""
+    parts = components(model)
+    read = not any(x.is_meta for module in parts.values() for x in module.parameters())
+    return fingerprint(parts) if read else None
 
 
 def texts_told(texts: Mapping[str, str | Mapping[str, Tensor]]) -> dict[str, str]:

@@ -131,7 +131,11 @@ def test_rows_of_all_methods_and_a_plan(pipe, tmp_path, monkeypatch):
     for change in ({"texts": backwards}, {"plans": {"mine": other}}, {"depths": (0.2,)}):
         with pytest.raises(ValueError, match="rows of another model, plan or text"):
             replace(request, **change).check(pipe)
-    model = request.conditions(pipe)["model"]
+    told = request.conditions(pipe)
+    model = told["model"]
+    weight = pipe.model.model.layers[0].self_attn.v_proj.weight
+    monkeypatch.setattr(weight, "data", weight.data + 0.01)
+    assert request.conditions(pipe)["weights"] != told["weights"]
     monkeypatch.setattr(pipe.model.config, "hidden_act", "gelu")
     assert request.conditions(pipe)["model"] != model
     assert len(figure_of(rows).axes[0].lines) == len(rows)
@@ -192,8 +196,8 @@ def test_what_a_comparison_can_not_do_is_told_before_anything_is_written(
         ["check", "MODEL", "PLAN"],
         ["stability", "MODEL", "--prompt", "a", "--height", "64", "--width", "64"],
         ["plan", "MODEL", "--height", "64", "--width", "64"],
-        ["search", "MODEL", "--text", "TEXT", "--text", "TEXT", "--max-kl", "1"],
-        ["search", "MODEL/model", "--text", "TEXT", "--text", "TEXT", "--max-kl", "1"],
+        ["search", "MODEL", "--text", "TEXT", "--text", "PLAN", "--max-kl", "1"],
+        ["search", "MODEL/model", "--text", "TEXT", "--text", "PLAN", "--max-kl", "1"],
     ],
 )
 def test_commands_that_are_for_searched_plans_say_what_is_for_rules(

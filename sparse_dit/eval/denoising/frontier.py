@@ -15,7 +15,7 @@ from ...outputs import Outputs, check_writable
 from ...patch import patch
 from ...plan import Plan
 from ...words import option
-from ..rows import Row, keep_rows, kept_rows, model_told, plans_told, texts_told
+from ..rows import Row, keep_rows, kept_rows, model_told, plans_told, texts_told, weights_told
 from .measure import Measure
 from .prompts import Prompt, begun, hidden
 from .ways import METHODS, of_plan
@@ -92,6 +92,7 @@ class DenoisingFrontier:
         """What rows of one file have in common."""
         return {
             "model": model_told(pipe),
+            "weights": weights_told(pipe),
             "texts": texts_told(self.texts),
             "tokens": self.tokens,
             "depths": list(self.depths),

@@ -29,7 +29,7 @@ from ...timing import Pairs, Timer
 from ...words import option
 from ..baselines import text as of_text
 from ..baselines.vision import VISION_RULES
-from ..rows import Row, keep_rows, kept_rows, model_told, plans_told, texts_told
+from ..rows import Row, keep_rows, kept_rows, model_told, plans_told, texts_told, weights_told
 from .ask import answers
 from .quality import LanguageRequest, Say, warm_up
 from .tasks import Question, passkey_questions
@@ -83,6 +83,7 @@ class LanguageFrontier:
         """What rows of one file have in common."""
         return {
             "model": model_told(model),
+            "weights": weights_told(model),
             "texts": texts_told(self.reading.texts),
             "tokens": self.reading.tokens,
             "plans": plans_told(self.plans),

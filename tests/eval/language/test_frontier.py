@@ -1,5 +1,6 @@
 """Searched plans against published rules: the rows, equal time, and the command as a person types it."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -80,6 +81,21 @@ def test_a_file_of_another_model_text_or_plan_is_refused(model, tmp_path):
     asked.file.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="rows of another model, plan or text"):
         asked.check(model)
+
+
+def test_a_file_of_another_checkpoint_is_refused(model, tmp_path):
+    asked = request(model, tmp_path, densities=(), methods=())
+    rows = measured(model, asked)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight += 0.01
+    with pytest.raises(ValueError, match="or of other weights"):
+        asked.check(other)
+    asked.check(other.to("meta"))  # nothing is known of them yet
+    data = json.loads(asked.file.read_text())
+    del data["conditions"]["weights"]  # as older files have none
+    asked.file.write_text(json.dumps(data))
+    assert measured(model, asked) == rows
 
 
 def test_a_file_is_gone_on_with(model, tmp_path):
