@@ -41,8 +41,12 @@ class _Bad:
         self.reason = reason
 
 
-def parse(data: bytes) -> dict[str, Any]:
+def parse(data: bytes, *, what: str = "a plan") -> dict[str, Any]:
     """The object that a plan's JSON text holds; only finite numbers, no key twice, bounded depth.
+
+    Args:
+        data: The text.
+        what: What its errors call it.
 
     Raises:
         PlanError: If `data` isn't UTF-8, isn't JSON, or holds what a plan may not hold.
@@ -52,7 +56,7 @@ def parse(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise PlanError(str(error)) from None
     if not text.strip():
-        raise PlanError("the file is empty; save the plan again")
+        raise PlanError(f"the file is empty; it must hold {what}")
     try:
         document = json.loads(
             text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
@@ -64,7 +68,7 @@ def parse(data: bytes) -> dict[str, Any]:
         raise PlanError(f"nested deeper than {MAX_DEPTH} levels") from None
     document = plain(document)
     if not isinstance(document, dict):
-        raise PlanError(f"a plan must be a JSON object, got {short(document)}")
+        raise PlanError(f"{what} must be a JSON object, got {short(document)}")
     return document
 
 

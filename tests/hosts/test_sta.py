@@ -203,7 +203,23 @@ def test_a_file_that_is_no_strategy_is_refused(data, words, tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(data))
     with pytest.raises(PlanError) as error:
         Strategy.load(tmp_path / "s.json")
-    assert_refused(str(error.value), words if data != [] else "")
+    assert_refused(str(error.value), words)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", ""])
+def test_a_file_that_holds_something_else_is_not_called_a_plan(text, tmp_path):
+    file = tmp_path / "s.json"
+    file.write_text(text)
+    with pytest.raises(PlanError, match="an STA strategy") as error:
+        Strategy.load(file)
+    assert "plan" not in str(error.value).removeprefix(str(file))
+
+
+def test_a_strategy_that_cannot_be_read_is_named_once(tmp_path):
+    file = tmp_path / "missing.json"
+    with pytest.raises(PlanError, match="can't be read") as error:
+        Strategy.load(file)
+    assert str(error.value).count("missing.json") == 1
 
 
 def strategy(steps=4, layers=2, heads=2):

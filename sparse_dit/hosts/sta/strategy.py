@@ -59,8 +59,9 @@ class Strategy:
             PlanError: If it can't be read, a key or window is none, or one is missing.
         """
         file = usable(path)
+        data = read(file, MAX_BYTES)
         try:
-            return Strategy.from_dict(parse(read(file, MAX_BYTES)))
+            return Strategy.from_dict(parse(data, what="an STA strategy"))
         except ValueError as error:
             raise PlanError(f"{file}: {error}") from None
 
