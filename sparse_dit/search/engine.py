@@ -20,7 +20,7 @@ from .options import SearchOptions, by_keywords
 from .pricing import TargetDevice, cost_tables, dense_generation, inside
 from .profile import ComponentProfile, Profile
 from .profiling import profile_pipeline
-from .provenance import evidence, measured_of, provenance
+from .provenance import evidence, measured_of, provenance, schedule
 from .repeat import repeated
 from .sensitivity import Sensitivity, sensitivity
 from .solve import Choice, Problem, stages_of, whole_problem
@@ -199,6 +199,7 @@ def _solved(run: _Run, profiled: Profile) -> Searched:
     clock.lap("evidence")
     record = provenance(session, run.calibration, run.held_out, clock.laps)
     record["evidence"] = backing
+    record["schedule"] = schedule(references[0])
     if compared is not None:
         record["compared"] = compared
     plan = replace(

@@ -331,8 +331,8 @@ def _chosen(points: Sequence[Point], measure: Measure, value: float) -> Point:
     known = [point for point in points if getattr(point, measure) is not None]
     if not known:
         raise ValueError(
-            f"the front must hold a forecast of the {measure} to pick by it, got none: its search didn't "
-            "measure that; pick by speedup, density or error"
+            f"the front must hold a forecast of the {measure} to pick by it, got none: its search had "
+            "nothing to forecast that by; pick by speedup, density or error"
         )
     sign = 1 if measure in GREATER_IS_BETTER else -1
     good = [p for p in known if sign * getattr(p, measure) >= sign * value]

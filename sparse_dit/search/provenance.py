@@ -22,7 +22,7 @@ from .options import SearchOptions
 from .profile import ComponentProfile
 from .solve import Choice, Problem
 from .tune import Session
-from .verify import Verified
+from .verify import Reference, Verified
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 
@@ -64,6 +64,12 @@ def provenance(
         "sensitivity": one_or_named(sensitivity),
         "search_seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }
+
+
+def schedule(reference: Reference) -> dict[str, Any]:
+    """The noise levels of a dense generation's steps, falling, by which a plan is exported to other hosts."""
+    levels = {round(sigma, 6) for sigmas in reference.forwards.values() for sigma in sigmas}
+    return {"sigmas": sorted(levels, reverse=True)}
 
 
 def made_with(*libraries: str) -> dict[str, Any]:

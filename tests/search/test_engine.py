@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparse_dit
 from sparse_dit.eval.baselines.uniform import random_choice, uniform_plan
 from sparse_dit.generation import Case, GenerationSettings
+from sparse_dit.hosts.sta import sigmas_of
 from sparse_dit.integrations import workload
 from sparse_dit.integrations.diffusers import attachment_of
 from sparse_dit.plan import PlanError
@@ -97,6 +98,8 @@ def test_each_dial_gives_a_plan_that_works(pipe, fast, dial, tmp_path):
         assert not component.layers[layer][stage][head].pattern.is_dense
     assert "evidence" not in plan_of(searched, searched.choice).provenance
     assert set(record["versions"]) == {"torch", "diffusers", "transformers"}
+    assert len(record["schedule"]["sigmas"]) == SETTINGS.steps
+    assert sigmas_of(plan, SETTINGS.steps, None) == record["schedule"]["sigmas"], "for other hosts"
     assert plan.measured["held_out_cases"] == 1 and math.isfinite(plan.measured["psnr_db"])
     assert said and all("\n" not in text for text in said)
 

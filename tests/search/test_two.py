@@ -97,6 +97,8 @@ def test_noise_levels_are_those_that_each_transformer_ran_at(searched):
     high, low = (parts[name].sigmas for name in BOTH)
     assert min(high) >= 0.9 > max(low) and len(high) + len(low) == SETTINGS.steps
     (reference,) = searched[0].references
+    recorded = searched[0].plan.provenance["schedule"]["sigmas"]
+    assert recorded == [round(sigma, 6) for sigma in high + low], "the steps of both"
     for name in BOTH:
         assert list(dict.fromkeys(reference.forwards[name])) == parts[name].sigmas
         part = searched[0].plan.components[name]
