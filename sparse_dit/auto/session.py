@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..account import Account, Ran
 from ..call import AttentionCall
+from ..fingerprint import fingerprint
 from ..integrations import host_of, library_of
 from ..plan import Plan
 from ..runtime import How, Runtime
@@ -20,7 +21,7 @@ from ..search.sampling import whole_layout
 from .learner import MOST_REFINED, Learner
 from .options import AutoOptions
 from .size import Size
-from .store import PlanStore, fingerprint, plan_name, size_class, tokens_of
+from .store import PlanStore, plan_name, size_class, tokens_of
 from .verify import release, watch
 
 logger = logging.getLogger("sparse_dit")

@@ -11,22 +11,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 
-from ..integrations import self_attention_layers
-from ..plan import Plan, PlanError, config_hash
+from ..fingerprint import fingerprint
+from ..plan import Plan, PlanError
 from .learner import Learner
 
 logger = logging.getLogger("sparse_dit")
 
 VARIABLE = "SPARSE_DIT_CACHE"  # names another folder
 PROFILE = ".profile.safetensors"  # how the file's name ends that a plan is refined from
-SAMPLED = 8  # values of each weight by which models are told apart
 
 
 @dataclass(frozen=True)
@@ -156,28 +154,3 @@ def size_class(tokens: int) -> int:
 def tokens_of(size: int) -> int:
     """The middle of a class of lengths."""
     return round(2 ** (size / 2))
-
-
-def fingerprint(modules: Mapping[str, nn.Module]) -> str:
-    """What tells models apart, also by a LoRA: architecture, and a sample of the attention's weights."""
-    found = hashlib.sha256()
-    for name, module in modules.items():
-        config: Any = module.config
-        found.update(f"{name} {type(module).__name__} {config_hash(config)}".encode())
-        for path, layer in self_attention_layers(module).items():
-            for inner, part in layer.named_modules():
-                if (scaling := getattr(part, "scaling", None)) is not None:
-                    found.update(f"{path} {inner} {scaling}".encode())
-            for inner, weight in layer.named_parameters():
-                found.update(f"{path} {inner} {tuple(weight.shape)}".encode())
-                found.update(_sample(weight))
-    return found.hexdigest()
-
-
-def _sample(weight: Tensor) -> bytes:
-    """Some values; nothing of weights whose values can't be had, as those of offloaded layers."""
-    try:
-        some = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)]
-        return json.dumps(some.float().tolist()).encode()
-    except (NotImplementedError, RuntimeError):
-        return b""

@@ -92,10 +92,10 @@ def search(
     If even the best plan misses it, that one is written, and the exit code is 1.
     """
     if texts.text:
-        of_pipelines = replace(wanted, target_speedup=None) != Wanted()
+        of_pipelines = replace(wanted, target_speedup=None, profile=None) != Wanted()
         if cases.given or held_out or size != Size() or of_pipelines:
             raise ValueError(
-                "prompts, sizes, profiles, step caches, cost tables, --max-error and --min-psnr are for "
+                "prompts, sizes, profile steps, step caches, cost tables, --max-error and --min-psnr are for "
                 "pipelines; with --text a language model is searched"
             )
         return _search_text(model, texts, wanted, place, plan_file, force)
@@ -110,7 +110,7 @@ def search(
     from ..search.options import SearchOptions, check_profile
 
     given = cases.read()
-    kept = wanted.profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
+    kept = _kept(wanted, plan_file)
     asked: dict[str, Any] = {
         **vars(wanted),
         "settings": size.settings(),
@@ -134,8 +134,7 @@ def search(
         resumable(kept)
         raise
     _save(searched, plan_file, outputs, force)
-    if kept.exists():
-        out.print(f"the profile is kept in {kept}", markup=False, highlight=False, soft_wrap=True)
+    _tell(kept)
     missed = shortfall(searched.plan)
     if missed:
         say(missed)
@@ -151,28 +150,46 @@ def _search_text(
     from ..search.language.options import LanguageOptions
 
     calibration, held_out = read_texts(texts.text or []), read_texts(texts.held_out_text or [])
+    kept = _kept(wanted, plan_file)
     asked: dict[str, Any] = {
         "held_out": held_out or None,
         "target_speedup": wanted.target_speedup,
         "max_kl": texts.max_kl,
         "max_ppl_increase": texts.max_ppl_increase,
         "tokens": texts.tokens,
+        "profile": kept,
         "report": say,
     }
     LanguageOptions(**asked).split(calibration)
     outputs = Outputs(replace=force, say=say)
     outputs.expect("--out", plan_file, ".json", beside=_beside)
+    outputs.expect("--profile", kept, again=True)
     check_language_model(model)
     loaded, tokenizer = load_language_model(model, place.device, place.dtype)
     of_text = any(isinstance(text, str) for text in (*calibration, *held_out))
-    searched = search_language_plan(  # without a tokenizer there are no questions about texts
-        loaded, calibration, tokenizer=tokenizer if of_text else None, **asked
-    )
+    try:
+        searched = search_language_plan(  # without a tokenizer there are no questions about texts
+            loaded, calibration, tokenizer=tokenizer if of_text else None, **asked
+        )
+    except KeyboardInterrupt:
+        resumable(kept)
+        raise
     _save(searched, plan_file, outputs, force)
+    _tell(kept)
     met = searched.plan.measured["met"]
     if not met:
         say("the plan misses what was asked for; see measured in it")
     return outputs.code or int(not met)
+
+
+def _kept(wanted: Wanted, plan_file: Path) -> Path:
+    """Where a search keeps its profile."""
+    return wanted.profile or plan_file.with_name(f"{plan_file.stem}.profile.safetensors")
+
+
+def _tell(kept: Path) -> None:
+    if kept.exists():
+        out.print(f"the profile is kept in {kept}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _beside(plan_file: Path) -> tuple[Path, Path]:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, uint8
+from torch import Tensor
 
-from ..auto.store import fingerprint
+from ..fingerprint import digest, fingerprint
 from ..integrations import components
 from ..outputs import Outputs
 from ..plan import Plan, config_hash
@@ -79,14 +79,7 @@ def plans_told(plans: Mapping[str, Plan]) -> dict[str, str]:
 
 
 def _digest(text: str | Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    if isinstance(text, str):
-        found.update(text.encode())
-    else:
-        for name, tensor in sorted(text.items()):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            found.update(tensor.cpu().contiguous().flatten().view(uint8).numpy().tobytes())
-    return found.hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest() if isinstance(text, str) else digest(text)
 
 
 def keep_rows(

@@ -6,10 +6,12 @@ import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...call import Intercept
 from ...integrations import attached, heads_of, unpatched
 from ...layout import TokenLayout
 from ...on_cpu import on_cpu
@@ -19,6 +21,7 @@ from ...timing import Pairs, Taken, timing_of
 from ..front import Front, front_of, model_hash
 from ..local import improve
 from ..options import by_keywords
+from ..profile_file import only_writer
 from ..provenance import made_with
 from ..solve import Choice, Problem, cheapest, evaluate, least_loss
 from ..tune import Clock
@@ -26,11 +29,12 @@ from .breakeven import break_even
 from .candidates import candidates
 from .costs import Costs
 from .items import Item
+from .kept import conditions, read_scores, write_scores
 from .options import Given, LanguageOptions
 from .problem import PREFILL, Scores, planned, problem_of
 from .prompts import read_prompt
 from .reading import Passkey, Read, Text, finds, passkeys, read
-from .scores import COMPONENT, Scorer, influences
+from .scores import COMPONENT, Scorer, Timing, influences
 
 ASKED_AT = (0.35, 0.65)  # depths of the questions that patterns are scored on; others verify
 QUESTIONS = 0.5  # what an answer's divergence counts, beside a text's
@@ -204,26 +208,40 @@ def _items(run: _Search) -> list[Item]:
 
 
 def _scored(run: _Search, patterns: Sequence[Any]) -> Costs:
-    """Fill `run.layers`, and time attention in the middle layer."""
-    options, costs = run.options, None
+    """Fill `run.layers`, going on from what is kept of them, and time attention in the middle layer."""
+    options, items = run.options, _items(run)
+    file = None if options.profile is None else Path(options.profile)
+    with only_writer(file or "", file is not None):
+        of, done = {}, 0
+        if file is not None:
+            of = conditions(run.model, patterns, items, options.draws)
+            if file.exists():
+                run.layers, done = read_scores(file, of, patterns, run.model)
+                options.say(f"{file} holds the scores of {done} of {len(items)} texts")
+        for number, item in enumerate(items[done:], done):
+            what = f"text {number + 1}/{len(items)}, {item.text.ids.shape[1]} tokens"
+            options.say(f"scoring {len(patterns)} patterns on {what}")
+            grads = influences(run.model, item, options.draws, seed=number)
+            _prefill(run, item, Scorer(patterns, item, grads, run.layers))
+            if file is not None:
+                write_scores(run.layers, number + 1, of, file)
     names = list(heads_of(run.model))
-    items = _items(run)
-    for number, item in enumerate(items):
-        what = f"text {number + 1}/{len(items)}, {item.text.ids.shape[1]} tokens"
-        options.say(f"scoring {len(patterns)} patterns on {what}")
-        grads = influences(run.model, item, options.draws, seed=number)
-        middle = None if costs else names[len(names) // 2]
-        scorer = Scorer(patterns, item, grads, run.layers, middle)
-        inputs = item.text.inputs_on(run.model.device)
-        with torch.no_grad(), attached(run.model, {COMPONENT: scorer}):
-            run.model(**inputs, use_cache=False, logits_to_keep=1)
-        costs = scorer.costs or costs
+    timer = Timing(names[len(names) // 2], patterns)
+    _prefill(run, items[0], timer)
+    costs = timer.costs
     if not run.layers or costs is None:
         raise NotImplementedError(
             f"no plan can be found for {type(run.model).__name__}: its middle layer doesn't attend in plain "
             'causal order; sparse_dit.patch(model, "exact") skips what its masks hide'
         )
     return costs
+
+
+def _prefill(run: _Search, item: Item, intercept: Intercept) -> None:
+    """One prefill of a text that an intercept sees."""
+    inputs = item.text.inputs_on(run.model.device)
+    with torch.no_grad(), attached(run.model, {COMPONENT: intercept}):
+        run.model(**inputs, use_cache=False, logits_to_keep=1)
 
 
 def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:

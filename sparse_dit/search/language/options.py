@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class LanguageOptions:
         rounds: The most plans that are verified.
         passkey_depths: Where numbers are hidden in a text that must still be found, if there is a tokenizer.
         backend: Sparse backend to verify with.
+        profile: File in which scores are kept after each text, to go on from; none is kept if None.
         report: Called with a line of text at each phase.
 
     Raises:
@@ -53,6 +55,7 @@ class LanguageOptions:
     rounds: int = 4
     passkey_depths: Sequence[float] = DEPTHS
     backend: str = "auto"
+    profile: str | Path | None = None
     report: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:

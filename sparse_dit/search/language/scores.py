@@ -112,7 +112,6 @@ class Scorer:
         item: The text.
         grads: Its influences.
         layers: The scores that are added to.
-        timed_layer: The layer whose calls are timed; None for none.
     """
 
     def __init__(
@@ -121,19 +120,14 @@ class Scorer:
         item: Item,
         grads: dict[str, Tensor],
         layers: dict[str, dict[Modality, LayerScores]],
-        timed_layer: str | None,
     ) -> None:
         self.patterns, self.item, self.grads, self.layers = patterns, item, grads, layers
-        self.timed_layer = timed_layer
-        self.costs: Costs | None = None
 
     @torch.no_grad()
     def __call__(self, call: AttentionCall) -> Tensor:
         """Stock attention's output."""
         if is_whole(call):
             self._score(call)
-            if call.layer == self.timed_layer:
-                self.costs = costs_of(call, self.patterns)
         return call.stock()
 
     def _score(self, call: AttentionCall) -> None:
@@ -169,6 +163,29 @@ class Scorer:
                     to.error[head, number] += change[part].square().sum()
                     to.loss[head, number] += 0.5 * item.share * told[part].sum() / len(item.places)
                     to.density[head, number] += kept_pairs[part].sum() / pairs[part].sum()
+
+
+class Timing:
+    """The intercept that times attention in one layer by each pattern; it runs stock attention.
+
+    Args:
+        layer: The layer's module path.
+        patterns: The K candidates, dense first.
+
+    Attributes:
+        costs: What was timed; None if the layer had no whole text in plain causal order.
+    """
+
+    def __init__(self, layer: str, patterns: Sequence[Pattern]) -> None:
+        self.layer, self.patterns = layer, patterns
+        self.costs: Costs | None = None
+
+    @torch.no_grad()
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Stock attention's output."""
+        if call.layer == self.layer and is_whole(call):
+            self.costs = costs_of(call, self.patterns)
+        return call.stock()
 
 
 def _told(grads: Tensor, change: Tensor) -> Tensor:

@@ -131,6 +131,107 @@ def test_the_command_writes_a_plan(tmp_path, monkeypatch, capsys):
     assert "give two texts or more" in capsys.readouterr().err
 
 
+class Counted:
+    """`influences`, interrupted at a call if told to be."""
+
+    def __init__(self, monkeypatch, until=None):
+        self.calls, self.until, self.run = 0, until, engine.influences
+        monkeypatch.setattr(engine, "influences", self)
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        if self.calls == self.until:
+            raise KeyboardInterrupt
+        return self.run(*args, **options)
+
+
+def test_an_interrupted_search_goes_on_and_another_dial_scores_nothing_anew(tmp_path, monkeypatch):
+    model, inputs = text("llama", batch=4, length=400)
+    texts, file = list(inputs["input_ids"]), tmp_path / "p.safetensors"
+    whole = search_language_plan(model, texts, max_kl=0.05, rows=16)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        Counted(patched, until=3)
+        search_language_plan(model, texts, max_kl=0.05, rows=16, profile=file)
+    counted, said = Counted(monkeypatch), []
+    asked = {"rows": 16, "profile": file, "report": said.append}
+    searched = search_language_plan(model, texts, max_kl=0.05, **asked)
+    assert counted.calls == 1 and f"{file} holds the scores of 2 of 3 texts" in said
+    for layer, modalities in whole.scores.items():
+        for modality, scores in modalities.items():
+            assert vars(scores).keys() == vars(searched.scores[layer][modality]).keys()
+            for name, value in vars(scores).items():
+                torch.testing.assert_close(
+                    vars(searched.scores[layer][modality])[name], value, rtol=0, atol=0
+                )
+    plan = sparse_dit.search(model, texts, max_ppl_increase=0.5, **asked)
+    assert counted.calls == 1 and plan.measured["met"]
+
+
+@pytest.mark.parametrize("other", ["rows", "texts", "weights", "patterns"])
+def test_scores_of_something_else_are_refused(other, tiny, tmp_path, monkeypatch):
+    model, texts = tiny
+    file, rows = tmp_path / "p.safetensors", 16
+    sparse_dit.search(model, texts, max_kl=0.05, rows=rows, profile=file)
+    before = file.read_bytes()
+    if other == "rows":
+        rows = 8
+    elif other == "texts":
+        texts = [texts[0].flip(0), texts[1]]
+    elif other == "weights":
+        model.model.layers[0].self_attn.q_proj.weight.data *= 1.5
+    else:
+        monkeypatch.setattr(engine, "candidates", lambda media: FEW[:2])
+    with pytest.raises(
+        ValueError, match="is of another model, dtype or version, or of other texts"
+    ):
+        sparse_dit.search(model, texts, max_kl=0.05, rows=rows, profile=file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("broken", [b"", b"no file of tensors", "cut", "other format"])
+def test_a_file_without_scores_is_refused(broken, tiny, tmp_path):
+    model, texts = tiny
+    file = tmp_path / "p.safetensors"
+    sparse_dit.search(model, texts, max_kl=0.05, rows=16, profile=file)
+    data = file.read_bytes()
+    if broken == "cut":
+        broken = data[: len(data) // 2]
+    elif broken == "other format":
+        broken = data.replace(b"language scores 1", b"language scores 0")
+    file.write_bytes(broken)
+    with pytest.raises(ValueError, match="damaged, or no scores of a language model") as error:
+        sparse_dit.search(model, texts, max_kl=0.05, rows=16, profile=file)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_goes_on_after_ctrl_c(tmp_path, monkeypatch, capsys):
+    save_language_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    typed = [
+        "search",
+        "language-model",
+        "--text",
+        "book.txt",
+        "--text",
+        "other.txt",
+        "--max-kl",
+        "1",
+    ]
+    with monkeypatch.context() as patched:
+        Counted(patched, until=2)
+        assert cli.run([*typed, "--held-out-text", "third.txt"]) == 2, "there is none"
+        (tmp_path / "third.txt").write_text((tmp_path / "book.txt").read_text()[::-1])
+        typed += ["--held-out-text", "third.txt"]
+        assert cli.run(typed) == 130
+    assert "the same command goes on from plan.profile.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()
+    counted = Counted(monkeypatch)
+    assert cli.run(typed) == 0
+    said = capsys.readouterr()
+    assert "holds the scores of 1 of" in said.err and counted.calls > 0
+    assert "the profile is kept in plan.profile.safetensors" in said.out
+
+
 def test_broken_weights_are_told_as_such(tmp_path, monkeypatch, tiny, capsys):
     folder = save_language_model(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,7 @@ def test_errors_are_those_of_the_kernel(llama):
     with attached(model, {"model": watch}):
         logits(model, inputs)
     grads = {name: torch.ones(1, 300, 4, 16) for name in calls}
-    with attached(model, {"model": Scorer(PATTERNS, item, grads, found, None)}):
+    with attached(model, {"model": Scorer(PATTERNS, item, grads, found)}):
         logits(model, inputs)
     for name, call in calls.items():
         exact = call.stock()[0]

@@ -1,0 +1,115 @@
+"""What a search for a language model has scored, in a file: a search that was interrupted goes on from it, and
+one with another dial begins with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ...fingerprint import digest, fingerprint
+from ...integrations import components, heads_of
+from ...modalities import MODALITIES
+from ...patterns import Pattern
+from ...whole_file import whole_file
+from .items import Item
+from .problem import Scores
+from .scores import LayerScores
+
+FORMAT = "sparse_dit language scores 1"
+SUMS = ("error", "norm", "loss", "density")  # of `LayerScores`
+
+
+def conditions(
+    model: Any, patterns: Sequence[Pattern], items: Sequence[Item], draws: int
+) -> dict[str, Any]:
+    """What scores of one file have in common: model, dtype, patterns, and what they are scored on.
+
+    Args:
+        model: The model.
+        patterns: The K candidates.
+        items: Texts and questions, in their order.
+        draws: How often tokens are drawn.
+    """
+    sampled = [
+        digest({**item.text.inputs_on("cpu"), "rows": item.rows, "places": item.places})
+        for item in items
+    ]
+    return {
+        "model": fingerprint(components(model)),
+        "dtype": str(model.dtype),
+        "patterns": hashlib.sha256(repr(list(patterns)).encode()).hexdigest(),
+        "items": [[found, item.share] for found, item in zip(sampled, items, strict=True)],
+        "draws": draws,
+    }
+
+
+def write_scores(scores: Scores, done: int, of: dict[str, Any], path: Path) -> None:
+    """Write the scores of the first `done` items; the file appears whole or not at all.
+
+    Args:
+        scores: By layer and modality.
+        done: How many items are in them.
+        of: Their `conditions`.
+        path: The file.
+    """
+    tensors, counts = {}, {}
+    for layer, modalities in scores.items():
+        for modality, found in modalities.items():
+            key = f"{layer}|{modality}"
+            counts[key] = [found.pairs, found.texts]
+            tensors |= {f"{key}|{name}": getattr(found, name) for name in SUMS}
+    header = json.dumps({"done": done, "counts": counts, "conditions": of})
+    with whole_file(path) as partial:
+        save_file(tensors, partial, {"format": FORMAT, "header": header})
+
+
+def read_scores(
+    path: Path, of: dict[str, Any], patterns: Sequence[Pattern], model: Any
+) -> tuple[Scores, int]:
+    """Inverse of `write_scores`: the scores, and how many items are in them.
+
+    Raises:
+        ValueError: If the file is damaged, something else, or of other conditions; in one line.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise ValueError("it is something else")
+            header = json.loads(file.metadata()["header"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        scores, heads = {}, heads_of(model)
+        for key, (pairs, texts) in header["counts"].items():
+            layer, modality = key.rsplit("|", 1)
+            empty = LayerScores.empty(heads[layer][0], len(patterns))
+            found = replace(empty, **{name: tensors[f"{key}|{name}"] for name in SUMS})
+            if header["conditions"] == of and not _fits(found, empty, modality):
+                raise ValueError("its scores aren't whole")
+            found.pairs, found.texts = float(pairs), int(texts)
+            scores.setdefault(layer, {})[modality] = found
+        known, done = header["conditions"], int(header["done"])
+    except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path}: damaged, or no scores of a language model ({reason:.200}); name another file, or "
+            "delete it"
+        ) from None
+    if known != of:
+        raise ValueError(
+            f"{path} is of another model, dtype or version, or of other texts or numbers of rows and draws; "
+            "name another file, or delete it"
+        )
+    return scores, done
+
+
+def _fits(found: LayerScores, empty: LayerScores, modality: str) -> bool:
+    pairs = [(getattr(found, name), getattr(empty, name)) for name in SUMS]
+    whole = all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+    return whole and modality in MODALITIES and all(bool(torch.isfinite(a).all()) for a, _ in pairs)
