@@ -202,7 +202,7 @@ def test_a_plan_of_another_size_is_measured_unchanged(short_pipe, known, tmp_pat
     assert (own["method"], other["method"]) == ("searched", TRANSFERRED)
     assert "used unchanged" in other["source"] and other["tokens"] == own["tokens"]
     assert other["density"] <= 0.351 and other["psnr_db"] > 0
-    with pytest.raises(ValueError, match="other prompts or settings"):
+    with pytest.raises(ValueError, match="other weights, prompts or settings"):
         frontier(short_pipe, replace(request, searched_at=None), lambda text: None)
     with pytest.raises(ValueError, match="must be another one"):
         replace(request, searched_at=QUICK)

@@ -1,5 +1,5 @@
-"""What a search for a language model has scored, in a file: a search that was interrupted goes on from it, and
-one with another dial begins with it."""
+"""What a search for a language model has scored, in a file: an interrupted search goes on from it, and one
+with another dial begins with it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def conditions(
         draws: How often tokens are drawn.
     """
     sampled = [
-        digest({**item.text.inputs_on("cpu"), "rows": item.rows, "places": item.places})
+        digest(
+            {**item.text.inputs_on(torch.device("cpu")), "rows": item.rows, "places": item.places}
+        )
         for item in items
     ]
     return {
