@@ -165,10 +165,12 @@ def asked_caches(text: str, steps: int) -> tuple[StepCache, ...]:
         return tuple(StepCache(name, {"threshold": one}) for one in THRESHOLDS)
     if not equals:
         pairs = [(2, steps // 2), (2, steps // 3), *((n, first) for n in INTERVALS)]
-        found = dict.fromkeys((n, _first(n, max(LEAST_FIRST, m), steps)) for n, m in pairs)
-        return tuple(
-            _leaving_out(StepCache(name, {"interval": n, "first": m}), steps) for n, m in found
-        )
+        found: dict[tuple[int, ...], StepCache] = {}
+        for interval, wanted in pairs:
+            m = _first(interval, max(LEAST_FIRST, wanted), steps)
+            cache = _leaving_out(StepCache(name, {"interval": interval, "first": m}), steps)
+            found.setdefault(_computed(interval, m, steps), cache)
+        return tuple(found.values())
     try:
         numbers = [float(part) for part in value.split(":")]
     except ValueError:
@@ -191,6 +193,16 @@ def _leaving_out(cache: StepCache, steps: int) -> StepCache:
             f"give more steps, or {cache.name}=INTERVAL:FIRST with {LEAST_FIRST} <= FIRST < steps"
         )
     return cache
+
+
+def _computed(interval: int, first: int, steps: int) -> tuple[int, ...]:
+    """Which steps TaylorSeer computes: the first ones, the second after these, and each `interval`-th then.
+
+    In a few steps several intervals come to the same.
+    """
+    return tuple(
+        step for step in range(steps) if step < first or (step - first - 1) % interval == 0
+    )
 
 
 def _first(interval: float, first: int, steps: int) -> int:

@@ -158,6 +158,12 @@ def test_what_is_asked_for_is_read_from_text():
             asked_caches(f"taylorseer={number}", 12)
 
 
+@pytest.mark.parametrize(("steps", "names"), [(3, "2:2"), (4, "2:3"), (6, "2:3 3:2")])
+def test_settings_that_compute_the_same_steps_are_tried_once(steps, names):
+    found = asked_caches("taylorseer", steps)
+    assert [f"{c.settings['interval']}:{c.settings['first']}" for c in found] == names.split()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 12, 50])
 def test_whether_the_numbers_alone_leave_out_a_step_is_known_before(steps):
     for text in ("taylorseer", "taylorseer=2", "taylorseer=6", f"taylorseer=2:{steps}"):

@@ -64,9 +64,8 @@ class Session:
         layout = whole_layout(call)
         if layout is None:
             runtime = self.present and self.present.runtimes.get(name)
-            return (
-                runtime(call) if runtime else _stock(call, account, "a call that can't be learned")
-            )
+            why = "a call that can't be learned"
+            return runtime(call) if runtime else _stock(call, account, why)
         size = self._size(name, call, size_class(layout.num_grid))
         if size.learner is not None and not size.runtimes:
             try:

@@ -6,13 +6,11 @@ import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...call import Intercept
-from ...integrations import attached, heads_of, unpatched
+from ...integrations import heads_of, unpatched
 from ...layout import TokenLayout
 from ...on_cpu import on_cpu
 from ...patch import patch
@@ -21,23 +19,19 @@ from ...timing import Pairs, Taken, timing_of
 from ..front import Front, front_of, model_hash
 from ..local import improve
 from ..options import by_keywords
-from ..profile_file import only_writer
 from ..provenance import made_with
 from ..solve import Choice, Problem, cheapest, evaluate, least_loss
 from ..tune import Clock
 from .breakeven import break_even
 from .candidates import candidates
 from .costs import Costs
-from .items import Item
-from .kept import conditions, read_scores, write_scores
 from .options import Given, LanguageOptions
 from .problem import PREFILL, Scores, planned, problem_of
 from .prompts import read_prompt
 from .reading import Passkey, Read, Text, finds, passkeys, read
-from .scores import COMPONENT, Scorer, Timing, influences
+from .scores import COMPONENT
+from .scoring import scored
 
-ASKED_AT = (0.35, 0.65)  # depths of the questions that patterns are scored on; others verify
-QUESTIONS = 0.5  # what an answer's divergence counts, beside a text's
 MARGIN = 0.9  # of a limit that is aimed at after it was missed
 NEAR = 0.75  # of a limit that is kept: nearer isn't worth another round
 FIRST_SCALE = 15.0  # measured divergence over loss until a round measures it: 10 to 19 on SmolLM2
@@ -165,7 +159,7 @@ def _read(model: Any, text: Given, options: LanguageOptions) -> Text:
 def _searched(run: _Search) -> SearchedLanguage:
     options, clock = run.options, run.clock
     patterns = candidates(media=any(text.modalities is not None for text in run.texts))
-    costs = _scored(run, patterns)
+    run.layers, costs = scored(run.model, options, run.texts, patterns)
     clock.lap("score")
     options.say(f"dense readings of {len(run.held_out)} held-out texts")
     run.dense = [read(run.model, text) for text in run.held_out]
@@ -191,57 +185,6 @@ def _searched(run: _Search) -> SearchedLanguage:
         measured=_measured(run, verified),
     )
     return SearchedLanguage(plan, run.layers, task, choice, run.scale)
-
-
-def _items(run: _Search) -> list[Item]:
-    """The texts, and questions for what is hidden in others."""
-    options, count = run.options, len(run.texts)
-    items = [
-        Item.of_text(text, options.rows, 2 * number, 1 / count)
-        for number, text in enumerate(run.texts)
-    ]
-    if options.tokenizer is not None and options.passkey_depths:
-        tokens = run.texts[0].ids.shape[1]
-        asked = passkeys(options.tokenizer, tokens, ASKED_AT, seed=1)
-        items += [Item.of_passkey(p, options.rows, 1, QUESTIONS / len(asked)) for p in asked]
-    return items
-
-
-def _scored(run: _Search, patterns: Sequence[Any]) -> Costs:
-    """Fill `run.layers`, going on from what is kept of them, and time attention in the middle layer."""
-    options, items = run.options, _items(run)
-    file = None if options.profile is None else Path(options.profile)
-    with only_writer(file or "", file is not None):
-        of, done = {}, 0
-        if file is not None:
-            of = conditions(run.model, patterns, items, options.draws)
-            if file.exists():
-                run.layers, done = read_scores(file, of, patterns, run.model)
-                options.say(f"{file} holds the scores of {done} of {len(items)} texts")
-        for number, item in enumerate(items[done:], done):
-            what = f"text {number + 1}/{len(items)}, {item.text.ids.shape[1]} tokens"
-            options.say(f"scoring {len(patterns)} patterns on {what}")
-            grads = influences(run.model, item, options.draws, seed=number)
-            _prefill(run, item, Scorer(patterns, item, grads, run.layers))
-            if file is not None:
-                write_scores(run.layers, number + 1, of, file)
-    names = list(heads_of(run.model))
-    timer = Timing(names[len(names) // 2], patterns)
-    _prefill(run, items[0], timer)
-    costs = timer.costs
-    if not run.layers or costs is None:
-        raise NotImplementedError(
-            f"no plan can be found for {type(run.model).__name__}: its middle layer doesn't attend in plain "
-            'causal order; sparse_dit.patch(model, "exact") skips what its masks hide'
-        )
-    return costs
-
-
-def _prefill(run: _Search, item: Item, intercept: Intercept) -> None:
-    """One prefill of a text that an intercept sees."""
-    inputs = item.text.inputs_on(run.model.device)
-    with torch.no_grad(), attached(run.model, {COMPONENT: intercept}):
-        run.model(**inputs, use_cache=False, logits_to_keep=1)
 
 
 def _tuned(run: _Search, task: Problem) -> tuple[Choice, Verified]:

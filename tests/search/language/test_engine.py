@@ -10,7 +10,7 @@ import sparse_dit
 from sparse_dit import cli
 from sparse_dit.plan import Plan
 from sparse_dit.search.front import pick
-from sparse_dit.search.language import engine, search_language_plan
+from sparse_dit.search.language import engine, scoring, search_language_plan
 from sparse_dit.search.language.options import LanguageOptions
 from tests.helpers.language_plans import DENSE, NEAR, SLASH
 from tests.helpers.tiny_language_models import logits, save_language_model, text
@@ -135,8 +135,8 @@ class Counted:
     """`influences`, interrupted at a call if told to be."""
 
     def __init__(self, monkeypatch, until=None):
-        self.calls, self.until, self.run = 0, until, engine.influences
-        monkeypatch.setattr(engine, "influences", self)
+        self.calls, self.until, self.run = 0, until, scoring.influences
+        monkeypatch.setattr(scoring, "influences", self)
 
     def __call__(self, *args, **options):
         self.calls += 1
