@@ -168,7 +168,7 @@ def test_rows_are_kept_and_gone_on_with(short_pipe, known, tmp_path):
     assert again[0]["psnr_db"] > again[1]["psnr_db"] > 0
     assert again[0]["forecast"] > 1 and again[1]["forecast"] is None
     assert frontier(short_pipe, request(["searched"]), said.append) == again  # nothing left to do
-    with pytest.raises(ValueError, match="prompts or settings"):
+    with pytest.raises(ValueError, match="other weights, prompts or settings"):
         frontier(short_pipe, request(["searched"], HELD_OUT), said.append)
     data = json.loads(file.read_text())
     data["conditions"]["model"]["transformer"] = "0" * 64
