@@ -129,7 +129,7 @@ def frontier(
     if not todo:
         return rows
     plans = _Plans.of(pipe, request, {method for _, method in todo}, say)
-    provenance = environment(getattr(pipe, "device", "cpu"))
+    conditions, provenance = request.conditions(pipe), environment(getattr(pipe, "device", "cpu"))
     before: Quality | None = None
     timed_for: float | None = None  # the density that its dense generations were made for
     for number, (target, method) in enumerate(todo, 1):
@@ -151,7 +151,7 @@ def frontier(
             timed_for = target
             forecast = None if method == TRANSFERRED else forecast_speedup(plan)
             rows.append({**row, **_measured(before), "forecast": forecast})
-        keep_rows(outputs, request.file, FORMAT, request.conditions(pipe), provenance, rows)
+        keep_rows(outputs, request.file, FORMAT, conditions, provenance, rows)
     return rows
 
 
