@@ -20,7 +20,7 @@ from .cells import CellSums, CellTable, cell_table
 from .placed import best_columns
 from .profile import HALF, LATER, ComponentProfile
 from .seen import by_offset
-from .statistics import COUNT, add_heads, compared_shapes, of_head, of_heads
+from .statistics import add_heads, compared_shapes, of_head, of_heads
 
 BUDGET = 0.2  # share of the pairs, or of the columns, that is chosen
 MARKED = 0.1  # from this regret on a head counts as depending on the prompt
@@ -46,11 +46,8 @@ def add_rows(
     rows = slice(None, None, 2) if kind == HALF else slice(None)
     saved, cell = sums.benefit(far=True)[:, rows], sums.cell[rows]
     offsets = by_offset(saved, cell, layout, tile)
-    mine = profile.looks[key]
-    add_heads(mine, heads, {"offset_far": offsets, "column": saved.sum(1).cpu()})
-    if heads.start == 0:
-        once = torch.ones(saved.shape[1:], dtype=torch.float32)
-        mine[COUNT].add_(by_offset(once, cell, layout, tile))
+    added = {"offset_far": offsets, "column": saved.sum(1).cpu()}
+    add_heads(profile.looks[key], heads, added, cell, layout, tile)
 
 
 def prompt_dependence(profile: ComponentProfile) -> dict[tuple[int, str], Tensor]:

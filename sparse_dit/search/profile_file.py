@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..curve import Curve
 from ..generation import Case, GenerationSettings
 from ..layout import KINDS, OLD_KINDS, Tile, TokenLayout
 from ..outputs import check_writable
-from ..plan.errors import PlanError
 from ..timing import Taken
-from ..whole_file import whole_file
 from ..words import option
 from .candidates import tilings
 from .profile import HALF, LATER, ComponentProfile, Profile
 from .ranking import BEYOND, whole_beyond
-from .statistics import COUNT, compared_shapes, statistics_shapes
+from .statistics import COUNT, compared_shapes, layer_shapes, statistics_shapes
+from .tensor_file import Whole, read_tensors, write_tensors
 from .verify import Reference
 
-Whole = TypeVar("Whole")
 VIDEO = "reference|video"
 FORMAT = "sparse_dit profile 8"  # counts up when candidates change too: scores go by their place
 PER_HEAD_FORMAT = (
@@ -91,9 +86,7 @@ def write_parts(
             "sigmas": part.sigmas,
             "layers": part.layers,
         }
-    metadata = {"format": version, "header": json.dumps({"components": described, **header})}
-    with whole_file(path) as partial:
-        save_file({k: v.contiguous() for k, v in every.items()}, partial, metadata)
+    write_tensors(path, version, {"components": described, **header}, every)
 
 
 def size_of(part: ComponentProfile) -> int:
@@ -149,29 +142,14 @@ def read_parts(
     Raises:
         PlanError: If the file is missing, damaged, or something else; in one line.
     """
-    if not path.is_file():
-        raise PlanError(f"{path}: no such profile file")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") not in versions:
-                raise PlanError(
-                    f"{path}: not a profile of this version ({versions[0]!r}); name another file"
-                )
-            header = json.loads(metadata["header"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        parts = _parts(header, tensors, old=metadata["format"] == OLD_FORMAT)
+
+    def whole(header: dict[str, Any], tensors: dict[str, Tensor], version: str) -> Whole:
+        parts = _parts(header, tensors, old=version == OLD_FORMAT)
         for part in parts.values():
             _check(part)
         return restored(parts, header, tensors)
-    except PlanError:
-        raise
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlanError(
-            f"{path}: damaged, or no profile ({reason:.200}); name another file, or delete it and profile "
-            "again"
-        ) from None
+
+    return read_tensors(path, versions, whole)
 
 
 def _restored(
@@ -254,7 +232,8 @@ def _check(part: ComponentProfile) -> None:
     expected = {t: statistics_shapes(layout, t) for t in tilings(layout)} if layout else {}
     for (_, layer), orders in part.found.items():
         found = {tile: _shapes(statistics) for tile, statistics in orders.items()}
-        if found != {t: _of_heads(shapes, part.heads[layer][0]) for t, shapes in expected.items()}:
+        heads = part.heads[layer][0]
+        if found != {t: layer_shapes(shapes, heads) for t, shapes in expected.items()}:
             raise ValueError("statistics don't have the layout's shape")
     for layer, orders in part.beyond.items():
         heads = part.heads[layer][0]
@@ -262,7 +241,7 @@ def _check(part: ComponentProfile) -> None:
             raise ValueError("statistics of greater distances aren't whole")
     shapes = compared_shapes(layout) if layout else {}
     for (_, _, layer), looks in part.looks.items():
-        if _shapes(looks) != _of_heads(shapes, part.heads[layer][0]):
+        if _shapes(looks) != layer_shapes(shapes, part.heads[layer][0]):
             raise ValueError("what heads are compared by doesn't have the layout's shape")
     wanted = {(HALF, *place) for place in part.found} | {(LATER, *place) for place in part.scores}
     if set(part.looks) != wanted:
@@ -278,10 +257,6 @@ def _check(part: ComponentProfile) -> None:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {key: list(value.shape) for key, value in tensors.items()}
-
-
-def _of_heads(shapes: Mapping[str, list[int]], heads: int) -> dict[str, list[int]]:
-    return {key: shape if key == COUNT else [heads, *shape] for key, shape in shapes.items()}
 
 
 def _tile_text(tile: Tile) -> str:

@@ -43,12 +43,15 @@ def empty_statistics(layout: TokenLayout, tiles: Iterable[Tile], heads: int) -> 
     return {tile: of_heads(statistics_shapes(layout, tile), heads) for tile in tiles}
 
 
-def of_heads(shapes: Mapping[str, Sequence[int]], heads: int) -> dict[str, Tensor]:
-    """Float32 zeros `[heads, ...]` of each shape, `[...]` of `COUNT`."""
-    return {
-        key: torch.zeros(shape if key == COUNT else (heads, *shape), dtype=torch.float32)
-        for key, shape in shapes.items()
-    }
+def layer_shapes(shapes: Mapping[str, list[int]], heads: int) -> dict[str, list[int]]:
+    """The shapes of a layer's tensors, from those of a head's: `[heads, ...]`, that of `COUNT` `[...]`."""
+    return {key: shape if key == COUNT else [heads, *shape] for key, shape in shapes.items()}
+
+
+def of_heads(shapes: Mapping[str, list[int]], heads: int) -> dict[str, Tensor]:
+    """Float32 zeros of a layer, in the shapes of `layer_shapes`."""
+    found = layer_shapes(shapes, heads)
+    return {key: torch.zeros(shape, dtype=torch.float32) for key, shape in found.items()}
 
 
 def of_head(statistics: Mapping[str, Tensor], head: int) -> dict[str, Tensor]:
@@ -61,9 +64,8 @@ def compared_shapes(layout: TokenLayout) -> dict[str, list[int]]:
 
     They are summed over sampled rows in the first token order, see `dependence.add_rows`.
     """
-    table = cell_table(layout, tilings(layout)[0])
-    lattice = (2 * table.counts - 1).tolist()
-    return {"offset_far": lattice, COUNT: lattice, "column": [len(table.tokens)]}
+    every = statistics_shapes(layout, tilings(layout)[0])
+    return {name: every[name] for name in ("offset_far", COUNT, "column")}
 
 
 def discover(
@@ -77,7 +79,7 @@ def discover(
 
     Args:
         statistics: The layer's tensors in this order, see `empty_statistics`.
-        heads: The h heads. Pairs are counted with the first head of a layer.
+        heads: The h heads.
         sums: The sums of their rows by cells.
         layout: The token layout of the sampled call, with or without text.
         tile: The token order.
@@ -92,16 +94,31 @@ def discover(
         tiles = far.shape[2]
         block = far.new_zeros(len(heads), tiles, tiles)
         added["block"] = block.index_add_(1, sums.cell.to(far.device), far).cpu()
-    add_heads(statistics, heads, added)
-    if heads.start == 0:
-        once = torch.ones(far.shape[1:], dtype=torch.float32)
-        statistics[COUNT].add_(by_offset(once, sums.cell, layout, tile))
+    add_heads(statistics, heads, added, sums.cell, layout, tile)
 
 
-def add_heads(known: Mapping[str, Tensor], heads: range, added: Mapping[str, Tensor]) -> None:
-    """Add what some heads gave, `[h, ...]`, to a layer's tensors `[H, ...]` in place."""
+def add_heads(
+    known: Mapping[str, Tensor],
+    heads: range,
+    added: Mapping[str, Tensor],
+    cell: Tensor,
+    layout: TokenLayout,
+    tile: Tile,
+) -> None:
+    """Add what some heads gave to a layer's tensors in place, with the first head the counts of pairs too.
+
+    Args:
+        known: The layer's tensors, `[H, ...]`, its `COUNT` `[...]`.
+        heads: The h heads.
+        added: What is added, `[h, ...]`, by name.
+        cell: Each sampled row's own tile, int64 `[R]`.
+        layout, tile: The token layout of the sampled call, and the token order.
+    """
     for key, values in added.items():
         known[key][heads.start : heads.stop] += values
+    if heads.start == 0:
+        once = torch.ones(len(cell), known["column"].shape[-1], dtype=torch.float32)
+        known[COUNT].add_(by_offset(once, cell, layout, tile))
 
 
 def score(

@@ -4,21 +4,20 @@ with another dial begins with it."""
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ...fingerprint import digest, fingerprint
 from ...integrations import components, heads_of
 from ...modalities import MODALITIES
 from ...patterns import Pattern
-from ...whole_file import whole_file
+from ...plan import PlanError
+from ..tensor_file import read_tensors, write_tensors
 from .items import Item
 from .problem import Scores
 from .scores import LayerScores
@@ -68,9 +67,7 @@ def write_scores(scores: Scores, done: int, of: dict[str, Any], path: Path) -> N
             key = f"{layer}|{modality}"
             counts[key] = [found.pairs, found.texts]
             tensors |= {f"{key}|{name}": getattr(found, name) for name in SUMS}
-    header = json.dumps({"done": done, "counts": counts, "conditions": of})
-    with whole_file(path) as partial:
-        save_file(tensors, partial, {"format": FORMAT, "header": header})
+    write_tensors(path, FORMAT, {"done": done, "counts": counts, "conditions": of}, tensors)
 
 
 def read_scores(
@@ -79,39 +76,33 @@ def read_scores(
     """Inverse of `write_scores`: the scores, and how many items are in them.
 
     Raises:
-        ValueError: If the file is damaged, something else, or of other conditions; in one line.
+        PlanError: If the file is damaged, something else, or of other conditions; in one line.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("format") != FORMAT:
-                raise ValueError("it is something else")
-            header = json.loads(file.metadata()["header"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        scores, heads = {}, heads_of(model)
+
+    def restored(header: dict[str, Any], tensors: dict[str, Tensor], _: str) -> tuple[Scores, int]:
+        if header["conditions"] != of:
+            raise PlanError(
+                f"{path} is of another model, dtype or version, or of other texts or numbers of rows and "
+                "draws; name another file, or delete it"
+            )
+        scores, heads, done = {}, heads_of(model), int(header["done"])
         for key, (pairs, texts) in header["counts"].items():
             layer, modality = key.rsplit("|", 1)
             empty = LayerScores.empty(heads[layer][0], len(patterns))
             found = replace(empty, **{name: tensors[f"{key}|{name}"] for name in SUMS})
-            if header["conditions"] == of and not _fits(found, empty, modality):
+            if modality not in MODALITIES or not _fits(found, empty):
                 raise ValueError("its scores aren't whole")
             found.pairs, found.texts = float(pairs), int(texts)
             scores.setdefault(layer, {})[modality] = found
-        known, done = header["conditions"], int(header["done"])
-    except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path}: damaged, or no scores of a language model ({reason:.200}); name another file, or "
-            "delete it"
-        ) from None
-    if known != of:
-        raise ValueError(
-            f"{path} is of another model, dtype or version, or of other texts or numbers of rows and draws; "
-            "name another file, or delete it"
-        )
-    return scores, done
+        if not 0 < done <= len(of["items"]):
+            raise ValueError(f"it says that {done} texts are scored")
+        return scores, done
+
+    return read_tensors(path, (FORMAT,), restored)
 
 
-def _fits(found: LayerScores, empty: LayerScores, modality: str) -> bool:
+def _fits(found: LayerScores, empty: LayerScores) -> bool:
     pairs = [(getattr(found, name), getattr(empty, name)) for name in SUMS]
-    whole = all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
-    return whole and modality in MODALITIES and all(bool(torch.isfinite(a).all()) for a, _ in pairs)
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(a.isfinite().all()) for a, b in pairs
+    )

@@ -1,6 +1,7 @@
 """The whole search of a plan for a language model, by Python and by the command."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_an_interrupted_search_goes_on_and_another_dial_scores_nothing_anew(tmp_
     assert counted.calls == 1 and plan.measured["met"]
 
 
-@pytest.mark.parametrize("other", ["rows", "texts", "weights", "patterns"])
+@pytest.mark.parametrize("other", ["rows", "texts", "weights", "layers", "patterns"])
 def test_scores_of_something_else_are_refused(other, tiny, tmp_path, monkeypatch):
     model, texts = tiny
     file, rows = tmp_path / "p.safetensors", 16
@@ -179,6 +180,9 @@ def test_scores_of_something_else_are_refused(other, tiny, tmp_path, monkeypatch
         texts = [texts[0].flip(0), texts[1]]
     elif other == "weights":
         model.model.layers[0].self_attn.q_proj.weight.data *= 1.5
+    elif other == "layers":
+        del model.model.layers[1:]
+        model.config.num_hidden_layers = 1
     else:
         monkeypatch.setattr(engine, "candidates", lambda media: FEW[:2])
     with pytest.raises(
@@ -188,18 +192,25 @@ def test_scores_of_something_else_are_refused(other, tiny, tmp_path, monkeypatch
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("broken", [b"", b"no file of tensors", "cut", "other format"])
+@pytest.mark.parametrize(
+    "broken", [b"", b"no file of tensors", "cut", "other format", "other count"]
+)
 def test_a_file_without_scores_is_refused(broken, tiny, tmp_path):
     model, texts = tiny
     file = tmp_path / "p.safetensors"
     sparse_dit.search(model, texts, max_kl=0.05, rows=16, profile=file)
-    data = file.read_bytes()
+    data, words = file.read_bytes(), "damaged, or no profile"
     if broken == "cut":
         broken = data[: len(data) // 2]
     elif broken == "other format":
         broken = data.replace(b"language scores 1", b"language scores 0")
+        words = "not a profile of this version ('sparse_dit language scores 1')"
+    elif broken == "other count":
+        broken = data.replace(b'"done\\": 1', b'"done\\": 9')
+        assert broken != data
+        words = "it says that 9 texts are scored"
     file.write_bytes(broken)
-    with pytest.raises(ValueError, match="damaged, or no scores of a language model") as error:
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
         sparse_dit.search(model, texts, max_kl=0.05, rows=16, profile=file)
     assert "\n" not in str(error.value)
 
